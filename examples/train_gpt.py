@@ -1,0 +1,333 @@
+"""Train a small character-level GPT on Shakespeare with NorMuon, as a loop of pure functions.
+
+    python examples/train_gpt.py                          # NorMuon and AdamW, each at its best learning rate
+    python examples/train_gpt.py --optimizer normuon      # one of the two
+    python examples/train_gpt.py --lr-grid                # each at three learning rates; says which was best
+    python examples/train_gpt.py --data my.txt --steps 2000 --guard full
+
+    python examples/train_gpt.py --optimizer normuon --save run.safetensors     # interrupt it where you like, then:
+    python examples/train_gpt.py --optimizer normuon --resume run.safetensors   # the losses it would have had
+
+The AdamW baseline goes through the same `nm.step`, with every parameter routed to AdamW. Loss curves land in --out.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import normuon_fn as nm
+
+CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 128, 16, 128, 4, 4
+STEPS, EVAL_EVERY, LOG_EVERY, MAX_SKIPS = 500, 100, 10, 20
+
+LR_GRID = {"normuon": (2.5e-3, 5e-3, 1e-2), "adamw": (2.5e-3, 5e-3, 1e-2)}
+LR = {"normuon": 5e-3, "adamw": 5e-3}
+
+Tensors = dict[str, Tensor]
+
+
+def rotary(
+    x: Tensor,  # [batch, heads, time, features]
+) -> Tensor:
+    """x with each pair of features turned by an angle that grows with its position. Source: arXiv 2104.09864, eq. 34."""
+    half = x.shape[-1] // 2
+    speed = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_mlp = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
+        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [batch, time, width]
+    ) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.norm_attention(x)).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocabulary: int, *, tie: bool) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocabulary, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # what writes to the residual stream starts at zero: every block starts as the identity
+                nn.init.normal_(p, std=0.0 if name.endswith(("proj.weight", "down.weight")) else p.shape[1] ** -0.5)
+        if tie:
+            self.head.weight = self.wte.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # [batch, time] int64
+    ) -> Tensor:  # [batch, time, vocabulary]
+        x = self.wte(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Text:
+    """The characters of a file as integers: the first nine tenths to train on, the rest to validate."""
+
+    def __init__(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        self.characters = "".join(sorted(set(text)))
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        index = {c: i for i, c in enumerate(self.characters)}
+        tokens = torch.tensor([index[c] for c in text])
+        self.train, self.val = tokens.split([len(text) * 9 // 10, len(text) - len(text) * 9 // 10])
+        if len(self.val) <= CONTEXT:
+            raise ValueError(f"{path}: expected at least {10 * (CONTEXT + 1)} characters, got {len(text)}")
+
+    def batch(self, generator: torch.Generator) -> Tensor:  # [batch, context + 1]
+        starts = torch.randint(len(self.train) - CONTEXT, (BATCH, 1), generator=generator)
+        return self.train[starts + torch.arange(CONTEXT + 1)]
+
+
+@dataclass
+class Run:
+    """Everything that changes while one optimizer trains: what --save writes and --resume reads."""
+
+    settings: dict[str, str | int | float | bool]
+    params: Tensors
+    state: Tensors
+    generator: torch.Generator
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    val: list[tuple[int, float]] = field(default_factory=list)
+    compile_seconds: float = 0.0
+    train_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.settings['optimizer']} lr {self.settings['lr']:g}"
+
+    def save(self, path: Path) -> None:
+        named = {f"params/{k}": v for k, v in self.params.items()} | {f"state/{k}": v for k, v in self.state.items()}
+        tensors = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()}  # none may share
+        tensors["rng"] = self.generator.get_state()
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["val"] = torch.tensor(self.val, dtype=torch.float64)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, temporary, metadata={"step": str(self.step), "settings": json.dumps(self.settings)})
+            os.replace(temporary, path)  # whoever reads sees the old file or the new one, never half of one
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads(file.metadata()["settings"])
+            if saved != self.settings:
+                differ = [f"{k}={saved.get(k)!r} (now {v!r})" for k, v in self.settings.items() if saved.get(k) != v]
+                raise ValueError(f"{path} was saved with {', '.join(differ)}")
+            # In our own order: safetensors keeps none, and the compiled step guards on it.
+            self.params = {k: file.get_tensor(f"params/{k}").to(v.device) for k, v in self.params.items()}
+            self.state = {k: file.get_tensor(f"state/{k}").to(v.device) for k, v in self.state.items()}
+            self.generator.set_state(file.get_tensor("rng"))
+            self.losses = file.get_tensor("losses").tolist()
+            self.val = [(int(step), loss) for step, loss in file.get_tensor("val").tolist()]
+            self.step = int(file.metadata()["step"])
+
+
+class Trainer:
+    """The model, the text and the compiled functions: what all runs have in common."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device(args.device)
+        self.text = Text(args.data)
+        torch.manual_seed(args.seed)
+        self.model = GPT(len(self.text.characters), tie=args.tie).to(self.device)
+        loss_and_grad = torch.func.grad_and_value(self.loss)
+        self.loss_and_grad = torch.compile(loss_and_grad, fullgraph=True, dynamic=False, disable=args.no_compile)
+        self.step = nm.update if args.no_compile else nm.step
+
+    def loss(
+        self,
+        params: Tensors,
+        tokens: Tensor,  # [batch, time + 1] int64
+    ) -> Tensor:  # 0-d float32, nats a character
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = torch.func.functional_call(self.model, params, (tokens[:, :-1],))
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def validation_loss_sync(self, params: Tensors) -> float:
+        """The mean over the whole validation text, in windows that do not overlap."""
+        starts = torch.arange(0, len(self.text.val) - CONTEXT, CONTEXT)
+        windows = self.text.val[starts[:, None] + torch.arange(CONTEXT + 1)].to(self.device)
+        return float(torch.stack([self.loss(params, w) * len(w) for w in windows.split(64)]).sum()) / len(windows)
+
+    @torch.no_grad()
+    def sample(self, params: Tensors, length: int = 400) -> str:
+        generator = torch.Generator().manual_seed(self.args.seed)
+        tokens = self.text.val[:1]
+        for _ in range(length):
+            window = tokens[None, -CONTEXT:].to(self.device)
+            logits = torch.func.functional_call(self.model, params, (window,))[0, -1].float().cpu()
+            tokens = torch.cat([tokens, torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)])
+        return "".join(self.text.characters[i] for i in tokens.tolist())
+
+    def begin(self, optimizer: str, lr: float) -> tuple[Run, nm.Plan]:
+        args = self.args
+        params = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        routes = {"*norm*": nm.Route("adamw", wd_mul=0.0)}
+        if optimizer == "adamw":
+            routes["*"] = nm.Route("adamw")
+        else:  # wte and head go to AdamW by default; a fused qkv is three matrices, to be orthogonalized one by one
+            routes["*.qkv.weight"] = nm.Route("normuon", splits=(WIDTH, WIDTH, WIDTH))
+        plan = nm.make_plan(params, nm.Config(guard=args.guard), routes=routes)
+        settings = {k: getattr(args, k) for k in ("steps", "seed", "tie", "guard")}
+        settings |= {"optimizer": optimizer, "lr": lr, "data": self.text.digest}
+        run = Run(settings, params, nm.init(plan, params), torch.Generator().manual_seed(args.seed))
+        if args.resume:
+            run.load(args.resume)
+        return run, plan
+
+    def train(self, optimizer: str, lr: float) -> Run:
+        args = self.args
+        run, plan = self.begin(optimizer, lr)
+        hyper = nm.Hyper.of(run.params, lr=lr, weight_decay=0.1)
+        warmup = max(1, args.steps // 10)
+        shape = [min((i + 1) / warmup, (args.steps - i) / (args.steps - warmup + 1)) for i in range(args.steps)]
+        schedule = torch.tensor(shape, device=self.device)  # all of it at once: no copy to the device in the loop
+        first, stop = run.step, min(args.steps, args.stop_at or args.steps)
+        pending: list[Tensor] = []  # losses not read yet: reading one waits for the device
+        bar = tqdm(total=args.steps, initial=first, desc=str(run), unit="step", dynamic_ncols=True)
+        started = time.perf_counter()
+        while run.step < stop:
+            tokens = self.text.batch(run.generator).to(self.device)
+            grads, loss = self.loss_and_grad(run.params, tokens)
+            factor = schedule[run.step]
+            now = hyper._replace(lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor)  # tensors: never a recompile
+            result = self.step(run.params, grads, run.state, now, plan)
+            run.params, run.state, run.step = result.params, result.state, run.step + 1
+            pending.append(loss)
+            if run.step % LOG_EVERY == 0 or run.step in (first + 1, stop):
+                run.losses += torch.stack(pending).tolist()
+                nm.check(result, plan, max_consecutive=MAX_SKIPS)
+                seconds = time.perf_counter() - started
+                if run.step == first + 1:
+                    run.compile_seconds += seconds
+                else:
+                    run.train_seconds += seconds
+                rate = f"{len(pending) * BATCH * CONTEXT / seconds:,.0f}"
+                val = f"{run.val[-1][1]:.3f}" if run.val else "-"
+                bar.set_postfix({"loss": f"{run.losses[-1]:.3f}", "val": val, "tokens/s": rate}, refresh=False)
+                bar.update(run.step - bar.n)
+                pending.clear()
+                started = time.perf_counter()
+            if run.step % EVAL_EVERY == 0 or run.step == stop:
+                run.val.append((run.step, self.validation_loss_sync(run.params)))
+                if args.save:
+                    run.save(args.save)
+                started = time.perf_counter()
+        bar.close()
+        return run
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for run in runs:
+        mean = torch.tensor(run.losses).unfold(0, min(20, len(run.losses)), 1).mean(-1)  # of the last 20 batches
+        steps = range(len(run.losses) - len(mean) + 1, len(run.losses) + 1)
+        (line,) = axes.plot(steps, mean, alpha=0.5, label=f"{run}, training")
+        axes.plot(*zip(*run.val, strict=True), "o-", color=line.get_color(), label=f"{run}, validation")
+    axes.set(xlabel="step", ylabel="loss, nats a character", title="A small GPT on Shakespeare")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"loss curves: {path}")
+
+
+def report(runs: list[Run]) -> None:
+    print("                    steps  training loss  validation loss  compile s  train s  skipped steps")
+    for run in runs:
+        last = run.losses[-20:]
+        print(
+            f"{run!s:<18} {run.step:>6} {sum(last) / len(last):>14.4f} {run.val[-1][1]:>16.4f} "
+            f"{run.compile_seconds:>10.1f} {run.train_seconds:>8.1f} "
+            f"{int(run.state['guard.skipped']):>7} (guard {run.settings['guard']})"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizer", choices=("normuon", "adamw"), help="train with this one only")
+    parser.add_argument("--compare", action="store_true", help="train with both (the default without --optimizer)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the best of the grid, per optimizer)")
+    parser.add_argument("--lr-grid", action="store_true", help="three learning rates per optimizer, and which was best")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--stop-at", type=int, help="end after this step; the schedule still spans --steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--guard", choices=("off", "output", "full"), default="off")
+    parser.add_argument("--tie", action="store_true", help="one matrix for the embedding and the head")
+    parser.add_argument("--no-compile", action="store_true", help="everything eager")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the loss curves")
+    parser.add_argument("--save", type=Path, help=f"checkpoint, written every {EVAL_EVERY} steps and at the end")
+    parser.add_argument("--resume", type=Path, help="continue from this checkpoint")
+    args = parser.parse_args()
+    if args.optimizer and args.compare:
+        parser.error("--optimizer trains with one, --compare with both: give one of them")
+    if (args.save or args.resume) and (not args.optimizer or args.lr_grid):
+        parser.error("--save and --resume are for one run: give --optimizer, and no --lr-grid")
+    if args.lr is not None and args.lr_grid:
+        parser.error("--lr is one learning rate, --lr-grid tries three: give one of them")
+    if args.steps < 1 or (args.stop_at is not None and args.stop_at < 1):
+        parser.error("--steps and --stop-at must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    trainer = Trainer(args)
+    runs, best = [], []
+    for optimizer in [args.optimizer] if args.optimizer else ["normuon", "adamw"]:
+        rates = LR_GRID[optimizer] if args.lr_grid else [LR[optimizer] if args.lr is None else args.lr]
+        tried = [trainer.train(optimizer, lr) for lr in rates]
+        best.append(min(tried, key=lambda run: run.val[-1][1]))
+        runs += tried
+    print(f"\n{trainer.sample(best[0].params)}\n")
+    report(runs)
+    if args.lr_grid:
+        print(f"best: {', '.join(map(str, best))}")
+    if len(best) == 2:
+        losses = [run.val[-1][1] for run in best]
+        print(f"validation loss: {losses[0]:.4f} {best[0]}, {losses[1]:.4f} {best[1]}: {losses[1] - losses[0]:+.4f}")
+    plot(runs, args.out / "loss.png")
+
+
+if __name__ == "__main__":
+    main()

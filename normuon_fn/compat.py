@@ -1,0 +1,36 @@
+"""Every private or version-dependent torch import, in one place. Supported: torch 2.11 to 2.14."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as one graph, with a compile cache of its own.
+
+    Dynamo keeps its cache, and its limit of 8 recompilations, per code object. A copy of the code object gives every plan a
+    cache of its own, so that a process may hold any number of plans (dion#23).
+    """
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+def storage_key(tensor: Tensor) -> Hashable:
+    """Equal for tensors that share a storage, real or fake."""
+    return tensor.untyped_storage()._cdata
+
+
+def has_bfloat16_matrix_unit(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones: CUDA, and CPUs with AMX."""
+    if device.type == "cpu":
+        supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+        return bool(supported is not None and supported())
+    return device.type == "cuda"

@@ -1,0 +1,126 @@
+"""How a tensor is read as matrices, and how matrices become the tensor again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """A slice of a tensor read as one matrix [rows, cols], or as a stack of matrices [count, rows, cols]."""
+
+    base: tuple[int, ...]  # the shape of the whole tensor
+    shape: tuple[int, ...]  # the slice's shape as it is read, before `swap`
+    dim: int = 0
+    start: int = 0
+    length: int | None = None  # None: all of the tensor
+    swap: bool = False  # the count lies in the middle: [rows, count, cols]
+
+    def read(self, tensor: Tensor, *, writable: bool = True) -> Tensor:
+        """A view of the tensor; where it is only read, a copy if its strides allow no view."""
+        part = tensor if self.length is None else tensor.narrow(self.dim, self.start, self.length)
+        if tuple(part.shape) != self.shape:
+            part = part.view(self.shape) if writable else part.reshape(self.shape)
+        return part.transpose(0, 1) if self.swap else part
+
+    def restore(self, part: Tensor) -> Tensor:
+        """What `read` gave, in the shape that the slice has in the tensor."""
+        part = part.transpose(0, 1) if self.swap else part
+        shape = list(self.base)
+        if self.length is not None:
+            shape[self.dim] = self.length
+        return part.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """``count`` matrices of one shape in one parameter: all of it, or one of its splits."""
+
+    name: str
+    count: int
+    param: View
+    variance: View
+
+    def view(self, suffix: str) -> View:
+        return self.variance if suffix == ".variance" else self.param
+
+
+def join(parts: Sequence[tuple[View | None, Tensor]]) -> Tensor:
+    """The whole tensor from its parts, in any order; no view: the part is the whole."""
+    if len(parts) == 1:
+        view, part = parts[0]
+        return part if view is None else view.restore(part)
+    placed = sorted(((view, part) for view, part in parts if view is not None), key=lambda entry: entry[0].start)
+    return torch.cat([view.restore(part) for view, part in placed], placed[0][0].dim)
+
+
+def matrices(
+    shape: tuple[int, ...],
+    *,
+    flatten: bool,
+    heads: tuple[int | None, ...],
+    splits: tuple[int, ...] | None,
+    dim: int,
+) -> list[tuple[View, int, int, int]]:
+    """(view, count, rows, cols) of every block of a parameter of that shape. ``heads`` has one entry a split."""
+    if flatten or len(shape) > 2:
+        rows, cols = (shape[0], _size(shape[1:])) if flatten else shape[-2:]
+        count = 1 if flatten else _size(shape[:-2])
+        read = (rows, cols) if flatten else (count, rows, cols)
+        return [(View(shape, read), count, rows, cols)]
+    blocks, start = [], 0
+    whole = splits is None
+    for length, cut in zip(splits or (shape[dim],), heads, strict=True):
+        count = 1 if cut is None else cut
+        rows, cols = (length, shape[1]) if dim == 0 else (shape[0], length)
+        rows, cols = (rows // count, cols) if dim == 0 else (rows, cols // count)
+        read = (rows, cols) if cut is None else (count, rows, cols) if dim == 0 else (rows, count, cols)
+        view = View(shape, read, dim, start, None if whole else length, swap=cut is not None and dim == 1)
+        blocks.append((view, count, rows, cols))
+        start += length
+    return blocks
+
+
+def variances(blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bool]) -> tuple[tuple[int, ...], list[View]]:
+    """The shape of a parameter's variance in the state, and the view of it that belongs to each block.
+
+    It is the parameter's shape with the reduced axis 1 (every head or split its own), where that can be said; blocks of one
+    parameter that reduce different axes lie one behind the other in a vector.
+    """
+    first, count, rows, cols = blocks[0]
+    parts = len(blocks) > 1 or first.length is not None or (len(first.base) == 2 and count > 1) or first.swap
+    if not parts:
+        lead = () if len(first.base) == 2 or len(first.shape) == 2 else first.base[:-2]
+        across = (rows, 1) if per_row[0] else (1, cols)
+        base = (*lead, *across)
+        return base, [View(base, (count, *across) if len(first.shape) == 3 else across)]
+    if not all(per_row):
+        sizes = [n * (r if by_row else c) for (_, n, r, c), by_row in zip(blocks, per_row, strict=True)]
+        base, views = (sum(sizes),), []
+        for k, ((view, n, r, c), by_row) in enumerate(zip(blocks, per_row, strict=True)):
+            across = (r, 1) if by_row else (1, c)
+            stacked = len(view.shape) == 3
+            views.append(View(base, (n, *across) if stacked else across, 0, sum(sizes[:k]), sizes[k]))
+        return base, views
+    dim = first.dim
+    base = (first.base[0], 1) if dim == 0 else (first.base[0], sum(n for _, n, _, _ in blocks))
+    views, start = [], 0
+    for view, n, r, _ in blocks:
+        length = n * r if dim == 0 else n
+        shape = (length, 1) if len(view.shape) == 2 else (n, r, 1) if dim == 0 else (r, n, 1)
+        if dim == 1 and len(view.shape) == 2:
+            shape = (r, 1)
+        views.append(View(base, shape, dim, start, length, swap=view.swap))
+        start += length
+    return base, views
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,374 @@
+"""What is decided on the host, once: each parameter's algorithm, how it is read as matrices, what is done together."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .coefficients import CoefficientSet, resolve
+from .compat import storage_key
+from .layout import Block, View, matrices, variances
+from .normalize import per_row
+from .orthogonalize import choose
+from .types import Config, Method
+
+Algorithm = Literal["normuon", "adamw", "frozen"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one parameter gets.
+
+    Args:
+        algorithm: ``"normuon"``, ``"adamw"``, or ``"frozen"`` (never changed, no state).
+        lr_mul, wd_mul: multiply the learning rate and the weight decay.
+        flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack of its last two dimensions.
+        splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a parameter of its own would.
+        heads: so many equal matrices along ``dim``; with ``splits``, one number for all or one a split.
+        dim: the dimension of ``splits`` and ``heads``: 0 (outputs) or 1 (inputs).
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value, or that has no meaning for the algorithm.
+    """
+
+    algorithm: Algorithm = "normuon"
+    lr_mul: float = 1.0
+    wd_mul: float = 1.0
+    flatten: bool = False
+    heads: int | tuple[int, ...] | None = None
+    splits: tuple[int, ...] | None = None
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(f"Route.algorithm: expected one of {get_args(Algorithm)}, got {self.algorithm!r}")
+        for field in ("lr_mul", "wd_mul"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"Route.{field}: expected a number, got {value!r}")
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"Route.{field}: expected a finite number >= 0, got {value!r}")
+        for field in ("heads", "splits"):
+            value = getattr(self, field)
+            sizes = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+            if field == "splits" and value is not None and not isinstance(value, (tuple, list)):
+                raise TypeError(f"Route.splits: expected a tuple of sizes, got {value!r}")
+            if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes) or (value is not None and not sizes):
+                raise ValueError(f"Route.{field}: expected ints >= 1, got {value!r}")
+            if isinstance(value, list):
+                object.__setattr__(self, field, tuple(value))
+        if self.dim not in (0, 1):
+            raise ValueError(f"Route.dim: expected 0 or 1, got {self.dim!r}")
+        if self.algorithm != "normuon" and (self.flatten or self.heads is not None or self.splits is not None):
+            raise ValueError(f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}")
+        if self.flatten and (self.heads is not None or self.splits is not None):
+            raise ValueError("Route: flatten cannot be combined with heads or splits")
+
+
+Key = str | Callable[[str, Tensor], bool]
+Routes = Mapping[Key, Route]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor must look like at every step."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: what it gets and why. ``columns``: its matrices' places in the flags by matrix."""
+
+    name: str
+    spec: Spec
+    route: Route
+    reason: str
+    blocks: tuple[Block, ...] = ()
+    columns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks of one shape, dtype and rate: one stack for everything but the orthogonalization."""
+
+    blocks: tuple[Block, ...]
+    rows: int
+    cols: int
+    lr_mul: float
+    wd_mul: float
+
+    @property
+    def count(self) -> int:
+        return sum(block.count for block in self.blocks)
+
+    @property
+    def tall(self) -> bool:
+        return self.rows > self.cols
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Groups whose matrices, tall ones transposed, are orthogonalized as one stack [n, rows <= cols]."""
+
+    groups: tuple[Group, ...]
+    rows: int
+    cols: int
+    method: Method
+    dtype: torch.dtype  # of the products
+    coefficients: CoefficientSet
+
+    def with_grad(self, grads: Mapping[str, Tensor | None]) -> list[Group]:
+        """The groups without the blocks that have no gradient, and without the groups that have none left."""
+        kept = [replace(g, blocks=tuple(b for b in g.blocks if grads[b.name] is not None)) for g in self.groups]
+        return [group for group in kept if group.blocks]
+
+
+@dataclass(frozen=True)
+class AdamWBucket:
+    """Parameters updated by AdamW at the same rate."""
+
+    names: tuple[str, ...]
+    lr_mul: float
+    wd_mul: float
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The static half of a step. ``str(plan)`` is a table; ``plan.names`` is the order of ``StepResult.flags``."""
+
+    config: Config
+    device: torch.device
+    parameters: tuple[Parameter, ...]
+    buckets: tuple[Bucket, ...]
+    adamw: tuple[AdamWBucket, ...]
+    state: dict[str, Spec]
+    matrix_of: Tensor  # [n_params, most] int64 on the device: see guard.flags
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(parameter.name for parameter in self.parameters)
+
+    @property
+    def bucket_sizes(self) -> list[int]:
+        """How many columns of the flags by matrix are each bucket's, AdamW's last."""
+        return [sum(group.count for group in bucket.groups) for bucket in self.buckets] + [len(b.names) for b in self.adamw]
+
+    def __str__(self) -> str:
+        how: dict[str, list[str]] = {}
+        for bucket in self.buckets:
+            form = "own orthogonalizer" if self.config.orthogonalizer else f"{bucket.method} {_short(bucket.dtype)}"
+            for group in bucket.groups:
+                for block in group.blocks:
+                    how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols} {form}")
+        rows = [("parameter", "shape", "dtype", "route", "matrices", "why")]
+        for p in self.parameters:
+            rate = "".join(f" {k}={v:g}" for k, v in (("lr*", p.route.lr_mul), ("wd*", p.route.wd_mul)) if v != 1.0)
+            shape = "x".join(map(str, p.spec.shape)) or "scalar"
+            rows.append(
+                (p.name, shape, _short(p.spec.dtype), p.route.algorithm + rate, "; ".join(how.get(p.name, ["-"])), p.reason)
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(
+            f"{len(self.parameters)} parameters, {sum(g.count for b in self.buckets for g in b.groups)} matrices in "
+            f"{len(self.buckets)} buckets; guard={self.config.guard!r} per {self.config.guard_scope}"
+        )
+        return "\n".join(lines)
+
+
+def make_plan(params: Mapping[str, Tensor], config: Config | None = None, *, routes: Routes | None = None) -> Plan:
+    """The plan of a step over ``params``: routes, validates, buckets. Everything here happens on the host, once.
+
+    Args:
+        params: name -> tensor; shapes, dtypes and the device are read, never the values.
+        routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that matches a parameter decides.
+            Without one: matrices and stacks of matrices get NorMuon, but embeddings and output heads (by name) and everything
+            else AdamW.
+
+    Raises:
+        TypeError: parameters or options of the wrong kind (integer, complex, sparse, not tensors).
+        ValueError: an empty dict, parameters that share storage or lie on several devices, a route that matches nothing or
+            does not fit its parameter. Each names the parameter.
+    """
+    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        raise TypeError(f"config: expected a Config, got {type(config).__name__}")
+    _check_params(params)
+    routed = _route(params, {} if routes is None else routes)
+
+    parameters: list[Parameter] = []
+    state: dict[str, Spec] = {}
+    groups: dict[tuple, list[Block]] = {}
+    adamw: dict[tuple, list[str]] = {}
+    for name, tensor in params.items():
+        route, reason = routed[name]
+        spec = Spec(tuple(tensor.shape), tensor.dtype)
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        blocks: tuple[Block, ...] = ()
+        if route.algorithm == "normuon":
+            read = _read_as_matrices(name, tensor, route)
+            by_row = [per_row(config, rows, cols) for _, _, rows, cols in read]
+            variance, views = variances(read, by_row)
+            blocks = tuple(Block(name, n, view, own) for (view, n, _, _), own in zip(read, views, strict=True))
+            state[f"{name}.momentum"] = Spec(spec.shape, config.momentum_dtype or wide)
+            if config.normalize:
+                state[f"{name}.variance"] = Spec(variance, wide)
+            for block, (_, _, rows, cols) in zip(blocks, read, strict=True):
+                groups.setdefault((rows, cols, tensor.dtype, route.lr_mul, route.wd_mul), []).append(block)
+        elif route.algorithm == "adamw":
+            state[f"{name}.exp_avg"] = state[f"{name}.exp_avg_sq"] = Spec(spec.shape, wide)
+            adamw.setdefault((tensor.dtype, route.lr_mul, route.wd_mul), []).append(name)
+        parameters.append(Parameter(name, spec, route, reason, blocks))
+    for counter in ("step", "skipped", "consecutive"):
+        state[f"guard.{counter}"] = Spec((), torch.int32)
+
+    device = next(iter(params.values())).device
+    buckets = _bucket(groups, config, device)
+    adamw_buckets = tuple(AdamWBucket(tuple(names), lr, wd) for (_, lr, wd), names in adamw.items())
+    columns, total = _columns(buckets, adamw_buckets)
+    parameters = [replace(p, columns=tuple(columns.get(p.name, ()))) for p in parameters]
+    most = max(1, *(len(p.columns) for p in parameters)) if parameters else 1
+    table = [(list(p.columns) or [total]) for p in parameters]
+    index = torch.tensor([(row + row[:1] * most)[:most] for row in table], dtype=torch.int64, device=device)
+    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index)
+
+
+def _check_params(params: Mapping[str, Tensor]) -> None:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
+    if not params:
+        raise ValueError("params: expected at least one parameter, got an empty dict")
+    owner: dict[object, str] = {}
+    device, first = None, ""
+    for name, tensor in params.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"params[{name!r}]: expected str -> Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise TypeError(
+                f"params[{name!r}]: expected a dense float64, float32, bfloat16 or float16 tensor, got {tensor.dtype} "
+                f"{tensor.layout}; leave it out of params"
+            )
+        if device is not None and tensor.device != device:
+            raise ValueError(f"params[{name!r}]: on {tensor.device}, but {first!r} is on {device}; make one plan a device")
+        device, first = tensor.device, first or name
+        key = storage_key(tensor)
+        if key in owner:
+            raise ValueError(f"params[{name!r}]: shares storage with {owner[key]!r}; pass tied weights once, clone() slices")
+        owner[key] = name
+
+
+def _route(params: Mapping[str, Tensor], routes: Routes) -> dict[str, tuple[Route, str]]:
+    if not isinstance(routes, Mapping):
+        raise TypeError(f"routes: expected a dict of name, glob or predicate -> Route, got {type(routes).__name__}")
+    unmatched = dict(routes)
+    routed = {}
+    for name, tensor in params.items():
+        for key, route in routes.items():
+            if not isinstance(route, Route):
+                raise TypeError(f"routes[{key!r}]: expected a Route, got {type(route).__name__}")
+            if not isinstance(key, str) and not callable(key):
+                raise TypeError(f"routes: expected names, globs or predicates as keys, got {key!r}")
+            matches = (key == name or fnmatch.fnmatchcase(name, key)) if isinstance(key, str) else bool(key(name, tensor))
+            if matches:
+                unmatched.pop(key, None)
+                if name not in routed:
+                    label = repr(key) if isinstance(key, str) else getattr(key, "__name__", "predicate")
+                    routed[name] = (route, f"routes[{label}]")
+        if name not in routed:
+            routed[name] = _default_route(name, tensor)
+        if tensor.numel() == 0:
+            routed[name] = (Route("frozen"), "no entries")
+    if unmatched:
+        raise ValueError(f"routes: {list(unmatched)!r} match no parameter; the parameters are {list(params)[:8]!r} ...")
+    return routed
+
+
+_LOOKUP = re.compile(r"(^|[._])(embed\w*|\w*_emb|emb|wte|wpe|lm_head|head|unembed\w*)([._]|$)", re.IGNORECASE)
+
+
+def _default_route(name: str, tensor: Tensor) -> tuple[Route, str]:
+    if tensor.ndim < 2:
+        return Route("adamw"), f"{tensor.ndim}-D"
+    if tensor.ndim == 2 and _LOOKUP.search(name):
+        return Route("adamw"), "embedding or output head, by name"
+    return Route("normuon"), "matrix" if tensor.ndim == 2 else "stack of matrices"
+
+
+def _read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View, int, int, int]]:
+    shape = tuple(tensor.shape)
+    if len(shape) < 2:
+        raise ValueError(f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it to 'adamw'")
+    if len(shape) > 2 and (route.heads is not None or route.splits is not None):
+        raise ValueError(f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}")
+    if len(shape) == 2 and route.flatten:
+        route = replace(route, flatten=False)
+    if len(shape) >= 4 and not route.flatten and shape[-1] == shape[-2] <= 11:
+        warnings.warn(
+            f"params[{name!r}]: shape {shape} is read as {torch.Size(shape[:-2]).numel()} matrices of {shape[-2]}x{shape[-1]}; "
+            "for a convolution use Route(flatten=True)",
+            stacklevel=4,
+        )
+    size = shape[route.dim]
+    splits = route.splits
+    if splits is not None and sum(splits) != size:
+        raise ValueError(f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is {size}")
+    parts = splits or (size,)
+    heads: tuple[int | None, ...]
+    if isinstance(route.heads, tuple):
+        if len(route.heads) != len(parts):
+            raise ValueError(f"params[{name!r}]: {len(route.heads)} heads for {len(parts)} splits")
+        heads = route.heads
+    else:
+        heads = (route.heads,) * len(parts)
+    for part, count in zip(parts, heads, strict=True):
+        if count is not None and part % count:
+            raise ValueError(f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} equal heads")
+    read = matrices(shape, flatten=route.flatten, heads=heads, splits=splits, dim=route.dim)
+    try:
+        for view, _, _, _ in read:
+            view.read(tensor)
+    except RuntimeError as error:
+        raise ValueError(
+            f"params[{name!r}]: strides {tensor.stride()} do not let it be read as {read[0][0].shape}; make it contiguous()"
+        ) from error
+    return read
+
+
+def _bucket(groups: dict[tuple, list[Block]], config: Config, device: torch.device) -> tuple[Bucket, ...]:
+    chosen = resolve(config.coefficients, config.steps, config.safety_factor)
+    buckets: dict[tuple, list[Group]] = {}
+    for (rows, cols, of, lr_mul, wd_mul), blocks in groups.items():
+        short, long = sorted((rows, cols))
+        method, dtype = choose(config.method, config.orthogonalize_dtype, short, long, device, of, chosen)
+        own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
+        buckets.setdefault((short, long, method, dtype, own), []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul))
+    return tuple(Bucket(tuple(gs), r, c, method, dtype, chosen) for (r, c, method, dtype, _), gs in buckets.items())
+
+
+def _columns(buckets: tuple[Bucket, ...], adamw: tuple[AdamWBucket, ...]) -> tuple[dict[str, list[int]], int]:
+    columns: dict[str, list[int]] = {}
+    at = 0
+    for bucket in buckets:
+        for group in bucket.groups:
+            for block in group.blocks:
+                columns.setdefault(block.name, []).extend(range(at, at + block.count))
+                at += block.count
+    for names in adamw:
+        for name in names.names:
+            columns[name] = [at]
+            at += 1
+    return columns, at
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
