@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """``function`` as one graph, with a compile cache of its own.
 
     Dynamo keeps its cache, and its limit of 8 recompilations, per code object. A copy of the code object gives every plan a
@@ -20,7 +20,7 @@ def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
 
 
 def storage_key(tensor: Tensor) -> Hashable:
