@@ -141,7 +141,7 @@ def test_every_split_and_head_gets_the_update_of_a_parameter_of_its_own() -> Non
 
 @pytest.mark.parametrize("reduction", ["rows", "short"])
 def test_state_has_the_documented_shapes_and_dtypes(reduction: str) -> None:
-    _, _, state, _, plan = setup(nm.Config(reduction=reduction), torch.bfloat16)
+    _, _, state, _, _ = setup(nm.Config(reduction=reduction), torch.bfloat16)
     assert {t.dtype for name, t in state.items() if not name.startswith("guard.")} == {torch.float32}
     assert state["up.variance"].shape == (40, 1) and state["square.variance"].shape == (16, 1)
     assert state["down.variance"].shape == ((16, 1) if reduction == "rows" else (1, 40))
