@@ -8,6 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+try:  # public from torch 2.15 on
+    import torch.distributed.functional_collectives as collectives  # type: ignore[import-not-found, unused-ignore]
+except ImportError:
+    import torch.distributed._functional_collectives as collectives  # type: ignore[no-redef]
+
+Ranks = DeviceMesh | ProcessGroup
 
 
 def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
@@ -34,3 +43,14 @@ def has_bfloat16_matrix_unit(device: torch.device) -> bool:
         supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
         return bool(supported is not None and supported())
     return device.type == "cuda"
+
+
+def process_group(ranks: Ranks) -> ProcessGroup:
+    """One group of all ranks of a mesh of any number of dimensions."""
+    if isinstance(ranks, ProcessGroup):
+        return ranks
+    return ranks.get_group() if ranks.ndim == 1 else ranks._flatten().get_group()
+
+
+def all_reduce_max(tensor: Tensor, group: str) -> Tensor:
+    return collectives.wait_tensor(collectives.all_reduce(tensor, "max", group))

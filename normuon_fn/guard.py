@@ -5,12 +5,12 @@ finite [n_matrices]  --flags-->  [2, n_params] int32  --decide-->  what keeps it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .compat import all_reduce_max
 from .types import Config
 
 
@@ -31,24 +31,37 @@ def flags(bad: Tensor, matrix_of: Tensor) -> Tensor:
     return bad[:, matrix_of].any(-1).to(torch.int32)
 
 
-def decide(config: Config, bad: Tensor, sizes: Sequence[int], found_inf: Tensor | None) -> tuple[list[Decision], Tensor]:
-    """What ``bad`` means under ``config.guard``, for each of the buckets that own ``sizes`` of its columns; whether any skips.
+def agree(flags: Tensor, group: str | None) -> Tensor:
+    """The flags of all ranks, by maximum: the one collective of the step. Nothing at all without a group."""
+    return flags if group is None else all_reduce_max(flags, group)
 
-    ``found_inf`` > 0 skips everything, in every mode.
+
+def decide(
+    config: Config,
+    flags: Tensor,  # [2, n_params] int32, agreed
+    bucket_has: Tensor,  # [n_buckets, n_params] bool
+    found_inf: Tensor | None,
+) -> tuple[list[Decision], Tensor]:
+    """What the flags mean under ``config.guard``: a decision for each bucket, and whether any of them skips.
+
+    A bucket is bad if a parameter of it is: one whose splits lie in several buckets is never updated by half. ``found_inf`` > 0
+    skips everything, in every mode.
     """
+    count = bucket_has.shape[0]
     found = None if found_inf is None else (found_inf > 0).reshape(())
     if config.guard == "off":
-        skipped = torch.zeros((), dtype=torch.bool, device=bad.device) if found is None else found
-        return [Decision(found, found)] * len(sizes), skipped
+        skipped = torch.zeros((), dtype=torch.bool, device=flags.device) if found is None else found
+        return [Decision(found, found)] * count, skipped
+    update, grad = (flags > 0).unbind(0)
     if config.guard_scope == "step":
-        skip, hold = _skip_and_hold(config, bad, found)
-        return [Decision(skip, hold)] * len(sizes), skip
-    pairs = [_skip_and_hold(config, part, found) for part in bad[:, : sum(sizes)].split(list(sizes), 1)]
-    return [Decision(*pair) for pair in pairs], torch.stack([skip for skip, _ in pairs]).any()
+        skip, hold = _skip_and_hold(config, update.any(), grad.any(), found)
+        return [Decision(skip, hold)] * count, skip
+    skips, holds = _skip_and_hold(config, (bucket_has & update).any(1), (bucket_has & grad).any(1), found)
+    each = [None] * count if holds is None else list(holds.expand(count).unbind(0))
+    return [Decision(*pair) for pair in zip(skips.unbind(0), each, strict=True)], skips.any()
 
 
-def _skip_and_hold(config: Config, bad: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    update, grad = bad[0].any(), bad[1].any()
+def _skip_and_hold(config: Config, update: Tensor, grad: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor | None]:
     skip = update | grad if config.guard == "full" else update
     hold = grad if config.guard == "full" else None
     if found is None:

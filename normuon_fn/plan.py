@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import CoefficientSet, resolve
-from .compat import storage_key
+from .compat import Ranks, process_group, storage_key
 from .layout import Block, View, matrices, variances
 from .normalize import per_row
 from .orthogonalize import choose
@@ -152,15 +152,12 @@ class Plan:
     adamw: tuple[AdamWBucket, ...]
     state: dict[str, Spec]
     matrix_of: Tensor  # [n_params, most] int64 on the device: see guard.flags
+    bucket_has: Tensor  # [n_buckets, n_params] bool on the device, AdamW's buckets last: see guard.decide
+    guard_group: str | None = None  # the process group whose ranks decide together
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(parameter.name for parameter in self.parameters)
-
-    @property
-    def bucket_sizes(self) -> list[int]:
-        """How many columns of the flags by matrix are each bucket's, AdamW's last."""
-        return [sum(group.count for group in bucket.groups) for bucket in self.buckets] + [len(b.names) for b in self.adamw]
 
     def __str__(self) -> str:
         how: dict[str, list[str]] = {}
@@ -186,7 +183,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(params: Mapping[str, Tensor], config: Config | None = None, *, routes: Routes | None = None) -> Plan:
+def make_plan(
+    params: Mapping[str, Tensor],
+    config: Config | None = None,
+    *,
+    routes: Routes | None = None,
+    mesh: Ranks | None = None,
+    guard_mesh: Ranks | None = None,
+) -> Plan:
     """The plan of a step over ``params``: routes, validates, buckets. Everything here happens on the host, once.
 
     Args:
@@ -194,6 +198,8 @@ def make_plan(params: Mapping[str, Tensor], config: Config | None = None, *, rou
         routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that matches a parameter decides.
             Without one: matrices and stacks of matrices get NorMuon, but embeddings and output heads (by name) and everything
             else AdamW.
+        mesh: the ranks that hold the same parameters (DeviceMesh or ProcessGroup); each of them computes the whole step.
+        guard_mesh: the ranks that skip a step together; ``None`` is ``mesh``.
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, not tensors).
@@ -240,7 +246,23 @@ def make_plan(params: Mapping[str, Tensor], config: Config | None = None, *, rou
     most = max(1, *(len(p.columns) for p in parameters)) if parameters else 1
     table = [(list(p.columns) or [total]) for p in parameters]
     index = torch.tensor([(row + row[:1] * most)[:most] for row in table], dtype=torch.int64, device=device)
-    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index)
+    members = [{block.name for group in bucket.groups for block in group.blocks} for bucket in buckets]
+    members += [set(bucket.names) for bucket in adamw_buckets]
+    has = torch.tensor([[p.name in names for p in parameters] for names in members], dtype=torch.bool, device=device)
+    has = has.reshape(len(members), len(parameters))
+    group = _guard_group(config, mesh, guard_mesh)
+    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group)
+
+
+def _guard_group(config: Config, mesh: Ranks | None, guard_mesh: Ranks | None) -> str | None:
+    for name, given in (("mesh", mesh), ("guard_mesh", guard_mesh)):
+        if given is not None and not isinstance(given, Ranks):
+            raise TypeError(f"{name}: expected a DeviceMesh or a ProcessGroup, got {type(given).__name__}")
+    ranks = mesh if guard_mesh is None else guard_mesh
+    if ranks is None or config.guard == "off":
+        return None
+    group = process_group(ranks)
+    return group.group_name if group.size() > 1 else None
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:

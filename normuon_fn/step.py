@@ -207,8 +207,8 @@ def _advance(
         backs.append([_normalize(run, bucket, front, update) for front, update in zip(fronts, updates, strict=True)])
     moments = [_moments(run, bucket) for bucket in plan.adamw]
 
-    bad = _by_matrix(run, backs, moments)
-    decisions, skipped = guard.decide(plan.config, bad, plan.bucket_sizes, found_inf)
+    flags = guard.agree(guard.flags(_by_matrix(run, backs, moments), plan.matrix_of), plan.guard_group)
+    decisions, skipped = guard.decide(plan.config, flags, plan.bucket_has, found_inf)
 
     for parts, decision in zip(backs, decisions, strict=False):
         for back in parts:
@@ -216,7 +216,7 @@ def _advance(
     for adamw, lists, decision in zip(plan.adamw, moments, decisions[len(backs) :], strict=True):
         _apply_adamw(run, adamw, lists, decision)
     _count(run, skipped)
-    return run.result(guard.flags(bad, plan.matrix_of), skipped)
+    return run.result(flags, skipped)
 
 
 def _momentum(run: _Run, group: Group) -> _Front:

