@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 try:  # public from torch 2.15 on
     import torch.distributed.functional_collectives as collectives  # type: ignore[import-not-found, unused-ignore]
 except ImportError:
-    import torch.distributed._functional_collectives as collectives  # type: ignore[no-redef]
+    import torch.distributed._functional_collectives as collectives
 
 Ranks = DeviceMesh | ProcessGroup
 
@@ -49,7 +50,13 @@ def process_group(ranks: Ranks) -> ProcessGroup:
     """One group of all ranks of a mesh of any number of dimensions."""
     if isinstance(ranks, ProcessGroup):
         return ranks
-    return ranks.get_group() if ranks.ndim == 1 else ranks._flatten().get_group()
+    if ranks.ndim == 1:
+        return ranks.get_group()
+    if ranks.size() == dist.get_world_size():
+        return dist.distributed_c10d._get_default_group()
+    if ranks.mesh_dim_names is None:
+        raise ValueError("mesh: name its dimensions (mesh_dim_names), so that they can be flattened into one group")
+    return ranks._flatten().get_group()
 
 
 def all_reduce_max(tensor: Tensor, group: str) -> Tensor:

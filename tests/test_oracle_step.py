@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "query": (32, 16),
     "out": (16, 32),
     "conv": (8, 4, 3, 3),
-    "faint": (12, 24),
+    "faint": (24, 12),
     "embed": (20, 16),
     "bias": (16,),
     "still": (4, 4),
@@ -67,7 +67,7 @@ def inputs(dtype: torch.dtype) -> tuple[dict[str, Tensor], list[dict[str, Tensor
     grads = []
     for _ in range(STEPS):
         rows = {k: torch.randn(s[0], generator=g).exp().view(-1, *[1] * (len(s) - 1)) for k, s in SHAPES.items()}
-        rows["faint"] = torch.logspace(0, -9, 12).view(12, 1) * (torch.arange(12) != 5).view(12, 1)
+        rows["faint"] = torch.logspace(0, -9, 24).view(24, 1) * (torch.arange(24) != 5).view(24, 1)
         grads.append({k: (torch.randn(s, generator=g) * rows[k]).to(dtype) for k, s in SHAPES.items()})
     return params, grads
 
