@@ -60,4 +60,5 @@ def process_group(ranks: Ranks) -> ProcessGroup:
 
 
 def all_reduce_max(tensor: Tensor, group: str) -> Tensor:
-    return collectives.wait_tensor(collectives.all_reduce(tensor, "max", group))
+    reduced = collectives.all_reduce(tensor, "max", group)  # traced, it waits of itself
+    return reduced if torch.compiler.is_compiling() else collectives.wait_tensor(reduced)
