@@ -1,10 +1,14 @@
 """A NorMuon training step that is one graph. See README.md."""
 
+from typing import TYPE_CHECKING, Any
+
 from .orthogonalize import orthogonalize
 from .plan import Plan, Route, make_plan
-from .report import NonFiniteStepError, check
 from .step import init, step, step_, update
 from .types import Config, Hyper, StepResult
+
+if TYPE_CHECKING:
+    from .report import NonFiniteStepError, SkipMonitor, capture, check
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,7 +17,9 @@ __all__ = [
     "NonFiniteStepError",
     "Plan",
     "Route",
+    "SkipMonitor",
     "StepResult",
+    "capture",
     "check",
     "init",
     "make_plan",
@@ -22,3 +28,12 @@ __all__ = [
     "step_",
     "update",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The host side comes when it is first used: `python -m normuon_fn.report` must find it not yet imported."""
+    if name in ("NonFiniteStepError", "SkipMonitor", "capture", "check"):
+        from . import report
+
+        return getattr(report, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

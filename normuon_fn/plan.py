@@ -17,6 +17,7 @@ from .compat import Ranks, process_group, storage_key
 from .layout import Block, View, matrices, variances
 from .normalize import per_row
 from .orthogonalize import choose
+from .table import render
 from .types import Config, Method
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
@@ -173,14 +174,11 @@ class Plan:
             rows.append(
                 (p.name, shape, _short(p.spec.dtype), p.route.algorithm + rate, "; ".join(how.get(p.name, ["-"])), p.reason)
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(
+        total = (
             f"{len(self.parameters)} parameters, {sum(g.count for b in self.buckets for g in b.groups)} matrices in "
             f"{len(self.buckets)} buckets; guard={self.config.guard!r} per {self.config.guard_scope}"
         )
-        return "\n".join(lines)
+        return f"{render(rows)}\n{total}"
 
 
 def make_plan(

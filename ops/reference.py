@@ -23,7 +23,7 @@ def _slices(like: Sequence[Tensor], stacked: Tensor) -> list[Tensor]:
     return [part if x.ndim == 3 else part.squeeze(0) for x, part in zip(like, parts, strict=True)]
 
 
-def _compute(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -38,7 +38,7 @@ def unstack(tensors: list[Tensor], stacked: Tensor, skip: Tensor | None) -> list
 
 def advanced(grad: Tensor, momentum: Tensor, beta: Tensor, form: str) -> Tensor:
     """The next momentum, in the compute dtype. Two products: ``lerp`` would overflow where ``grad - momentum`` does."""
-    dtype = _compute(momentum.dtype)
+    dtype = compute_dtype(momentum.dtype)
     beta, new = beta.to(dtype), grad.to(dtype)
     old = momentum.to(dtype) * beta
     return old + (new * (1 - beta) if form == "ema" else new)
@@ -68,7 +68,7 @@ def apply(
 ) -> list[Tensor]:
     new = []
     for param, part, factor in zip(params, _slices(params, update), _slices(params, scale), strict=True):
-        dtype = _compute(param.dtype)
+        dtype = compute_dtype(param.dtype)
         old, delta = param.to(dtype), part.to(dtype) * factor
         kept = old * torch.where(delta * old >= 0, 1 - decay.to(dtype), 1.0) if cautious else old * (1 - decay.to(dtype))
         x = (kept - delta).to(param.dtype)

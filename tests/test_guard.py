@@ -183,7 +183,7 @@ def test_check_warns_by_name_every_time_and_raises_after_max_consecutive() -> No
         with pytest.warns(RuntimeWarning, match=rf"step {k + 2} skipped, {k + 1} in a row: experts .*gradient"):
             assert nm.check(result, plan, max_consecutive=3) is True
     result = nm.update(params, grads, state, hyper, plan)
-    with pytest.warns(RuntimeWarning), pytest.raises(nm.NonFiniteStepError, match=r"3 steps in a row.*experts"):
+    with pytest.warns(RuntimeWarning), pytest.raises(nm.NonFiniteStepError, match=r"3 steps in a row[^|]*experts"):
         nm.check(result, plan, max_consecutive=3)
 
 
