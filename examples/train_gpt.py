@@ -222,7 +222,7 @@ class Trainer:
         schedule = torch.tensor(shape, device=self.device)  # all of it at once: no copy to the device in the loop
         first, stop = run.step, min(args.steps, args.stop_at or args.steps)
         pending: list[Tensor] = []  # losses not read yet: reading one waits for the device
-        bar = tqdm(total=args.steps, initial=first, desc=str(run), unit="step", dynamic_ncols=True)
+        bar = tqdm(total=args.steps, initial=first, desc=str(run), unit="step")
         started = time.perf_counter()
         while run.step < stop:
             tokens = self.text.batch(run.generator).to(self.device)
@@ -236,13 +236,10 @@ class Trainer:
                 run.losses += torch.stack(pending).tolist()
                 nm.check(result, plan, max_consecutive=MAX_SKIPS)
                 seconds = time.perf_counter() - started
-                if run.step == first + 1:
-                    run.compile_seconds += seconds
-                else:
-                    run.train_seconds += seconds
-                rate = f"{len(pending) * BATCH * CONTEXT / seconds:,.0f}"
-                val = f"{run.val[-1][1]:.3f}" if run.val else "-"
-                bar.set_postfix({"loss": f"{run.losses[-1]:.3f}", "val": val, "tokens/s": rate}, refresh=False)
+                run.compile_seconds += seconds if run.step == first + 1 else 0.0
+                run.train_seconds += seconds if run.step > first + 1 else 0.0
+                shown = {"loss": f"{run.losses[-1]:.3f}", "val": f"{run.val[-1][1]:.3f}" if run.val else "-"}
+                bar.set_postfix(shown | {"tokens/s": f"{len(pending) * BATCH * CONTEXT / seconds:,.0f}"}, refresh=False)
                 bar.update(run.step - bar.n)
                 pending.clear()
                 started = time.perf_counter()
@@ -263,7 +260,6 @@ def plot(runs: list[Run], path: Path) -> None:
         (line,) = axes.plot(steps, mean, alpha=0.5, label=f"{run}, training")
         axes.plot(*zip(*run.val, strict=True), "o-", color=line.get_color(), label=f"{run}, validation")
     axes.set(xlabel="step", ylabel="loss, nats a character", title="A small GPT on Shakespeare")
-    axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -271,22 +267,21 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def report(runs: list[Run]) -> None:
-    print("                    steps  training loss  validation loss  compile s  train s  skipped steps")
+    print("                    training loss  validation loss  compile s  train s  skipped steps")
     for run in runs:
-        last = run.losses[-20:]
-        print(
-            f"{run!s:<18} {run.step:>6} {sum(last) / len(last):>14.4f} {run.val[-1][1]:>16.4f} "
-            f"{run.compile_seconds:>10.1f} {run.train_seconds:>8.1f} "
-            f"{int(run.state['guard.skipped']):>7} (guard {run.settings['guard']})"
-        )
+        loss, skipped = sum(run.losses[-20:]) / len(run.losses[-20:]), f"{int(run.state['guard.skipped'])} of {run.step}"
+        times = f"{run.compile_seconds:>10.1f} {run.train_seconds:>8.1f}"
+        print(f"{run!s:<18} {loss:>14.4f} {run.val[-1][1]:>16.4f} {times} {skipped:>14} (guard {run.settings['guard']})")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizer", choices=("normuon", "adamw"), help="train with this one only")
-    parser.add_argument("--compare", action="store_true", help="train with both (the default without --optimizer)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: the best of the grid, per optimizer)")
-    parser.add_argument("--lr-grid", action="store_true", help="three learning rates per optimizer, and which was best")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--optimizer", choices=("normuon", "adamw"), help="train with this one only")
+    which.add_argument("--compare", action="store_true", help="train with both (the default without --optimizer)")
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--lr", type=float, help="peak learning rate (default: the best of the grid, per optimizer)")
+    rate.add_argument("--lr-grid", action="store_true", help="three learning rates per optimizer, and which was best")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--stop-at", type=int, help="end after this step; the schedule still spans --steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -299,12 +294,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help=f"checkpoint, written every {EVAL_EVERY} steps and at the end")
     parser.add_argument("--resume", type=Path, help="continue from this checkpoint")
     args = parser.parse_args()
-    if args.optimizer and args.compare:
-        parser.error("--optimizer trains with one, --compare with both: give one of them")
     if (args.save or args.resume) and (not args.optimizer or args.lr_grid):
         parser.error("--save and --resume are for one run: give --optimizer, and no --lr-grid")
-    if args.lr is not None and args.lr_grid:
-        parser.error("--lr is one learning rate, --lr-grid tries three: give one of them")
     if args.steps < 1 or (args.stop_at is not None and args.stop_at < 1):
         parser.error("--steps and --stop-at must be at least 1")
     return args

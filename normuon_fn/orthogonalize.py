@@ -8,10 +8,12 @@ same bits for ``x`` and ``2**k * x``, so no eps and no floor is needed anywhere,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients, CoefficientSet, resolve
+from .coefficients import Coefficients, CoefficientSet, gram_restarts, resolve
 from .compat import has_bfloat16_matrix_unit
 from .types import COMPUTE_DTYPES, Method
 
@@ -36,7 +38,7 @@ def orthogonalize(
 
     Args:
         method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides by aspect ratio.
-        dtype: of the products; ``None`` is `default_dtype`.
+        dtype: of the products; ```None``: see `Config.orthogonalize_dtype`.
 
     Raises:
         TypeError: ``x`` is not a real floating-point tensor.
@@ -51,30 +53,38 @@ def orthogonalize(
         raise ValueError(f"x: expected [..., rows, cols], got shape {tuple(x.shape)}")
     chosen = resolve(coefficients, steps, safety_factor)
     rows, cols = sorted(x.shape[-2:])
-    method, dtype = choose(method, dtype, rows, cols, x.device, x.dtype, chosen)
+    form = choose(chosen, method, dtype, rows, cols, x.device, x.dtype)
     if x.numel() == 0:
         return x.clone()
 
     stack = x.reshape(-1, *x.shape[-2:])
     if x.shape[-2] > x.shape[-1]:
-        out = newton_schulz(stack.mT, chosen, method, dtype).mT
+        out = newton_schulz(stack.mT, chosen, form).mT
     elif x.shape[-2] < x.shape[-1]:
-        out = newton_schulz(stack, chosen, method, dtype)
+        out = newton_schulz(stack, chosen, form)
     else:
-        out = _square(stack, chosen, method, dtype)
+        out = _square(stack, chosen, form)
     return out.to(x.dtype).reshape(x.shape)
 
 
+class Form(NamedTuple):
+    """How a stack is iterated on: everything that the shape decides."""
+
+    method: Method  # "standard" or "gram"
+    dtype: torch.dtype  # of the products
+    restarts: tuple[int, ...] = ()  # of the Gram form
+
+
 def choose(
+    chosen: CoefficientSet,
     method: Method,
     dtype: torch.dtype | None,
     rows: int,
     cols: int,
     device: torch.device,
     of: torch.dtype,
-    chosen: CoefficientSet,
-) -> tuple[Method, torch.dtype]:
-    """The method and the dtype of the products for matrices ``rows <= cols`` of dtype ``of``, where the caller left them open.
+) -> Form:
+    """The form for matrices ``rows <= cols`` of dtype ``of``, where the caller left it open.
 
     Gram pays from cols/rows = 1.5 (fewer FLOP even without symmetric kernels), if its restarts do not eat the gain. bfloat16
     makes it unsafe (singular values up to 2.0 where the polynomial has 1.14), so bfloat16 takes the standard form.
@@ -84,22 +94,25 @@ def choose(
     if dtype is not None and dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype: expected None or one of {COMPUTE_DTYPES}, got {dtype!r}")
     half = has_bfloat16_matrix_unit(device) and of != torch.float64
+    wide = cols >= 1.5 * rows
     if method == "auto":
         safe = dtype != torch.bfloat16 and not (dtype is None and half and device.type != "cuda")
-        pays = cols >= 1.5 * rows and len(chosen.restarts) <= 1 + len(chosen.rows) // 5
-        method = "gram" if safe and pays else "standard"
+        pays = safe and wide and len(gram_restarts(chosen.rows)) <= 1 + len(chosen.rows) // 5
+        method = "gram" if pays else "standard"
     if dtype is None:
         if half:
             dtype = torch.float16 if method == "gram" else torch.bfloat16
         else:
             dtype = torch.float64 if of == torch.float64 else torch.float32
-    return method, dtype
+    if method == "standard":
+        return Form(method, dtype)
+    return Form(method, dtype, gram_restarts(chosen.rows, careful=rows < 64 or not wide))
 
 
-def newton_schulz(x: Tensor, chosen: CoefficientSet, method: Method, dtype: torch.dtype) -> Tensor:
+def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
     """`iterate` on `to_unit_norm`, without the carried factor: [n, rows, cols], rows <= cols, in float32 or float64."""
-    out = iterate(to_unit_norm(x, chosen, dtype), chosen, method)
-    return out.to(torch.promote_types(dtype, torch.float32)) * (1.0 / carry(dtype))
+    out = iterate(to_unit_norm(x, chosen, form.dtype), chosen, form)
+    return out.to(torch.promote_types(form.dtype, torch.float32)) * (1.0 / carry(form.dtype))
 
 
 def carry(dtype: torch.dtype) -> float:
@@ -119,7 +132,8 @@ def prescale(x: Tensor) -> Tensor:
         x, bits, mantissa, twice_bias = x.to(torch.float32), torch.int32, 23, 255
     largest = x.abs().amax((-2, -1), keepdim=True)
     exponent = (largest.view(bits) >> mantissa).clamp(min=1)  # biased; the sign bit is 0
-    return x * ((twice_bias - exponent) << mantissa).view(x.dtype)
+    scaled = x * ((twice_bias - exponent) << mantissa).view(x.dtype)
+    return scaled.contiguous()  # sums and products over another layout have other bits
 
 
 def to_unit_norm(x: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
@@ -130,11 +144,11 @@ def to_unit_norm(x: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tenso
     return (x * inverse).to(dtype)
 
 
-def iterate(x: Tensor, chosen: CoefficientSet, method: Method) -> Tensor:
+def iterate(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
     """The Newton-Schulz steps on [n, rows, cols], rows <= cols, from `to_unit_norm`; the result keeps `carry` and dtype."""
     if chosen.rescale == "aol":
         x = _almost_orthogonal(x)
-    return _gram(x, chosen) if method == "gram" else _standard(x, chosen)
+    return _gram(x, chosen, form.restarts) if form.method == "gram" else _standard(x, chosen)
 
 
 def _times_transpose(x: Tensor) -> Tensor:
@@ -152,7 +166,7 @@ def _standard(x: Tensor, chosen: CoefficientSet) -> Tensor:
     return x
 
 
-def _gram(x: Tensor, chosen: CoefficientSet) -> Tensor:
+def _gram(x: Tensor, chosen: CoefficientSet, restarts: tuple[int, ...]) -> Tensor:
     """The same polynomials on r = x x^T: with h(r) = a I + b r + c r^2, q <- q h(r) and r <- h(r) r h(r).
 
     x itself is touched at the restarts only. The first factor after a start stays split as a I + z: rounding that sum to 16
@@ -162,7 +176,7 @@ def _gram(x: Tensor, chosen: CoefficientSet) -> Tensor:
     q: Tensor | tuple[Tensor, float] = (x, 0.0)
     r = x
     for k, (a, b, c) in enumerate(chosen.rows):
-        starts = k == 0 or k in chosen.restarts
+        starts = k == 0 or k in restarts
         if starts:
             x = x if k == 0 else _times(q, x)
             r = _times_transpose(x)
@@ -173,7 +187,7 @@ def _gram(x: Tensor, chosen: CoefficientSet) -> Tensor:
             q = torch.baddbmm(_cross_terms(*q, z, a), q[0], z)
         else:
             q = torch.baddbmm(q, q, z, beta=a)
-        if k + 1 < len(chosen.rows) and k + 1 not in chosen.restarts:
+        if k + 1 < len(chosen.rows) and k + 1 not in restarts:
             rz = torch.baddbmm(r, r, z, beta=a)
             r = torch.baddbmm(rz, z, rz, beta=a)
     return _times(q, x)
@@ -197,7 +211,7 @@ def _almost_orthogonal(x: Tensor) -> Tensor:
     return (x * torch.where(reach == 0, 0.0, reach.rsqrt())).to(x.dtype)
 
 
-def _square(x: Tensor, chosen: CoefficientSet, method: Method, dtype: torch.dtype) -> Tensor:
+def _square(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
     """Square matrices have no longer side to lay along the columns: their entries decide, so that x and x^T agree in every bit.
 
     The first entry that differs from its mirror image must be the larger of the two; a symmetric matrix has a symmetric
@@ -209,6 +223,6 @@ def _square(x: Tensor, chosen: CoefficientSet, method: Method, dtype: torch.dtyp
     first = differs.to(torch.uint8).argmax(-1, keepdim=True)
     flip = (mirrored.gather(-1, first) > flat.gather(-1, first)).unsqueeze(-1)
     symmetric = ~differs.any(-1, keepdim=True).unsqueeze(-1)
-    out = newton_schulz(torch.where(flip, x.mT, x), chosen, method, dtype)
+    out = newton_schulz(torch.where(flip, x.mT, x), chosen, form)
     out = torch.where(flip, out.mT, out)
     return torch.where(symmetric, out.tril() + out.tril(-1).mT, out)

@@ -16,9 +16,9 @@ from .coefficients import CoefficientSet, resolve
 from .compat import Ranks, process_group, storage_key
 from .layout import Block, View, matrices, variances
 from .normalize import per_row
-from .orthogonalize import choose
+from .orthogonalize import Form, choose
 from .table import render
-from .types import Config, Method
+from .types import Config
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 
@@ -123,8 +123,7 @@ class Bucket:
     groups: tuple[Group, ...]
     rows: int
     cols: int
-    method: Method
-    dtype: torch.dtype  # of the products
+    form: Form
     coefficients: CoefficientSet
 
     def with_grad(self, grads: Mapping[str, Tensor | None]) -> list[Group]:
@@ -163,7 +162,7 @@ class Plan:
     def __str__(self) -> str:
         how: dict[str, list[str]] = {}
         for bucket in self.buckets:
-            form = "own orthogonalizer" if self.config.orthogonalizer else f"{bucket.method} {_short(bucket.dtype)}"
+            form = "own orthogonalizer" if self.config.orthogonalizer else f"{bucket.form.method} {_short(bucket.form.dtype)}"
             for group in bucket.groups:
                 for block in group.blocks:
                     how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols} {form}")
@@ -369,10 +368,10 @@ def _bucket(groups: dict[tuple, list[Block]], config: Config, device: torch.devi
     buckets: dict[tuple, list[Group]] = {}
     for (rows, cols, of, lr_mul, wd_mul), blocks in groups.items():
         short, long = sorted((rows, cols))
-        method, dtype = choose(config.method, config.orthogonalize_dtype, short, long, device, of, chosen)
+        form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
-        buckets.setdefault((short, long, method, dtype, own), []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul))
-    return tuple(Bucket(tuple(gs), r, c, method, dtype, chosen) for (r, c, method, dtype, _), gs in buckets.items())
+        buckets.setdefault((short, long, form, own), []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul))
+    return tuple(Bucket(tuple(gs), r, c, form, chosen) for (r, c, form, _), gs in buckets.items())
 
 
 def _columns(buckets: tuple[Bucket, ...], adamw: tuple[AdamWBucket, ...]) -> tuple[dict[str, list[int]], int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .coefficients import resolve
 from .ops import reference
-from .orthogonalize import newton_schulz
+from .orthogonalize import Form, choose, newton_schulz
 from .plan import Bucket, Group, Plan
 from .table import render
 from .types import Hyper, StepResult
@@ -68,7 +68,9 @@ def capture(
             )
             own = block.param.read(grad, writable=False)
             tensors[key] = _rebuild(own, block.param.read(result.state[f"{block.name}.momentum"]), plan, hyper, held)
-            blocks.append({"tensor": key, "parameter": block.name, "method": bucket.method, "dtype": str(bucket.dtype)})
+            blocks.append(
+                {"tensor": key, "parameter": block.name, "method": bucket.form.method, "dtype": str(bucket.form.dtype)}
+            )
     for name in sorted(bad):
         own_grad = grads[name]
         if own_grad is not None:
@@ -126,10 +128,11 @@ def replay(path: str | os.PathLike[str]) -> str:
     for entry, given in inputs:
         x = given.to(device)
         x = x.mT if x.shape[-2] > x.shape[-1] else x
-        exact = newton_schulz(x.double(), chosen, "standard", torch.float64)
+        exact = newton_schulz(x.double(), chosen, Form("standard", torch.float64))
         for method in ("standard", "gram"):
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-                out = newton_schulz(x if dtype != torch.float64 else x.double(), chosen, method, dtype).double()
+                form = choose(chosen, method, dtype, *x.shape[-2:], x.device, x.dtype)
+                out = newton_schulz(x if dtype != torch.float64 else x.double(), chosen, form).double()
                 used = "<-" if (entry["method"], entry["dtype"]) == (method, str(dtype)) else ""
                 lost = int((~out.isfinite()).sum())
                 sigma = f"{float(torch.linalg.matrix_norm(out, 2).max()):.4g}" if not lost else "-"

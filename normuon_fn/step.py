@@ -142,9 +142,11 @@ class _Run(NamedTuple):
         for block, part in zip(group.blocks, parts, strict=True):
             self.new.setdefault(block.name + suffix, []).append((block.view(suffix), part))
 
-    def rates(self, group: Group | AdamWBucket, lr: Tensor, weight_decay: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
-        """``(lr, decay)``: the learning rate, and by what share a parameter decays."""
-        lr = lr * group.lr_mul
+    def rates(
+        self, group: Group | AdamWBucket, lr: Tensor, weight_decay: Tensor, dtype: torch.dtype, power: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """``(lr, decay)`` in the dtype of the arithmetic: the learning rate, and by what share a parameter decays."""
+        lr, weight_decay = lr.to(dtype) * group.lr_mul, weight_decay.to(dtype)
         return lr, (lr * lr if power == 2 else lr) * weight_decay * group.wd_mul
 
     def result(self, flags: Tensor, skipped: Tensor) -> StepResult:
@@ -239,8 +241,8 @@ def _orthogonalize(run: _Run, bucket: Bucket, fronts: list[_Front]) -> list[Tens
     stacks = [front.update.mT if front.group.tall else front.update for front in fronts]
     own = run.plan.config.orthogonalizer
     if own is None:
-        stacks = [to_unit_norm(stack, bucket.coefficients, bucket.dtype) for stack in stacks]
-        whole = iterate(_cat(stacks), bucket.coefficients, bucket.method)
+        stacks = [to_unit_norm(stack, bucket.coefficients, bucket.form.dtype) for stack in stacks]
+        whole = iterate(_cat(stacks), bucket.coefficients, bucket.form)
     else:
         whole = own(_cat(stacks))
         if whole.shape[1:] != (bucket.rows, bucket.cols):
@@ -252,7 +254,7 @@ def _orthogonalize(run: _Run, bucket: Bucket, fronts: list[_Front]) -> list[Tens
 def _normalize(run: _Run, bucket: Bucket, front: _Front, update: Tensor) -> _Back:
     config = run.plan.config
     variance = ops.stack(run.read(front.group, ".variance")) if config.normalize else None
-    carried = 1.0 if config.orthogonalizer else carry(bucket.dtype)
+    carried = 1.0 if config.orthogonalizer else carry(bucket.form.dtype)
     factor, variance, finite = normalize(update, variance, run.hyper.beta2, config, carried)
     return _Back(front, update, factor, variance, torch.stack([~finite, ~front.largest.isfinite()]))
 
@@ -308,7 +310,7 @@ def _none_bad(run: _Run, count: int) -> Tensor:
 def _apply(run: _Run, back: _Back, decision: guard.Decision) -> None:
     config, front, hyper = run.plan.config, back.front, run.hyper
     group = front.group
-    lr, decay = run.rates(group, hyper.lr, hyper.weight_decay, config.weight_decay_lr_power)
+    lr, decay = run.rates(group, hyper.lr, hyper.weight_decay, front.update.dtype, config.weight_decay_lr_power)
     cautious = config.weight_decay_form == "cautious"
     new = run.writes.apply(run.read(group, ""), back.update, back.factor * lr, decay, decision.skip, cautious)
     run.put(group, "", new)
@@ -322,7 +324,7 @@ def _apply(run: _Run, back: _Back, decision: guard.Decision) -> None:
 def _apply_adamw(run: _Run, bucket: AdamWBucket, lists: _Moments, decision: guard.Decision) -> None:
     if not lists.names:
         return
-    lr, decay = run.rates(bucket, run.hyper.adamw_lr, run.hyper.adamw_weight_decay)
+    lr, decay = run.rates(bucket, run.hyper.adamw_lr, run.hyper.adamw_weight_decay, lists.exp_avgs[0].dtype)
     new = run.writes.adamw(*lists[1:5], lr, decay, *lists.hyper, decision.skip)
     for suffix, parts in zip(("", ".exp_avg", ".exp_avg_sq"), new, strict=True):
         for name, part in zip(lists.names, parts, strict=True):

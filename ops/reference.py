@@ -70,8 +70,8 @@ def apply(
     for param, part, factor in zip(params, _slices(params, update), _slices(params, scale), strict=True):
         dtype = compute_dtype(param.dtype)
         old, delta = param.to(dtype), part.to(dtype) * factor
-        kept = old * torch.where(delta * old >= 0, 1 - decay.to(dtype), 1.0) if cautious else old * (1 - decay.to(dtype))
-        x = (kept - delta).to(param.dtype)
+        share = torch.where(delta * old >= 0, decay, 0.0) if cautious else decay
+        x = (old - (old * share + delta)).to(param.dtype)  # 1 - share would lose a small decay to rounding
         new.append(x if skip is None else torch.where(skip, param, x))
     return new
 
@@ -106,7 +106,7 @@ def adamw(
     for param, exp_avg, exp_avg_sq, grad in zip(params, exp_avgs, exp_avg_sqs, grads, strict=True):
         update, first, second = _adamw_update(grad, exp_avg, exp_avg_sq, beta1, beta2, eps, step)
         old = param.to(exp_avg.dtype)
-        x = (old * (1 - decay.to(old.dtype)) - lr.to(old.dtype) * update).to(param.dtype)
+        x = (old - (old * decay + lr * update)).to(param.dtype)
         for kept, olds, news in zip(new, (param, exp_avg, exp_avg_sq), (x, first, second), strict=True):
             kept.append(news if skip is None else torch.where(skip, olds, news))
     return new
