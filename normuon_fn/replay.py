@@ -131,7 +131,7 @@ def replay(path: str | os.PathLike[str]) -> str:
         exact = newton_schulz(x.double(), chosen, Form("standard", torch.float64))
         for method in ("standard", "gram"):
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-                form = choose(chosen, method, dtype, *x.shape[-2:], x.device, x.dtype)
+                form = choose(chosen, method, dtype, x.shape[-2], x.shape[-1], x.device, x.dtype)
                 out = newton_schulz(x if dtype != torch.float64 else x.double(), chosen, form).double()
                 used = "<-" if (entry["method"], entry["dtype"]) == (method, str(dtype)) else ""
                 lost = int((~out.isfinite()).sum())
