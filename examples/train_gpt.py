@@ -35,8 +35,8 @@ import normuon_fn as nm
 CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 128, 16, 128, 4, 4
 STEPS, EVAL_EVERY, LOG_EVERY, MAX_SKIPS = 500, 100, 10, 20
 
-LR_GRID = {"normuon": (2.5e-3, 5e-3, 1e-2), "adamw": (2.5e-3, 5e-3, 1e-2)}
-LR = {"normuon": 5e-3, "adamw": 5e-3}
+LR_GRID = {"normuon": (5e-3, 1e-2, 2e-2), "adamw": (2.5e-3, 5e-3, 1e-2)}
+LR = {"normuon": 1e-2, "adamw": 5e-3}
 
 Tensors = dict[str, Tensor]
 

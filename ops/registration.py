@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 Op = Callable[..., Any]
 
@@ -40,15 +40,31 @@ def register(name: str, schema: str, reference: Op, fake: Op, *, writes: Sequenc
     pure = custom_op(f"normuon_fn::{name}", body, mutates_args=(), schema=schema)
     pure.register_fake(fake)
 
-    def vmap_rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        def member(i: int, value: Any, dim: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return [member(i, x, d) for x, d in zip(value, dim, strict=True)]
-            return value if dim is None else value.select(dim, i)
+    def each(function: Op, arguments: Sequence[Any]) -> Any:
+        """``function`` of every member's arguments, the results stacked along a new first dimension."""
+        count = next(x for x in tree_leaves(arguments) if isinstance(x, Tensor)).shape[0]
 
-        results = [pure(*(member(i, x, d) for x, d in zip(arguments, in_dims, strict=True))) for i in range(info.batch_size)]
-        stacked = tree_map(lambda *members: torch.stack(members), *results)
-        return stacked, tree_map(lambda _: 0, stacked)
+        def member(i: int) -> list[Any]:
+            return [tree_map_only(Tensor, lambda x: x[i], argument) for argument in arguments]
+
+        return tree_map(lambda *results: torch.stack(results), *(function(*member(i)) for i in range(count)))
+
+    # One node for all members, as the pure operator is one for all parameters.
+    members = custom_op(
+        f"normuon_fn::{name}_members", lambda *arguments: each(reference, arguments), mutates_args=(), schema=schema
+    )
+    members.register_fake(lambda *arguments: each(fake, arguments))
+
+    def vmap_rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def first(value: Any, dim: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [first(x, d) for x, d in zip(value, dim, strict=True)]
+            if not isinstance(value, Tensor):
+                return value
+            return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+
+        result = members(*(first(value, dim) for value, dim in zip(arguments, in_dims, strict=True)))
+        return result, tree_map(lambda _: 0, result)
 
     pure.register_vmap(vmap_rule)
     if not writes:
