@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .orthogonalize import orthogonalize
-from .plan import Plan, Route, make_plan
+from .plan import Plan, make_plan
+from .routes import Route
 from .step import init, step, step_, update
 from .types import Config, Hyper, StepResult
 

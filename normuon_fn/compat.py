@@ -30,7 +30,10 @@ def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Ca
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+    # Without it Inductor times several forms of each reduction on the device and takes the fastest: two graphs of the same
+    # step then add in different orders (H100, torch 2.11: `step` and `step_` differed in the last bit), and start slower.
+    options: dict[str, Any] | None = {"deterministic": True} if backend == "inductor" else None
+    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
 
 
 def storage_key(tensor: Tensor) -> Hashable:

@@ -23,6 +23,8 @@ Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
 Preset = Literal["paper", "author", "dion", "modded_nanogpt", "emerging_optimizers"]
 Orthogonalizer = Callable[[Tensor], Tensor]
+Tensors = Mapping[str, Tensor]
+Grads = Mapping[str, Tensor | None]
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -1,0 +1,50 @@
+"""Everything that can be wrong with a step's arguments, found without looking at a value: it costs nothing per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .plan import Plan, Spec
+from .types import Grads, Hyper, Tensors
+
+
+def check_step(plan: Plan, params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, found_inf: Tensor | None) -> None:
+    """Everything that can be wrong with a step's arguments, found without looking at a value."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    specs = {p.name: p.spec for p in plan.parameters}
+    check_tensors(plan, "params", params, specs)
+    check_tensors(plan, "grads", grads, specs, optional=True)
+    check_tensors(plan, "state", state, plan.state)
+    if not isinstance(hyper, Hyper):
+        raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")
+    for name, value in zip(Hyper._fields, hyper, strict=True):
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"hyper.{name}: expected a 0-d tensor, got {what}; Hyper.of makes them from numbers")
+    if found_inf is not None and not (isinstance(found_inf, Tensor) and found_inf.numel() == 1):
+        raise TypeError(f"found_inf: expected None or a tensor with one element, got {found_inf!r}")
+
+
+def check_tensors(plan: Plan, what: str, given: Grads, specs: Mapping[str, Spec], optional: bool = False) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected a dict of name -> tensor, got {type(given).__name__}")
+    missing, extra = [k for k in specs if k not in given], [k for k in given if k not in specs]
+    if missing or extra:
+        hint = "; give None for a parameter without a gradient" if optional else "; was it made for another plan?"
+        raise ValueError(f"{what}: missing {missing[:8]}, not in the plan {extra[:8]}{hint}")
+    for name, spec in specs.items():
+        tensor = given[name]
+        if optional and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{what}[{name!r}]: expected a Tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"{what}[{name!r}]: expected shape {spec.shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != spec.dtype or tensor.layout != torch.strided:
+            raise ValueError(f"{what}[{name!r}]: expected dense {spec.dtype}, got {tensor.dtype} {tensor.layout}")
+        if tensor.device != plan.device:
+            raise ValueError(f"{what}[{name!r}]: expected device {plan.device}, got {tensor.device}")

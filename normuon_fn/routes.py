@@ -1,0 +1,148 @@
+"""Which algorithm each parameter gets, why, and how it is read as matrices."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .layout import View, matrices
+
+Algorithm = Literal["normuon", "adamw", "frozen"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one parameter gets.
+
+    Args:
+        algorithm: ``"normuon"``, ``"adamw"``, or ``"frozen"`` (never changed, no state).
+        lr_mul, wd_mul: multiply the learning rate and the weight decay.
+        flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack of its last two dimensions.
+        splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a parameter of its own would.
+        heads: so many equal matrices along ``dim``; with ``splits``, one number for all or one a split.
+        dim: the dimension of ``splits`` and ``heads``: 0 (outputs) or 1 (inputs).
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value, or that has no meaning for the algorithm.
+    """
+
+    algorithm: Algorithm = "normuon"
+    lr_mul: float = 1.0
+    wd_mul: float = 1.0
+    flatten: bool = False
+    heads: int | tuple[int, ...] | None = None
+    splits: tuple[int, ...] | None = None
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(f"Route.algorithm: expected one of {get_args(Algorithm)}, got {self.algorithm!r}")
+        for field in ("lr_mul", "wd_mul"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"Route.{field}: expected a number, got {value!r}")
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"Route.{field}: expected a finite number >= 0, got {value!r}")
+        for field in ("heads", "splits"):
+            value = getattr(self, field)
+            sizes = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+            if field == "splits" and value is not None and not isinstance(value, (tuple, list)):
+                raise TypeError(f"Route.splits: expected a tuple of sizes, got {value!r}")
+            if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes) or (value is not None and not sizes):
+                raise ValueError(f"Route.{field}: expected ints >= 1, got {value!r}")
+            if isinstance(value, list):
+                object.__setattr__(self, field, tuple(value))
+        if self.dim not in (0, 1):
+            raise ValueError(f"Route.dim: expected 0 or 1, got {self.dim!r}")
+        if self.algorithm != "normuon" and (self.flatten or self.heads is not None or self.splits is not None):
+            raise ValueError(f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}")
+        if self.flatten and (self.heads is not None or self.splits is not None):
+            raise ValueError("Route: flatten cannot be combined with heads or splits")
+
+
+Key = str | Callable[[str, Tensor], bool]
+Routes = Mapping[Key, Route]
+
+
+def resolve_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, tuple[Route, str]]:
+    if not isinstance(routes, Mapping):
+        raise TypeError(f"routes: expected a dict of name, glob or predicate -> Route, got {type(routes).__name__}")
+    unmatched = dict(routes)
+    routed = {}
+    for name, tensor in params.items():
+        for key, route in routes.items():
+            if not isinstance(route, Route):
+                raise TypeError(f"routes[{key!r}]: expected a Route, got {type(route).__name__}")
+            if not isinstance(key, str) and not callable(key):
+                raise TypeError(f"routes: expected names, globs or predicates as keys, got {key!r}")
+            matches = (key == name or fnmatch.fnmatchcase(name, key)) if isinstance(key, str) else bool(key(name, tensor))
+            if matches:
+                unmatched.pop(key, None)
+                if name not in routed:
+                    label = repr(key) if isinstance(key, str) else getattr(key, "__name__", "predicate")
+                    routed[name] = (route, f"routes[{label}]")
+        if name not in routed:
+            routed[name] = _default_route(name, tensor)
+        if tensor.numel() == 0:
+            routed[name] = (Route("frozen"), "no entries")
+    if unmatched:
+        raise ValueError(f"routes: {list(unmatched)!r} match no parameter; the parameters are {list(params)[:8]!r} ...")
+    return routed
+
+
+_LOOKUP = re.compile(r"(^|[._])(embed\w*|\w*_emb|emb|wte|wpe|lm_head|head|unembed\w*)([._]|$)", re.IGNORECASE)
+
+
+def _default_route(name: str, tensor: Tensor) -> tuple[Route, str]:
+    if tensor.ndim < 2:
+        return Route("adamw"), f"{tensor.ndim}-D"
+    if tensor.ndim == 2 and _LOOKUP.search(name):
+        return Route("adamw"), "embedding or output head, by name"
+    return Route("normuon"), "matrix" if tensor.ndim == 2 else "stack of matrices"
+
+
+def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View, int, int, int]]:
+    shape = tuple(tensor.shape)
+    if len(shape) < 2:
+        raise ValueError(f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it to 'adamw'")
+    if len(shape) > 2 and (route.heads is not None or route.splits is not None):
+        raise ValueError(f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}")
+    if len(shape) == 2 and route.flatten:
+        route = replace(route, flatten=False)
+    if len(shape) >= 4 and not route.flatten and shape[-1] == shape[-2] <= 11:
+        warnings.warn(
+            f"params[{name!r}]: shape {shape} is read as {torch.Size(shape[:-2]).numel()} matrices of {shape[-2]}x{shape[-1]}; "
+            "for a convolution use Route(flatten=True)",
+            stacklevel=4,
+        )
+    size = shape[route.dim]
+    splits = route.splits
+    if splits is not None and sum(splits) != size:
+        raise ValueError(f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is {size}")
+    parts = splits or (size,)
+    heads: tuple[int | None, ...]
+    if isinstance(route.heads, tuple):
+        if len(route.heads) != len(parts):
+            raise ValueError(f"params[{name!r}]: {len(route.heads)} heads for {len(parts)} splits")
+        heads = route.heads
+    else:
+        heads = (route.heads,) * len(parts)
+    for part, count in zip(parts, heads, strict=True):
+        if count is not None and part % count:
+            raise ValueError(f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} equal heads")
+    read = matrices(shape, flatten=route.flatten, heads=heads, splits=splits, dim=route.dim)
+    try:
+        for view, _, _, _ in read:
+            view.read(tensor)
+    except RuntimeError as error:
+        raise ValueError(
+            f"params[{name!r}]: strides {tensor.stride()} do not let it be read as {read[0][0].shape}; make it contiguous()"
+        ) from error
+    return read

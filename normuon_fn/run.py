@@ -1,0 +1,71 @@
+"""One step's inputs, and where its new values go: what all stages of step.py share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .layout import View, join
+from .plan import AdamWBucket, Group, Plan
+from .types import Grads, Hyper, StepResult, Tensors
+
+
+class Run(NamedTuple):
+    """What every stage reads, and where it leaves new values: by name, the parts of a tensor with their places in it."""
+
+    params: Tensors
+    grads: Grads
+    state: Tensors
+    hyper: Hyper
+    plan: Plan
+    found_inf: Tensor | None
+    writes: ops.Writes
+    new: dict[str, list[tuple[View | None, Tensor]]]
+
+    @property
+    def holds_momentum(self) -> bool:
+        """Whether momentum may have to keep its bits, which is known only after the guard's decision."""
+        return self.plan.config.guard == "full" or self.found_inf is not None
+
+    def grad(self, name: str) -> Tensor:
+        grad = self.grads[name]
+        assert grad is not None  # the parameters without one were left out before
+        return grad
+
+    def no_flags(self, count: int) -> Tensor:
+        return torch.zeros((2, count), dtype=torch.bool, device=self.plan.device)
+
+    def read(self, group: Group, suffix: str) -> list[Tensor]:
+        """A view [rows, cols] or [count, rows, cols] for each of the group's blocks."""
+        if suffix == ".grad":
+            return [block.param.read(self.grad(block.name), writable=False) for block in group.blocks]
+        source = self.state if suffix else self.params
+        return [block.view(suffix).read(source[block.name + suffix]) for block in group.blocks]
+
+    def put(self, group: Group, suffix: str, parts: list[Tensor]) -> None:
+        for block, part in zip(group.blocks, parts, strict=True):
+            self.new.setdefault(block.name + suffix, []).append((block.view(suffix), part))
+
+    def rates(
+        self, group: Group | AdamWBucket, lr: Tensor, weight_decay: Tensor, dtype: torch.dtype, power: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """``(lr, decay)`` in the dtype of the arithmetic: the learning rate, and by what share a parameter decays."""
+        lr, weight_decay = lr.to(dtype) * group.lr_mul, weight_decay.to(dtype)
+        return lr, (lr * lr if power == 2 else lr) * weight_decay * group.wd_mul
+
+    def result(self, flags: Tensor, skipped: Tensor) -> StepResult:
+        if self.writes is ops.IN_PLACE:
+            return StepResult(dict(self.params), dict(self.state), flags, skipped)
+        return StepResult(
+            {name: self._joined(name, old) for name, old in self.params.items()},
+            {name: self._joined(name, old) for name, old in self.state.items()},
+            flags,
+            skipped,
+        )
+
+    def _joined(self, name: str, old: Tensor) -> Tensor:
+        parts = self.new.get(name)
+        return old if parts is None else join(parts)
