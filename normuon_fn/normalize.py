@@ -50,8 +50,10 @@ def normalize(
         divisor = divisor * _shape_factor(config, rows, cols)
         if config.renormalize:
             divisor = divisor * _divide(norm, normalized)
-    finite = (norm.isfinite() & normalized.isfinite()).flatten()
-    return divisor * (1.0 / carried), variance, finite
+    finite = norm.isfinite() & normalized.isfinite()
+    if variance is not None:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
+        finite = finite & variance.isfinite().all((-2, -1), keepdim=True)
+    return divisor * (1.0 / carried), variance, finite.flatten()
 
 
 def _inverse_root(variance: Tensor, config: Config) -> Tensor:

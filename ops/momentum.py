@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import reference
@@ -24,8 +23,8 @@ def _lookahead_fake(
     grads: list[Tensor], momentums: list[Tensor], beta: Tensor, form: str, nesterov: bool
 ) -> tuple[Tensor, Tensor]:
     n, rows, cols = stack_shape(grads)
-    compute = torch.float64 if momentums[0].dtype == torch.float64 else torch.float32
-    return grads[0].new_empty((n, rows, cols), dtype=compute), grads[0].new_empty(n, dtype=torch.float32)
+    update = grads[0].new_empty((n, rows, cols), dtype=reference.compute_dtype(momentums[0].dtype))
+    return update, grads[0].new_empty(n, dtype=reference.compute_dtype(grads[0].dtype))
 
 
 def _advance_fake(

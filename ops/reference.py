@@ -55,7 +55,7 @@ def lookahead(grads: list[Tensor], momentums: list[Tensor], beta: Tensor, form: 
         largest.append(
             _as_stack(grad).abs().amax((1, 2)) if grad.numel() else _as_stack(grad).new_zeros(_as_stack(grad).shape[0])
         )
-    return torch.cat(updates), torch.cat(largest).float()
+    return torch.cat(updates), torch.cat(largest).to(compute_dtype(grads[0].dtype))
 
 
 def hold(momentums: list[Tensor], grads: list[Tensor], beta: Tensor, keep: Tensor | None, form: str) -> list[Tensor]:

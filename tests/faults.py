@@ -12,6 +12,7 @@ import normuon_fn as nm
 
 SHAPES = {"square": (8, 8), "tall": (12, 8), "experts": (3, 8, 12), "bias": (8,), "embed.weight": (10, 8), "gain": (4,)}
 ROUTES = {"gain": nm.Route("adamw", lr_mul=0.5)}
+ADAMW = {"bias", "embed.weight", "gain"}
 VICTIMS = ("square", "tall", "experts", "bias", "embed.weight")
 # What is orthogonalized together (8x12, the tall one transposed), and AdamW's parameters by rate.
 BUCKETS = ({"square"}, {"tall", "experts"}, {"bias", "embed.weight"}, {"gain"})
@@ -46,7 +47,7 @@ def brittle(x: Tensor) -> Tensor:
 
 
 # What is written where. A NorMuon parameter has "momentum" and "variance"; AdamW's moments have their own names.
-_NORMUON = {
+_NORMUON_FAULTS = {
     **{("gradient", what): {"grad": number} for what, number in _NUMBER.items()},
     **{("momentum", what): {"momentum": number} for what, number in _NUMBER.items()},
     **{("variance", what): {"variance": number} for what, number in _NUMBER.items()},
@@ -55,7 +56,7 @@ _NORMUON = {
     ("momentum", "overflow"): {"momentum": 1e25},
     ("variance", "overflow"): {"grad": _CODES["large"]},
 }
-_ADAMW = {
+_ADAMW_FAULTS = {
     **{("gradient", what): {"grad": number} for what, number in _NUMBER.items()},
     **{("momentum", what): {"exp_avg": number} for what, number in _NUMBER.items()},
     **{("variance", what): {"exp_avg_sq": number} for what, number in _NUMBER.items()},
@@ -67,7 +68,7 @@ _ADAMW = {
     ("momentum", "overflow"): {"grad": 0.0, "exp_avg": 3e38},  # in the bias correction
     ("variance", "overflow"): {"grad": 1e30},  # its square
 }
-_ADAMW["gradient", "overflow"] = _ADAMW["variance", "overflow"]
+_ADAMW_FAULTS["gradient", "overflow"] = _ADAMW_FAULTS["variance", "overflow"]
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def hyper_of(params: dict[str, Tensor]) -> nm.Hyper:
 
 def plant(stage: str, what: str, name: str, grads: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Writes one fault, into tensors that are the caller's own."""
-    table = _NORMUON if f"{name}.momentum" in state else _ADAMW
+    table = _ADAMW_FAULTS if name in ADAMW else _NORMUON_FAULTS
     for kind, number in table[stage, what].items():
         target = grads[name] if kind == "grad" else state[f"{name}.{kind}"]
         target.view(-1)[5] = number
@@ -107,10 +108,10 @@ def keeps_its_bits(guard: str, scope: str, stage: str, what: str, name: str) -> 
     if guard == "off":
         return set()
     skipped = set(SHAPES) if scope == "step" else next(bucket for bucket in BUCKETS if name in bucket)
-    kinds = ["", ".variance", ".exp_avg", ".exp_avg_sq"]
+    matrix, other = ["", ".variance"], ["", ".exp_avg", ".exp_avg_sq"]
     if guard == "full" and stage == "gradient" and what != "overflow":
-        kinds.append(".momentum")
-    return {other + kind for other in skipped for kind in kinds}
+        matrix.append(".momentum")
+    return {name + kind for name in skipped for kind in (other if name in ADAMW else matrix)}
 
 
 def bits(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ examples = settings(max_examples=60, deadline=None, derandomize=True)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Powers of ten that a gradient of the dtype may have; float64 gradients have a test of their own below.
-REACH = {torch.float32: (-38, 38), torch.bfloat16: (-38, 38), torch.float16: (-7, 4), torch.float64: (-38, 38)}
+REACH = {torch.float32: (-38, 39), torch.bfloat16: (-38, 39), torch.float16: (-7, 4), torch.float64: (-38, 39)}
 EMPTY = ((0, 8), (8, 0), (3, 0, 4), (0,))
 MATRICES = ((1, 1), (1, 9), (9, 1), (2, 2), (8, 8), (6, 17), (17, 6), (3, 6, 8), (2, 9, 4), (2, 1, 3, 6, 4), (1, 2, 1, 1, 7))
 KINDS = (
@@ -61,11 +61,11 @@ class Drawn(NamedTuple):
     route: nm.Route | None  # None: by shape
     grads: tuple[tuple[str, int], ...]
 
-    @property
-    def largest(self) -> float:
-        """AdamW flags a gradient whose square overflows float32, which is documented; NorMuon takes every finite one."""
+    def largest(self, config: nm.Config) -> float:
+        """Of a gradient's entries. AdamW flags a square that overflows float32, and a sum of gradients may overflow."""
         adamw = len(self.shape) < 2 if self.route is None else self.route.algorithm == "adamw"
-        return min(1e18 if adamw else 1e38, torch.finfo(self.dtype).max)
+        limit = 1e18 if adamw else 1e38 if config.momentum_form == "sum" else torch.finfo(torch.float32).max
+        return min(limit, torch.finfo(self.dtype).max)
 
 
 def routes_for(shape: tuple[int, ...]) -> list[nm.Route | None]:
@@ -89,7 +89,8 @@ def parameters(draw: st.DrawFn, steps: int = 2, most: int = 4) -> tuple[Drawn, .
         shape = draw(st.sampled_from((*MATRICES, *EMPTY, (), (7,))))
         dtype = draw(st.sampled_from(DTYPES))
         route = draw(st.sampled_from(routes_for(shape)))
-        kind = st.tuples(st.sampled_from(KINDS), st.integers(*REACH[dtype]))
+        low, high = REACH[dtype]
+        kind = st.tuples(st.sampled_from(KINDS), st.sampled_from((low, 0, high)) | st.integers(low, high))
         kinds = draw(st.lists(kind, min_size=steps, max_size=steps))
         drawn.append(Drawn(shape, dtype, route, tuple(kinds)))
     return tuple(drawn)
@@ -130,7 +131,7 @@ def problem(drawn: tuple[Drawn, ...], config: nm.Config) -> tuple[nm.Plan, Tenso
     params = {f"p{k}": values(d.shape, d.dtype, "gaussian", 0, 7 * k) for k, d in enumerate(drawn)}
     routes = {f"p{k}": d.route for k, d in enumerate(drawn) if d.route is not None}
     steps = [
-        {f"p{k}": values(d.shape, d.dtype, *d.grads[step], 100 * step + k, d.largest) for k, d in enumerate(drawn)}
+        {f"p{k}": values(d.shape, d.dtype, *d.grads[step], 100 * step + k, d.largest(config)) for k, d in enumerate(drawn)}
         for step in range(len(drawn[0].grads))
     ]
     return nm.make_plan(params, config, routes=routes), params, steps

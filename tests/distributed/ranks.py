@@ -1,0 +1,205 @@
+"""What every rank of `test_guard_ranks` runs: many cases in one process, each a step with a fault on one rank alone.
+
+gloo on CPU; NCCL and a device a rank where there are GPUs enough. Every rank writes what it saw, case by case, to a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+
+import normuon_fn as nm
+from normuon_fn.compat import compile_whole
+from normuon_fn.step import _update_
+from tests.faults import COUNTERS, NAN, ROUTES, SHAPES, STAGES, VALUES, VICTIMS, bits, brittle, hyper_of, plant, tensors
+
+TIMEOUT = 60  # seconds, of one collective
+DEADLINE = 150  # seconds, of everything: 4 ranks took 35 on two busy cores
+ON = [("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
+Seen = dict[str, Any]
+
+
+def key(kind: str, guard: str, scope: str, stage: str, rank: int) -> str:
+    return f"{kind} {guard} {scope} {stage} {rank}"
+
+
+def fault(stage: str, rank: int) -> tuple[str, str, str]:
+    """Which fault a rank has in a stage: over the ranks and stages, all values and parameters come up."""
+    at = 3 * STAGES.index(stage) + rank
+    what, name = VALUES[at % len(VALUES)], VICTIMS[at % len(VICTIMS)]
+    return stage, what, name
+
+
+def run_ranks(world: int, folder: Path) -> list[dict[str, Seen]]:
+    """case -> what it saw, for every rank."""
+    context = multiprocessing.start_processes(_main, (world, str(folder)), nprocs=world, join=False, start_method="spawn")
+    assert context is not None
+    end = time.monotonic() + DEADLINE
+    while not context.join(timeout=1.0):  # raises what a rank raised
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{world} ranks did not end within {DEADLINE} s: some of them hang")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def _main(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    cuda = torch.cuda.device_count() >= world
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
+        device_id=device if cuda else None,
+    )
+    try:
+        seen = _Rank(rank, world, device).everything()
+    finally:
+        dist.destroy_process_group()
+    partial = Path(folder) / f"{rank}.partial"
+    partial.write_text(json.dumps(seen))
+    os.replace(partial, Path(folder) / f"{rank}.json")
+
+
+class _Rank:
+    def __init__(self, rank: int, world: int, device: torch.device) -> None:
+        self.rank, self.world, self.device = rank, world, device
+        self.logged: list[str] = []
+        logger = logging.getLogger("normuon_fn")
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        handler = logging.Handler()
+        handler.emit = lambda record: self.logged.append(record.levelname)
+        logger.addHandler(handler)
+
+        mesh = init_device_mesh(device.type, (world,))
+        self.meshes: dict[str, dict[str, Any]] = {
+            "mesh": {"mesh": mesh},
+            "group": {"mesh": dist.group.WORLD},
+            "guard_mesh": {"guard_mesh": mesh},
+            "alone": {},
+        }
+        if world == 4:
+            square = init_device_mesh(device.type, (2, 2), mesh_dim_names=("replicate", "shard"))
+            self.meshes["2-D"] = {"mesh": square}
+            self.meshes["row"] = {"guard_mesh": square["shard"]}
+        plan, params = self.plan("alone", "off", "step"), self.here(tensors())
+        warm = nm.update(params, self.here(tensors(1)), nm.init(plan, params), hyper_of(params), plan)
+        self.params, self.state = warm.params, warm.state
+        self.functions: dict[str, Callable[..., nm.StepResult]] = {}
+
+    def here(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.to(self.device, copy=True) for name, x in given.items()}
+
+    def plan(self, mesh: str, guard: str, scope: str) -> nm.Plan:
+        config = nm.Config(guard=guard, guard_scope=scope, orthogonalizer=brittle)
+        return nm.make_plan(self.here(tensors()), config, routes=ROUTES, **self.meshes[mesh])
+
+    def everything(self) -> dict[str, Seen]:
+        seen: dict[str, Seen] = {}
+
+        def cases(kind: str, mesh: str, function: Callable[..., nm.StepResult], on: list[tuple[str, str]]) -> None:
+            for guard, scope in on:
+                plan = self.plan(mesh, guard, scope)
+                for stage in STAGES:
+                    for rank in range(self.world):
+                        seen[key(kind, guard, scope, stage, rank)] = self.case(function, plan, fault(stage, rank), rank)
+                seen[key(kind, guard, scope, "clean", 0)] = self.case(function, plan, None, 0)
+
+        cases("eager", "mesh", nm.update, [*ON, ("off", "step")])
+        cases("in place", "mesh", _update_, [("full", "step")])
+        cases("compiled", "2-D" if self.world == 4 else "mesh", compile_whole(nm.update, "aot_eager"), [("full", "step")])
+        cases("alone", "alone", nm.update, [("full", "step")])
+        for mesh in ("group", "guard_mesh", *(("2-D",) if self.world == 4 else ())):
+            cases(mesh, mesh, nm.update, [("full", "step")])
+        if self.world == 4:
+            cases("row", "row", nm.update, [("full", "step")])
+        seen["run"], seen["run without them"] = self.run(sees_faults=True), self.run(sees_faults=False)
+        seen["raises"] = self.raises()
+        return seen
+
+    def case(self, function: Callable[..., nm.StepResult], plan: nm.Plan, planted: tuple | None, rank: int) -> Seen:
+        params, state, grads = self.here(self.params), self.here(self.state), self.here(tensors(2))
+        if planted is not None and rank == self.rank:
+            plant(*planted, grads, state)
+        before = self.here({**params, **state})
+        result = function(params, grads, state, hyper_of(params), plan)
+        after = {**result.params, **result.state}
+        self.logged.clear()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            said = nm.check(result, plan)
+        return {
+            "flags": result.flags.tolist(),
+            "skipped": [bool(result.skipped), said],
+            "counters": [int(result.state[name]) for name in COUNTERS],
+            "kept": sorted(name for name in before.keys() - set(COUNTERS) if _digest(before[name]) == _digest(after[name])),
+            "not finite": sorted(name for name, x in after.items() if not x.isfinite().all()),
+            "digests": {name: _digest(x) for name, x in after.items()},
+            "warned": [f"{w.category.__name__}: {w.message}" for w in warned],
+            "logged": list(self.logged),
+        }
+
+    def run(self, *, sees_faults: bool) -> Seen:
+        """Twenty steps, eight of them with a faulty gradient on one rank."""
+        dice = random.Random(0)  # the same on every rank
+        faulty = {
+            step: (dice.randrange(self.world), dice.choice(list(SHAPES)), dice.random()) for step in dice.sample(range(20), 8)
+        }
+        params = self.here(tensors())
+        plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES, **self.meshes["mesh"])
+        state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02, weight_decay=0.1)
+        for step in range(20):
+            grads = self.here(tensors(100 + step))
+            if step in faulty:
+                if not sees_faults:
+                    continue
+                rank, name, where = faulty[step]
+                if rank == self.rank:
+                    grads[name].view(-1)[int(where * grads[name].numel())] = NAN
+            result = nm.update(params, grads, state, hyper, plan)
+            params, state = result.params, result.state
+        return {
+            "digests": {name: _digest(x) for name, x in {**params, **state}.items() if name not in COUNTERS},
+            "counters": [int(state[name]) for name in COUNTERS],
+        }
+
+    def raises(self) -> Seen:
+        plan, state, messages = self.plan("mesh", "full", "step"), self.here(self.state), []
+        for _ in range(2):
+            grads = self.here(tensors(2))
+            if self.rank == self.world - 1:
+                grads["tall"][0, 0] = NAN
+            result = nm.update(self.here(self.params), grads, state, hyper_of(self.params), plan)
+            state = result.state
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    nm.check(result, plan, max_consecutive=2)
+                    messages.append("")
+                except nm.NonFiniteStepError as error:
+                    messages.append(str(error))
+        return {"messages": messages}
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.sha1(bits(x.cpu()).numpy().tobytes()).hexdigest()
