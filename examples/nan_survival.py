@@ -2,8 +2,8 @@
 
     python examples/nan_survival.py          # 8 minutes on 2 busy CPU cores; writes examples/nan_survival.png
 
-Every 40th step (--every) one entry of one gradient is NaN, as a flipped bit or a bad kernel leaves it. The third run never sees those
-batches: the guarded one must end with its weights, bit for bit.
+Every 40th step (--every) one entry of one gradient is NaN, as a flipped bit or a bad kernel leaves it. The third run never
+sees those batches: the guarded one must end with its weights, bit for bit.
 """
 
 import argparse

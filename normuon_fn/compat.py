@@ -65,3 +65,34 @@ def process_group(ranks: Ranks) -> ProcessGroup:
 def all_reduce_max(tensor: Tensor, group: str) -> Tensor:
     reduced = collectives.all_reduce(tensor, "max", group)  # traced, it waits of itself
     return reduced if torch.compiler.is_compiling() else collectives.wait_tensor(reduced)
+
+
+def _view_has_vmap_rule() -> bool:
+    try:
+        torch.vmap(lambda x: x.view(torch.int32))(torch.zeros(1, 1))
+    except RuntimeError:
+        return False
+    return True
+
+
+@torch.library.custom_op("normuon_fn::reinterpret", mutates_args=())
+def _reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.view(dtype).clone()
+
+
+@_reinterpret.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@_reinterpret.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    return _reinterpret(x, dtype), in_dims[0]
+
+
+_VIEW_HAS_VMAP_RULE = _view_has_vmap_rule()
+
+
+def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of ``x`` as another dtype of that size. torch 2.11 has no vmap rule for ``view(dtype)``: an operator there."""
+    return x.view(dtype) if _VIEW_HAS_VMAP_RULE else _reinterpret(x, dtype)

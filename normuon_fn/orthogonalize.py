@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Coefficients, CoefficientSet, gram_restarts, resolve
-from .compat import has_bfloat16_matrix_unit
+from .compat import has_bfloat16_matrix_unit, reinterpret
 from .types import COMPUTE_DTYPES, Method
 
 # float16 has 5 bits of exponent: a matrix of Frobenius norm 1 is carried as 2^7 X, so that small rows stay normal numbers.
@@ -131,8 +131,8 @@ def prescale(x: Tensor) -> Tensor:
     else:
         x, bits, mantissa, twice_bias = x.to(torch.float32), torch.int32, 23, 255
     largest = x.abs().amax((-2, -1), keepdim=True)
-    exponent = (largest.view(bits) >> mantissa).clamp(min=1)  # biased; the sign bit is 0
-    scaled = x * ((twice_bias - exponent) << mantissa).view(x.dtype)
+    exponent = (reinterpret(largest, bits) >> mantissa).clamp(min=1)  # biased; the sign bit is 0
+    scaled = x * reinterpret((twice_bias - exponent) << mantissa, x.dtype)
     return scaled.contiguous()  # sums and products over another layout have other bits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -47,7 +48,9 @@ def test_routes_match_names_globs_and_predicates_and_the_first_entry_decides() -
     assert algorithms(plan) == {"a.up": "frozen", "a.down": "normuon", "b.up": "adamw", "c": "normuon", "d": "frozen"}
 
 
-def test_the_table_shows_every_decision_and_why() -> None:
+def test_the_table_shows_every_decision_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("normuon_fn.orthogonalize")  # the package names the function the same
+    monkeypatch.setattr(module, "has_bfloat16_matrix_unit", lambda device: False)
     params = weights(embed__weight=(10, 8), qkv=(24, 8), conv=(4, 2, 3, 3), bias=(8,))
     routes = {"qkv": nm.Route(splits=(8, 8, 8), lr_mul=2.0), "conv": nm.Route(flatten=True)}
     table = str(nm.make_plan(params, nm.Config(guard="full"), routes=routes))
