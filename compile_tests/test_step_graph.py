@@ -1,91 +1,110 @@
-"""`step` and `step_` are one graph, and stay that one graph."""
+"""One graph, no break, no host sync, one collective: for the step, the step in place and the step in a user's own graph."""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch import Tensor
 
 import normuon_fn as nm
-from normuon_fn.compat import compile_whole
+from compile_tests import graphs
+from compile_tests.inputs import ROUTES, SHORT, SMALL, TINY, Problem, many, problem
 from normuon_fn.step import _update_
 
-
-def problem(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"wte": (12, 8), "qkv": (24, 8), "up": (32, 8), "down": (8, 32), "experts": (2, 8, 8), "bias": (8,)}
-    params = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return params, {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+STEPS = pytest.mark.parametrize("function", [nm.update, _update_], ids=["step", "step_"])
+GUARDS = [("off", "step"), ("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
 
 
-ROUTES = {"qkv": nm.Route(splits=(8, 8, 8))}
+def reductions(guard: str, world: int) -> int:
+    return int(guard != "off" and world > 1)
 
 
-@pytest.mark.parametrize("function", [nm.update, _update_], ids=["step", "step_"])
-@pytest.mark.parametrize("guard", ["off", "full"])
-def test_twenty_steps_are_one_graph_whatever_changes(function, guard: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=False)
-    params, grads = problem()
-    plan = nm.make_plan(params, nm.Config(guard=guard), routes=ROUTES)
-    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02)
-    for k in range(20):
-        hyper = nm.Hyper(*(value * 0.99 for value in hyper))
-        grads = problem(k)[1]
-        if k == 7:
-            grads["up"][0, 0] = float("nan") if guard == "full" else 1.0
-        result = compiled(params, grads, state, hyper, plan, found_inf=torch.tensor(float(k == 9)))
-        params, state = result.params, result.state
-        assert bool(result.skipped) == (k == 9 or (k == 7 and guard == "full"))
-    assert counter.frame_count == 1
+@STEPS
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize(("guard", "scope"), GUARDS)
+def test_a_step_is_one_graph_with_one_collective(function: Callable, guard: str, scope: str, world: int) -> None:
+    with graphs.fake_ranks(world) as ranks:
+        given = problem(TINY, nm.Config(guard=guard, guard_scope=scope, **SHORT), ranks=ranks)
+        graphs.record(function, *given).check(reductions=reductions(guard, world), largest=2 * len(TINY))
 
 
-def test_update_works_in_the_users_own_graph_with_loss_and_backward() -> None:
-    params, _ = problem()
-    params = {"up": params["up"], "down": params["down"]}
-    plan = nm.make_plan(params, nm.Config(guard="full"))
-    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02)
-    x = torch.randn(16, 8)
-
-    def loss_fn(p: dict[str, torch.Tensor]) -> torch.Tensor:
-        return (torch.relu(x @ p["up"].mT) @ p["down"].mT - x).square().mean()
-
-    def train_step(p, s, h):
-        grads, loss = torch.func.grad_and_value(loss_fn)(p)
-        return nm.update(p, grads, s, h, plan), loss
-
-    whole = torch.compile(train_step, fullgraph=True, dynamic=False)
-    losses = []
-    for _ in range(8):
-        result, loss = whole(params, state, hyper)
-        eager, _ = train_step(params, state, hyper)
-        torch.testing.assert_close(result.params, eager.params, rtol=0, atol=2e-6)  # seen 1.2e-7
-        params, state = result.params, result.state
-        losses.append(float(loss))
-    assert losses[-1] < 0.9 * losses[0]
+@pytest.mark.parametrize("kind", ["group", "1-D mesh", "2-D mesh"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_a_group_and_meshes_of_any_number_of_dimensions_reduce_once_over_all_ranks(world: int, kind: str) -> None:
+    function = _update_ if kind == "1-D mesh" else nm.update
+    with graphs.fake_ranks(world, kind) as ranks:
+        off = problem(TINY, nm.Config(guard="off", **SHORT), ranks=ranks)
+        assert off.plan.guard_group is None
+        given = problem(TINY, nm.Config(guard="full", guard_scope="bucket", **SHORT), ranks=ranks)
+        recorded = graphs.record(function, *given)
+        recorded.check(reductions=1, largest=2 * len(TINY))
+        assert [graphs.ranks_of(group) for group in recorded.groups] == [world]
 
 
-def test_step_equals_step_in_place_bit_for_bit_and_eager_closely_under_inductor() -> None:
-    params, grads = problem()
-    plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES)
-    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02, weight_decay=0.1)
-    eager = nm.update(params, grads, state, hyper, plan)
-    pure = nm.step(params, grads, state, hyper, plan)
-    here, there = ({name: t.clone() for name, t in given.items()} for given in (params, state))
-    nm.step_(here, grads, there, hyper, plan)
-    for old, new, in_place in ((eager.params, pure.params, here), (eager.state, pure.state, there)):
-        assert all(torch.equal(new[name], in_place[name]) for name in new)
-        torch.testing.assert_close(new, old, rtol=0, atol=2e-6)  # seen 2.4e-7
+@pytest.mark.parametrize(("guard", "world"), [("off", 4), ("output", 4), ("full", 4), ("full", 1)])
+def test_a_users_graph_with_loss_and_gradients_keeps_the_promises(guard: str, world: int) -> None:
+    with graphs.fake_ranks(world) as ranks:
+        given = problem({"up": (8, 4), "down": (4, 8)}, nm.Config(guard=guard, **SHORT), ranks=ranks)
+        recorded = graphs.record(train_step, given, torch.randn(3, 4))
+    recorded.check(reductions=reductions(guard, world), largest=4)
+    assert recorded.ops["aten.mm"] > 0  # the loss and its gradient are in there
 
 
-def test_any_number_of_plans_compile_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("normuon_fn.step")  # the package names the function the same
-    monkeypatch.setattr(module, "compile_whole", lambda function: compile_whole(function, "aot_eager"))
-    for k in range(10):
-        params = {"w": torch.randn(4, 4 + k)}
-        plan = nm.make_plan(params)
-        result = nm.step(params, params, nm.init(plan, params), nm.Hyper.of(params, lr=0.1), plan)
-        assert result.params["w"].isfinite().all()
+def train_step(given: Problem, x: Tensor) -> tuple[nm.StepResult, Tensor]:
+    def loss_fn(params: dict[str, Tensor]) -> Tensor:
+        return (torch.relu(x @ params["up"].mT) @ params["down"].mT - x).square().mean()
+
+    grads, loss = torch.func.grad_and_value(loss_fn)(given.params)
+    return nm.update(given.params, grads, given.state, given.hyper, given.plan), loss
+
+
+def test_six_buckets_share_one_collective_of_two_flags_a_parameter() -> None:
+    shapes = {**many(12, 6), "bias": (2,), "wte": (3, 2)}
+    with graphs.fake_ranks(4) as ranks:
+        given = problem(shapes, nm.Config(guard="full", guard_scope="bucket", **SHORT), ranks=ranks)
+        recorded = graphs.record(nm.update, *given)
+    assert len(given.plan.buckets) == 6
+    recorded.check(reductions=1, largest=2 * len(shapes))
+    assert [str(found) for found in recorded.collectives] == [f"all_reduce [2, {len(shapes)}] int32"]
+
+
+def test_found_inf_absent_gradients_splits_and_stacks_keep_the_promises() -> None:
+    routes = {"qkv": nm.Route(splits=(16, 4, 4)), "down": nm.Route(heads=2, dim=1)}
+    with graphs.fake_ranks(2) as ranks:
+        given = problem(SMALL, nm.Config(guard="full", **SHORT), routes=routes, ranks=ranks)
+        grads = {**given.grads, "up": None, "bias": None}
+        recorded = graphs.record(_update_, *given._replace(grads=grads), found_inf=torch.zeros(1))
+        recorded.check(reductions=1, largest=2 * len(SMALL))
+
+
+def test_aot_function_captures_the_same_graph_as_the_compiler() -> None:
+    given = problem(SMALL, nm.Config(guard="full", **SHORT), routes=ROUTES)
+    compiled, captured = graphs.record(nm.update, *given), graphs.captured(nm.update, *given)
+    captured.check()
+    assert captured.ops == compiled.ops and captured.listing == compiled.listing
+    for name, tensor in nm.update(*given).params.items():
+        torch.testing.assert_close(captured.result.params[name], tensor, rtol=0, atol=1e-7)  # seen 0
+
+
+@pytest.mark.parametrize(
+    ("function", "matrices", "buckets"),
+    [
+        (nm.update, 72, 3),  # seen 783 nodes of 882 allowed; in place 789
+        (nm.update, 144, 6),  # seen 1560 of 1764
+        (_update_, 144, 6),  # seen 1566
+    ],
+)
+def test_the_graph_has_at_most_6_nodes_a_parameter_and_150_a_bucket(function: Callable, matrices: int, buckets: int) -> None:
+    given = problem(many(matrices, buckets), nm.Config(guard="full"))
+    assert len(given.plan.buckets) == buckets
+    # aot_function's graph of `update` is the compiler's, at a fifth of its time; of `_update_` it lacks the copies at the end.
+    recorded = (graphs.captured if function is nm.update else graphs.record)(function, *given)
+    recorded.check()
+    recorded.check_size(parameters=matrices, buckets=buckets)
+
+
+def test_a_warm_call_costs_the_host_less_than_a_millisecond_for_72_matrices_beyond_the_graph() -> None:
+    given = problem(many(72, 3), nm.Config(guard="full", **SHORT))
+    assert graphs.host_seconds(_update_, *given) < 1e-3  # seen 0.33e-3 on a loaded core, 0.3e-3 of it guards

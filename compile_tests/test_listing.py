@@ -1,0 +1,193 @@
+"""The ops of the step in order, pinned. ``EXPECTTEST_ACCEPT=1`` rewrites the listings after a change that was meant."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import normuon_fn as nm
+from compile_tests import graphs
+from compile_tests.inputs import SHORT, problem
+from normuon_fn.step import _update_
+
+SHAPES = {"wte": (6, 4), "up": (8, 4), "down": (4, 8), "square": (4, 4), "experts": (2, 4, 4), "bias": (4,)}
+
+
+@functools.cache
+def listing(function: Callable, guard: str, device: str = "cpu") -> str:
+    """On the first of two ranks."""
+    with graphs.fake_ranks(2) as ranks:
+        given = problem(SHAPES, nm.Config(guard=guard, **SHORT), ranks=ranks, device=device)
+        recorded = graphs.record(function, *given)
+    recorded.check(reductions=int(guard != "off"), largest=2 * len(SHAPES), device=device)
+    return recorded.listing
+
+
+def test_ops_of_the_step_without_a_guard_and_no_collective() -> None:
+    assert_expected_inline(
+        listing(nm.update, "off"),
+        """\
+advance of 1
+advance of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+advance of 2
+bmm 1, baddbmm 2
+stack of 2
+adamw_flags of 2
+apply of 1
+unstack of 1
+apply of 1
+unstack of 1
+apply of 2
+unstack of 2
+adamw of 2""",
+    )
+
+
+def test_ops_of_the_step_with_guard_output() -> None:
+    assert_expected_inline(
+        listing(nm.update, "output"),
+        """\
+advance of 1
+advance of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+advance of 2
+bmm 1, baddbmm 2
+stack of 2
+adamw_flags of 2
+max all_reduce [2, 6] int32
+apply of 1
+unstack of 1
+apply of 1
+unstack of 1
+apply of 2
+unstack of 2
+adamw of 2""",
+    )
+
+
+def test_ops_of_the_step_with_guard_full_whose_momentum_waits_for_the_decision() -> None:
+    assert_expected_inline(
+        listing(nm.update, "full"),
+        """\
+lookahead of 1
+lookahead of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+lookahead of 2
+bmm 1, baddbmm 2
+stack of 2
+adamw_flags of 2
+max all_reduce [2, 6] int32
+apply of 1
+hold of 1
+unstack of 1
+apply of 1
+hold of 1
+unstack of 1
+apply of 2
+hold of 2
+unstack of 2
+adamw of 2""",
+    )
+
+
+def test_ops_of_the_step_in_place_without_a_guard() -> None:
+    assert_expected_inline(
+        listing(_update_, "off"),
+        """\
+advance_ of 1
+advance_ of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+advance_ of 2
+bmm 1, baddbmm 2
+stack of 2
+adamw_flags of 2
+apply_ of 1
+unstack_ of 1
+apply_ of 1
+unstack_ of 1
+apply_ of 2
+unstack_ of 2
+adamw_ of 2
+copy_ 21""",
+    )
+
+
+def test_ops_of_the_step_in_place_with_guard_output() -> None:
+    assert_expected_inline(
+        listing(_update_, "output"),
+        """\
+advance_ of 1
+advance_ of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+advance_ of 2
+bmm 1, baddbmm 2
+stack of 2
+adamw_flags of 2
+max all_reduce [2, 6] int32
+apply_ of 1
+unstack_ of 1
+apply_ of 1
+unstack_ of 1
+apply_ of 2
+unstack_ of 2
+adamw_ of 2
+copy_ 21""",
+    )
+
+
+def test_ops_of_the_step_in_place_with_guard_full() -> None:
+    assert_expected_inline(
+        listing(_update_, "full"),
+        """\
+lookahead of 1
+lookahead of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+lookahead of 2
+bmm 1, baddbmm 2
+stack of 2
+adamw_flags of 2
+max all_reduce [2, 6] int32
+apply_ of 1
+hold_ of 1
+unstack_ of 1
+apply_ of 1
+hold_ of 1
+unstack_ of 1
+apply_ of 2
+hold_ of 2
+unstack_ of 2
+adamw_ of 2
+copy_ 21""",
+    )
+
+
+@pytest.mark.parametrize("function", [nm.update, _update_], ids=["step", "step_"])
+def test_the_graph_on_cuda_has_the_ops_of_the_graph_on_cpu_and_every_tensor_on_cuda(function: Callable) -> None:
+    expected = listing(function, "full")
+    with graphs.fake_cuda():
+        assert listing(function, "full", "cuda") == expected
+
+
+def test_the_graph_on_cuda_in_its_own_half_precisions_keeps_the_promises() -> None:
+    with graphs.fake_cuda():
+        given = problem(SHAPES, nm.Config(guard="full", guard_scope="bucket"), device="cuda")
+        recorded = graphs.record(_update_, *given)
+    recorded.check(device="cuda")
+    assert recorded.dtypes_of("aten.bmm") == {torch.float16, torch.bfloat16}

@@ -1,0 +1,87 @@
+"""Every operator is what its registration says: schema, aliasing, fake kernel, autograd, AOT dispatch; pure and in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from compile_tests import graphs
+
+ROWS, COLS = 4, 6
+NAMES = sorted(graphs.registered_ops())
+BASE = [name for name in NAMES if not name.endswith("_members")]
+
+
+def matrices(kind: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Three matrices, each one of a kind."""
+    if kind == "views":  # a column slice and a transpose: no two strides alike
+        made = [torch.randn(ROWS, 3 * COLS)[:, COLS : 2 * COLS], torch.randn(COLS, ROWS).mT, torch.randn(2 * ROWS, COLS)[::2]]
+    elif kind == "stacks":  # two in a stack of heads cut along the columns, one of its own
+        made = [torch.randn(ROWS, 2, COLS).transpose(0, 1), torch.randn(ROWS, COLS)]
+    else:
+        made = [torch.randn(ROWS, COLS) for _ in range(3)]
+    return [x.to(dtype, memory_format=torch.preserve_format) for x in made]
+
+
+def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    params, grads, first = matrices(kind, dtype), matrices(kind, dtype), matrices(kind)
+    second = [x.square() for x in matrices(kind)]
+    update, scale = torch.randn(3, ROWS, COLS), torch.randn(3, ROWS, 1)
+    rate = torch.tensor(0.1)
+    betas = (torch.tensor(0.9), torch.tensor(0.95), torch.tensor(1e-8), torch.tensor(3.0))
+    given: dict[str, tuple[Any, ...]] = {
+        "advance": (first, grads, rate, "ema", False),
+        "lookahead": (grads, first, rate, "sum", True),
+        "hold": (first, grads, rate, skip, "ema"),
+        "apply": (params, update, scale, rate, skip, True),
+        "stack": (first,),
+        "unstack": (first, update, skip),
+        "adamw_flags": (grads, first, second, *betas),
+        "adamw": (params, first, second, grads, rate, rate, *betas, skip),
+    }
+    return given[name.removesuffix("_members").removesuffix("_")]
+
+
+def check(name: str, given: tuple[Any, ...]) -> None:
+    outcome = torch.library.opcheck(getattr(torch.ops.normuon_fn, name).default, given)
+    assert set(outcome) >= {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
+    assert set(outcome.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "bfloat16", "views", "stacks"])
+@pytest.mark.parametrize("name", BASE)
+def test_opcheck_passes(name: str, kind: str) -> None:
+    check(name, arguments(name, kind, torch.tensor(kind == "views")))
+
+
+@pytest.mark.parametrize("name", [name for name in BASE if name.rstrip("_") in ("hold", "apply", "unstack", "adamw")])
+def test_opcheck_passes_where_nothing_can_be_skipped(name: str) -> None:
+    check(name, arguments(name, "contiguous", None))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_members")])
+def test_opcheck_passes_for_the_operators_that_vmap_calls(name: str) -> None:
+    check(name, tree_map_only(Tensor, lambda x: torch.stack([x, x + x]), arguments(name, "bfloat16", torch.tensor(True))))
+
+
+@pytest.mark.parametrize("name", [name for name in BASE if f"{name}_" in BASE])
+@pytest.mark.parametrize("kind", ["contiguous", "bfloat16", "views", "stacks"])
+@pytest.mark.parametrize("skip", [None, False, True])
+def test_in_place_equals_pure_bit_for_bit_and_skip_keeps_every_bit(name: str, kind: str, skip: bool | None) -> None:
+    given = arguments(name, kind, None if skip is None else torch.tensor(skip))
+    schema = getattr(torch.ops.normuon_fn, f"{name}_").default._schema
+    writes = [k for k, argument in enumerate(schema.arguments) if argument.alias_info is not None]
+    before = [[x.clone() for x in given[k]] for k in writes]
+    pure = getattr(torch.ops.normuon_fn, name)(*given)
+    lists = [pure] if isinstance(pure[0], Tensor) else [part for part in pure if isinstance(part, list)]
+    assert all(torch.equal(a, b) for k, kept in zip(writes, before, strict=True) for a, b in zip(given[k], kept, strict=True))
+    getattr(torch.ops.normuon_fn, f"{name}_")(*given)
+    for k, new, old in zip(writes, lists, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(given[k], new, strict=True))
+        assert all(torch.equal(a, b) == (skip is True and name != "advance") for a, b in zip(given[k], old, strict=True))
