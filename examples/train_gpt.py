@@ -40,7 +40,7 @@ CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 128, 16, 128, 4, 4
 STEPS, EVAL_EVERY, LOG_EVERY, MAX_SKIPS = 400, 100, 10, 20
 PIECE = 32 * CONTEXT  # 4096 characters: one or two pages of every play are held out at a time
 
-# Validation loss after the default 400 steps, seed 0, 2 CPU cores, torch 2.13, 2026-11-22 (another seed or thread count: +-0.01):
+# Validation loss after the default 400 steps, seed 0, 2 CPU cores, torch 2.13, 2026-11-22 (another seed: +-0.01):
 #   normuon  5e-3 1.660   1e-2 1.625   2e-2 1.638
 #   adamw  2.5e-3 1.713   5e-3 1.709   1e-2 1.806
 LR_GRID = {"normuon": (5e-3, 1e-2, 2e-2), "adamw": (2.5e-3, 5e-3, 1e-2)}
