@@ -178,11 +178,11 @@ copy_ 21""",
     )
 
 
-@pytest.mark.parametrize("function", [nm.update, _update_], ids=["step", "step_"])
-def test_the_graph_on_cuda_has_the_ops_of_the_graph_on_cpu_and_every_tensor_on_cuda(function: Callable) -> None:
-    expected = listing(function, "full")
+@pytest.mark.parametrize(("function", "guard"), [(nm.update, "off"), (_update_, "full")], ids=["step-off", "step_-full"])
+def test_the_graph_on_cuda_has_the_ops_of_the_graph_on_cpu_and_every_tensor_on_cuda(function: Callable, guard: str) -> None:
+    expected = listing(function, guard)
     with graphs.fake_cuda():
-        assert listing(function, "full", "cuda") == expected
+        assert listing(function, guard, "cuda") == expected
 
 
 def test_the_graph_on_cuda_in_its_own_half_precisions_keeps_the_promises() -> None:

@@ -76,6 +76,12 @@ def test_a_host_branch_goes_red(function: Callable, found: str) -> None:
         recorded.check()
 
 
+def test_a_value_that_is_read_and_not_used_goes_red_in_eager() -> None:
+    given = problem(TINY, nm.Config(guard="full", **SHORT))
+    with pytest.raises(AssertionError, match=r"the host waits for aten\._local_scalar_dense"), graphs.no_host_sync():
+        reads_a_value(*given)
+
+
 @pytest.mark.parametrize(
     ("function", "found"),
     [(copies_to_the_cpu, "the host waits for .*_to_copy"), (has_a_learning_rate_on_the_cpu, "tensors on .*cpu")],

@@ -30,8 +30,8 @@ def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Ca
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    # Without it Inductor times several forms of each reduction on the device and takes the fastest: two graphs of the same
-    # step then add in different orders (H100, torch 2.11: `step` and `step_` differed in the last bit), and start slower.
+    # Without it Inductor times several forms of each reduction on the device and takes the fastest: the same step compiled
+    # twice may then add in different orders.
     options: dict[str, Any] | None = {"deterministic": True} if backend == "inductor" else None
     return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
 
@@ -75,22 +75,20 @@ def _view_has_vmap_rule() -> bool:
     return True
 
 
-@torch.library.custom_op("normuon_fn::reinterpret", mutates_args=())
-def _reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.view(dtype).clone()
-
-
-@_reinterpret.register_fake
-def _(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
-@_reinterpret.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    return _reinterpret(x, dtype), in_dims[0]
-
-
 _VIEW_HAS_VMAP_RULE = _view_has_vmap_rule()
+if not _VIEW_HAS_VMAP_RULE:
+
+    @torch.library.custom_op("normuon_fn::reinterpret", mutates_args=())
+    def _reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.view(dtype).clone()
+
+    @_reinterpret.register_fake
+    def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(x, dtype=dtype)
+
+    @_reinterpret.register_vmap
+    def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        return _reinterpret(x, dtype), in_dims[0]
 
 
 def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
