@@ -95,6 +95,6 @@ def test_training_an_ensemble_with_its_own_losses_is_one_graph() -> None:
     result, losses = recorded.result
     for k, (params, _, state, hyper) in enumerate(each):
         expected, loss = train_step(params, state, hyper)
-        torch.testing.assert_close(losses[k], loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(losses[k], loss, rtol=1e-5, atol=0)  # seen 0
         for name in params:
-            torch.testing.assert_close(result.params[name][k], expected.params[name], rtol=0, atol=1e-6)
+            torch.testing.assert_close(result.params[name][k], expected.params[name], rtol=0, atol=2e-6)  # seen 2.4e-7
