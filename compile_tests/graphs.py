@@ -261,16 +261,21 @@ def fake_cuda() -> Iterator[None]:
     CUDA tensor raises (pytorch#160532, which was to lift that, came back as #163187 without the CPU build). The guard of the
     meta device does nothing, which is what is wanted.
     """
+    with FakeTensorMode() if torch.backends.cuda.is_built() else _cuda_guarded_as_meta():
+        yield
+
+
+@contextlib.contextmanager
+def _cuda_guarded_as_meta() -> Iterator[None]:
     cuda, meta = 1, 14  # c10::DeviceType
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
     registry = (ctypes.c_void_p * (meta + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    before = registry[cuda]
-    registry[cuda] = before or registry[meta]
+    registry[cuda] = registry[meta]
     try:
         with FakeTensorMode():
             yield
     finally:
-        registry[cuda] = before
+        registry[cuda] = None
 
 
 def host_seconds(function: Function, *args: Any) -> float:
