@@ -19,9 +19,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Read when torch loads. Threads that spin while they wait cost 15-35x (passive: 2-3x) once another process wants one of
-# 2 cores, and win 15 % on a quiet machine (400 small matmuls, torch 2.13, 2026-11-22).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch loads. GNU OpenMP's threads spin for long while they wait, which costs a quiet machine nothing (this: 3 %),
+# but 2 cores with two more busy processes 5-17x (400 small matmuls, torch 2.13, 2026-11-22).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import matplotlib
 

@@ -68,13 +68,13 @@ class Route:
 
 
 Key = str | Callable[[str, Tensor], bool]
-Routes = Mapping[Key, Route]
+Routes = Mapping[str, Route] | Mapping[Key, Route]
 
 
 def resolve_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, tuple[Route, str]]:
     if not isinstance(routes, Mapping):
         raise TypeError(f"routes: expected a dict of name, glob or predicate -> Route, got {type(routes).__name__}")
-    unmatched = dict(routes)
+    unmatched: dict[object, Route] = dict(routes.items())
     routed = {}
     for name, tensor in params.items():
         for key, route in routes.items():
