@@ -9,11 +9,13 @@ from .step import init, step, step_, update
 from .types import Config, Hyper, StepResult
 
 if TYPE_CHECKING:
+    from .graphed import GraphedStep
     from .report import NonFiniteStepError, SkipMonitor, capture, check
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "GraphedStep",
     "Hyper",
     "NonFiniteStepError",
     "Plan",
@@ -33,6 +35,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The host side comes when it is first used: `python -m normuon_fn.report` must find it not yet imported."""
+    if name == "GraphedStep":
+        from .graphed import GraphedStep
+
+        return GraphedStep
     if name in ("NonFiniteStepError", "SkipMonitor", "capture", "check"):
         from . import report
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -21,33 +20,36 @@ class Moments(NamedTuple):
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     grads: list[Tensor]
-    hyper: tuple[Tensor, ...]  # beta1, beta2, eps, step
+    hyper: tuple[Tensor, ...]  # beta1, beta2, eps, and the bias corrections
     bad: Tensor  # [2, n] bool
 
 
 def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
     names = tuple(name for name in bucket.names if run.grads[name] is not None)
     hyper, state = run.hyper, run.state
+    wide = state[f"{bucket.names[0]}.exp_avg"].dtype
     # Bias correction counts accepted steps. With the guard's scope a bucket, others' skips must not count, so all steps do.
     step = state["guard.step"] + 1
     if run.plan.config.guard_scope == "step":
         step = step - state["guard.skipped"]
-    shared = (hyper.adamw_beta1, hyper.adamw_beta2, hyper.adamw_eps, step.to(torch.float32))
+    betas = (hyper.adamw_beta1, hyper.adamw_beta2)
+    corrections = ((1 - beta.double() ** step.double()).to(wide) for beta in betas)
+    shared = (*betas, hyper.adamw_eps, *corrections)
     lists = (
         [run.params[name] for name in names],
         [state[f"{name}.exp_avg"] for name in names],
         [state[f"{name}.exp_avg_sq"] for name in names],
         [run.grad(name) for name in names],
     )
-    bad = ops.adamw_flags(lists[3], lists[1], lists[2], *shared) if names else run.no_flags(0)
+    bad = ops.adamw_flags(*lists[1:], *shared) if names else run.no_flags(2, 0)
     return Moments(names, *lists, shared, bad)
 
 
-def apply_adamw(run: Run, bucket: AdamWBucket, lists: Moments, decision: Decision) -> None:
+def apply_adamw(run: Run, bucket: AdamWBucket, lists: Moments, skip: Decision) -> None:
     if not lists.names:
         return
     lr, decay = run.rates(bucket, run.hyper.adamw_lr, run.hyper.adamw_weight_decay, lists.exp_avgs[0].dtype)
-    new = run.writes.adamw(*lists[1:5], lr, decay, *lists.hyper, decision.skip)
+    new = run.writes.adamw(*lists[1:5], lr, decay, *lists.hyper, skip)
     for suffix, parts in zip(("", ".exp_avg", ".exp_avg_sq"), new, strict=True):
         for name, part in zip(lists.names, parts, strict=True):
             run.new[name + suffix] = [(None, part)]

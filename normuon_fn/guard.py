@@ -5,8 +5,6 @@ finite [n_matrices]  --flags-->  [2, n_params] int32  --decide-->  what keeps it
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -14,18 +12,11 @@ from .compat import all_reduce_max
 from .types import Config
 
 
-class Decision(NamedTuple):
-    """``None`` where nothing can be skipped: the graph then has no select at all."""
-
-    skip: Tensor | None  # 0-d bool: params, variance and AdamW's moments keep their bits
-    hold: Tensor | None  # 0-d bool: momentum keeps its bits
-
-
 def flags(bad: Tensor, matrix_of: Tensor) -> Tensor:
-    """Flags by parameter, [2, n_params] int32, from flags by matrix.
+    """Flags by parameter, [k, n_params] int32, from flags by matrix.
 
     Args:
-        bad: [2, n_matrices + 1] bool: non-finite update, non-finite gradient; the last column is False.
+        bad: [k, n_matrices + 1] bool: non-finite update, non-finite gradient; the last column is False.
         matrix_of: [n_params, most] int64, the columns of ``bad`` that are a parameter's, filled up with any of its own.
     """
     return bad[:, matrix_of].any(-1).to(torch.int32)
@@ -36,34 +27,46 @@ def agree(flags: Tensor, group: str | None) -> Tensor:
     return flags if group is None else all_reduce_max(flags, group)
 
 
+Decision = Tensor | None
+"""0-d bool: what keeps its bits. ``None`` where nothing ever does: the graph then has no select at all."""
+
+
+def holds(config: Config, bad_grad: Tensor | None, bucket_has: Tensor, found_inf: Tensor | None) -> list[Decision]:
+    """Whether each bucket's momentum keeps its bits: under ``guard="full"``, if a gradient of it (or of any) is not finite."""
+    if config.guard != "full":
+        return [_found(found_inf)] * bucket_has.shape[0]
+    assert bad_grad is not None
+    return _by_bucket(config, bad_grad, bucket_has, _found(found_inf))
+
+
 def decide(
     config: Config,
     flags: Tensor,  # [2, n_params] int32, agreed
     bucket_has: Tensor,  # [n_buckets, n_params] bool
     found_inf: Tensor | None,
 ) -> tuple[list[Decision], Tensor]:
-    """What the flags mean under ``config.guard``: a decision for each bucket, and whether any of them skips.
+    """Whether each bucket's parameters, variances and AdamW moments keep their bits, and whether any of them does.
 
     A bucket is bad if a parameter of it is: one whose splits lie in several buckets is never updated by half. ``found_inf`` > 0
     skips everything, in every mode.
     """
-    count = bucket_has.shape[0]
-    found = None if found_inf is None else (found_inf > 0).reshape(())
+    count, found = bucket_has.shape[0], _found(found_inf)
     if config.guard == "off":
         skipped = torch.zeros((), dtype=torch.bool, device=flags.device) if found is None else found
-        return [Decision(found, found)] * count, skipped
-    update, grad = (flags > 0).unbind(0)
+        return [found] * count, skipped
+    bad = flags > 0
+    bad = bad.any(0) if config.guard == "full" else bad[0]
+    return _by_bucket(config, bad, bucket_has, found), bad.any() if found is None else bad.any() | found
+
+
+def _by_bucket(config: Config, bad: Tensor, bucket_has: Tensor, found: Tensor | None) -> list[Decision]:
+    count = bucket_has.shape[0]
     if config.guard_scope == "step":
-        skip, hold = _skip_and_hold(config, update.any(), grad.any(), found)
-        return [Decision(skip, hold)] * count, skip
-    skips, holds = _skip_and_hold(config, (bucket_has & update).any(1), (bucket_has & grad).any(1), found)
-    each = [None] * count if holds is None else list(holds.expand(count).unbind(0))
-    return [Decision(*pair) for pair in zip(skips.unbind(0), each, strict=True)], skips.any()
+        each = bad.any() if found is None else bad.any() | found
+        return [each] * count
+    each = (bucket_has & bad).any(1)
+    return list((each if found is None else each | found).unbind(0))
 
 
-def _skip_and_hold(config: Config, update: Tensor, grad: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    skip = update | grad if config.guard == "full" else update
-    hold = grad if config.guard == "full" else None
-    if found is None:
-        return skip, hold
-    return skip | found, found if hold is None else hold | found
+def _found(found_inf: Tensor | None) -> Decision:
+    return None if found_inf is None else (found_inf > 0).reshape(())

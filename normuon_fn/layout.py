@@ -33,7 +33,7 @@ class View:
         shape = list(self.base)
         if self.length is not None:
             shape[self.dim] = self.length
-        return part.reshape(shape)
+        return part if list(part.shape) == shape else part.reshape(shape)
 
 
 @dataclass(frozen=True)

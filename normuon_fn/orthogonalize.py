@@ -8,13 +8,14 @@ same bits for ``x`` and ``2**k * x``, so no eps and no floor is needed anywhere,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .coefficients import Coefficients, CoefficientSet, gram_restarts, resolve
-from .compat import has_bfloat16_matrix_unit, reinterpret
+from .compat import has_bfloat16_matrix_unit
 from .types import COMPUTE_DTYPES, Method
 
 # float16 has 5 bits of exponent: a matrix of Frobenius norm 1 is carried as 2^7 X, so that small rows stay normal numbers.
@@ -58,12 +59,11 @@ def orthogonalize(
         return x.clone()
 
     stack = x.reshape(-1, *x.shape[-2:])
-    if x.shape[-2] > x.shape[-1]:
-        out = newton_schulz(stack.mT, chosen, form).mT
-    elif x.shape[-2] < x.shape[-1]:
-        out = newton_schulz(stack, chosen, form)
-    else:
+    if x.shape[-2] == x.shape[-1]:
         out = _square(stack, chosen, form)
+    else:
+        out = newton_schulz(stack, chosen, form)
+        out = out.mT if x.shape[-2] > x.shape[-1] else out
     return out.to(x.dtype).reshape(x.shape)
 
 
@@ -73,6 +73,7 @@ class Form(NamedTuple):
     method: Method  # "standard" or "gram"
     dtype: torch.dtype  # of the products
     restarts: tuple[int, ...] = ()  # of the Gram form
+    products: Literal["library", "symmetric"] = "library"  # torch.bmm, or our kernels that compute half of what is symmetric
 
 
 def choose(
@@ -104,13 +105,16 @@ def choose(
             dtype = torch.float16 if method == "gram" else torch.bfloat16
         else:
             dtype = torch.float64 if of == torch.float64 else torch.float32
-    if method == "standard":
-        return Form(method, dtype)
-    return Form(method, dtype, gram_restarts(chosen.rows, careful=rows < 64 or not wide))
+    restarts = () if method == "standard" else gram_restarts(chosen.rows, careful=rows < 64 or not wide)
+    pays = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and rows >= _SYMMETRIC_FROM
+    return Form(method, dtype, restarts, "symmetric" if pays else "library")
+
+
+_SYMMETRIC_FROM = 512  # rows: below, half of the tiles of so few is little
 
 
 def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
-    """`iterate` on `to_unit_norm`, without the carried factor: [n, rows, cols], rows <= cols, in float32 or float64."""
+    """`iterate` on `to_unit_norm`, without the carried factor: [n, rows <= cols], in float32 or float64."""
     out = iterate(to_unit_norm(x, chosen, form.dtype), chosen, form)
     return out.to(torch.promote_types(form.dtype, torch.float32)) * (1.0 / carry(form.dtype))
 
@@ -120,82 +124,70 @@ def carry(dtype: torch.dtype) -> float:
     return _CARRY.get(dtype, 1.0)
 
 
-def prescale(x: Tensor) -> Tensor:
-    """``x * 2**k`` with the largest entry of every matrix in [2, 4), exactly; in float32, or float64 for float64.
-
-    One multiplication by a normal power of two, 2**-126 to 2**127, so that every result is rounded at most once whatever the
-    scale was. A subnormal largest entry is brought to at least 2**-22, a zero matrix stays zero, and inf becomes NaN.
-    """
-    if x.dtype == torch.float64:
-        bits, mantissa, twice_bias = torch.int64, 52, 2047
-    else:
-        x, bits, mantissa, twice_bias = x.to(torch.float32), torch.int32, 23, 255
-    largest = x.abs().amax((-2, -1), keepdim=True)
-    exponent = (reinterpret(largest, bits) >> mantissa).clamp(min=1)  # biased; the sign bit is 0
-    scaled = x * reinterpret((twice_bias - exponent) << mantissa, x.dtype)
-    return scaled.contiguous()  # sums and products over another layout have other bits
-
-
 def to_unit_norm(x: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
-    """``x`` with Frobenius norm ``1 / norm_factor``, times `carry`, in ``dtype``; zero stays zero, NaN stays NaN."""
-    x = prescale(x)
-    norm = x.square().sum((-2, -1), keepdim=True).sqrt()
-    inverse = torch.where(norm == 0, 0.0, carry(dtype) / (norm * chosen.norm_factor))
-    return (x * inverse).to(dtype)
+    """Frobenius norm ``1 / norm_factor``, times `carry`, in ``dtype``; tall ones transposed. Zero stays zero, NaN stays NaN."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    _, power, squares = ops.measure([x], [1])
+    return ops.gather([x], [x], power, power, to_norm(squares, chosen, dtype), [1], "", False, False, dtype)
+
+
+def to_norm(squares: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
+    """The factor that brings matrices with those sums of squares to the norm that `iterate` starts from; 0 for zero."""
+    return torch.where(squares == 0, 0.0, carry(dtype) / (squares.sqrt() * chosen.norm_factor))
 
 
 def iterate(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
     """The Newton-Schulz steps on [n, rows, cols], rows <= cols, from `to_unit_norm`; the result keeps `carry` and dtype."""
+    products = ops.SYMMETRIC if form.products == "symmetric" else ops.LIBRARY
     if chosen.rescale == "aol":
-        x = _almost_orthogonal(x)
-    return _gram(x, chosen, form.restarts) if form.method == "gram" else _standard(x, chosen)
+        x = _almost_orthogonal(x, products)
+    return _gram(x, chosen, form.restarts, products) if form.method == "gram" else _standard(x, chosen, products)
 
 
-def _times_transpose(x: Tensor) -> Tensor:
+def _times_transpose(x: Tensor, products: ops.Products) -> Tensor:
     """``x x^T`` without the carried factor: [n, rows, rows]."""
-    product = torch.bmm(x, x.mT)
-    factor = carry(x.dtype)
-    return product if factor == 1.0 else product * factor**-2
+    return products.symmetric_matmul(x, carry(x.dtype) ** -2)
 
 
-def _standard(x: Tensor, chosen: CoefficientSet) -> Tensor:
+def _standard(x: Tensor, chosen: CoefficientSet, products: ops.Products) -> Tensor:
     for a, b, c in chosen.rows:
-        xxt = _times_transpose(x)
-        inner = torch.baddbmm(xxt, xxt, xxt, beta=b, alpha=c) if c else xxt * b
-        x = torch.baddbmm(x, inner, x, beta=a)
+        xxt = _times_transpose(x, products)
+        inner = products.symmetric_addmm(xxt, xxt, xxt, b, c) if c else xxt * b
+        x = products.addmm(x, inner, x, a)
     return x
 
 
-def _gram(x: Tensor, chosen: CoefficientSet, restarts: tuple[int, ...]) -> Tensor:
+def _gram(x: Tensor, chosen: CoefficientSet, restarts: tuple[int, ...], products: ops.Products) -> Tensor:
     """The same polynomials on r = x x^T: with h(r) = a I + b r + c r^2, q <- q h(r) and r <- h(r) r h(r).
 
-    x itself is touched at the restarts only. The first factor after a start stays split as a I + z: rounding that sum to 16
-    bits, before the next factor brings it back to order 1, would triple the error of the whole (Gaussian 192x768, float16,
-    median per row: 4.8e-3 against 1.6e-3; 2026-11-22, CPU).
+    x itself is touched at the restarts only; all else is symmetric and commutes. The first factor after a start stays split as
+    a I + z: rounding that sum to 16 bits, before the next factor brings it back to order 1, would triple the error of the whole
+    (Gaussian 192x768, float16, median per row: 4.8e-3 against 1.6e-3; 2026-11-22, CPU).
     """
+    times = products.symmetric_addmm
     q: Tensor | tuple[Tensor, float] = (x, 0.0)
     r = x
     for k, (a, b, c) in enumerate(chosen.rows):
         starts = k == 0 or k in restarts
         if starts:
-            x = x if k == 0 else _times(q, x)
-            r = _times_transpose(x)
-        z = torch.baddbmm(r, r, r, beta=b, alpha=c) if c else r * b
+            x = x if k == 0 else _times(q, x, products)
+            r = _times_transpose(x, products)
+        z = times(r, r, r, b, c) if c else r * b
         if starts:
             q = (z, a)
         elif isinstance(q, tuple):
-            q = torch.baddbmm(_cross_terms(*q, z, a), q[0], z)
+            q = times(_cross_terms(*q, z, a), q[0], z, 1.0, 1.0)
         else:
-            q = torch.baddbmm(q, q, z, beta=a)
+            q = times(q, q, z, a, 1.0)
         if k + 1 < len(chosen.rows) and k + 1 not in restarts:
-            rz = torch.baddbmm(r, r, z, beta=a)
-            r = torch.baddbmm(rz, z, rz, beta=a)
-    return _times(q, x)
+            rz = times(r, r, z, a, 1.0)
+            r = times(rz, z, rz, a, 1.0)
+    return _times(q, x, products)
 
 
-def _times(q: Tensor | tuple[Tensor, float], x: Tensor) -> Tensor:
+def _times(q: Tensor | tuple[Tensor, float], x: Tensor, products: ops.Products) -> Tensor:
     """``q x``, where q may be split as (z, a) for z + a I."""
-    return torch.baddbmm(x, q[0], x, beta=q[1]) if isinstance(q, tuple) else torch.bmm(q, x)
+    return products.addmm(x, q[0], x, q[1]) if isinstance(q, tuple) else torch.bmm(q, x)
 
 
 def _cross_terms(z0: Tensor, a0: float, z1: Tensor, a1: float) -> Tensor:
@@ -205,9 +197,9 @@ def _cross_terms(z0: Tensor, a0: float, z1: Tensor, a1: float) -> Tensor:
     return (a1 * z0.to(wide) + a0 * z1.to(wide) + (a0 * a1) * eye).to(z0.dtype)
 
 
-def _almost_orthogonal(x: Tensor) -> Tensor:
+def _almost_orthogonal(x: Tensor, products: ops.Products) -> Tensor:
     """Rows divided by the root of their absolute sum in x x^T, which bounds the spectral norm by 1 (arXiv 2208.03160)."""
-    reach = _times_transpose(x).abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    reach = _times_transpose(x, products).abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return (x * torch.where(reach == 0, 0.0, reach.rsqrt())).to(x.dtype)
 
 

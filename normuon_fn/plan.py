@@ -67,6 +67,10 @@ class Bucket:
     form: Form
     coefficients: CoefficientSet
 
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for group in self.groups for block in group.blocks]
+
     def with_grad(self, grads: Mapping[str, Tensor | None]) -> list[Group]:
         """The groups without the blocks that have no gradient, and without the groups that have none left."""
         kept = [replace(g, blocks=tuple(b for b in g.blocks if grads[b.name] is not None)) for g in self.groups]
@@ -103,7 +107,7 @@ class Plan:
     def __str__(self) -> str:
         how: dict[str, list[str]] = {}
         for bucket in self.buckets:
-            form = "own orthogonalizer" if self.config.orthogonalizer else f"{bucket.form.method} {_short(bucket.form.dtype)}"
+            form = "own orthogonalizer" if self.config.orthogonalizer else _describe(bucket.form)
             for group in bucket.groups:
                 for block in group.blocks:
                     how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols} {form}")
@@ -251,6 +255,11 @@ def _columns(buckets: tuple[Bucket, ...], adamw: tuple[AdamWBucket, ...]) -> tup
             columns[name] = [at]
             at += 1
     return columns, at
+
+
+def _describe(form: Form) -> str:
+    kernels = ", symmetric kernels" if form.products == "symmetric" else ""
+    return f"{form.method} {_short(form.dtype)}{kernels}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -32,10 +32,10 @@ def capture(
 ) -> Path:
     """Waits for the device. Rebuilds and saves, on this rank, what the flagged parameters' orthogonalization was given.
 
-    The input is rebuilt from the gradients and from the state after the step (where the momentum was held, it is advanced
-    again). Two files, each written whole or not at all: tensors ``"<name>.input"`` [n, rows, cols] of every block,
-    ``"<name>.grad"`` and the state of the flagged parameters, as safetensors; and a JSON with names, shapes, step, rank,
-    versions, configuration, and norm, largest entry and number of non-finite entries of every tensor.
+    The input is rebuilt from the gradients and from the state after the step (where the momentum was held, it is advanced:
+    what the orthogonalization was spared). Two files, each written whole or not at all: tensors ``"<name>.input"``
+    [n, rows, cols] of every block, ``"<name>.grad"`` and the state of the flagged parameters, as safetensors; and a JSON with
+    names, shapes, step, rank, versions, configuration, and every tensor's norm, largest entry and number of non-finite ones.
 
     Returns:
         The path of the JSON.
@@ -165,11 +165,8 @@ def _gradient_flagged(plan: Plan, bucket: Bucket, flags: Mapping[str, list[int]]
 def _rebuild(grad: Tensor, momentum: Tensor, plan: Plan, hyper: Hyper, held: bool) -> Tensor:
     config = plan.config
     if held:
-        return reference.lookahead([grad], [momentum], hyper.momentum, config.momentum_form, config.nesterov)[0]
-    wide = reference.compute_dtype(momentum.dtype)
-    update, beta = momentum.to(wide), hyper.momentum.to(wide)
-    if config.nesterov:
-        update = update * beta + grad.to(wide) * (1 - beta if config.momentum_form == "ema" else 1)
+        momentum = reference.advanced(momentum, grad, hyper.momentum, config.momentum_form)
+    update = reference.update_of(momentum, grad, hyper.momentum, config.momentum_form, config.nesterov)
     return update if update.ndim == 3 else update.unsqueeze(0)
 
 

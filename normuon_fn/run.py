@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .layout import View, join
+from .layout import Block, View, join
 from .plan import AdamWBucket, Group, Plan
 from .types import Grads, Hyper, StepResult, Tensors
 
@@ -26,27 +27,27 @@ class Run(NamedTuple):
     new: dict[str, list[tuple[View | None, Tensor]]]
 
     @property
-    def holds_momentum(self) -> bool:
-        """Whether momentum may have to keep its bits, which is known only after the guard's decision."""
-        return self.plan.config.guard == "full" or self.found_inf is not None
+    def holds_late(self) -> bool:
+        """Whether only the ranks' agreement at the end of the step tells if momentum must keep its bits."""
+        return self.plan.config.guard == "full" and self.plan.guard_group is not None
 
     def grad(self, name: str) -> Tensor:
         grad = self.grads[name]
         assert grad is not None  # the parameters without one were left out before
         return grad
 
-    def no_flags(self, count: int) -> Tensor:
-        return torch.zeros((2, count), dtype=torch.bool, device=self.plan.device)
+    def no_flags(self, kinds: int, count: int) -> Tensor:
+        return torch.zeros((kinds, count), dtype=torch.bool, device=self.plan.device)
 
-    def read(self, group: Group, suffix: str) -> list[Tensor]:
-        """A view [rows, cols] or [count, rows, cols] for each of the group's blocks."""
+    def read(self, blocks: Sequence[Block], suffix: str) -> list[Tensor]:
+        """A view [rows, cols] or [count, rows, cols] for each block."""
         if suffix == ".grad":
-            return [block.param.read(self.grad(block.name), writable=False) for block in group.blocks]
+            return [block.param.read(self.grad(block.name), writable=False) for block in blocks]
         source = self.state if suffix else self.params
-        return [block.view(suffix).read(source[block.name + suffix]) for block in group.blocks]
+        return [block.view(suffix).read(source[block.name + suffix]) for block in blocks]
 
-    def put(self, group: Group, suffix: str, parts: list[Tensor]) -> None:
-        for block, part in zip(group.blocks, parts, strict=True):
+    def put(self, blocks: Sequence[Block], suffix: str, parts: list[Tensor]) -> None:
+        for block, part in zip(blocks, parts, strict=True):
             self.new.setdefault(block.name + suffix, []).append((block.view(suffix), part))
 
     def rates(

@@ -18,8 +18,10 @@ from . import guard, ops
 from .adamw import Moments, apply_adamw, read_moments
 from .checks import check_step, check_tensors
 from .compat import compile_whole
+from .layout import Block
 from .normalize import normalize
-from .orthogonalize import carry, iterate, to_unit_norm
+from .ops.reference import Measures
+from .orthogonalize import carry, iterate, to_norm
 from .plan import Bucket, Group, Plan
 from .run import Run
 from .types import Grads, Hyper, StepResult, Tensors
@@ -114,23 +116,24 @@ def _compiled(
 
 
 class _Front(NamedTuple):
-    """One group after the momentum: what is to be orthogonalized."""
+    """One bucket after the momentum: what is to be orthogonalized, and what it takes to bring it to norm 1."""
 
-    group: Group  # its blocks that have a gradient
+    groups: list[Group]  # those of their blocks that have a gradient
+    blocks: list[Block]  # of all groups, in order
+    sizes: list[int]  # how many blocks each group has
     grads: list[Tensor]
-    momentums: list[Tensor]
-    update: Tensor  # [n, rows, cols] float32 (float64 for float64 parameters)
-    largest: Tensor  # [n], the largest entry of every gradient: not finite if any entry is not
+    momentums: list[Tensor]  # the new ones; with `Run.holds_late` still the old
+    measures: Measures  # see ops/advance.py
 
 
 class _Back(NamedTuple):
     """One group before the guard's decision: the parameters change by ``-lr * factor * update``."""
 
-    front: _Front
+    group: Group
     update: Tensor  # [n, rows, cols], orthogonalized
     factor: Tensor  # [n, rows, 1] or [n, 1, cols]
-    variance: Tensor | None  # the new one
-    bad: Tensor  # [2, n] bool: non-finite update, non-finite gradient
+    variances: tuple[Tensor, Tensor] | None  # the old one and the new
+    finite: Tensor  # [n] bool
 
 
 def _advance(
@@ -139,101 +142,137 @@ def _advance(
     check_step(plan, params, grads, state, hyper, found_inf)
     run = Run(params, grads, state, hyper, plan, found_inf, writes, {})
 
-    backs = []
-    for bucket in plan.buckets:
-        fronts = [_momentum(run, group) for group in bucket.with_grad(grads)]
-        updates = _orthogonalize(run, bucket, fronts)
-        backs.append([_normalize(run, bucket, front, update) for front, update in zip(fronts, updates, strict=True)])
     moments = [read_moments(run, bucket) for bucket in plan.adamw]
+    holds = [None] * len(plan.buckets) if run.holds_late else _holds(run, moments)
+    fronts, backs = [], []
+    for bucket, hold in zip(plan.buckets, holds, strict=False):
+        front = _momentum(run, bucket, hold)
+        updates = _orthogonalize(run, bucket, front) if front else []
+        fronts.append(front)
+        backs.append([_normalize(run, bucket, *pair) for pair in zip(front.groups if front else [], updates, strict=True)])
 
-    flags = guard.agree(guard.flags(_by_matrix(run, backs, moments), plan.matrix_of), plan.guard_group)
-    decisions, skipped = guard.decide(plan.config, flags, plan.bucket_has, found_inf)
+    bad = [_bad(front, parts) if front else None for front, parts in zip(fronts, backs, strict=True)]
+    bad += [lists.bad if lists.names else None for lists in moments]
+    flags = guard.agree(guard.flags(_by_matrix(run, bad, 2), plan.matrix_of), plan.guard_group)
+    skips, skipped = guard.decide(plan.config, flags, plan.bucket_has, found_inf)
 
-    for parts, decision in zip(backs, decisions, strict=False):
+    if run.holds_late:
+        for front, hold in zip(fronts, guard.holds(plan.config, flags[1] > 0, plan.bucket_has, found_inf), strict=False):
+            if front:
+                _momentum_late(run, front, hold)
+    for parts, skip in zip(backs, skips, strict=False):
         for back in parts:
-            _apply(run, back, decision)
-    for adamw, lists, decision in zip(plan.adamw, moments, decisions[len(backs) :], strict=True):
-        apply_adamw(run, adamw, lists, decision)
+            _apply(run, back, skip)
+    for adamw, lists, skip in zip(plan.adamw, moments, skips[len(backs) :], strict=True):
+        apply_adamw(run, adamw, lists, skip)
     _count(run, skipped)
     return run.result(flags, skipped)
 
 
-def _momentum(run: Run, group: Group) -> _Front:
-    """The new momentum is written here, unless a non-finite gradient must leave the old one: then in `_apply`."""
+def _holds(run: Run, moments: list[Moments]) -> list[guard.Decision]:
+    """Whether each bucket's momentum keeps its bits, before it is written: ``guard="full"`` reads all gradients for it."""
+    plan, bad_grad = run.plan, None
+    if plan.config.guard == "full":
+        bad: list[Tensor | None] = []
+        for bucket in plan.buckets:
+            groups = bucket.with_grad(run.grads)
+            grads = [run.read(group.blocks, ".grad") for group in groups]
+            found = ops.largest([grad for part in grads for grad in part], [*map(len, grads)]) if groups else None
+            bad.append(None if found is None else ~found.isfinite().unsqueeze(0))
+        bad += [lists.bad[1:] if lists.names else None for lists in moments]
+        bad_grad = guard.flags(_by_matrix(run, bad, 1), plan.matrix_of)[0] > 0
+    return guard.holds(plan.config, bad_grad, plan.bucket_has, run.found_inf)
+
+
+def _momentum(run: Run, bucket: Bucket, hold: guard.Decision) -> _Front | None:
+    """The new momentum is written here, unless only the ranks' agreement tells whether it may be."""
     config = run.plan.config
-    grads, momentums = run.read(group, ".grad"), run.read(group, ".momentum")
-    arguments = (run.hyper.momentum, config.momentum_form, config.nesterov)
-    if run.holds_momentum:
-        update, largest = ops.lookahead(grads, momentums, *arguments)
+    groups = bucket.with_grad(run.grads)
+    blocks = [block for group in groups for block in group.blocks]
+    if not blocks:
+        return None
+    grads, momentums = run.read(blocks, ".grad"), run.read(blocks, ".momentum")
+    sizes = [len(group.blocks) for group in groups]
+    how = (sizes, config.momentum_form, config.nesterov)
+    if run.holds_late:
+        measures = ops.lookahead(momentums, grads, run.hyper.momentum, *how)
     else:
-        new, update, largest = run.writes.advance(momentums, grads, *arguments)
-        run.put(group, ".momentum", new)
-    return _Front(group, grads, momentums, update, largest)
+        momentums, measures = run.writes.advance(momentums, grads, run.hyper.momentum, hold, *how)
+        run.put(blocks, ".momentum", momentums)
+    return _Front(groups, blocks, sizes, grads, momentums, measures)
 
 
-def _orthogonalize(run: Run, bucket: Bucket, fronts: list[_Front]) -> list[Tensor]:
+def _momentum_late(run: Run, front: _Front, hold: guard.Decision) -> None:
+    how = (front.sizes, run.plan.config.momentum_form, run.plan.config.nesterov)
+    new, _ = run.writes.advance(front.momentums, front.grads, run.hyper.momentum, hold, *how)
+    run.put(front.blocks, ".momentum", new)
+
+
+def _orthogonalize(run: Run, bucket: Bucket, front: _Front) -> list[Tensor]:
     """The groups' updates, tall ones transposed, as one stack [n, rows <= cols]; cut and transposed back."""
-    if not fronts:
-        return []
-    stacks = [front.update.mT if front.group.tall else front.update for front in fronts]
-    own = run.plan.config.orthogonalizer
-    if own is None:
-        stacks = [to_unit_norm(stack, bucket.coefficients, bucket.form.dtype) for stack in stacks]
-        whole = iterate(_cat(stacks), bucket.coefficients, bucket.form)
-    else:
-        whole = own(_cat(stacks))
-        if whole.shape[1:] != (bucket.rows, bucket.cols):
-            raise ValueError(f"Config.orthogonalizer: expected [n, {bucket.rows}, {bucket.cols}], got {tuple(whole.shape)}")
-    parts = whole.split([front.group.count for front in fronts])
-    return [part.mT if front.group.tall else part for front, part in zip(fronts, parts, strict=True)]
-
-
-def _normalize(run: Run, bucket: Bucket, front: _Front, update: Tensor) -> _Back:
     config = run.plan.config
-    variance = ops.stack(run.read(front.group, ".variance")) if config.normalize else None
+    own = config.orthogonalizer
+    _, power, squares = front.measures
+    inverse = to_norm(squares, bucket.coefficients, bucket.form.dtype)
+    if own is not None:
+        power = inverse = torch.ones_like(power)
+    stack = ops.gather(
+        front.momentums, front.grads, run.hyper.momentum, power, inverse, front.sizes,
+        config.momentum_form, config.nesterov, run.holds_late, power.dtype if own else bucket.form.dtype,
+    )  # fmt: skip
+    whole = iterate(stack, bucket.coefficients, bucket.form) if own is None else own(stack)
+    if whole.shape[1:] != (bucket.rows, bucket.cols):
+        raise ValueError(f"Config.orthogonalizer: expected [n, {bucket.rows}, {bucket.cols}], got {tuple(whole.shape)}")
+    parts = whole.split([group.count for group in front.groups])
+    return [part.mT if group.tall else part for group, part in zip(front.groups, parts, strict=True)]
+
+
+def _normalize(run: Run, bucket: Bucket, group: Group, update: Tensor) -> _Back:
+    config = run.plan.config
+    old = ops.stack(run.read(group.blocks, ".variance")) if config.normalize else None
     carried = 1.0 if config.orthogonalizer else carry(bucket.form.dtype)
-    factor, variance, finite = normalize(update, variance, run.hyper.beta2, config, carried)
-    return _Back(front, update, factor, variance, torch.stack([~finite, ~front.largest.isfinite()]))
+    factor, new, finite = normalize(update, old, run.hyper.beta2, config, carried)
+    return _Back(group, update, factor, None if old is None or new is None else (old, new), finite)
 
 
-def _by_matrix(run: Run, backs: list[list[_Back]], moments: list[Moments]) -> Tensor:
-    """[2, n_matrices + 1] bool in the plan's order; False where there is no gradient, and in the last column."""
+def _bad(front: _Front, parts: list[_Back]) -> Tensor:
+    """[2, n] bool: non-finite update, non-finite gradient (which is a non-finite update, even where the momentum was held)."""
+    grad = ~front.measures[0].isfinite()
+    return torch.stack([~torch.cat([back.finite for back in parts]) | grad, grad])
+
+
+def _by_matrix(run: Run, bad: list[Tensor | None], kinds: int) -> Tensor:
+    """Flags of all buckets, AdamW's last, as [kinds, n_matrices + 1] bool in the plan's order.
+
+    False where there is no gradient, and in the last column.
+    """
+    owners = [[(block.name, block.count) for block in bucket.blocks] for bucket in run.plan.buckets]
+    owners += [[(name, 1) for name in bucket.names] for bucket in run.plan.adamw]
     columns = []
-    for bucket, parts in zip(run.plan.buckets, backs, strict=True):
-        left = list(parts)
-        for group in bucket.groups:
-            found = left.pop(0).bad if any(run.grads[block.name] is not None for block in group.blocks) else None
-            columns.append(_spread(run, found, [(block.name, block.count) for block in group.blocks]))
-    for adamw, lists in zip(run.plan.adamw, moments, strict=True):
-        columns.append(_spread(run, lists.bad, [(name, 1) for name in adamw.names]))
-    return torch.cat([*columns, run.no_flags(1)], 1)
+    for found, names in zip(bad, owners, strict=True):
+        if found is not None and all(run.grads[name] is not None for name, _ in names):
+            columns.append(found)
+            continue
+        at = 0
+        for name, count in names:
+            if found is None or run.grads[name] is None:
+                columns.append(run.no_flags(kinds, count))
+            else:
+                columns.append(found[:, at : at + count])
+                at += count
+    return torch.cat([*columns, run.no_flags(kinds, 1)], 1)
 
 
-def _spread(run: Run, bad: Tensor | None, owners: list[tuple[str, int]]) -> Tensor:
-    if bad is not None and all(run.grads[name] is not None for name, _ in owners):
-        return bad
-    pieces, at = [], 0
-    for name, count in owners:
-        if bad is None or run.grads[name] is None:
-            pieces.append(run.no_flags(count))
-        else:
-            pieces.append(bad[:, at : at + count])
-            at += count
-    return torch.cat(pieces, 1)
-
-
-def _apply(run: Run, back: _Back, decision: guard.Decision) -> None:
-    config, front, hyper = run.plan.config, back.front, run.hyper
-    group = front.group
-    lr, decay = run.rates(group, hyper.lr, hyper.weight_decay, front.update.dtype, config.weight_decay_lr_power)
+def _apply(run: Run, back: _Back, skip: guard.Decision) -> None:
+    config, blocks, hyper = run.plan.config, back.group.blocks, run.hyper
+    lr, decay = run.rates(back.group, hyper.lr, hyper.weight_decay, back.factor.dtype, config.weight_decay_lr_power)
     cautious = config.weight_decay_form == "cautious"
-    new = run.writes.apply(run.read(group, ""), back.update, back.factor * lr, decay, decision.skip, cautious)
-    run.put(group, "", new)
-    if run.holds_momentum:
-        new = run.writes.hold(front.momentums, front.grads, hyper.momentum, decision.hold, config.momentum_form)
-        run.put(group, ".momentum", new)
-    if back.variance is not None:
-        run.put(group, ".variance", run.writes.unstack(run.read(group, ".variance"), back.variance, decision.skip))
+    params = run.writes.apply(run.read(blocks, ""), back.update, back.factor * lr, decay, skip, cautious)
+    run.put(blocks, "", params)
+    if back.variances is not None:
+        old, new = back.variances
+        new = new if skip is None else torch.where(skip, old, new)
+        run.put(blocks, ".variance", run.writes.unstack(run.read(blocks, ".variance"), new))
 
 
 def _count(run: Run, skipped: Tensor) -> None:
@@ -248,7 +287,3 @@ def _count(run: Run, skipped: Tensor) -> None:
         run.new[name] = [(None, value)]
         if run.writes is ops.IN_PLACE:
             run.state[name].copy_(value)
-
-
-def _cat(stacks: list[Tensor]) -> Tensor:
-    return stacks[0] if len(stacks) == 1 else torch.cat(stacks)

@@ -6,22 +6,38 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .adamw import adamw, adamw_, adamw_flags
+from .advance import advance, advance_, largest, lookahead, measure
 from .apply import apply, apply_
-from .momentum import advance, advance_, hold, hold_, lookahead
-from .stack import stack, unstack, unstack_
+from .gather import gather
+from .lists import stack, unstack, unstack_
+from .products import LIBRARY, SYMMETRIC, Products
+from .reinterpret import reinterpret
 
-__all__ = ["IN_PLACE", "PURE", "Writes", "adamw_flags", "lookahead", "stack"]
+__all__ = [
+    "IN_PLACE",
+    "LIBRARY",
+    "PURE",
+    "SYMMETRIC",
+    "Products",
+    "Writes",
+    "adamw_flags",
+    "gather",
+    "largest",
+    "lookahead",
+    "measure",
+    "reinterpret",
+    "stack",
+]
 
 
 class Writes(NamedTuple):
     """The operators that give new parameters and state: as new tensors (`PURE`) or in the old ones' place (`IN_PLACE`)."""
 
     advance: Callable[..., Any]
-    hold: Callable[..., Any]
     apply: Callable[..., Any]
     unstack: Callable[..., Any]
     adamw: Callable[..., Any]
 
 
-PURE = Writes(advance, hold, apply, unstack, adamw)
-IN_PLACE = Writes(advance_, hold_, apply_, unstack_, adamw_)
+PURE = Writes(advance, apply, unstack, adamw)
+IN_PLACE = Writes(advance_, apply_, unstack_, adamw_)

@@ -8,11 +8,121 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .registration import empty_like, register
+from .launch import address_table, chunk_table, dtype_of, has_kernel, jit, tl
+from .registration import Lists, empty_like, register
+
+_CHUNK, _BLOCK = 16384, 2048
 
 
-def _flags_fake(grads: list[Tensor], *rest: Any) -> Tensor:
-    return grads[0].new_empty((2, len(grads)), dtype=torch.bool)
+@jit
+def adamw_kernel(
+    addresses, chunks, flags_ptr, lr_ptr, decay_ptr, beta1_ptr, beta2_ptr, eps_ptr, correction1_ptr, correction2_ptr, skip_ptr,
+    P: tl.constexpr, S: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr,
+    FLAGS: tl.constexpr, SKIP: tl.constexpr, PURE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk. Addresses: exp_avg, exp_avg_sq, gradient; then parameter and the new three, unless it only FLAGS."""
+    entry = chunks + tl.program_id(0).to(tl.int64) * 3
+    which, start, size = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    row = addresses + which * (3 if FLAGS else 7)
+    beta1, beta2, eps = tl.load(beta1_ptr), tl.load(beta2_ptr), tl.load(eps_ptr)
+    correction1 = tl.load(correction1_ptr) + tl.zeros([BLOCK], tl.float32)
+    correction2 = tl.load(correction2_ptr) + tl.zeros([BLOCK], tl.float32)
+    moves = True
+    if SKIP:
+        moves = tl.load(skip_ptr) == 0
+    bad_update = tl.zeros([BLOCK], tl.int32)
+    bad_grad = tl.zeros([BLOCK], tl.int32)
+    for offset in range(0, CHUNK, BLOCK):
+        k = start + offset + tl.arange(0, BLOCK)
+        mask = k < size
+        if SKIP and not PURE:
+            mask = mask & moves
+        first = tl.load(_pointer(row, S, ALIGNED) + k, mask, other=0.0)
+        second = tl.load(_pointer(row + 1, S, ALIGNED) + k, mask, other=0.0)
+        grad = tl.load(_pointer(row + 2, G, ALIGNED) + k, mask, other=0.0).to(tl.float32)
+        new_first = first * beta1 + grad * (1 - beta1)
+        new_second = second * beta2 + grad * grad * (1 - beta2)
+        update = tl.div_rn(tl.div_rn(new_first, correction1), tl.sqrt_rn(tl.div_rn(new_second, correction2)) + eps)
+        if FLAGS:
+            finite = (tl.abs(update) < float("inf")) & (tl.abs(new_second) < float("inf"))
+            bad_update = bad_update | (mask & (finite == 0)).to(tl.int32)
+            bad_grad = bad_grad | (mask & ((tl.abs(grad) < float("inf")) == 0)).to(tl.int32)
+        else:
+            old = tl.load(_pointer(row + 3, P, ALIGNED) + k, mask, other=0.0)
+            wide = old.to(tl.float32)
+            new = (wide - (wide * tl.load(decay_ptr) + tl.load(lr_ptr) * update)).to(P)
+            if SKIP and PURE:
+                new = tl.where(moves, new, old)
+                new_first = tl.where(moves, new_first, first)
+                new_second = tl.where(moves, new_second, second)
+            tl.store(_pointer(row + 4, P, ALIGNED) + k, new, mask)
+            tl.store(_pointer(row + 5, S, ALIGNED) + k, new_first, mask)
+            tl.store(_pointer(row + 6, S, ALIGNED) + k, new_second, mask)
+    if FLAGS:
+        tl.atomic_max(flags_ptr + 2 * which, tl.max(bad_update, 0))
+        tl.atomic_max(flags_ptr + 2 * which + 1, tl.max(bad_grad, 0))
+
+
+@jit
+def _pointer(entry, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(entry)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(DTYPE), bitcast=True)
+
+
+def _launch(lists: list[list[Tensor]], n: int, flags: Tensor | None, scalars: tuple[Any, ...], skip: Tensor | None) -> None:
+    """``lists``: exp_avgs, exp_avg_sqs, grads; params, and where the new values go."""
+    places = address_table(*lists)
+    if not places.aligned or any(x.dtype != y[0].dtype for y in lists for x in y):
+        for k in range(n):  # one by one: the others keep their wide loads
+            if n > 1:
+                _launch([[x[k]] for x in lists], 1, None if flags is None else flags[k], scalars, skip)
+        if n > 1:
+            return
+    chunks = chunk_table(tuple(x.numel() for x in lists[0]), _CHUNK, lists[0][0].device).entries
+    adamw_kernel[(chunks.shape[0],)](
+        places.entries, chunks, flags, *scalars, skip,
+        P=dtype_of(lists[3][0]) if flags is None else None, S=dtype_of(lists[0][0]), G=dtype_of(lists[2][0]),
+        ALIGNED=places.aligned, FLAGS=flags is not None, SKIP=skip is not None,
+        PURE=flags is None and lists[3][0] is not lists[4][0], CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _adamw_flags(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], *scalars: Tensor) -> Tensor:
+    if not has_kernel(exp_avgs, grads):
+        return reference.adamw_flags(exp_avgs, exp_avg_sqs, grads, *scalars)
+    flags = exp_avgs[0].new_zeros((len(grads), 2), dtype=torch.int32)
+    lists = [[x.contiguous() for x in given] for given in (exp_avgs, exp_avg_sqs, grads)]
+    _launch(lists, len(grads), flags, (None, None, *scalars), None)
+    return flags.T.ne(0).contiguous()
+
+
+def _adamw(
+    into: Lists, params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
+    lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
+    skip: Tensor | None,
+) -> None:  # fmt: skip
+    scalars = (lr, decay, beta1, beta2, eps, correction1, correction2)
+    if not has_kernel(params, exp_avgs, grads):
+        new = reference.adamw(params, exp_avgs, exp_avg_sqs, grads, *scalars, skip)
+        for targets, values in zip(into, new, strict=True):
+            torch._foreach_copy_(targets, values)
+        return
+    olds = [[x.contiguous() for x in given] for given in (params, exp_avgs, exp_avg_sqs)]
+    news = [
+        old if targets[0] is given[0] else [x if x.is_contiguous() else torch.empty_like(x).contiguous() for x in targets]
+        for targets, given, old in zip(into, (params, exp_avgs, exp_avg_sqs), olds, strict=True)
+    ]
+    _launch([olds[1], olds[2], [x.contiguous() for x in grads], olds[0], *news], len(params), None, scalars, skip)
+    for targets, written in zip(into, news, strict=True):
+        for target, x in zip(targets, written, strict=True):
+            if target is not x and not target.is_contiguous():
+                target.copy_(x)
+
+
+def _flags_fake(exp_avgs: list[Tensor], *rest: Any) -> Tensor:
+    return exp_avgs[0].new_empty((2, len(exp_avgs)), dtype=torch.bool)
 
 
 def _adamw_fake(
@@ -21,17 +131,19 @@ def _adamw_fake(
     return empty_like(params), empty_like(exp_avgs), empty_like(exp_avg_sqs)
 
 
+_SCALARS = "Tensor beta1, Tensor beta2, Tensor eps, Tensor correction1, Tensor correction2"
+
 adamw_flags, _ = register(
     "adamw_flags",
-    "(Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor beta1, Tensor beta2, Tensor eps, Tensor step) -> Tensor",
-    reference.adamw_flags,
+    f"(Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads, {_SCALARS}) -> Tensor",
+    _adamw_flags,
     _flags_fake,
 )
 adamw, adamw_ = register(
     "adamw",
     "(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads, Tensor lr, Tensor decay, "
-    "Tensor beta1, Tensor beta2, Tensor eps, Tensor step, Tensor? skip) -> (Tensor[], Tensor[], Tensor[])",
-    reference.adamw,
+    f"{_SCALARS}, Tensor? skip) -> (Tensor[], Tensor[], Tensor[])",
+    _adamw,
     _adamw_fake,
     writes=("params", "exp_avgs", "exp_avg_sqs"),
 )

@@ -1,112 +1,214 @@
-"""The eager twin of every op: what it computes, in plain PyTorch. The path of every device that has no kernel for it.
+"""The twin of every op over lists: what it computes, in plain PyTorch. The path of every device without a kernel for it.
 
-A *list* argument holds one tensor a matrix ``[rows, cols]``, or a stack of matrices ``[b, rows, cols]``, in the order of the
-stack ``[n, rows, cols]`` that goes with it.
+All arithmetic is on stacks, so that Inductor fuses it and the graph grows with buckets, not with parameters; `stack` and the
+`write` that an op is given (`unstack` or `unstack_`) lead from lists to stacks and back. See lists.py for what a list is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from .lists import count, stack
+from .reinterpret import reinterpret
 
-def _as_stack(x: Tensor) -> Tensor:
-    return x if x.ndim == 3 else x.unsqueeze(0)
-
-
-def _slices(like: Sequence[Tensor], stacked: Tensor) -> list[Tensor]:
-    """``stacked`` [n, rows | 1, cols | 1] cut and shaped as the tensors of ``like``."""
-    counts = [x.shape[0] if x.ndim == 3 else 1 for x in like]
-    parts = stacked.split(counts) if like else ()
-    return [part if x.ndim == 3 else part.squeeze(0) for x, part in zip(like, parts, strict=True)]
+Write = Callable[[list[Tensor], Tensor], list[Tensor]]
+Measures = tuple[Tensor, Tensor, Tensor]  # largest, power, squares; each [n]: see advance.py
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def stack(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([_as_stack(x) for x in tensors])
+def runs(sizes: list[int], tensors: list[Tensor]) -> Iterator[tuple[slice, slice]]:
+    """Neighbours of the same shape and dtype, so many tensors each: as parts of the list, and as parts of the stack."""
+    start = at = 0
+    for size in sizes:
+        end = at + sum(map(count, tensors[start : start + size]))
+        yield slice(start, start + size), slice(at, end)
+        start, at = start + size, end
 
 
-def unstack(tensors: list[Tensor], stacked: Tensor, skip: Tensor | None) -> list[Tensor]:
-    parts = [part.to(x.dtype, copy=True) for x, part in zip(tensors, _slices(tensors, stacked), strict=True)]
-    return parts if skip is None else [torch.where(skip, x, part) for x, part in zip(tensors, parts, strict=True)]
+# --- measuring ---
 
 
-def advanced(grad: Tensor, momentum: Tensor, beta: Tensor, form: str) -> Tensor:
-    """The next momentum, in the compute dtype. Two products: ``lerp`` would overflow where ``grad - momentum`` does."""
+def power_of_two(largest: Tensor) -> Tensor:
+    """The power of two that brings ``largest`` into [2, 4): 2**-126 to 2**127, and 0 for inf and NaN.
+
+    Taken from the exponent's bits. A subnormal ``largest`` is brought to at least 2**-22.
+    """
+    bits, mantissa, twice_bias = (torch.int64, 52, 2047) if largest.dtype == torch.float64 else (torch.int32, 23, 255)
+    exponent = (reinterpret(largest, bits) >> mantissa).clamp(min=1)  # biased; the sign bit is 0
+    return reinterpret((twice_bias - exponent) << mantissa, largest.dtype)
+
+
+def measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(power, squares)`` of every matrix of [n, rows, cols] in the compute dtype: sum((x * power)**2), which cannot overflow.
+
+    Multiplying by a normal power of two is exact, so ``squares`` is the same for ``x`` and ``2**k * x``. Sums over another
+    layout would have other bits, so tall matrices are transposed and every product is made contiguous.
+    """
+    if x.numel() == 0:
+        return x.new_ones(x.shape[0]), x.new_zeros(x.shape[0])
+    x = x if x.shape[-2] <= x.shape[-1] else x.mT
+    power = power_of_two(x.abs().amax((-2, -1)))
+    return power, (x * power[:, None, None]).contiguous().square().sum((-2, -1))
+
+
+def measures(grad: Tensor, update: Tensor) -> Measures:
+    """The gradient's largest entry, and what brings the update to norm 1."""
+    return largest_of(grad).to(update.dtype), *measured(update)
+
+
+def measure(tensors: list[Tensor], sizes: list[int]) -> Measures:
+    found = []
+    for part, _ in runs(sizes, tensors):
+        x = stack(tensors[part]).to(compute_dtype(tensors[0].dtype))
+        found.append(measures(x, x))
+    return together(found)
+
+
+def largest(tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    return joined([largest_of(stack(tensors[part])) for part, _ in runs(sizes, tensors)], 0)
+
+
+def largest_of(x: Tensor) -> Tensor:
+    found = x.abs().amax((-2, -1)) if x.numel() else x.new_zeros(x.shape[0])
+    return found.to(compute_dtype(x.dtype))
+
+
+def together(found: list[Measures]) -> Measures:
+    largest, power, squares = (joined(list(parts), 0) for parts in zip(*found, strict=True))
+    return largest, power, squares
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+# --- the front pass ---
+
+
+def advanced(momentum: Tensor, grad: Tensor, beta: Tensor, form: str) -> Tensor:
+    """The next momentum, in its dtype. Two products: ``lerp`` would overflow where ``grad - momentum`` does."""
     dtype = compute_dtype(momentum.dtype)
     beta, new = beta.to(dtype), grad.to(dtype)
     old = momentum.to(dtype) * beta
-    return old + (new * (1 - beta) if form == "ema" else new)
+    return (old + (new * (1 - beta) if form == "ema" else new)).to(momentum.dtype)
 
 
-def lookahead(grads: list[Tensor], momentums: list[Tensor], beta: Tensor, form: str, nesterov: bool) -> tuple[Tensor, Tensor]:
-    updates, largest = [], []
-    for grad, momentum in zip(grads, momentums, strict=True):
-        update = advanced(grad, momentum, beta, form)
-        if nesterov:
-            new, decayed = grad.to(update.dtype), beta.to(update.dtype)
-            update = update * decayed + (new * (1 - decayed) if form == "ema" else new)
-        updates.append(_as_stack(update))
-        largest.append(
-            _as_stack(grad).abs().amax((1, 2)) if grad.numel() else _as_stack(grad).new_zeros(_as_stack(grad).shape[0])
-        )
-    return torch.cat(updates), torch.cat(largest).to(compute_dtype(grads[0].dtype))
+def update_of(momentum: Tensor, grad: Tensor, beta: Tensor, form: str, nesterov: bool) -> Tensor:
+    """What is orthogonalized, from the advanced momentum, in the compute dtype."""
+    update = momentum.to(compute_dtype(momentum.dtype))
+    if not nesterov:
+        return update
+    new, beta = grad.to(update.dtype), beta.to(update.dtype)
+    return update * beta + (new * (1 - beta) if form == "ema" else new)
 
 
-def hold(momentums: list[Tensor], grads: list[Tensor], beta: Tensor, keep: Tensor | None, form: str) -> list[Tensor]:
-    new = [advanced(grad, momentum, beta, form).to(momentum.dtype) for grad, momentum in zip(grads, momentums, strict=True)]
-    return new if keep is None else [torch.where(keep, old, x) for old, x in zip(momentums, new, strict=True)]
+def advance(
+    write: Write, momentums: list[Tensor], grads: list[Tensor], beta: Tensor, keep: Tensor | None, sizes: list[int],
+    form: str, nesterov: bool,
+) -> tuple[list[Tensor], Measures]:  # fmt: skip
+    written, found = [], []
+    for part, _ in runs(sizes, momentums):
+        old, grad = stack(momentums[part]), stack(grads[part])
+        new = advanced(old, grad, beta, form)
+        found.append(measures(grad, update_of(new, grad, beta, form, nesterov)))
+        written += write(momentums[part], new if keep is None else torch.where(keep, old, new))
+    return written, together(found)
+
+
+def lookahead(
+    momentums: list[Tensor], grads: list[Tensor], beta: Tensor, sizes: list[int], form: str, nesterov: bool
+) -> Measures:
+    found = []
+    for part, _ in runs(sizes, momentums):
+        grad = stack(grads[part])
+        new = advanced(stack(momentums[part]), grad, beta, form)
+        found.append(measures(grad, update_of(new, grad, beta, form, nesterov)))
+    return together(found)
+
+
+def gather(
+    momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
+    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    rows = min(momentums[0].shape[-2:])
+    parts = []
+    for part, at in runs(sizes, momentums):
+        momentum, grad = stack(momentums[part]), stack(grads[part])
+        if ahead:
+            momentum = advanced(momentum, grad, beta, form)
+        x = update_of(momentum, grad, beta, form, nesterov)
+        x = x * power[at, None, None] * inverse[at, None, None]
+        parts.append((x if x.shape[-2] == rows else x.mT).to(dtype))
+    return joined(parts, 0).contiguous()
+
+
+# --- the back pass ---
 
 
 def apply(
-    params: list[Tensor], update: Tensor, scale: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool
-) -> list[Tensor]:
-    new = []
-    for param, part, factor in zip(params, _slices(params, update), _slices(params, scale), strict=True):
-        dtype = compute_dtype(param.dtype)
-        old, delta = param.to(dtype), part.to(dtype) * factor
-        share = torch.where(delta * old >= 0, decay, 0.0) if cautious else decay
-        x = (old - (old * share + delta)).to(param.dtype)  # 1 - share would lose a small decay to rounding
-        new.append(x if skip is None else torch.where(skip, param, x))
-    return new
+    write: Write, params: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool
+) -> tuple[list[Tensor]]:
+    olds = stack(params)
+    dtype = compute_dtype(olds.dtype)
+    old, delta = olds.to(dtype), update.to(dtype) * factor
+    share = torch.where(delta * old >= 0, decay, 0.0) if cautious else decay
+    new = (old - (old * share + delta)).to(olds.dtype)  # 1 - share would lose a small decay to rounding
+    return (write(params, new if skip is None else torch.where(skip, olds, new)),)
+
+
+# --- AdamW, over tensors of any shapes ---
 
 
 def _adamw_update(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    new = grad.to(exp_avg.dtype)
-    beta1, beta2, eps, step = (x.to(exp_avg.dtype) for x in (beta1, beta2, eps, step))
-    exp_avg = exp_avg * beta1 + new * (1 - beta1)
-    exp_avg_sq = exp_avg_sq * beta2 + new * new * (1 - beta2)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
-    return exp_avg / (1 - beta1**step) / root, exp_avg, exp_avg_sq
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
+    beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """``(updates, exp_avgs, exp_avg_sqs)``, all new."""
+    dtype = exp_avgs[0].dtype
+    beta1, beta2, eps, correction1, correction2 = (x.to(dtype) for x in (beta1, beta2, eps, correction1, correction2))
+    news = [grad.to(dtype) for grad in grads]
+    first, second = torch._foreach_mul(exp_avgs, beta1), torch._foreach_mul(exp_avg_sqs, beta2)
+    torch._foreach_add_(first, torch._foreach_mul(news, 1 - beta1))
+    squares = torch._foreach_mul(news, news)
+    torch._foreach_mul_(squares, 1 - beta2)
+    torch._foreach_add_(second, squares)
+    root = torch._foreach_div(second, correction2)
+    torch._foreach_sqrt_(root)
+    torch._foreach_add_(root, [eps] * len(root))  # as one scalar it would be read on the host
+    updates = torch._foreach_div(first, correction1)
+    torch._foreach_div_(updates, root)
+    return list(updates), list(first), list(second)
 
 
 def adamw_flags(
-    grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor,
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
+    beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
 ) -> Tensor:  # fmt: skip
-    flags = []
-    for grad, exp_avg, exp_avg_sq in zip(grads, exp_avgs, exp_avg_sqs, strict=True):
-        update, _, second = _adamw_update(grad, exp_avg, exp_avg_sq, beta1, beta2, eps, step)
-        flags.append(torch.stack([~(update.isfinite() & second.isfinite()).all(), ~grad.isfinite().all()]))
-    return torch.stack(flags, 1)
+    updates, _, seconds = _adamw_update(exp_avgs, exp_avg_sqs, grads, beta1, beta2, eps, correction1, correction2)
+    bad = [~(update.isfinite() & second.isfinite()).all() for update, second in zip(updates, seconds, strict=True)]
+    return torch.stack([torch.stack(bad), torch.stack([~grad.isfinite().all() for grad in grads])])
 
 
 def adamw(
     params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
-    lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor, skip: Tensor | None,
+    lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
+    skip: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    new: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for param, exp_avg, exp_avg_sq, grad in zip(params, exp_avgs, exp_avg_sqs, grads, strict=True):
-        update, first, second = _adamw_update(grad, exp_avg, exp_avg_sq, beta1, beta2, eps, step)
-        old = param.to(exp_avg.dtype)
-        x = (old - (old * decay + lr * update)).to(param.dtype)
-        for kept, olds, news in zip(new, (param, exp_avg, exp_avg_sq), (x, first, second), strict=True):
-            kept.append(news if skip is None else torch.where(skip, olds, news))
-    return new
+    updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, beta1, beta2, eps, correction1, correction2)
+    olds = [param.to(x.dtype) for param, x in zip(params, first, strict=True)]
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_add_(updates, torch._foreach_mul(olds, decay))
+    news = [x.to(param.dtype) for x, param in zip(torch._foreach_sub(olds, updates), params, strict=True)]
+    if skip is None:
+        return news, first, second
+    kept = [
+        [torch.where(skip, x, y) for x, y in zip(old, new, strict=True)]
+        for old, new in ((params, news), (exp_avgs, first), (exp_avg_sqs, second))
+    ]
+    return kept[0], kept[1], kept[2]

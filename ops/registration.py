@@ -12,91 +12,105 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, register_fake, register_vmap
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 Op = Callable[..., Any]
+Lists = tuple[list[Tensor], ...]
+
+# Not `custom_op`: its Python around every call costs as much as the call (24 small matrices, 2 CPU cores: 40-60 us).
+_library = Library("normuon_fn", "FRAGMENT")
+
+
+def _define(name: str, schema: str, function: Op, fake: Op) -> Any:
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    register_fake(f"normuon_fn::{name}", fake, lib=_library)
+    return getattr(torch.ops.normuon_fn, name).default
 
 
 def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
-def stack_shape(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
-    """[n, rows, cols] of a list of matrices [rows, cols] and stacks of matrices [b, rows, cols]."""
-    return sum(x.shape[0] if x.ndim == 3 else 1 for x in tensors), tensors[0].shape[-2], tensors[0].shape[-1]
-
-
-def register(name: str, schema: str, reference: Op, fake: Op, *, writes: Sequence[str] = ()) -> tuple[Op, Op]:
+def register(name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str] = ()) -> tuple[Op, Op]:
     """``(pure, in_place)``: the same arguments, the same results.
 
     ``schema`` is that of the pure operator. ``writes`` names its leading list arguments, whose new values are its leading
-    results; the in-place operator writes them and returns the rest, to which its Python wrapper adds the lists themselves.
+    results; at most one other result follows. ``body(into, *arguments)`` writes the new values into the lists ``into``: new
+    tensors, or those of the arguments; without ``writes`` it is ``body(*arguments)``. It returns the other result.
     """
+    count = len(writes)
 
-    def body(*arguments: Any) -> Any:
-        return tree_map(lambda x: x.contiguous(), reference(*arguments))
+    def new(*arguments: Any) -> Any:
+        if not writes:
+            return body(*arguments)
+        into = tuple(empty_like(x) for x in arguments[:count])
+        rest = body(into, *arguments)
+        return into[0] if count == 1 and rest is None else into if rest is None else (*into, rest)
 
-    pure = custom_op(f"normuon_fn::{name}", body, mutates_args=(), schema=schema)
-    pure.register_fake(fake)
+    pure = _define(name, schema, new, fake)
+    _register_members(name, schema, new, fake)
+    if not writes:
+        return pure, pure
+
+    takes, gives = schema.split(" -> ")
+    for letter, argument in zip("abc", writes, strict=False):
+        takes = takes.replace(f"Tensor[] {argument}", f"Tensor({letter}!)[] {argument}")
+    has_rest = len(gives.split(",")) > count
+
+    def write(*arguments: Any) -> Any:
+        lists = arguments[:count]
+        rest = body(lists, *arguments)
+        for written in lists:
+            torch.autograd.graph.increment_version(written)  # a backward that still needs the old values must say so
+        return rest
+
+    fake_rest = (lambda *arguments: fake(*arguments)[count]) if has_rest else (lambda *arguments: None)
+    mutating = _define(f"{name}_", f"{takes} -> {'Tensor' if has_rest else '()'}", write, fake_rest)
+
+    def in_place(*arguments: Any) -> Any:
+        rest = mutating(*arguments)
+        lists = arguments[:count]
+        return (*lists, rest) if has_rest else lists if count > 1 else lists[0]
+
+    return pure, in_place
+
+
+def _register_members(name: str, schema: str, function: Op, fake: Op) -> None:
+    """Under vmap: one node for all members, as the pure operator is one for all parameters; vmap in vmap is more members."""
 
     def each(function: Op, arguments: Sequence[Any]) -> Any:
         """``function`` of every member's arguments, the results stacked along a new first dimension."""
-        count = next(x for x in tree_leaves(arguments) if isinstance(x, Tensor)).shape[0]
+        size = next(x for x in tree_leaves(arguments) if isinstance(x, Tensor)).shape[0]
 
         def member(i: int) -> list[Any]:
             return [tree_map_only(Tensor, lambda x: x[i], argument) for argument in arguments]
 
-        return tree_map(lambda *results: torch.stack(results), *(function(*member(i)) for i in range(count)))
+        return tree_map(lambda *results: torch.stack(results), *(function(*member(i)) for i in range(size)))
 
-    # One node for all members, as the pure operator is one for all parameters.
-    members = custom_op(
-        f"normuon_fn::{name}_members", lambda *arguments: each(reference, arguments), mutates_args=(), schema=schema
+    members = _define(
+        f"{name}_members", schema, lambda *arguments: each(function, arguments), lambda *arguments: each(fake, arguments)
     )
-    members.register_fake(lambda *arguments: each(fake, arguments))
 
-    def vmap_rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        def first(value: Any, dim: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return [first(x, d) for x, d in zip(value, dim, strict=True)]
-            if not isinstance(value, Tensor):
-                return value
-            return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+    def first(value: Any, dim: Any, size: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [first(x, d, size) for x, d in zip(value, dim, strict=True)]
+        if not isinstance(value, Tensor):
+            return value
+        return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
 
-        result = members(*(first(value, dim) for value, dim in zip(arguments, in_dims, strict=True)))
+    def of_members(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        given = (first(value, dim, info.batch_size) for value, dim in zip(arguments, in_dims, strict=True))
+        result = members(*given)
         return result, tree_map(lambda _: 0, result)
 
-    pure.register_vmap(vmap_rule)
-    if not writes:
-        return pure, pure
+    def of_members_of_members(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        given = [first(value, dim, info.batch_size) for value, dim in zip(arguments, in_dims, strict=True)]
+        inner = next(x for x in tree_leaves(given) if isinstance(x, Tensor)).shape[1]
+        result = members(*tree_map_only(Tensor, lambda x: x.flatten(0, 1), given))
+        result = tree_map(lambda x: x.unflatten(0, (info.batch_size, inner)), result)
+        return result, tree_map(lambda _: 0, result)
 
-    count = len(writes)
-    takes, gives = schema.split(" -> ")
-    for letter, argument in zip("abc", writes, strict=False):
-        takes = takes.replace(f"Tensor[] {argument}", f"Tensor({letter}!)[] {argument}")
-    rest = [kind.strip() for kind in gives.strip("()").split(",")][count:]
-    gives = f"({', '.join(rest)})" if len(rest) != 1 else rest[0]
-
-    def write(*arguments: Any) -> Any:
-        results = reference(*arguments)
-        lists = results[:count] if count > 1 or rest else (results,)
-        for targets, sources in zip(arguments, lists, strict=False):
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
-        return None if not rest else results[count] if len(rest) == 1 else results[count:]
-
-    def write_fake(*arguments: Any) -> Any:
-        results = fake(*arguments)
-        return None if not rest else results[count] if len(rest) == 1 else results[count:]
-
-    mutating = custom_op(f"normuon_fn::{name}_", write, mutates_args=tuple(writes), schema=f"{takes} -> {gives}")
-    mutating.register_fake(write_fake)
-
-    def in_place(*arguments: Any) -> Any:
-        others = mutating(*arguments)
-        lists: tuple[list[Tensor], ...] = tuple(arguments[:count])
-        if not rest:
-            return lists if count > 1 else lists[0]
-        return (*lists, others) if len(rest) == 1 else (*lists, *others)
-
-    return pure, in_place
+    register_vmap(f"normuon_fn::{name}", of_members, lib=_library)
+    register_vmap(f"normuon_fn::{name}_members", of_members_of_members, lib=_library)

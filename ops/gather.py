@@ -1,0 +1,83 @@
+"""From tensors to the stack that is orthogonalized: scaled, cast, tall matrices transposed, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .launch import at, dtype_of, jit, matrix_table, tile, tl, with_kernel
+from .lists import count
+
+
+@jit
+def gather_kernel(
+    table, beta_ptr, power_ptr, inverse_ptr, out_ptr, rows, cols, across, tiles,
+    M: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr, EMA: tl.constexpr, NESTEROV: tl.constexpr, TALL: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One tile. Table: momentum, gradient (AHEAD or NESTEROV)."""
+    pid = tl.program_id(0)
+    matrix, where = (pid // tiles).to(tl.int64), pid % tiles
+    entry = table + matrix * (3 + 3 * (AHEAD or NESTEROV))
+    r = (where // across) * BR + tl.arange(0, BR)
+    c = (where % across) * BC + tl.arange(0, BC)
+    mask = (r < rows)[:, None] & (c < cols)[None, :]
+    x = tl.load(at(entry, r, c, M, UNIT, ALIGNED), mask, other=0.0).to(tl.float32)
+    if AHEAD or NESTEROV:
+        beta = tl.load(beta_ptr)
+        grad = tl.load(at(entry + 3, r, c, G, UNIT, ALIGNED), mask, other=0.0).to(tl.float32)
+        share = grad * (1 - beta) if EMA else grad
+        if AHEAD:
+            x = (x * beta + share).to(M).to(tl.float32)
+        if NESTEROV:
+            x = x * beta + share
+    x = ((x * tl.load(power_ptr + matrix)) * tl.load(inverse_ptr + matrix)).to(out_ptr.dtype.element_ty)
+    base = out_ptr + matrix * rows * cols
+    if TALL:
+        out = base + (c.to(tl.int64)[:, None] * rows + r[None, :])
+        tl.store(out, tl.trans(x), (c < cols)[:, None] & (r < rows)[None, :])
+    else:
+        tl.store(base + (r.to(tl.int64)[:, None] * cols + c[None, :]), x, mask)
+
+
+def _gather(
+    momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
+    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = _gather_fake(momentums, grads, beta, power, inverse, sizes, form, nesterov, ahead, dtype)
+    power, inverse = power.contiguous(), inverse.contiguous()
+    for part, slots in reference.runs(sizes, momentums):
+        own = momentums[part]
+        rows, cols = own[0].shape[-2:]
+        n = sum(map(count, own))
+        if n * rows * cols == 0:
+            continue
+        places = matrix_table(*([own, grads[part]] if ahead or nesterov else [own]))
+        tall = rows != out.shape[1]
+        high, wide = (64, 64) if tall else tile(cols, 4096)
+        across = -(-cols // wide)
+        tiles = across * -(-rows // high)
+        gather_kernel[(n * tiles,)](
+            places.entries, beta, power[slots], inverse[slots], out[slots], rows, cols, across, tiles,
+            M=dtype_of(own[0]), G=dtype_of(grads[part][0]), UNIT=places.unit, ALIGNED=places.aligned,
+            AHEAD=ahead, EMA=form == "ema", NESTEROV=nesterov, TALL=tall, BR=high, BC=wide,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def _gather_fake(
+    momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
+    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return momentums[0].new_empty((sum(map(count, momentums)), *sorted(momentums[0].shape[-2:])), dtype=dtype)
+
+
+gather, _ = with_kernel(
+    "gather",
+    "(Tensor[] momentums, Tensor[] grads, Tensor beta, Tensor power, Tensor inverse, int[] sizes, str form, bool nesterov, "
+    "bool ahead, ScalarType dtype) -> Tensor",
+    _gather,
+    _gather_fake,
+)

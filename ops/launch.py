@@ -1,0 +1,199 @@
+"""What all kernels over lists share: tables of addresses on the device, and tiles.
+
+A kernel over a list finds its matrix by its program number in a table of addresses and strides, so that one launch serves any
+number of tensors. Tables are cached: where parameters, state and gradients stay in place, a step copies nothing to the device.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import lists, reference
+from .lists import count
+from .registration import Op, register
+
+try:
+    import triton
+    import triton.language as tl
+
+    INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton was imported: kernels run on the CPU
+except ImportError:
+    triton = tl = None
+    INTERPRETED = False
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+def has_kernel(*lists: Sequence[Tensor]) -> bool:
+    """Whether lists go to the kernels: 16- and 32-bit floats on CUDA. float64 takes PyTorch's own operations there too.
+
+    Raises:
+        ImportError: it would, but there is no triton.
+    """
+    device = lists[0][0].device.type
+    if device != "cuda" and not (INTERPRETED and device == "cpu"):
+        return False
+    if any(x.dtype not in DTYPES for tensors in lists for x in tensors):
+        return False
+    if triton is None:
+        raise ImportError("a step on CUDA needs triton: pip install 'normuon_fn[cuda]'")
+    return True
+
+
+class Table(NamedTuple):
+    entries: Tensor  # int64 on the device
+    unit: bool  # all column strides are 1
+    aligned: bool  # addresses and row strides are multiples of 16 bytes besides
+    host: Tensor  # what was copied to the device: a captured copy reads it at every replay
+
+
+_SIZE = 1024
+_tables: OrderedDict[Hashable, Table] = OrderedDict()
+_captured: dict[Hashable, Table] = {}  # what captured graphs read at every replay: a few KiB each, and never dropped
+
+
+def cached(key: Hashable, device: torch.device, make: Callable[[], tuple[list[list[int]], bool, bool]]) -> Table:
+    """The table of that key, which must say everything that ``make`` depends on, every address included."""
+    key = (key, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    found = (capturing and _captured.get(key)) or _tables.get(key)
+    if not found:
+        rows, unit, aligned = make()
+        host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda" and not capturing)
+        found = Table(host.to(device, non_blocking=True), unit, aligned, host)
+    if capturing:  # a copy that was captured has not happened yet: only the graph itself may use it
+        _captured[key] = found
+    else:
+        _tables[key] = found
+        _tables.move_to_end(key)
+        if len(_tables) > _SIZE:
+            _tables.popitem(last=False)
+    return found
+
+
+def matrix_table(*lists: Sequence[Tensor]) -> Table:
+    """A row for every matrix: address, row stride and column stride in every list. All matrices have one shape."""
+    kinds = tuple((tensors[0].shape[-2:], tensors[0].dtype) for tensors in lists)
+    key = (kinds, tuple(_place(x) for tensors in lists for x in tensors))
+
+    def make() -> tuple[list[list[int]], bool, bool]:
+        rows = [[n for place in row for n in place] for row in zip(*map(_matrices, lists), strict=True)]
+        unit = all(row[at] == 1 for row in rows for at in range(2, len(row), 3))
+        sizes = [tensors[0].element_size() for tensors in lists]
+        aligned = all(row[3 * k] % 16 == 0 and row[3 * k + 1] * size % 16 == 0 for row in rows for k, size in enumerate(sizes))
+        return rows, unit, unit and aligned
+
+    return cached(key, lists[0][0].device, make)
+
+
+def address_table(*lists: Sequence[Tensor]) -> Table:
+    """A row for every tensor, of any shape: its address in every list. All are contiguous."""
+    key = tuple(x.data_ptr() for tensors in lists for x in tensors)
+
+    def make() -> tuple[list[list[int]], bool, bool]:
+        rows = [[x.data_ptr() for x in row] for row in zip(*lists, strict=True)]
+        return rows, True, all(address % 16 == 0 for row in rows for address in row)
+
+    return cached((len(lists), key), lists[0][0].device, make)
+
+
+def chunk_table(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Table:
+    """A row for every chunk of the tensors of those sizes: which tensor, from where, how many elements it has in all."""
+
+    def make() -> tuple[list[list[int]], bool, bool]:
+        return [[k, at, size] for k, size in enumerate(sizes) for at in range(0, size, chunk)], True, True
+
+    return cached((chunk, sizes), device, make)
+
+
+def _place(x: Tensor) -> Hashable:
+    return x.data_ptr() if x.ndim == 2 and x.is_contiguous() else (x.data_ptr(), x.shape[0], x.stride())
+
+
+def _matrices(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    found = []
+    for x in tensors:
+        step = x.stride(0) * x.element_size() if x.ndim == 3 else 0
+        found += [(x.data_ptr() + k * step, x.stride(-2), x.stride(-1)) for k in range(count(x))]
+    return found
+
+
+def tile(cols: int, elements: int) -> tuple[int, int]:
+    """A tile [BR, BC] of so many elements, powers of two: as wide as the columns allow without a ragged edge."""
+    wide = cols & -cols  # the largest power of two that divides the columns
+    if wide < 64:
+        wide = 1 << max(4, (cols - 1).bit_length())  # one that covers them, with a mask
+    wide = min(wide, 1024, elements)
+    return elements // wide, wide
+
+
+def dtype_of(x: Tensor) -> Any:
+    return _TRITON[x.dtype]
+
+
+_TRITON = {} if tl is None else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@jit
+def at(entry, r, c, DTYPE: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to the rows ``r`` and columns ``c`` of the matrix whose address and strides lie at ``entry``."""
+    address = tl.load(entry)
+    row_stride = tl.load(entry + 1)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+        row_stride = tl.multiple_of(row_stride, 128 // DTYPE.primitive_bitwidth)
+    base = address.to(tl.pointer_type(DTYPE), bitcast=True)
+    rows = r.to(tl.int64)[:, None] * row_stride
+    if UNIT:
+        return base + (rows + c[None, :])
+    return base + (rows + c.to(tl.int64)[None, :] * tl.load(entry + 2))
+
+
+def with_kernel(name: str, schema: str, kernel: Op, fake: Op, *, writes: Sequence[str] = ()) -> tuple[Op, Op]:
+    """``(pure, in_place)`` of an op over lists: an operator around its kernel, or its twin in reference.py.
+
+    The twin is traced into the graph, so that Inductor compiles it. The operator takes lists without a kernel too.
+    """
+    twin = getattr(reference, name)
+    count = len(writes)
+
+    def body(*arguments: Any) -> Any:
+        given = arguments[1:] if writes else arguments
+        if has_kernel(*_lists(given)):
+            return kernel(*arguments)
+        if not writes:
+            results = twin(*given)
+            return torch.stack(results) if isinstance(results, tuple) else results
+        results = twin(lists.unstack, *given)
+        for targets, new in zip(arguments[0], results, strict=False):
+            if targets:
+                torch._foreach_copy_(targets, list(new))
+        return torch.stack(results[count]) if len(results) > count else None
+
+    pure, in_place = register(name, schema, body, fake, writes=writes)
+
+    def choose(operator: Op, write: Op) -> Op:
+        def op(*arguments: Any) -> Any:
+            if has_kernel(*_lists(arguments)):
+                return operator(*arguments)
+            if not writes:
+                return twin(*arguments)
+            results = twin(write, *arguments)
+            return results if len(results) > 1 else results[0]
+
+        return op
+
+    return choose(pure, lists.unstack), choose(in_place, lists.unstack_)
+
+
+def _lists(arguments: Sequence[Any]) -> list[list[Tensor]]:
+    return [list(x) for x in arguments if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)]

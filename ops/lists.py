@@ -1,0 +1,47 @@
+"""``stack``: a list of matrices as one tensor.  ``unstack``: the tensor back into the list, as new tensors or in their place.
+
+A *list* holds matrices ``[rows, cols]`` and stacks of matrices ``[b, rows, cols]``; together they are n matrices, in the order
+of the stack ``[n, rows, cols]`` that goes with it. These two are the borders between tensors, of which there are hundreds, and
+stacks, of which there are a few: on one side operators, on the other PyTorch, which Inductor compiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .registration import Lists, empty_like, register
+
+
+def count(x: Tensor) -> int:
+    """How many matrices a tensor of a list is."""
+    return x.shape[0] if x.ndim == 3 else 1
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    if all(x.ndim == 2 for x in tensors):
+        return torch.stack(tensors)
+    return torch.cat([x if x.ndim == 3 else x.unsqueeze(0) for x in tensors])
+
+
+def _stack_fake(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((sum(map(count, tensors)), *tensors[0].shape[-2:]))
+
+
+def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor) -> None:
+    (targets,) = into
+    if all(x.ndim == 2 for x in targets):
+        torch.unbind_copy(stacked, out=targets)
+        return
+    parts = stacked.split([count(x) for x in targets])
+    torch._foreach_copy_(targets, [part if x.ndim == 3 else part.squeeze(0) for x, part in zip(targets, parts, strict=True)])
+
+
+def _unstack_fake(tensors: list[Tensor], stacked: Tensor) -> list[Tensor]:
+    return empty_like(tensors)
+
+
+stack, _ = register("stack", "(Tensor[] tensors) -> Tensor", _stack, _stack_fake)
+unstack, unstack_ = register(
+    "unstack", "(Tensor[] tensors, Tensor stacked) -> Tensor[]", _unstack, _unstack_fake, writes=("tensors",)
+)
