@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import pytest
 import torch
 from expecttest import assert_expected_inline
 
@@ -32,18 +31,32 @@ def test_ops_of_the_step_without_a_guard_and_no_collective() -> None:
         listing(nm.update, "off"),
         """\
 adamw_flags of 2
-advance of 2
-gather of 2
+stack of 1
+stack of 1
+unstack of 1
+stack of 1
+stack of 1
+unstack of 1
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-advance of 2
-gather of 2
+stack of 2
+stack of 2
+unstack of 2
+stack of 2
 bmm 1, baddbmm 2
 stack of 2
-apply of 1
-apply of 1
-apply of 2
+stack of 1
+unstack of 1
+unstack of 1
+stack of 1
+unstack of 1
+unstack of 1
+stack of 2
+unstack of 2
+unstack of 2
 adamw of 2""",
     )
 
@@ -53,19 +66,33 @@ def test_ops_of_the_step_with_guard_output() -> None:
         listing(nm.update, "output"),
         """\
 adamw_flags of 2
-advance of 2
-gather of 2
+stack of 1
+stack of 1
+unstack of 1
+stack of 1
+stack of 1
+unstack of 1
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-advance of 2
-gather of 2
+stack of 2
+stack of 2
+unstack of 2
+stack of 2
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
-apply of 1
-apply of 1
-apply of 2
+stack of 1
+unstack of 1
+unstack of 1
+stack of 1
+unstack of 1
+unstack of 1
+stack of 2
+unstack of 2
+unstack of 2
 adamw of 2""",
     )
 
@@ -75,21 +102,42 @@ def test_ops_of_the_step_with_guard_full_whose_momentum_waits_for_the_decision()
         listing(nm.update, "full"),
         """\
 adamw_flags of 2
-lookahead of 2
-gather of 2
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-lookahead of 2
-gather of 2
+stack of 2
+stack of 2
+stack of 2
+stack of 2
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
-advance of 2
-advance of 2
-apply of 1
-apply of 1
-apply of 2
+stack of 1
+stack of 1
+unstack of 1
+stack of 1
+stack of 1
+unstack of 1
+stack of 2
+stack of 2
+unstack of 2
+stack of 1
+unstack of 1
+unstack of 1
+stack of 1
+unstack of 1
+unstack of 1
+stack of 2
+unstack of 2
+unstack of 2
 adamw of 2""",
     )
 
@@ -99,18 +147,32 @@ def test_ops_of_the_step_in_place_without_a_guard() -> None:
         listing(_update_, "off"),
         """\
 adamw_flags of 2
-advance_ of 2
-gather of 2
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-advance_ of 2
-gather of 2
+stack of 2
+stack of 2
+unstack_ of 2
+stack of 2
 bmm 1, baddbmm 2
 stack of 2
-apply_ of 1
-apply_ of 1
-apply_ of 2
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 2
+unstack_ of 2
+unstack_ of 2
 adamw_ of 2
 copy_ 21""",
     )
@@ -121,19 +183,33 @@ def test_ops_of_the_step_in_place_with_guard_output() -> None:
         listing(_update_, "output"),
         """\
 adamw_flags of 2
-advance_ of 2
-gather of 2
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-advance_ of 2
-gather of 2
+stack of 2
+stack of 2
+unstack_ of 2
+stack of 2
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
-apply_ of 1
-apply_ of 1
-apply_ of 2
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 2
+unstack_ of 2
+unstack_ of 2
 adamw_ of 2
 copy_ 21""",
     )
@@ -144,6 +220,117 @@ def test_ops_of_the_step_in_place_with_guard_full() -> None:
         listing(_update_, "full"),
         """\
 adamw_flags of 2
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+stack of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+stack of 2
+stack of 2
+stack of 2
+stack of 2
+bmm 1, baddbmm 2
+stack of 2
+max all_reduce [2, 6] int32
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 2
+stack of 2
+unstack_ of 2
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 2
+unstack_ of 2
+unstack_ of 2
+adamw_ of 2
+copy_ 21""",
+    )
+
+
+def test_ops_on_one_device_with_guard_full_which_reads_the_gradients_before_it_writes() -> None:
+    assert_expected_inline(
+        listing(_update_, "full", world=1),
+        """\
+adamw_flags of 2
+stack of 1
+stack of 1
+stack of 2
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 1
+stack of 1
+unstack_ of 1
+stack of 1
+stack of 1
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+stack of 2
+stack of 2
+unstack_ of 2
+stack of 2
+bmm 1, baddbmm 2
+stack of 2
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 2
+unstack_ of 2
+unstack_ of 2
+adamw_ of 2
+copy_ 21""",
+    )
+
+
+def test_ops_on_cuda_without_a_guard() -> None:
+    with graphs.fake_cuda():
+        assert_expected_inline(
+            listing(nm.update, "off", "cuda"),
+            """\
+adamw_flags of 2
+advance of 2
+gather of 2
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
+advance of 2
+gather of 2
+bmm 1, baddbmm 2
+stack of 2
+apply of 1
+unstack of 1
+apply of 1
+unstack of 1
+apply of 2
+unstack of 2
+adamw of 2""",
+        )
+
+
+def test_ops_on_cuda_in_place_with_guard_full() -> None:
+    with graphs.fake_cuda():
+        assert_expected_inline(
+            listing(_update_, "full", "cuda"),
+            """\
+adamw_flags of 2
 lookahead of 2
 gather of 2
 bmm 1, baddbmm 2
@@ -157,20 +344,24 @@ max all_reduce [2, 6] int32
 advance_ of 2
 advance_ of 2
 apply_ of 1
+unstack_ of 1
 apply_ of 1
+unstack_ of 1
 apply_ of 2
+unstack_ of 2
 adamw_ of 2
 copy_ 21""",
-    )
+        )
 
 
-def test_ops_on_one_device_with_guard_full_which_reads_the_gradients_before_it_writes() -> None:
-    assert_expected_inline(
-        listing(_update_, "full", world=1),
-        """\
+def test_ops_on_one_cuda_device_in_place_with_guard_full() -> None:
+    with graphs.fake_cuda():
+        assert_expected_inline(
+            listing(_update_, "full", "cuda", world=1),
+            """\
 adamw_flags of 2
-measure of 2
-measure of 2
+largest of 2
+largest of 2
 advance_ of 2
 gather of 2
 bmm 1, baddbmm 2
@@ -181,18 +372,14 @@ gather of 2
 bmm 1, baddbmm 2
 stack of 2
 apply_ of 1
+unstack_ of 1
 apply_ of 1
+unstack_ of 1
 apply_ of 2
+unstack_ of 2
 adamw_ of 2
 copy_ 21""",
-    )
-
-
-@pytest.mark.parametrize(("function", "guard"), [(nm.update, "off"), (_update_, "full")], ids=["step-off", "step_-full"])
-def test_the_graph_on_cuda_has_the_ops_of_the_graph_on_cpu_and_every_tensor_on_cuda(function: Callable, guard: str) -> None:
-    expected = listing(function, guard)
-    with graphs.fake_cuda():
-        assert listing(function, guard, "cuda") == expected
+        )
 
 
 def test_the_graph_on_cuda_in_its_own_half_precisions_keeps_the_promises() -> None:

@@ -32,7 +32,7 @@ def normalize(
     """
     rows, cols = update.shape[-2:]
     axis = -1 if per_row(config, rows, cols) else -2
-    compute = torch.promote_types(update.dtype, torch.float32)
+    compute = torch.promote_types(update.dtype, torch.float32 if variance is None else variance.dtype)
     moment = update.to(compute).square().mean(axis, keepdim=True) * carried**-2
     count = update.shape[axis]
     norm = (moment.sum((-2, -1), keepdim=True) * count).sqrt()

@@ -52,19 +52,30 @@ def orthogonalize(
         raise TypeError(f"x: expected a dense real floating-point tensor, got {what}")
     if x.ndim < 2:
         raise ValueError(f"x: expected [..., rows, cols], got shape {tuple(x.shape)}")
-    chosen = resolve(coefficients, steps, safety_factor)
     rows, cols = sorted(x.shape[-2:])
-    form = choose(chosen, method, dtype, rows, cols, x.device, x.dtype)
+    chosen, form = _decide(coefficients, steps, safety_factor, method, dtype, rows, cols, x.device.type, x.dtype)
     if x.numel() == 0:
         return x.clone()
 
     stack = x.reshape(-1, *x.shape[-2:])
     if x.shape[-2] == x.shape[-1]:
-        out = _square(stack, chosen, form)
+        which = ops.orientation(stack)
+        out = newton_schulz(ops.orient(stack, which, x.dtype), chosen, form)
+        out = ops.orient(out, which, x.dtype)
     else:
         out = newton_schulz(stack, chosen, form)
-        out = out.mT if x.shape[-2] > x.shape[-1] else out
-    return out.to(x.dtype).reshape(x.shape)
+        out = (out.mT if x.shape[-2] > x.shape[-1] else out).to(x.dtype)
+    return out.reshape(x.shape)
+
+
+@torch.compiler.assume_constant_result
+def _decide(
+    coefficients: Coefficients, steps: int, safety_factor: float | None, method: Method, dtype: torch.dtype | None,
+    rows: int, cols: int, device: str, of: torch.dtype,
+) -> tuple[CoefficientSet, Form]:  # fmt: skip
+    """All that is static; dynamo does not trace it."""
+    chosen = resolve(coefficients, steps, safety_factor)
+    return chosen, choose(chosen, method, dtype, rows, cols, torch.device(device), of)
 
 
 class Form(NamedTuple):
@@ -201,20 +212,3 @@ def _almost_orthogonal(x: Tensor, products: ops.Products) -> Tensor:
     """Rows divided by the root of their absolute sum in x x^T, which bounds the spectral norm by 1 (arXiv 2208.03160)."""
     reach = _times_transpose(x, products).abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return (x * torch.where(reach == 0, 0.0, reach.rsqrt())).to(x.dtype)
-
-
-def _square(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
-    """Square matrices have no longer side to lay along the columns: their entries decide, so that x and x^T agree in every bit.
-
-    The first entry that differs from its mirror image must be the larger of the two; a symmetric matrix has a symmetric
-    result, which rounding alone does not give.
-    """
-    mirrored = x.mT.reshape(x.shape[0], -1)
-    flat = x.reshape(x.shape[0], -1)
-    differs = flat != mirrored
-    first = differs.to(torch.uint8).argmax(-1, keepdim=True)
-    flip = (mirrored.gather(-1, first) > flat.gather(-1, first)).unsqueeze(-1)
-    symmetric = ~differs.any(-1, keepdim=True).unsqueeze(-1)
-    out = newton_schulz(torch.where(flip, x.mT, x), chosen, form)
-    out = torch.where(flip, out.mT, out)
-    return torch.where(symmetric, out.tril() + out.tril(-1).mT, out)

@@ -10,6 +10,7 @@ from .advance import advance, advance_, largest, lookahead, measure
 from .apply import apply, apply_
 from .gather import gather
 from .lists import stack, unstack, unstack_
+from .orient import orient, orientation
 from .products import LIBRARY, SYMMETRIC, Products
 from .reinterpret import reinterpret
 
@@ -25,6 +26,8 @@ __all__ = [
     "largest",
     "lookahead",
     "measure",
+    "orient",
+    "orientation",
     "reinterpret",
     "stack",
 ]

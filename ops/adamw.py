@@ -17,12 +17,14 @@ _CHUNK, _BLOCK = 16384, 2048
 @jit
 def adamw_kernel(
     addresses, chunks, flags_ptr, lr_ptr, decay_ptr, beta1_ptr, beta2_ptr, eps_ptr, correction1_ptr, correction2_ptr, skip_ptr,
-    P: tl.constexpr, S: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
     FLAGS: tl.constexpr, SKIP: tl.constexpr, PURE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk. Addresses: exp_avg, exp_avg_sq, gradient; then parameter and the new three, unless it only FLAGS."""
     entry = chunks + tl.program_id(0).to(tl.int64) * 3
     which, start, size = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    if EVEN:
+        start, size = tl.multiple_of(start, 16), tl.multiple_of(size, 16)
     row = addresses + which * (3 if FLAGS else 7)
     beta1, beta2, eps = tl.load(beta1_ptr), tl.load(beta2_ptr), tl.load(eps_ptr)
     correction1 = tl.load(correction1_ptr) + tl.zeros([BLOCK], tl.float32)
@@ -37,9 +39,9 @@ def adamw_kernel(
         mask = k < size
         if SKIP and not PURE:
             mask = mask & moves
-        first = tl.load(_pointer(row, S, ALIGNED) + k, mask, other=0.0)
-        second = tl.load(_pointer(row + 1, S, ALIGNED) + k, mask, other=0.0)
-        grad = tl.load(_pointer(row + 2, G, ALIGNED) + k, mask, other=0.0).to(tl.float32)
+        first = tl.load(_pointers(row, k, S, ALIGNED), mask, other=0.0)
+        second = tl.load(_pointers(row + 1, k, S, ALIGNED), mask, other=0.0)
+        grad = tl.load(_pointers(row + 2, k, G, ALIGNED), mask, other=0.0).to(tl.float32)
         new_first = first * beta1 + grad * (1 - beta1)
         new_second = second * beta2 + grad * grad * (1 - beta2)
         update = tl.div_rn(tl.div_rn(new_first, correction1), tl.sqrt_rn(tl.div_rn(new_second, correction2)) + eps)
@@ -48,27 +50,25 @@ def adamw_kernel(
             bad_update = bad_update | (mask & (finite == 0)).to(tl.int32)
             bad_grad = bad_grad | (mask & ((tl.abs(grad) < float("inf")) == 0)).to(tl.int32)
         else:
-            old = tl.load(_pointer(row + 3, P, ALIGNED) + k, mask, other=0.0)
+            old = tl.load(_pointers(row + 3, k, P, ALIGNED), mask, other=0.0)
             wide = old.to(tl.float32)
             new = (wide - (wide * tl.load(decay_ptr) + tl.load(lr_ptr) * update)).to(P)
             if SKIP and PURE:
                 new = tl.where(moves, new, old)
                 new_first = tl.where(moves, new_first, first)
                 new_second = tl.where(moves, new_second, second)
-            tl.store(_pointer(row + 4, P, ALIGNED) + k, new, mask)
-            tl.store(_pointer(row + 5, S, ALIGNED) + k, new_first, mask)
-            tl.store(_pointer(row + 6, S, ALIGNED) + k, new_second, mask)
+            tl.store(_pointers(row + 4, k, P, ALIGNED), new, mask)
+            tl.store(_pointers(row + 5, k, S, ALIGNED), new_first, mask)
+            tl.store(_pointers(row + 6, k, S, ALIGNED), new_second, mask)
     if FLAGS:
         tl.atomic_max(flags_ptr + 2 * which, tl.max(bad_update, 0))
         tl.atomic_max(flags_ptr + 2 * which + 1, tl.max(bad_grad, 0))
 
 
 @jit
-def _pointer(entry, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(entry)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE), bitcast=True)
+def _pointers(entry, k, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointers = tl.load(entry).to(tl.pointer_type(DTYPE), bitcast=True) + k
+    return tl.multiple_of(pointers, 16) if ALIGNED else pointers  # not the address: see `launch.at`
 
 
 def _launch(lists: list[list[Tensor]], n: int, flags: Tensor | None, scalars: tuple[Any, ...], skip: Tensor | None) -> None:
@@ -84,7 +84,7 @@ def _launch(lists: list[list[Tensor]], n: int, flags: Tensor | None, scalars: tu
     adamw_kernel[(chunks.shape[0],)](
         places.entries, chunks, flags, *scalars, skip,
         P=dtype_of(lists[3][0]) if flags is None else None, S=dtype_of(lists[0][0]), G=dtype_of(lists[2][0]),
-        ALIGNED=places.aligned, FLAGS=flags is not None, SKIP=skip is not None,
+        ALIGNED=places.aligned, EVEN=all(x.numel() % 16 == 0 for x in lists[0]), FLAGS=flags is not None, SKIP=skip is not None,
         PURE=flags is None and lists[3][0] is not lists[4][0], CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

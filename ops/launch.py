@@ -29,8 +29,8 @@ except ImportError:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    return function if triton is None else triton.jit(function, **options)
 
 
 def has_kernel(*lists: Sequence[Tensor]) -> bool:
@@ -148,11 +148,10 @@ def at(entry, r, c, DTYPE: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constex
     """Pointers to the rows ``r`` and columns ``c`` of the matrix whose address and strides lie at ``entry``."""
     address = tl.load(entry)
     row_stride = tl.load(entry + 1)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-        row_stride = tl.multiple_of(row_stride, 128 // DTYPE.primitive_bitwidth)
     base = address.to(tl.pointer_type(DTYPE), bitcast=True)
     rows = r.to(tl.int64)[:, None] * row_stride
+    if ALIGNED:  # hinted here: a hint on the address would be lost where it becomes a pointer, and every load a narrow one
+        return tl.multiple_of(base + (rows + c[None, :]), (1, 16))
     if UNIT:
         return base + (rows + c[None, :])
     return base + (rows + c.to(tl.int64)[None, :] * tl.load(entry + 2))

@@ -30,11 +30,14 @@ def _stack_fake(tensors: list[Tensor]) -> Tensor:
 
 def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor) -> None:
     (targets,) = into
-    if all(x.ndim == 2 for x in targets):
+    if not all(x.ndim == 2 for x in targets):
+        parts = stacked.split([count(x) for x in targets])
+        parts = tuple(part if x.ndim == 3 else part.squeeze(0) for x, part in zip(targets, parts, strict=True))
+        torch._foreach_copy_(targets, parts)
+    elif stacked.device.type == "cpu":
         torch.unbind_copy(stacked, out=targets)
-        return
-    parts = stacked.split([count(x) for x in targets])
-    torch._foreach_copy_(targets, [part if x.ndim == 3 else part.squeeze(0) for x, part in zip(targets, parts, strict=True)])
+    else:  # a few kernels for all of them, where that would be one for each
+        torch._foreach_copy_(targets, stacked.unbind(0))
 
 
 def _unstack_fake(tensors: list[Tensor], stacked: Tensor) -> list[Tensor]:

@@ -1,208 +1,34 @@
 """The three products of Newton-Schulz as operators: `symmetric_matmul`, `symmetric_addmm` and `addmm`, over [n, rows, cols].
 
-One Triton kernel computes ``beta c + alpha a b`` behind all three. Where the result is symmetric, only the tiles that meet its
-lower triangle are computed, and each is stored twice: as it is, and mirrored. Both triangles therefore agree bit for bit.
-
-The kernel runs on CUDA in float16 and bfloat16, accumulating in float32. Everything else is one `torch.bmm` or
+On CUDA in float16 and bfloat16 each is one launch of a kernel of product_kernels.py, which accumulates in float32; to Inductor
+it is an opaque operator. As traceable Triton code (`torch.library.triton_op`) every call cost 70 ms of tracing and a kernel
+source of its own (2026-11-22, torch 2.11), and Inductor has nothing to fuse into it. Everything else is one `torch.bmm` or
 `torch.baddbmm`, which Inductor sees as such: the CPU, and float32 and float64 on CUDA.
 """
 
-# mypy: disable-error-code=no-untyped-def
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
 
-try:  # a CPU install has no triton
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from .launch import INTERPRETED, triton
+from .product_kernels import descriptor_kernel, pointer_kernel
+from .registration import define
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
-
-def _jit(function: Callable[..., Any]) -> Any:
-    return function if triton is None else triton.jit(function)
-
-
-# --------------------------------------------------------------------------------------------------------------------- kernel
-
-
-@_jit
-def _triangle(index):
-    """Row and column of entry ``index`` of a lower triangle that is counted row by row."""
-    row = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)  # float32 may be off by one
-    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
-    return row, index - row * (row + 1) // 2
-
-
-@_jit
-def _first_entry(
-    tile,
-    rows,
-    cols,
-    SYMMETRIC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Where tile number ``tile`` of a matrix starts: GROUP tile rows at a time, column by column, so that they share L2.
-
-    Symmetric: the lower triangle is one of squares of BLOCK_N, each of BLOCK_N / BLOCK_M tiles; one tile row may be left over.
-    """
-    tile_rows = tl.cdiv(rows, BLOCK_M)
-    if SYMMETRIC:
-        PER_SQUARE: tl.constexpr = BLOCK_N // BLOCK_M
-        squares = tile_rows // PER_SQUARE
-        whole = PER_SQUARE * (squares * (squares + 1) // 2)
-        square_row, square_col = _triangle(tile // PER_SQUARE)
-        start = square_row // GROUP * GROUP
-        offset = tile // PER_SQUARE - start * (start + 1) // 2
-        height = tl.maximum(tl.minimum(squares - start, GROUP), 1)
-        # A group is a rectangle and then its own triangle. No branches: Triton cannot fuse loops around them.
-        in_rectangle = offset < start * height
-        row_below, col_beyond = _triangle(tl.maximum(offset - start * height, 0))
-        square_row = start + tl.where(in_rectangle, offset % height, row_below)
-        square_col = tl.where(in_rectangle, offset // height, start + col_beyond)
-        row = tl.where(tile < whole, square_row * PER_SQUARE + tile % PER_SQUARE, tile_rows - 1)
-        col = tl.where(tile < whole, square_col, tile - whole)
-    else:
-        tile_cols = tl.cdiv(cols, BLOCK_N)
-        start = tile // (GROUP * tile_cols) * GROUP
-        height = tl.minimum(tile_rows - start, GROUP)
-        offset = tile - start * tile_cols
-        row = start + offset % height
-        col = offset // height
-    return row * BLOCK_M, col * BLOCK_N
-
-
-@_jit
-def _combine(acc, c, inside, alpha, beta, dtype: tl.constexpr, HAS_C: tl.constexpr):
-    acc = acc * tl.cast(alpha, tl.float32)  # Inductor passes float64
-    if HAS_C:
-        acc += tl.cast(beta, tl.float32) * tl.load(c, mask=inside, other=0.0).to(tl.float32)
-    return acc.to(dtype)
-
-
-@_jit
-def _store_mirrored(
-    acc, c, out, alpha, beta, i0, j0, rows, c_row, c_col,
-    HAS_C: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A square block of a symmetric result and its mirror image; on the diagonal, the block's lower half and that mirrored.
-
-    No store is masked by ``i >= j``: such a mask would split it into stores of single entries. And no branches, as in
-    `_first_entry`; they cost registers too (182 instead of 126 a thread in tiles of 128 x 128: one block per SM, not two).
-    """
-    i = i0 + tl.arange(0, BLOCK)
-    j = j0 + tl.arange(0, BLOCK)
-    wide_i = i.to(tl.int64)
-    wide_j = j.to(tl.int64)
-    inside = (i < rows)[:, None] & (j < rows)[None, :] & (i0 >= j0)
-    block = _combine(
-        acc, c + wide_i[:, None] * c_row + wide_j[None, :] * c_col, inside, alpha, beta, out.dtype.element_ty, HAS_C
-    )
-    mirrored = tl.trans(block)
-    tl.store(out + wide_i[:, None] * rows + j[None, :], tl.where(i[:, None] >= j[None, :], block, mirrored), mask=inside)
-    beside = (j < rows)[:, None] & (i < rows)[None, :] & (i0 > j0)
-    tl.store(out + wide_j[:, None] * rows + i[None, :], mirrored, mask=beside)
-
-
-@_jit
-def _store(
-    acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col,
-    SYMMETRIC: tl.constexpr, HAS_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A tile of the result; ``c`` and ``out`` are those of its matrix."""
-    if SYMMETRIC:
-        if BLOCK_M == BLOCK_N:
-            _store_mirrored(acc, c, out, alpha, beta, i0, j0, rows, c_row, c_col, HAS_C, BLOCK_M)
-        else:  # BLOCK_N == 2 * BLOCK_M: two squares, whose entries lie in the same threads
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_M)), (0, 2, 1)))
-            _store_mirrored(left, c, out, alpha, beta, i0, j0, rows, c_row, c_col, HAS_C, BLOCK_M)
-            _store_mirrored(right, c, out, alpha, beta, i0, j0 + BLOCK_M, rows, c_row, c_col, HAS_C, BLOCK_M)
-    else:
-        i = i0 + tl.arange(0, BLOCK_M)
-        j = j0 + tl.arange(0, BLOCK_N)
-        wide_i = i.to(tl.int64)
-        inside = (i < rows)[:, None] & (j < cols)[None, :]
-        c_tile = c + wide_i[:, None] * c_row + j.to(tl.int64)[None, :] * c_col
-        block = _combine(acc, c_tile, inside, alpha, beta, out.dtype.element_ty, HAS_C)
-        tl.store(out + wide_i[:, None] * cols + j[None, :], block, mask=inside)
-
-
-@_jit
-def _product_kernel(
-    a,  # [n, rows, depth]
-    b,  # [n, depth, cols]
-    c,  # [n, rows, cols], not read without HAS_C
-    out,  # [n, rows, cols], contiguous
-    alpha,
-    beta,
-    rows,
-    cols,
-    depth,
-    tiles,  # of one matrix
-    a_matrix,  # strides
-    a_row,
-    a_depth,
-    b_matrix,
-    b_depth,
-    b_col,
-    c_matrix,
-    c_row,
-    c_col,
-    SYMMETRIC: tl.constexpr,
-    HAS_C: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr,  # interpreted, tl.dot multiplies the bit patterns of bfloat16
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-) -> None:
-    program = tl.program_id(0)
-    matrix = (program // tiles).to(tl.int64)  # a stack may hold more than 2^31 entries
-    i0, j0 = _first_entry(program % tiles, rows, cols, SYMMETRIC, BLOCK_M, BLOCK_N, GROUP)
-
-    # Rows and columns beyond the end wrap round: what they give is not stored, and their loads need no mask.
-    i = ((i0 + tl.arange(0, BLOCK_M)) % rows).to(tl.int64)
-    j = ((j0 + tl.arange(0, BLOCK_N)) % cols).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    a_tile = a + matrix * a_matrix + i[:, None] * a_row + k.to(tl.int64)[None, :] * a_depth
-    b_tile = b + matrix * b_matrix + k.to(tl.int64)[:, None] * b_depth + j[None, :] * b_col
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k0 in range(0, depth, BLOCK_K):
-        if EVEN_K:
-            left = tl.load(a_tile)
-            right = tl.load(b_tile)
-        else:  # 0 on both sides, so that no NaN comes from beyond the end
-            left = tl.load(a_tile, mask=(k < depth - k0)[None, :], other=0.0)
-            right = tl.load(b_tile, mask=(k < depth - k0)[:, None], other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        acc = tl.dot(left, right, acc)
-        a_tile += BLOCK_K * a_depth
-        b_tile += BLOCK_K * b_depth
-
-    c += matrix * c_matrix
-    out += matrix * rows * cols
-    _store(acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col, SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N)
-
-
-# --------------------------------------------------------------------------------------------------------------------- launch
+# -------------------------------------------------------------------------------------------------------------------- configs
 
 
 class Config(NamedTuple):
-    """How the kernel cuts a product. Symmetric results need BLOCK_N equal to BLOCK_M or twice that."""
+    """How a kernel cuts a product. Symmetric results need BLOCK_N equal to BLOCK_M or twice that."""
 
     block_m: int
     block_n: int
@@ -210,52 +36,51 @@ class Config(NamedTuple):
     group: int
     num_warps: int
     num_stages: int
+    variant: Literal["pointers", "tma", "persistent"] = "pointers"  # tma: descriptors; persistent: and one program an SM
 
 
 _SMALL, _LARGE = False, True
-_GENERAL, _SYMMETRIC = False, True
-# By the device's generation: shared memory is 227 KiB on 9 and 10, 163 KiB on 8, and 99 KiB on "lean" ones (8.6, 8.9, 12).
-CONFIGS: dict[int | str, dict[tuple[bool, bool], Config]] = {
-    "lean": dict.fromkeys(
-        [(_SYMMETRIC, _SMALL), (_SYMMETRIC, _LARGE), (_GENERAL, _SMALL), (_GENERAL, _LARGE)], Config(128, 128, 32, 8, 8, 3)
-    ),
-    8: {
-        (_SYMMETRIC, _SMALL): Config(128, 128, 32, 8, 8, 4),
-        (_SYMMETRIC, _LARGE): Config(128, 128, 64, 8, 8, 4),
-        (_GENERAL, _SMALL): Config(128, 128, 32, 8, 8, 4),
-        (_GENERAL, _LARGE): Config(128, 128, 64, 8, 8, 4),
-    },
-    9: {
-        (_SYMMETRIC, _SMALL): Config(128, 128, 64, 8, 8, 3),  # 96 KiB: two blocks per SM
-        (_SYMMETRIC, _LARGE): Config(128, 256, 64, 8, 8, 4),
-        (_GENERAL, _SMALL): Config(128, 128, 64, 8, 8, 3),
-        (_GENERAL, _LARGE): Config(128, 256, 64, 8, 8, 4),
-    },
-    10: {
-        (_SYMMETRIC, _SMALL): Config(128, 128, 64, 8, 4, 4),
-        (_SYMMETRIC, _LARGE): Config(128, 128, 64, 8, 4, 4),
-        (_GENERAL, _SMALL): Config(128, 128, 64, 8, 4, 4),
-        (_GENERAL, _LARGE): Config(128, 128, 64, 8, 4, 4),
-    },
-}
 _LARGE_FROM = 1025  # rows
+KINDS = ("symmetric_matmul", "symmetric_addmm", "addmm")
+
+
+def _for_all(small: Config, large: Config) -> dict[tuple[str, bool], Config]:
+    return {(kind, size): config for kind in KINDS for size, config in ((_SMALL, small), (_LARGE, large))}
+
+
+# By the device's generation: shared memory is 227 KiB on 9 and 10, 163 KiB on 8, and 99 KiB on "lean" ones (8.6, 8.9, 12).
+# Of 9 the fastest that `python examples/benchmarks/tune.py` found: TFLOP/s as of a full product, H100, torch 2.11,
+# triton 3.6, 2026-11-22. The others are not measured.
+CONFIGS: dict[int | str, dict[tuple[str, bool], Config]] = {
+    "lean": _for_all(Config(128, 128, 32, 8, 8, 3), Config(128, 128, 32, 8, 8, 3)),
+    8: _for_all(Config(128, 128, 32, 8, 8, 4), Config(128, 128, 64, 8, 8, 4)),
+    9: {
+        # 683 of 48 x 768 x 768 in bfloat16 (cuBLAS 649); 999 of 12 x 768 x 3072 in float16 (642)
+        ("symmetric_matmul", _SMALL): Config(128, 128, 64, 8, 8, 3, "tma"),
+        # 1164 of 96 x 2048 x 2048 in bfloat16 (794); 1203 of 24 x 2048 x 8192 in float16 (755)
+        ("symmetric_matmul", _LARGE): Config(128, 256, 64, 8, 8, 3, "tma"),
+        # 606 of 48 x 768 x 768 in bfloat16 (341); 645 of 12 in float16 (363). With 8 warps 493 and 690.
+        ("symmetric_addmm", _SMALL): Config(128, 128, 64, 8, 4, 3, "tma"),
+        # 1004 of 96 x 2048 x 2048 in bfloat16 (597); 990 of 24 in float16 (517)
+        ("symmetric_addmm", _LARGE): Config(128, 128, 64, 8, 8, 4, "persistent"),
+        # 484 of 48 x 768 x 768 in bfloat16 (316); 503 of 12 x 768 x 3072 in float16 (334)
+        ("addmm", _SMALL): Config(128, 256, 64, 8, 8, 4, "persistent"),
+        # 667 of 96 x 2048 x 2048 in bfloat16 (588); 641 of 24 x 2048 x 8192 in float16 (548). "tma": 673 and 618.
+        ("addmm", _LARGE): Config(128, 256, 64, 8, 8, 3, "persistent"),
+    },
+    10: _for_all(Config(128, 128, 64, 8, 8, 3, "tma"), Config(128, 128, 64, 8, 8, 3, "tma")),
+}
+# On 9 and 10, for inputs that no descriptor takes.
+WITHOUT_DESCRIPTORS = {_SMALL: Config(128, 128, 64, 8, 4, 3), _LARGE: Config(128, 256, 64, 8, 8, 3)}
 
 
 @functools.cache
-def _generation(device: int | None) -> int | str:
-    """The key of `CONFIGS`. Without a GPU, where fake CUDA tensors are traced, it is Hopper's."""
-    try:
-        major, minor = torch.cuda.get_device_capability(device)
-    except (RuntimeError, AssertionError):  # no driver; a CPU build
-        return 9
+def _generation(device: int) -> int | str:
+    """The key of `CONFIGS`."""
+    major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip or major == 12 or (major == 8 and minor > 0) or major < 8:
         return "lean"
     return min(major, 10)
-
-
-def _config(device: torch.device, symmetric: bool, rows: int) -> Config:
-    generation = _generation(device.index) if device.type == "cuda" else 9
-    return CONFIGS[generation][symmetric, rows >= _LARGE_FROM]
 
 
 def tile_count(symmetric: bool, rows: int, cols: int, config: Config) -> int:
@@ -268,113 +93,159 @@ def tile_count(symmetric: bool, rows: int, cols: int, config: Config) -> int:
     return per_square * (squares * (squares + 1) // 2) + left_over * (squares + 1)
 
 
-def _launch(
-    kernel: Any,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    alpha: float,
-    beta: float,
+# --------------------------------------------------------------------------------------------------------------------- launch
+
+
+class Plan(NamedTuple):
+    """What a launch takes besides its tensors and scalars: the same for every product of those sizes and strides."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]  # those after beta
+    options: dict[str, int]
+    descriptors: tuple[tuple[list[int], list[int], list[int]], ...]  # of a and b: shape, strides, block
+
+
+@functools.lru_cache(4096)
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
     symmetric: bool,
-    config: Config | None = None,
+    has_c: bool,
+    aligned: bool,  # the addresses of a and b are multiples of 16 bytes
+    shape: tuple[int, ...],  # of a
+    cols: int,
+    strides_of_a: tuple[int, ...],
+    strides_of_b: tuple[int, ...],
+    strides_of_c: tuple[int, ...],
+    config: Config | None,
+) -> Plan:
+    n, rows, depth = shape
+    # A symmetric b may be read by rows, and then as x is in x x^T.
+    transposed = strides_of_b[2] != 1 or (symmetric and has_c)
+    along, across = (1, 2) if strides_of_b[2] != 1 else (2, 1)
+    by_rows = [strides_of_b[0], strides_of_b[across], strides_of_b[along]]
+    fits = aligned and depth > 0 and _fits_descriptor(list(strides_of_a), dtype) and _fits_descriptor(by_rows, dtype)
+    if config is None:
+        kind = "addmm" if not symmetric else "symmetric_addmm" if has_c else "symmetric_matmul"
+        generation = 9 if device.type == "cpu" else _generation(device.index)
+        config = CONFIGS[generation][kind, rows >= _LARGE_FROM]
+        if config.variant != "pointers" and not fits:
+            config = WITHOUT_DESCRIPTORS[rows >= _LARGE_FROM]
+    elif config.variant != "pointers" and not fits:
+        raise ValueError(f"no tensor descriptor takes strides {strides_of_a} and {strides_of_b}, or the addresses are odd")
+    tiles = tile_count(symmetric, rows, cols, config)
+    blocks = (config.block_m, config.block_n, config.block_k, config.group)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    sizes = (rows, cols, depth, tiles)
+    if config.variant == "pointers":
+        even = depth % config.block_k == 0
+        strides = (*strides_of_a, *strides_of_b, *strides_of_c)
+        arguments = (*sizes, *strides, symmetric, has_c, even, INTERPRETED, *blocks)
+        return Plan(pointer_kernel, (n * tiles,), arguments, options, ())
+    persistent = config.variant == "persistent"
+    block_m, block_n, block_k, _ = blocks
+    of_b, block = ([n, cols, depth], [1, block_n, block_k]) if transposed else ([n, depth, cols], [1, block_k, block_n])
+    descriptors = (list(shape), list(strides_of_a), [1, block_m, block_k]), (of_b, by_rows, block)
+    total = n * tiles
+    arguments = (*sizes, total, *strides_of_c, symmetric, has_c, transposed, persistent, INTERPRETED, *blocks)
+    programs = min(total, _programs(device)) if persistent else total
+    return Plan(descriptor_kernel, (programs,), arguments, options, descriptors)
+
+
+def _fits_descriptor(strides: list[int], dtype: torch.dtype) -> bool:
+    return strides[2] == 1 and all(stride > 0 and stride * dtype.itemsize % 16 == 0 for stride in strides[:2])
+
+
+def _programs(device: torch.device) -> int:
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+Call = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, int]]  # kernel, grid, arguments, options
+
+
+def _prepare(
+    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float, symmetric: bool, config: Config | None
+) -> Call:
+    given = a if c is None else c
+    kernel, grid, arguments, options, descriptors = _plan(
+        a.device,
+        a.dtype,
+        symmetric,
+        c is not None,
+        (a.data_ptr() | b.data_ptr()) % 16 == 0,
+        a.shape,
+        b.shape[2],
+        a.stride(),
+        b.stride(),
+        given.stride(),
+        config,
+    )
+    if descriptors:
+        of_a, of_b = descriptors
+        left, right = TensorDescriptor(a, *of_a), TensorDescriptor(b, *of_b)
+        return kernel, grid, (left, right, given, out, alpha, beta, *arguments), options
+    return kernel, grid, (a, b, given, out, alpha, beta, *arguments), options
+
+
+def _launch(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, symmetric: bool, config: Config | None = None
 ) -> Tensor:
-    n, rows, depth = a.shape
-    cols = b.shape[2]
-    out = a.new_empty(n, rows, cols)
+    """``beta c + alpha a b``. ``config``: for tests and tuning; without descriptors that it wants, it raises ValueError."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     if out.numel() == 0:
         return out
-    config = config or _config(a.device, symmetric, rows)
-    tiles = tile_count(symmetric, rows, cols, config)
-    given = a if c is None else c  # never `out`: Inductor would take it for read, and copy it
-    kernel[(n * tiles,)](
-        a,
-        b,
-        given,
-        out,
-        float(alpha),
-        float(beta),
-        rows,
-        cols,
-        depth,
-        tiles,
-        a.stride(0),
-        a.stride(1),
-        a.stride(2),
-        b.stride(0),
-        b.stride(1),
-        b.stride(2),
-        given.stride(0),
-        given.stride(1),
-        given.stride(2),
-        SYMMETRIC=symmetric,
-        HAS_C=c is not None,
-        EVEN_K=depth % config.block_k == 0,
-        UPCAST=INTERPRETED,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.group,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    kernel, grid, arguments, options = _prepare(a, b, c, out, alpha, beta, symmetric, config)
+    if a.is_cuda and a.device.index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(a.device):
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
     return out
 
 
 # --------------------------------------------------------------------------------------------------------------- registration
 
-INTERPRETED = triton is not None and not isinstance(_product_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
-
-if INTERPRETED:
-
-    @custom_op("normuon_fn::interpreted_product", mutates_args=(), device_types="cpu")
-    def _interpreted(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, symmetric: bool) -> Tensor:
-        return _launch(_product_kernel, a, b, c, alpha, beta, symmetric)
-
-    @_interpreted.register_fake
-    def _(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, symmetric: bool) -> Tensor:
-        return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-
 
 def _takes_kernel(x: Tensor) -> bool:
-    return triton is not None and x.device.type == "cuda" and x.dtype in KERNEL_DTYPES
+    device = x.device.type
+    return triton is not None and x.dtype in KERNEL_DTYPES and (device == "cuda" or (INTERPRETED and device == "cpu"))
 
 
-def _takes_interpreter(x: Tensor) -> bool:
-    return INTERPRETED and x.device.type == "cpu" and x.dtype in KERNEL_DTYPES
-
-
-@triton_op("normuon_fn::symmetric_matmul", mutates_args=())
-def _symmetric_matmul(x: Tensor, alpha: float) -> Tensor:
-    if _takes_kernel(x):
-        return _launch(wrap_triton(_product_kernel), x, x.mT, None, alpha, 0.0, True)
-    if _takes_interpreter(x):
-        return _interpreted(x, x.mT, None, alpha, 0.0, True)
+def _library_matmul(x: Tensor, alpha: float) -> Tensor:
     product = torch.bmm(x, x.mT)
     return product if alpha == 1.0 else product * alpha
 
 
-@triton_op("normuon_fn::symmetric_addmm", mutates_args=())
-def _symmetric_addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    if _takes_kernel(a):
-        return _launch(wrap_triton(_product_kernel), a, b, c, alpha, beta, True)
-    if _takes_interpreter(a):
-        return _interpreted(a, b, c, alpha, beta, True)
+def _library_symmetric_addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
-@triton_op("normuon_fn::addmm", mutates_args=())
-def _addmm(c: Tensor, a: Tensor, x: Tensor, beta: float) -> Tensor:
-    if _takes_kernel(a):
-        return _launch(wrap_triton(_product_kernel), a, x, c, 1.0, beta, False)
-    if _takes_interpreter(a):
-        return _interpreted(a, x, c, 1.0, beta, False)
+def _library_addmm(c: Tensor, a: Tensor, x: Tensor, beta: float) -> Tensor:
     return torch.baddbmm(c, a, x, beta=beta)
 
 
-def _register_vmap(operator: Any, matrices: int) -> None:
-    """The rule of an operator whose first ``matrices`` arguments are stacks: members become more matrices."""
+def _run_symmetric_matmul(x: Tensor, alpha: float) -> Tensor:
+    return _launch(x, x.mT, None, alpha, 0.0, True) if _takes_kernel(x) else _library_matmul(x, alpha)
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+
+def _run_symmetric_addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    return _launch(a, b, c, alpha, beta, True) if _takes_kernel(a) else _library_symmetric_addmm(c, a, b, beta, alpha)
+
+
+def _run_addmm(c: Tensor, a: Tensor, x: Tensor, beta: float) -> Tensor:
+    return _launch(a, x, c, 1.0, beta, False) if _takes_kernel(a) else _library_addmm(c, a, x, beta)
+
+
+def _define(schema: str, function: Callable[..., Tensor], matrices: int) -> Any:
+    """The operator, whose first ``matrices`` arguments are stacks; the first tells the result's shape."""
+    name = schema.split("(")[0]
+
+    def fake(*arguments: Any) -> Tensor:
+        first = arguments[0]
+        return first.new_empty(first.shape[0], first.shape[1], first.shape[1] if matrices == 1 else first.shape[2])
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:  # members become more matrices
         members = [
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(arguments[:matrices], in_dims, strict=False)
@@ -382,12 +253,15 @@ def _register_vmap(operator: Any, matrices: int) -> None:
         out = operator(*(x.flatten(0, 1) for x in members), *arguments[matrices:])
         return out.unflatten(0, members[0].shape[:2]), 0
 
-    operator.register_vmap(rule)
+    operator = define(name, schema.removeprefix(name), function, fake, vmap)
+    return operator
 
 
-_register_vmap(_symmetric_matmul, 1)
-_register_vmap(_symmetric_addmm, 3)
-_register_vmap(_addmm, 3)
+_symmetric_matmul = _define("symmetric_matmul(Tensor x, float alpha) -> Tensor", _run_symmetric_matmul, 1)
+_symmetric_addmm = _define(
+    "symmetric_addmm(Tensor c, Tensor a, Tensor b, float beta, float alpha) -> Tensor", _run_symmetric_addmm, 3
+)
+_addmm = _define("addmm(Tensor c, Tensor a, Tensor x, float beta) -> Tensor", _run_addmm, 3)
 
 
 # --------------------------------------------------------------------------------------------------------------------- public
@@ -406,7 +280,7 @@ def symmetric_matmul(
         ValueError: ``x`` is not [n, rows, cols].
     """
     _check(x=x)
-    return _symmetric_matmul(x, alpha)
+    return _symmetric_matmul(x, alpha) if _takes_kernel(x) else _library_matmul(x, alpha)
 
 
 def symmetric_addmm(
@@ -420,8 +294,8 @@ def symmetric_addmm(
 
     a and b commute where ``a b = b a``, as polynomials in the same matrix do; their product is then symmetric too. That is
     not checked. On CUDA in float16 and bfloat16 only the lower triangle of the result is computed, from whole rows of ``a``,
-    whole columns of ``b`` and the lower triangle of ``c``, and the upper one is its copy, bit for bit. There ``c`` counts with
-    ``beta = 0`` too (0 x NaN is NaN), which `torch.baddbmm` leaves out.
+    whole rows or columns of ``b`` and the lower triangle of ``c``, and the upper one is its copy, bit for bit. There ``c``
+    counts with ``beta = 0`` too (0 x NaN is NaN), which `torch.baddbmm` leaves out.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not of the dtype of the others.
@@ -431,7 +305,7 @@ def symmetric_addmm(
     _check_shape("a", a, (a.shape[0], a.shape[1], a.shape[1]))
     _check_shape("b", b, tuple(a.shape))
     _check_shape("c", c, tuple(a.shape))
-    return _symmetric_addmm(c, a, b, beta, alpha)
+    return (_symmetric_addmm if _takes_kernel(a) else _library_symmetric_addmm)(c, a, b, beta, alpha)
 
 
 def addmm(
@@ -451,7 +325,7 @@ def addmm(
     _check(c=c, a=a, x=x)
     _check_shape("a", a, (x.shape[0], x.shape[1], x.shape[1]))
     _check_shape("c", c, tuple(x.shape))
-    return _addmm(c, a, x, beta)
+    return (_addmm if _takes_kernel(a) else _library_addmm)(c, a, x, beta)
 
 
 def _check(**arguments: Tensor) -> None:
@@ -478,19 +352,6 @@ class Products(NamedTuple):
     symmetric_matmul: Callable[[Tensor, float], Tensor]
     symmetric_addmm: Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
     addmm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def _library_matmul(x: Tensor, alpha: float) -> Tensor:
-    product = torch.bmm(x, x.mT)
-    return product if alpha == 1.0 else product * alpha
-
-
-def _library_symmetric_addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
-
-
-def _library_addmm(c: Tensor, a: Tensor, x: Tensor, beta: float) -> Tensor:
-    return torch.baddbmm(c, a, x, beta=beta)
 
 
 SYMMETRIC = Products(symmetric_matmul, symmetric_addmm, addmm)

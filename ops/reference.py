@@ -139,7 +139,8 @@ def gather(
     rows = min(momentums[0].shape[-2:])
     parts = []
     for part, at in runs(sizes, momentums):
-        momentum, grad = stack(momentums[part]), stack(grads[part])
+        momentum = stack(momentums[part])
+        grad = stack(grads[part]) if ahead or nesterov else momentum  # not read otherwise
         if ahead:
             momentum = advanced(momentum, grad, beta, form)
         x = update_of(momentum, grad, beta, form, nesterov)

@@ -22,10 +22,13 @@ Lists = tuple[list[Tensor], ...]
 _library = Library("normuon_fn", "FRAGMENT")
 
 
-def _define(name: str, schema: str, function: Op, fake: Op) -> Any:
+def define(name: str, schema: str, function: Op, fake: Op, vmap: Op | None = None) -> Any:
+    """The registered operator, opaque to Inductor. ``vmap``: the rule, as of `torch.library.register_vmap`."""
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
     register_fake(f"normuon_fn::{name}", fake, lib=_library)
+    if vmap is not None:
+        register_vmap(f"normuon_fn::{name}", vmap, lib=_library)
     return getattr(torch.ops.normuon_fn, name).default
 
 
@@ -49,7 +52,7 @@ def register(name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str
         rest = body(into, *arguments)
         return into[0] if count == 1 and rest is None else into if rest is None else (*into, rest)
 
-    pure = _define(name, schema, new, fake)
+    pure = define(name, schema, new, fake)
     _register_members(name, schema, new, fake)
     if not writes:
         return pure, pure
@@ -67,7 +70,7 @@ def register(name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str
         return rest
 
     fake_rest = (lambda *arguments: fake(*arguments)[count]) if has_rest else (lambda *arguments: None)
-    mutating = _define(f"{name}_", f"{takes} -> {'Tensor' if has_rest else '()'}", write, fake_rest)
+    mutating = define(f"{name}_", f"{takes} -> {'Tensor' if has_rest else '()'}", write, fake_rest)
 
     def in_place(*arguments: Any) -> Any:
         rest = mutating(*arguments)
@@ -89,7 +92,7 @@ def _register_members(name: str, schema: str, function: Op, fake: Op) -> None:
 
         return tree_map(lambda *results: torch.stack(results), *(function(*member(i)) for i in range(size)))
 
-    members = _define(
+    members = define(
         f"{name}_members", schema, lambda *arguments: each(function, arguments), lambda *arguments: each(fake, arguments)
     )
 

@@ -144,6 +144,21 @@ def test_compiled_whole_it_is_one_torch_product_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_on_the_device_it_is_one_opaque_operator(name: str) -> None:
+    """Traced with fake CUDA tensors: no device, no Triton code in the graph."""
+    pytest.importorskip("triton")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    real = arguments(name, 2, 5, 4, torch.float16)
+    with FakeTensorMode():
+        given = [torch.empty(v.shape, dtype=v.dtype, device="cuda") if isinstance(v, Tensor) else v for v in real]
+        graph = make_fx(lambda *t: call(name, *t))(*given).graph
+    ops = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert ops == [f"normuon_fn.{name}.default"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_inductor_compiles_it(name: str) -> None:
     given = arguments(name, 2, 5, 4)
     with torch.no_grad():
@@ -210,9 +225,10 @@ def test_the_tiles_of_a_symmetric_result_are_those_that_meet_its_lower_triangle(
 
 def test_every_config_fits_the_kernel() -> None:
     for generation, table in products.CONFIGS.items():
-        assert set(table) == {(symmetric, large) for symmetric in (False, True) for large in (False, True)}
-        for (symmetric, _), config in table.items():
-            assert not symmetric or config.block_n in (config.block_m, 2 * config.block_m), generation
+        assert set(table) == {(kind, large) for kind in products.KINDS for large in (False, True)}
+        for (kind, _), config in table.items():
+            assert kind == "addmm" or config.block_n in (config.block_m, 2 * config.block_m), generation
+            assert config.variant == "pointers" or generation in (9, 10)
 
 
 def test_the_interpreted_kernel_holds_the_same_claims() -> None:

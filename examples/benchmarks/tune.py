@@ -4,14 +4,13 @@
     python examples/benchmarks/tune.py --quick                          # fewer shapes and candidates: 1 minute
     python examples/benchmarks/tune.py --shape 48x768x768 --dtype bfloat16 --json results.json
 
-Three variants: "pointers" is the kernel of ``ops/products.py``; "tma" loads both operands by tensor descriptors, and
-"persistent" does so in one program per SM that goes from tile to tile. The last two live here until they pay.
+Three variants, all of ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both operands by tensor
+descriptors, and "persistent" does so in one program per SM. What wins goes into `CONFIGS` of ``ops/products.py``.
 
 Times are medians over replays of a CUDA graph of several launches, divided by their number: no host time is in them.
 "effective" counts 2 rows^2 cols of a symmetric product, as a full one costs, "real" only the tiles that are computed.
 """
 
-# ruff: noqa: N803 -- compile-time constants of kernels are upper case, as everywhere in Triton
 import argparse
 import functools
 import json
@@ -19,16 +18,14 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from normuon_fn.ops import products
-from normuon_fn.ops.products import Config, _first_entry, _store
+from normuon_fn.ops.products import Config
 
 SHAPES = [(48, 768, 768), (12, 768, 3072), (24, 768, 3072), (96, 2048, 2048), (24, 2048, 8192)]
 QUICK_SHAPES = [(48, 768, 768), (12, 768, 3072), (96, 2048, 2048)]
@@ -36,13 +33,9 @@ OPERATIONS = ("symmetric_matmul", "symmetric_addmm", "addmm")
 ALPHA, BETA = 0.5, 2.0
 
 
-class Candidate(NamedTuple):
-    variant: str
-    config: Config
-
-    def __str__(self) -> str:
-        m, n, k, group, warps, stages = self.config
-        return f"{self.variant:10} {m:3}x{n:3}x{k:3}  group {group:2}  warps {warps}  stages {stages}"
+def name_of(config: Config) -> str:
+    m, n, k, group, warps, stages, variant = config
+    return f"{variant:10} {m:3}x{n:3}x{k:3}  group {group:2}  warps {warps}  stages {stages}"
 
 
 POINTERS = [
@@ -64,170 +57,27 @@ POINTERS = [
     Config(256, 128, 64, 8, 8, 4),
 ]
 TMA = [
-    Config(128, 128, 64, 8, 4, 3),
-    Config(128, 128, 64, 8, 8, 3),
-    Config(128, 128, 64, 8, 8, 4),
-    Config(128, 256, 64, 8, 8, 3),
-    Config(128, 256, 64, 8, 8, 4),
+    Config(128, 128, 64, 8, 4, 3, "tma"),
+    Config(128, 128, 64, 8, 8, 3, "tma"),
+    Config(128, 128, 64, 8, 8, 4, "tma"),
+    Config(128, 256, 64, 8, 8, 3, "tma"),
+    Config(128, 256, 64, 8, 8, 4, "tma"),
 ]
 PERSISTENT = [
-    Config(128, 128, 64, 8, 8, 3),
-    Config(128, 128, 64, 8, 8, 4),
-    Config(128, 256, 64, 8, 8, 3),
-    Config(128, 256, 64, 8, 8, 4),
+    Config(128, 128, 64, 8, 8, 3, "persistent"),
+    Config(128, 128, 64, 8, 8, 4, "persistent"),
+    Config(128, 256, 64, 8, 8, 3, "persistent"),
+    Config(128, 256, 64, 8, 8, 4, "persistent"),
 ]
-ALL = [Candidate(v, c) for v, configs in (("pointers", POINTERS), ("tma", TMA), ("persistent", PERSISTENT)) for c in configs]
+ALL = POINTERS + TMA + PERSISTENT
 QUICK = [
-    *(Candidate("pointers", c) for c in POINTERS if c[:3] in ((128, 128, 64), (128, 256, 64)) and c.group == 8 and c[5] < 5),
-    *(Candidate("tma", c) for c in TMA[2:]),
-    *(Candidate("persistent", c) for c in PERSISTENT[1:3]),
+    *(c for c in POINTERS if c[:3] in ((128, 128, 64), (128, 256, 64)) and c.group == 8 and c.num_stages < 5),
+    *TMA[2:],
+    *PERSISTENT[1:3],
 ]
-
-
-# ------------------------------------------------------------------------------------------------------------------ the variant
-
-
-@triton.jit
-def _descriptor_tile(
-    program,
-    a,
-    b,
-    c,
-    out,
-    alpha,
-    beta,
-    rows,
-    cols,
-    depth,
-    tiles,
-    c_matrix,
-    c_row,
-    c_col,
-    SYMMETRIC: tl.constexpr,
-    HAS_C: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    matrix = program // tiles
-    i0, j0 = _first_entry(program % tiles, rows, cols, SYMMETRIC, BLOCK_M, BLOCK_N, GROUP)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        left = tl.reshape(a.load([matrix, i0, k]), (BLOCK_M, BLOCK_K))
-        if B_TRANSPOSED:
-            right = tl.trans(tl.reshape(b.load([matrix, j0, k]), (BLOCK_N, BLOCK_K)))
-        else:
-            right = tl.reshape(b.load([matrix, k, j0]), (BLOCK_K, BLOCK_N))
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        acc = tl.dot(left, right, acc)
-    wide = matrix.to(tl.int64)
-    c_of = c + wide * c_matrix
-    out_of = out + wide * rows * cols
-    _store(acc, c_of, out_of, alpha, beta, i0, j0, rows, cols, c_row, c_col, SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N)
-
-
-@triton.jit(do_not_specialize=["total"])
-def descriptor_kernel(
-    a,  # descriptor of [n, rows, depth]
-    b,  # of [n, depth, cols], or of [n, cols, depth] when B_TRANSPOSED
-    c,
-    out,
-    alpha,
-    beta,
-    rows,
-    cols,
-    depth,
-    tiles,
-    total,
-    c_matrix,
-    c_row,
-    c_col,
-    SYMMETRIC: tl.constexpr,
-    HAS_C: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    if PERSISTENT:
-        for program in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True):
-            _descriptor_tile(
-                program, a, b, c, out, alpha, beta, rows, cols, depth, tiles, c_matrix, c_row, c_col,
-                SYMMETRIC, HAS_C, B_TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-            )  # fmt: skip
-    else:
-        _descriptor_tile(
-            tl.program_id(0), a, b, c, out, alpha, beta, rows, cols, depth, tiles, c_matrix, c_row, c_col,
-            SYMMETRIC, HAS_C, B_TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-        )  # fmt: skip
-
-
-def launch_descriptors(
-    kernel: Any,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    alpha: float,
-    beta: float,
-    symmetric: bool,
-    config: Config,
-    programs: int | None = None,
-) -> Tensor:
-    """As `products._launch`. A symmetric ``b`` of a symmetric result is read as its transpose, as x^T is."""
-    n, rows, depth = a.shape
-    cols = b.shape[2]
-    out = a.new_empty(n, rows, cols)
-    tiles = products.tile_count(symmetric, rows, cols, config)
-    of_b = b if not symmetric else b.mT if c is None else b
-    b_block = [1, config.block_n, config.block_k] if symmetric else [1, config.block_k, config.block_n]
-    given = a if c is None else c
-    kernel[(min(n * tiles, programs or n * tiles),)](
-        TensorDescriptor.from_tensor(a, [1, config.block_m, config.block_k]),
-        TensorDescriptor.from_tensor(of_b, b_block),
-        given,
-        out,
-        alpha,
-        beta,
-        rows,
-        cols,
-        depth,
-        tiles,
-        n * tiles,
-        *given.stride(),
-        SYMMETRIC=symmetric,
-        HAS_C=c is not None,
-        B_TRANSPOSED=symmetric,
-        PERSISTENT=programs is not None,
-        UPCAST=products.INTERPRETED,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.group,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------------------ runs
-
-
-class Warm:
-    """A kernel that is compiled where it would be launched."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return functools.partial(self.kernel.warmup, grid=grid)
 
 
 def inputs(n: int, rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -243,12 +93,16 @@ def inputs(n: int, rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[
     }
 
 
-def run(candidate: Candidate, given: tuple[Any, ...], wrap: Callable[[Any], Any] = lambda kernel: kernel) -> Tensor:
-    if candidate.variant == "pointers":
-        return products._launch(wrap(products._product_kernel), *given, candidate.config)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    programs = sms if candidate.variant == "persistent" else None
-    return launch_descriptors(wrap(descriptor_kernel), *given, candidate.config, programs)
+def run(config: Config, given: tuple[Any, ...]) -> Tensor:
+    return products._launch(*given, config)
+
+
+def compile_for(config: Config, given: tuple[Any, ...]) -> None:
+    """Compiles the kernel where it would be launched."""
+    a, b, *_ = given
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    kernel, grid, arguments, options = products._prepare(*given[:3], out, *given[3:], config)
+    kernel.warmup(*arguments, grid=grid, **options)
 
 
 def cublas(given: tuple[Any, ...]) -> Tensor:
@@ -256,22 +110,22 @@ def cublas(given: tuple[Any, ...]) -> Tensor:
     return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
-def possible(candidate: Candidate, symmetric: bool) -> bool:
-    return not symmetric or candidate.config.block_n in (candidate.config.block_m, 2 * candidate.config.block_m)
+def possible(candidate: Config, symmetric: bool) -> bool:
+    return not symmetric or candidate.block_n in (candidate.block_m, 2 * candidate.block_m)
 
 
-def compile_all(candidates: list[Candidate], problems: list[dict[str, tuple[Any, ...]]], threads: int) -> dict[str, str]:
+def compile_all(candidates: list[Config], problems: list[dict[str, tuple[Any, ...]]], threads: int) -> dict[str, str]:
     """Compiles every kernel that will be launched, in parallel; what failed, by candidate."""
     failed: dict[str, str] = {}
 
-    def one(job: tuple[Candidate, tuple[Any, ...]]) -> None:
+    def one(job: tuple[Config, tuple[Any, ...]]) -> None:
         candidate, given = job
         small = tuple(v[:1] if isinstance(v, Tensor) else v for v in given)
         torch.cuda.set_device(0)
         try:
-            run(candidate, small, Warm)
+            compile_for(candidate, small)
         except Exception as error:
-            failed[str(candidate)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            failed[name_of(candidate)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
     jobs = [(c, given) for problem in problems for c in candidates for given in problem.values() if possible(c, given[-1])]
     with ThreadPoolExecutor(threads) as pool:
@@ -308,7 +162,7 @@ def difference(out: Tensor, reference: Tensor) -> float:
     return ((out.float() - reference.float()).norm() / reference.float().norm()).item()
 
 
-def measure(candidates: list[Candidate], given: tuple[Any, ...], tolerance: float, replays: int) -> dict[str, Any]:
+def measure(candidates: list[Config], given: tuple[Any, ...], tolerance: float, replays: int) -> dict[str, Any]:
     """cuBLAS and every candidate on one product."""
     a, b, _, alpha, _, symmetric = given
     n, rows, depth = a.shape
@@ -320,7 +174,6 @@ def measure(candidates: list[Candidate], given: tuple[Any, ...], tolerance: floa
     for candidate in candidates:
         if not possible(candidate, symmetric):
             continue
-        config = candidate.config
         try:
             out = run(candidate, given)
             error = difference(out, reference)
@@ -331,14 +184,14 @@ def measure(candidates: list[Candidate], given: tuple[Any, ...], tolerance: floa
             del out
             ms = milliseconds(functools.partial(run, candidate, given), replays)
         except Exception as error:  # out of resources: the sweep goes on
-            found["failed"][str(candidate)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            found["failed"][name_of(candidate)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        real = 2 * n * depth * config.block_m * config.block_n * products.tile_count(symmetric, rows, cols, config)
+        real = 2 * n * depth * candidate.block_m * candidate.block_n * products.tile_count(symmetric, rows, cols, candidate)
         found["candidates"].append(
             {
                 "variant": candidate.variant,
-                "config": config._asdict(),
-                "name": str(candidate),
+                "config": candidate._asdict(),
+                "name": name_of(candidate),
                 "ms": ms,
                 "effective_tflops": flop / ms / 1e9,
                 "real_tflops": real / ms / 1e9,
