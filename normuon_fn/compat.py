@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Callable, Hashable, Sequence
@@ -42,6 +43,27 @@ def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Ca
 def _not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
     """Which guards to keep. A plan never changes and has its functions to itself: 0.4 ms a call for 144 matrices."""
     return [re.match(r"(dict\(type\()?(L\['plan'\]|plan\b)", guard.name) is None for guard in guards]
+
+
+@functools.cache
+def prepare_inductor() -> None:
+    """Tells Inductor that our operators are operators, before it wonders.
+
+    torch 2.11 writes the whole graph into a log message for every operator it has no lowering for, whether it is logged or
+    not: 40 of the 65 seconds of a first step of 72 matrices (H100, 2026-11-22). Later versions wait until somebody reads it.
+    """
+    if torch.__version__ >= (2, 13):  # type: ignore[operator]
+        return
+    from torch._inductor import lowering
+
+    constraint = lowering.tag_to_layout_constraint(torch.Tag.needs_exact_strides)
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, operator = name.partition("::")
+        if namespace == "normuon_fn":
+            packet, _, overload = operator.partition(".")
+            found = getattr(getattr(torch.ops.normuon_fn, packet), overload or "default")
+            if found not in lowering.lowerings:
+                lowering.make_fallback(found, layout_constraint=constraint, warn=False)
 
 
 def storage_key(tensor: Tensor) -> Hashable:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import CoefficientSet, resolve
-from .compat import Ranks, process_group, storage_key
+from .compat import Ranks, prepare_inductor, process_group, storage_key
 from .layout import Block, variances
 from .normalize import per_row
 from .orthogonalize import Form, choose
@@ -152,6 +152,7 @@ def make_plan(
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
     _check_params(params)
+    prepare_inductor()
     routed = resolve_routes(params, {} if routes is None else routes)
 
     parameters: list[Parameter] = []
