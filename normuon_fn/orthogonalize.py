@@ -60,11 +60,10 @@ def orthogonalize(
     stack = x.reshape(-1, *x.shape[-2:])
     if x.shape[-2] == x.shape[-1]:
         which = ops.orientation(stack)
-        out = newton_schulz(ops.orient(stack, which, x.dtype), chosen, form)
-        out = ops.orient(out, which, x.dtype)
+        out = ops.orient(newton_schulz(ops.orient(stack, which, x.dtype), chosen, form, x.dtype), which, x.dtype)
     else:
-        out = newton_schulz(stack, chosen, form)
-        out = (out.mT if x.shape[-2] > x.shape[-1] else out).to(x.dtype)
+        out = newton_schulz(stack, chosen, form, x.dtype)
+        out = out.mT if x.shape[-2] > x.shape[-1] else out
     return out.reshape(x.shape)
 
 
@@ -124,10 +123,13 @@ def choose(
 _SYMMETRIC_FROM = 512  # rows: below, half of the tiles of so few is little
 
 
-def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
-    """`iterate` on `to_unit_norm`, without the carried factor: [n, rows <= cols], in float32 or float64."""
+def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form, dtype: torch.dtype) -> Tensor:
+    """`iterate` on `to_unit_norm`, in ``dtype`` and without the carried factor: [n, rows <= cols], tall ones transposed."""
     out = iterate(to_unit_norm(x, chosen, form.dtype), chosen, form)
-    return out.to(torch.promote_types(form.dtype, torch.float32)) * (1.0 / carry(form.dtype))
+    if carry(form.dtype) == 1.0:
+        return out.to(dtype)
+    one = torch.ones(out.shape[0], device=out.device)
+    return ops.gather([out], [out], one, one, one / carry(form.dtype), [1], "", False, False, dtype)
 
 
 def carry(dtype: torch.dtype) -> float:
@@ -137,7 +139,6 @@ def carry(dtype: torch.dtype) -> float:
 
 def to_unit_norm(x: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
     """Frobenius norm ``1 / norm_factor``, times `carry`, in ``dtype``; tall ones transposed. Zero stays zero, NaN stays NaN."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     _, power, squares = ops.measure([x], [1])
     return ops.gather([x], [x], power, power, to_norm(squares, chosen, dtype), [1], "", False, False, dtype)
 

@@ -128,11 +128,11 @@ def replay(path: str | os.PathLike[str]) -> str:
     for entry, given in inputs:
         x = given.to(device)
         x = x.mT if x.shape[-2] > x.shape[-1] else x
-        exact = newton_schulz(x.double(), chosen, Form("standard", torch.float64))
+        exact = newton_schulz(x.double(), chosen, Form("standard", torch.float64), torch.float64)
         for method in ("standard", "gram"):
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 form = choose(chosen, method, dtype, x.shape[-2], x.shape[-1], x.device, x.dtype)
-                out = newton_schulz(x if dtype != torch.float64 else x.double(), chosen, form).double()
+                out = newton_schulz(x if dtype != torch.float64 else x.double(), chosen, form, torch.float64)
                 used = "<-" if (entry["method"], entry["dtype"]) == (method, str(dtype)) else ""
                 lost = int((~out.isfinite()).sum())
                 sigma = f"{float(torch.linalg.matrix_norm(out, 2).max()):.4g}" if not lost else "-"

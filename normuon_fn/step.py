@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,7 +24,7 @@ from .layout import Block
 from .normalize import normalize
 from .ops.reference import Measures
 from .orthogonalize import carry, iterate, to_norm
-from .plan import Bucket, Group, Plan
+from .plan import Bucket, Group, Plan, make_plan
 from .run import Run
 from .types import Grads, Hyper, StepResult, Tensors
 
@@ -107,12 +109,30 @@ def _compiled(
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     own = _cache.setdefault(plan, {})
     if function not in own:
+        if not own and plan.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            check_step(plan, params, grads, state, hyper, found_inf)
+            threading.Thread(target=_compile_kernels, args=(plan, function), daemon=True).start()
         own[function] = compile_whole(function)
     try:
         return own[function](params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception:
         check_step(plan, params, grads, state, hyper, found_inf)  # tracing stumbled over it: say it in plain words
         raise
+
+
+def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
+    """A step of one parameter of each kind, on zeros, beside the tracing: Triton then has what the first step needs."""
+    if plan.config.orthogonalizer is not None:  # the caller's, who does not expect it in another thread
+        return
+    kinds = {(p.spec, p.route.algorithm, tuple((b.count, b.param) for b in p.blocks)): p for p in plan.parameters}
+    with (
+        contextlib.suppress(Exception),  # whatever is wrong shows in the step itself
+        torch.cuda.device(plan.device),
+        torch.cuda.stream(torch.cuda.Stream(plan.device)),
+    ):
+        params = {p.name: torch.zeros(p.spec.shape, dtype=p.spec.dtype, device=plan.device) for p in kinds.values()}
+        few = make_plan(params, plan.config, routes={p.name: p.route for p in kinds.values()})
+        function(params, params, init(few, params), Hyper.of(params, lr=0.0), few)
 
 
 class _Front(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .launch import address_table, chunk_table, dtype_of, has_kernel, jit, tl
+from .launch import address_table, chunk_table, dtype_of, has_kernel, jit, launch, tl
 from .registration import Lists, empty_like, register
 
 _CHUNK, _BLOCK = 16384, 2048
@@ -81,11 +81,14 @@ def _launch(lists: list[list[Tensor]], n: int, flags: Tensor | None, scalars: tu
         if n > 1:
             return
     chunks = chunk_table(tuple(x.numel() for x in lists[0]), _CHUNK, lists[0][0].device).entries
-    adamw_kernel[(chunks.shape[0],)](
-        places.entries, chunks, flags, *scalars, skip,
-        P=dtype_of(lists[3][0]) if flags is None else None, S=dtype_of(lists[0][0]), G=dtype_of(lists[2][0]),
-        ALIGNED=places.aligned, EVEN=all(x.numel() % 16 == 0 for x in lists[0]), FLAGS=flags is not None, SKIP=skip is not None,
-        PURE=flags is None and lists[3][0] is not lists[4][0], CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
+    launch(
+        adamw_kernel, chunks.shape[0], (places.entries, chunks, flags, *scalars, skip),
+        (
+            dtype_of(lists[3][0]) if flags is None else None, dtype_of(lists[0][0]), dtype_of(lists[2][0]), places.aligned,
+            all(x.numel() % 16 == 0 for x in lists[0]), flags is not None, skip is not None,
+            flags is None and lists[3][0] is not lists[4][0], _CHUNK, _BLOCK,
+        ),
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

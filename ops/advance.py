@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .launch import at, dtype_of, jit, matrix_table, tile, tl, with_kernel
+from .launch import at, dtype_of, jit, launch, matrix_table, tile, tl, with_kernel
 from .lists import count
 from .reference import Measures, compute_dtype
 from .registration import Lists, empty_like
@@ -119,14 +119,15 @@ def _front_run(
     largest = first.new_empty((n * strips, 2), dtype=torch.int32)
     squares = first.new_empty(n * strips, dtype=torch.float64)
     out = first.new_empty((3, n), dtype=torch.float32)
-    options = {"num_warps": 4, "enable_fp_fusion": False}  # the same bits, whatever else a variant of the kernel does
-    front_kernel[(n * strips,)](
-        places.entries, beta, keep, largest, squares, rows, cols, across, strips,
-        M=dtype_of(first), G=dtype_of(lists[-1][0]), UNIT=places.unit, ALIGNED=places.aligned,
-        GRAD=grad, WRITE=write, KEEP=keep is not None, EMA=form == "ema", NESTEROV=nesterov,
-        LOOP=loop, BR=high, BC=wide, **options,
+    launch(
+        front_kernel, n * strips, (places.entries, beta, keep, largest, squares),
+        (
+            rows, cols, across, strips, dtype_of(first), dtype_of(lists[-1][0]), places.unit, places.aligned,
+            grad, write, keep is not None, form == "ema", nesterov, loop, high, wide,
+        ),
+        num_warps=4, enable_fp_fusion=False,  # the same bits, whatever else a variant of the kernel does
     )  # fmt: skip
-    combine_kernel[(n,)](largest, squares, out, n, strips, BLOCK=256, num_warps=4)
+    launch(combine_kernel, n, (largest, squares, out), (n, strips, 256), num_warps=4)
     return out
 
 

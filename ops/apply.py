@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .launch import at, dtype_of, jit, matrix_table, tile, tl, with_kernel
+from .launch import at, dtype_of, jit, launch, matrix_table, tile, tl, with_kernel
 from .registration import Lists, empty_like
 
 
@@ -56,11 +56,13 @@ def _apply(
     high, wide = tile(cols, 4096) if update.stride(2) == 1 else (64, 64)
     across = -(-cols // wide)
     tiles = across * -(-rows // high)
-    apply_kernel[(n * tiles,)](
-        places.entries, update, factor.contiguous(), decay, skip, rows, cols, across, tiles, *update.stride(),
-        P=dtype_of(params[0]), UNIT=places.unit, ALIGNED=places.aligned, PURE=into[0][0] is not params[0],
-        PER_ROW=factor.shape[1:] == (rows, 1), SKIP=skip is not None, CAUTIOUS=cautious,
-        BR=high, BC=wide, num_warps=4, enable_fp_fusion=False,
+    launch(
+        apply_kernel, n * tiles, (places.entries, update, factor.contiguous(), decay, skip),
+        (
+            rows, cols, across, tiles, *update.stride(), dtype_of(params[0]), places.unit, places.aligned,
+            into[0][0] is not params[0], factor.shape[1:] == (rows, 1), skip is not None, cautious, high, wide,
+        ),
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .launch import at, dtype_of, jit, matrix_table, tile, tl, with_kernel
+from .launch import at, dtype_of, jit, launch, matrix_table, tile, tl, with_kernel
 from .lists import count
 
 
@@ -58,10 +58,12 @@ def _gather(
         high, wide = (64, 64) if tall else tile(cols, 4096)
         across = -(-cols // wide)
         tiles = across * -(-rows // high)
-        gather_kernel[(n * tiles,)](
-            places.entries, beta, power[slots], inverse[slots], out[slots], rows, cols, across, tiles,
-            M=dtype_of(own[0]), G=dtype_of(grads[part][0]), UNIT=places.unit, ALIGNED=places.aligned,
-            AHEAD=ahead, EMA=form == "ema", NESTEROV=nesterov, TALL=tall, BR=high, BC=wide,
+        launch(
+            gather_kernel, n * tiles, (places.entries, beta, power[slots], inverse[slots], out[slots]),
+            (
+                rows, cols, across, tiles, dtype_of(own[0]), dtype_of(grads[part][0]), places.unit, places.aligned,
+                ahead, form == "ema", nesterov, tall, high, wide,
+            ),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ except ImportError:
     triton = tl = None
     INTERPRETED = False
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_DTYPE = attrgetter("dtype")
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -42,11 +44,44 @@ def has_kernel(*lists: Sequence[Tensor]) -> bool:
     device = lists[0][0].device.type
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
         return False
-    if any(x.dtype not in DTYPES for tensors in lists for x in tensors):
+    if not all({*map(_DTYPE, tensors)} <= DTYPES for tensors in lists):
         return False
     if triton is None:
         raise ImportError("a step on CUDA needs triton: pip install 'normuon_fn[cuda]'")
     return True
+
+
+_kernels: dict[Hashable, Any] = {}
+
+
+def launch(kernel: Any, programs: int, pointers: tuple[Any, ...], constants: tuple[Any, ...], **options: Any) -> None:
+    """``kernel[(programs,)](*pointers, *constants, **options)``.
+
+    Triton works out at every call which of its compiled variants the arguments ask for, which costs the host several times the
+    launch. Here ``constants`` (integers, and what is constant in the kernel) and what is known of each pointer tell it.
+    """
+    if INTERPRETED:
+        kernel[(programs,)](*pointers, *constants, **options)
+        return
+    device = next(x.device for x in pointers if isinstance(x, Tensor))
+    key = (kernel, device, constants, *map(_variant, pointers))
+    found = _kernels.get(key)
+    if device.index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(device):
+            launch(kernel, programs, pointers, constants, **options)
+    elif found is None:
+        _kernels[key] = kernel[(programs,)](*pointers, *constants, **options)
+    else:
+        found[(programs, 1, 1)](*pointers, *constants)
+
+
+def _variant(x: Any) -> Hashable:
+    """What Triton compiles differently: the type, and whether an address is a multiple of 16."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if hasattr(x, "block_shape"):
+        return x.base.dtype, *x.block_shape
+    return type(x).__name__
 
 
 class Table(NamedTuple):
@@ -82,8 +117,7 @@ def cached(key: Hashable, device: torch.device, make: Callable[[], tuple[list[li
 
 def matrix_table(*lists: Sequence[Tensor]) -> Table:
     """A row for every matrix: address, row stride and column stride in every list. All matrices have one shape."""
-    kinds = tuple((tensors[0].shape[-2:], tensors[0].dtype) for tensors in lists)
-    key = (kinds, tuple(_place(x) for tensors in lists for x in tensors))
+    key = tuple(map(_place, lists))
 
     def make() -> tuple[list[list[int]], bool, bool]:
         rows = [[n for place in row for n in place] for row in zip(*map(_matrices, lists), strict=True)]
@@ -97,13 +131,13 @@ def matrix_table(*lists: Sequence[Tensor]) -> Table:
 
 def address_table(*lists: Sequence[Tensor]) -> Table:
     """A row for every tensor, of any shape: its address in every list. All are contiguous."""
-    key = tuple(x.data_ptr() for tensors in lists for x in tensors)
+    key = tuple(tuple(map(Tensor.data_ptr, tensors)) for tensors in lists)
 
     def make() -> tuple[list[list[int]], bool, bool]:
         rows = [[x.data_ptr() for x in row] for row in zip(*lists, strict=True)]
         return rows, True, all(address % 16 == 0 for row in rows for address in row)
 
-    return cached((len(lists), key), lists[0][0].device, make)
+    return cached(key, lists[0][0].device, make)
 
 
 def chunk_table(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Table:
@@ -115,8 +149,12 @@ def chunk_table(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tab
     return cached((chunk, sizes), device, make)
 
 
-def _place(x: Tensor) -> Hashable:
-    return x.data_ptr() if x.ndim == 2 and x.is_contiguous() else (x.data_ptr(), x.shape[0], x.stride())
+def _place(tensors: Sequence[Tensor]) -> Hashable:
+    """Where the matrices of a list lie. It is asked for a hundred tensors a call: no Python for any of them."""
+    first = tensors[0]
+    addresses, sizes = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
+    strides = None if all(map(Tensor.is_contiguous, tensors)) else tuple(map(Tensor.stride, tensors))
+    return first.dtype, first.shape[-2:], addresses, sizes, strides
 
 
 def _matrices(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import dtype_of, has_kernel, jit, tl
+from .launch import dtype_of, has_kernel, jit, launch, tl
 from .registration import register
 
 AS_IS, FLIPPED, SYMMETRIC = 0, 1, 2
@@ -60,7 +60,7 @@ def _orientation(x: Tensor) -> Tensor:
         return orientation_reference(x)
     which = x.new_empty(n, dtype=torch.int32)
     if n:
-        orientation_kernel[(n,)](x, which, size, *x.stride(), BLOCK=256, num_warps=4)
+        launch(orientation_kernel, n, (x, which), (size, *x.stride(), 256), num_warps=4)
     return which
 
 
@@ -71,7 +71,7 @@ def _orient(x: Tensor, which: Tensor, dtype: torch.dtype) -> Tensor:
     out = x.new_empty((n, size, size), dtype=dtype)
     tiles = (-(-size // 64)) ** 2
     if out.numel():
-        orient_kernel[(n * tiles,)](x, which, out, size, tiles, *x.stride(), OUT=dtype_of(out), BLOCK=64, num_warps=4)
+        launch(orient_kernel, n * tiles, (x, which, out), (size, tiles, *x.stride(), dtype_of(out), 64), num_warps=4)
     return out
 
 

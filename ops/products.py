@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import INTERPRETED, triton
+from .launch import INTERPRETED, launch, triton
 from .product_kernels import descriptor_kernel, pointer_kernel
 from .registration import define
 
@@ -161,7 +161,7 @@ def _programs(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-Call = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, int]]  # kernel, grid, arguments, options
+Call = tuple[Any, int, tuple[Any, ...], tuple[Any, ...], dict[str, int]]  # kernel, programs, pointers, constants, options
 
 
 def _prepare(
@@ -184,8 +184,8 @@ def _prepare(
     if descriptors:
         of_a, of_b = descriptors
         left, right = TensorDescriptor(a, *of_a), TensorDescriptor(b, *of_b)
-        return kernel, grid, (left, right, given, out, alpha, beta, *arguments), options
-    return kernel, grid, (a, b, given, out, alpha, beta, *arguments), options
+        return kernel, grid[0], (left, right, given, out, alpha, beta), arguments, options
+    return kernel, grid[0], (a, b, given, out, alpha, beta), arguments, options
 
 
 def _launch(
@@ -195,12 +195,8 @@ def _launch(
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     if out.numel() == 0:
         return out
-    kernel, grid, arguments, options = _prepare(a, b, c, out, alpha, beta, symmetric, config)
-    if a.is_cuda and a.device.index != torch.cuda.current_device():  # Triton launches on the current device
-        with torch.cuda.device(a.device):
-            kernel[grid](*arguments, **options)
-    else:
-        kernel[grid](*arguments, **options)
+    kernel, programs, pointers, constants, options = _prepare(a, b, c, out, alpha, beta, symmetric, config)
+    launch(kernel, programs, pointers, constants, **options)
     return out
 
 

@@ -101,8 +101,8 @@ def compile_for(config: Config, given: tuple[Any, ...]) -> None:
     """Compiles the kernel where it would be launched."""
     a, b, *_ = given
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    kernel, grid, arguments, options = products._prepare(*given[:3], out, *given[3:], config)
-    kernel.warmup(*arguments, grid=grid, **options)
+    kernel, programs, pointers, constants, options = products._prepare(*given[:3], out, *given[3:], config)
+    kernel.warmup(*pointers, *constants, grid=(programs,), **options)
 
 
 def cublas(given: tuple[Any, ...]) -> Tensor:
