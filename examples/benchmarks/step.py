@@ -660,9 +660,9 @@ def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, 
         every = Options(graph=graph, rounds=rounds, first_step=False)
         results[f"{large} fp32"] = two = guarded(large, lambda: rows_of(device, large, every))
         alone = Options(rounds=rounds)
-        for spec in (squares, wides):
-            results[f"orthogonalize {spec} fp32"] = guarded(
-                spec, lambda spec=spec: orthogonalize_rows(device, spec, torch.float32, alone)
+        for spec in (squares, wides):  # bfloat16, as peers hand it on
+            results[f"orthogonalize {spec} bf16"] = guarded(
+                spec, lambda spec=spec: orthogonalize_rows(device, spec, torch.bfloat16, alone)
             )
         form = "graph" if graph else "step_"
         a, b = find(one, f"{form}, guard off"), find(two, f"{form}, guard off")
@@ -676,8 +676,8 @@ def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, 
             (f"host time of a replayed step, {large}", "ms", 0.1, None, b, "host_ms"),
             (f"host time of step_ without a graph, {large}", "ms", 3, 1, eager, "host_ms"),
             (f"first step, empty caches, {small}", "s", 25, 10, find(one, "step_, guard off"), "first_s"),
-            (f"orthogonalize alone, {squares}", "ms", 31, 26, results[f"orthogonalize {squares} fp32"][0], "median"),
-            (f"orthogonalize alone, {wides}", "ms", 29, 25, results[f"orthogonalize {wides} fp32"][0], "median"),
+            (f"orthogonalize alone, {squares} bf16", "ms", 31, 26, results[f"orthogonalize {squares} bf16"][0], "median"),
+            (f"orthogonalize alone, {wides} bf16", "ms", 29, 25, results[f"orthogonalize {wides} bf16"][0], "median"),
         ]
         for name, unit, must, aim, row, what in listed:
             got, note = value(row, what)
