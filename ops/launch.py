@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +26,7 @@ except ImportError:
     triton = tl = None
     INTERPRETED = False
 
-DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-_DTYPE = attrgetter("dtype")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -44,7 +42,7 @@ def has_kernel(*lists: Sequence[Tensor]) -> bool:
     device = lists[0][0].device.type
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
         return False
-    if not all({*map(_DTYPE, tensors)} <= DTYPES for tensors in lists):
+    if any(x.dtype not in DTYPES for tensors in lists for x in tensors):
         return False
     if triton is None:
         raise ImportError("a step on CUDA needs triton: pip install 'normuon_fn[cuda]'")
