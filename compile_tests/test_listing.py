@@ -37,15 +37,12 @@ unstack of 1
 stack of 1
 stack of 1
 unstack of 1
-stack of 1
-stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
 stack of 2
 stack of 2
 unstack of 2
-stack of 2
 bmm 1, baddbmm 2
 stack of 2
 stack of 1
@@ -72,15 +69,12 @@ unstack of 1
 stack of 1
 stack of 1
 unstack of 1
-stack of 1
-stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
 stack of 2
 stack of 2
 unstack of 2
-stack of 2
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
@@ -153,15 +147,12 @@ unstack_ of 1
 stack of 1
 stack of 1
 unstack_ of 1
-stack of 1
-stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
 stack of 2
 stack of 2
 unstack_ of 2
-stack of 2
 bmm 1, baddbmm 2
 stack of 2
 stack of 1
@@ -189,15 +180,12 @@ unstack_ of 1
 stack of 1
 stack of 1
 unstack_ of 1
-stack of 1
-stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
 stack of 2
 stack of 2
 unstack_ of 2
-stack of 2
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
@@ -275,15 +263,12 @@ unstack_ of 1
 stack of 1
 stack of 1
 unstack_ of 1
-stack of 1
-stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
 stack of 2
 stack of 2
 unstack_ of 2
-stack of 2
 bmm 1, baddbmm 2
 stack of 2
 stack of 1

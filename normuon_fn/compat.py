@@ -34,7 +34,7 @@ def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Ca
     own.__kwdefaults__ = function.__kwdefaults__
     # Without it Inductor times several forms of each reduction on the device and takes the fastest: the same step compiled
     # twice may then add in different orders.
-    options: dict[str, Any] = {"guard_filter_fn": _not_of_the_plan}
+    options: dict[str, Any] = {"guard_filter_fn": not_of_the_plan}
     if backend == "inductor":
         # Sizes are guarded before they are asserted; and only our own operators, which look for themselves, and loads of
         # scalars meet the caller's tensors, so that their alignment is nothing to Inductor. 0.3 ms each for 600 tensors.
@@ -42,7 +42,7 @@ def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Ca
     return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
 
 
-def _not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
+def not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
     """Which guards to keep. A plan never changes and has its functions to itself: 0.4 ms a call for 144 matrices."""
     return [re.match(r"(dict\(type\()?(L\['plan'\]|plan\b)", guard.name) is None for guard in guards]
 

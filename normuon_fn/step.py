@@ -144,6 +144,7 @@ class _Front(NamedTuple):
     grads: list[Tensor]
     momentums: list[Tensor]  # the new ones; with `Run.holds_late` still the old
     measures: Measures  # see ops/advance.py
+    stacks: list[Tensor] | None = None  # the momentums as stacks, where `advance` has them anyway
 
 
 class _Back(NamedTuple):
@@ -216,15 +217,15 @@ def _momentum(run: Run, bucket: Bucket, hold: guard.Decision) -> _Front | None:
     how = (sizes, config.momentum_form, config.nesterov)
     if run.holds_late:
         measures = ops.lookahead(momentums, grads, run.hyper.momentum, *how)
-    else:
-        momentums, measures = run.writes.advance(momentums, grads, run.hyper.momentum, hold, *how)
-        run.put(blocks, ".momentum", momentums)
-    return _Front(groups, blocks, sizes, grads, momentums, measures)
+        return _Front(groups, blocks, sizes, grads, momentums, measures)
+    momentums, measures, stacks = run.writes.advance(momentums, grads, run.hyper.momentum, hold, *how)
+    run.put(blocks, ".momentum", momentums)
+    return _Front(groups, blocks, sizes, grads, momentums, measures, stacks)
 
 
 def _momentum_late(run: Run, front: _Front, hold: guard.Decision) -> None:
     how = (front.sizes, run.plan.config.momentum_form, run.plan.config.nesterov)
-    new, _ = run.writes.advance(front.momentums, front.grads, run.hyper.momentum, hold, *how)
+    new, *_ = run.writes.advance(front.momentums, front.grads, run.hyper.momentum, hold, *how)
     run.put(front.blocks, ".momentum", new)
 
 
@@ -238,7 +239,7 @@ def _orthogonalize(run: Run, bucket: Bucket, front: _Front) -> list[Tensor]:
         power = inverse = torch.ones_like(power)
     stack = ops.gather(
         front.momentums, front.grads, run.hyper.momentum, power, inverse, front.sizes,
-        config.momentum_form, config.nesterov, run.holds_late, power.dtype if own else bucket.form.dtype,
+        config.momentum_form, config.nesterov, run.holds_late, power.dtype if own else bucket.form.dtype, stacks=front.stacks,
     )  # fmt: skip
     whole = iterate(stack, bucket.coefficients, bucket.form) if own is None else own(stack)
     if whole.shape[1:] != (bucket.rows, bucket.cols):

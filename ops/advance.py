@@ -186,14 +186,17 @@ _measured, _ = with_kernel("measure", "(Tensor[] tensors, int[] sizes) -> Tensor
 largest, _ = with_kernel("largest", "(Tensor[] tensors, int[] sizes) -> Tensor", _largest, _largest_fake)
 
 
-def advance(*arguments: Any) -> tuple[list[Tensor], Measures]:
-    new, measures = _advanced(*arguments)
-    return new, _measures(measures)
+Advanced = tuple[list[Tensor], Measures, list[Tensor] | None]  # the new momentums; the last: as stacks, from the twin
 
 
-def advance_(*arguments: Any) -> tuple[list[Tensor], Measures]:
-    new, measures = _advanced_(*arguments)
-    return new, _measures(measures)
+def advance(*arguments: Any) -> Advanced:
+    new, measures, *stacks = _advanced(*arguments)
+    return new, _measures(measures), stacks[0] if stacks else None
+
+
+def advance_(*arguments: Any) -> Advanced:
+    new, measures, *stacks = _advanced_(*arguments)
+    return new, _measures(measures), stacks[0] if stacks else None
 
 
 def lookahead(*arguments: Any) -> Measures:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,10 +78,15 @@ def _gather_fake(
     return momentums[0].new_empty((sum(map(count, momentums)), *sorted(momentums[0].shape[-2:])), dtype=dtype)
 
 
-gather, _ = with_kernel(
+_gathered, _ = with_kernel(
     "gather",
     "(Tensor[] momentums, Tensor[] grads, Tensor beta, Tensor power, Tensor inverse, int[] sizes, str form, bool nesterov, "
     "bool ahead, ScalarType dtype) -> Tensor",
     _gather,
     _gather_fake,
 )
+
+
+def gather(*arguments: Any, stacks: list[Tensor] | None = None) -> Tensor:
+    """``stacks``: the momentums as stacks, where the twin of `advance` has just made them."""
+    return _gathered(*arguments) if stacks is None else reference.gather(*arguments, stacks=stacks)  # type: ignore[misc]

@@ -18,8 +18,12 @@ def count(x: Tensor) -> int:
     return x.shape[0] if x.ndim == 3 else 1
 
 
+def _are_matrices(tensors: list[Tensor]) -> bool:
+    return max(map(Tensor.dim, tensors)) == 2  # no Python for each of hundreds
+
+
 def _stack(tensors: list[Tensor]) -> Tensor:
-    if all(x.ndim == 2 for x in tensors):
+    if _are_matrices(tensors):
         return torch.stack(tensors)
     return torch.cat([x if x.ndim == 3 else x.unsqueeze(0) for x in tensors])
 
@@ -30,7 +34,7 @@ def _stack_fake(tensors: list[Tensor]) -> Tensor:
 
 def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor) -> None:
     (targets,) = into
-    if not all(x.ndim == 2 for x in targets):
+    if not _are_matrices(targets):
         parts = stacked.split([count(x) for x in targets])
         parts = tuple(part if x.ndim == 3 else part.squeeze(0) for x, part in zip(targets, parts, strict=True))
         torch._foreach_copy_(targets, parts)

@@ -111,14 +111,16 @@ def update_of(momentum: Tensor, grad: Tensor, beta: Tensor, form: str, nesterov:
 def advance(
     write: Write, momentums: list[Tensor], grads: list[Tensor], beta: Tensor, keep: Tensor | None, sizes: list[int],
     form: str, nesterov: bool,
-) -> tuple[list[Tensor], Measures]:  # fmt: skip
-    written, found = [], []
+) -> tuple[list[Tensor], Measures, list[Tensor]]:  # fmt: skip
+    """The new momentums, measures; and the new momentums as stacks, which `gather` need not make again."""
+    written, found, stacks = [], [], []
     for part, _ in runs(sizes, momentums):
         old, grad = stack(momentums[part]), stack(grads[part])
         new = advanced(old, grad, beta, form)
         found.append(measures(grad, update_of(new, grad, beta, form, nesterov)))
-        written += write(momentums[part], new if keep is None else torch.where(keep, old, new))
-    return written, together(found)
+        stacks.append(new if keep is None else torch.where(keep, old, new))
+        written += write(momentums[part], stacks[-1])
+    return written, together(found), stacks
 
 
 def lookahead(
@@ -135,11 +137,12 @@ def lookahead(
 def gather(
     momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
     sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype,
+    stacks: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     rows = min(momentums[0].shape[-2:])
     parts = []
-    for part, at in runs(sizes, momentums):
-        momentum = stack(momentums[part])
+    for k, (part, at) in enumerate(runs(sizes, momentums)):
+        momentum = stacks[k] if stacks else stack(momentums[part])
         grad = stack(grads[part]) if ahead or nesterov else momentum  # not read otherwise
         if ahead:
             momentum = advanced(momentum, grad, beta, form)

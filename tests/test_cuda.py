@@ -72,8 +72,7 @@ def test_compiled_steps_agree_and_the_guard_keeps_every_bit(guard: str) -> None:
     pure = nm.step(params, grads, state, hyper, plan)
     here, there = ({k: v.clone() for k, v in given.items()} for given in (params, state))
     nm.step_(here, grads, there, hyper, plan)
-    for name in params:  # on the CPU the bits agree; here two graphs may be fused differently and add in another order
-        torch.testing.assert_close(here[name], pure.params[name], rtol=0, atol=2e-6)
+    assert same(here, pure.params) and same(there, pure.state)
     grads["wide"][3, 5] = float("inf")
     result = nm.step(pure.params, grads, pure.state, hyper, plan)
     assert same(pure.params, result.params) == (guard != "off")

@@ -88,7 +88,7 @@ def packed(result: Any, writes: int) -> Any:
     """What a twin gives as the operator gives it: measures as one tensor."""
     if not writes:
         return torch.stack(result) if isinstance(result, tuple) else result
-    return (*result[:writes], *(torch.stack(rest) for rest in result[writes:]))
+    return (*result[:writes], *(torch.stack(rest) for rest in result[writes : writes + 1]))
 
 
 def scalar(x: float) -> Tensor:
