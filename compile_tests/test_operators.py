@@ -47,6 +47,8 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "gather": (first, grads, rate, ones, 0.5 * ones, sizes, "ema", True, True, torch.float16),
         "apply": (params, update, scale, rate, skip, True),
         "unstack": (first, update),
+        "orientation": (update @ update.mT,),
+        "orient": (update @ scale.expand_as(update).mT, torch.tensor([0, 1, 2], dtype=torch.int32), dtype),
         "stack": (first,),
         "reinterpret": (first[0], torch.int32),
         "adamw_flags": (first, second, grads, *betas),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import normuon_fn as nm
 from compile_tests import graphs
@@ -53,6 +54,17 @@ def test_compiled_the_members_share_one_graph_and_every_node_of_it() -> None:
     assert sum(whole.ops[name] for name in products) == sum(one.ops[name] for name in products)
     with graphs.no_recompile():
         check_members(given, whole.result, whole.compiled)
+
+
+def test_an_ensemble_of_ensembles_is_one_larger_ensemble() -> None:
+    given = ensemble()
+    inner, outer = MEMBERS // 2, 2
+    of_each = tree_map_only(Tensor, lambda x: x.unflatten(0, (outer, inner)), given.stacked)
+    nested = torch.vmap(given.over_members)(*of_each)
+    flat = given.over_members(*given.stacked)
+    for got, expected in ((nested.params, flat.params), (nested.state, flat.state)):
+        for name, tensor in expected.items():
+            assert torch.equal(got[name].flatten(0, 1), tensor)
 
 
 def check_members(given: Ensemble, clean: nm.StepResult, function: Callable[..., nm.StepResult]) -> None:

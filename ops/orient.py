@@ -26,8 +26,8 @@ def orientation_kernel(x_ptr, out_ptr, size, stride_n, stride_r, stride_c, BLOCK
         start = row + 1  # below the diagonal every pair was met before
         while (start < size) & (found == 2):
             c = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            here = tl.load(x_ptr + row * stride_r + c * stride_c, c < size, other=0.0)
-            mirrored = tl.load(x_ptr + c * stride_r + row * stride_c, c < size, other=0.0)
+            here = tl.load(x_ptr + row * stride_r + c * stride_c, c < size, other=0.0).to(tl.float32)
+            mirrored = tl.load(x_ptr + c * stride_r + row * stride_c, c < size, other=0.0).to(tl.float32)
             first = tl.min(tl.where(here != mirrored, c, size), 0)
             larger = tl.max(((c == first) & (mirrored > here)).to(tl.int32), 0)
             found = tl.where(first < size, larger, found)

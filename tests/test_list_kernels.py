@@ -5,6 +5,7 @@ The interpreter is chosen when triton is imported, so on a machine without CUDA 
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from normuon_fn import ops
 from normuon_fn.ops import launch, reference
+
+orient = importlib.import_module("normuon_fn.ops.orient")  # the package names the function the same
 
 RUNS_HERE = torch.cuda.is_available() or launch.INTERPRETED
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,6 +163,24 @@ def test_gather_joins_tall_and_wide_and_transposes_the_tall() -> None:
     ones = torch.ones(6, device=DEVICE)
     out = ops.gather([*wide, *tall], [*wide, *tall], scalar(0.9), ones, ones, [3, 3], "ema", False, False, torch.float32)
     assert torch.equal(out, torch.stack([*wide, *(x.mT for x in tall)]))
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_square_matrices_and_their_transposes_are_turned_the_same_way(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 300, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    x[1] = x[0].mT
+    x[2] += x[2].mT.clone()  # symmetric
+    x[3, 0], x[3, 1, :5] = x[3, :, 0].clone(), x[3, :5, 1].clone()  # the first row does not tell
+    x[4] = 0
+    x[5, 2, 7] = float("nan")
+    which = ops.orientation(x)
+    assert torch.equal(which, orient.orientation_reference(x)) and which[2] == which[4] == 2 and which[0] + which[1] == 1
+    for given in (x, x.mT, x[:, :299, :299]):
+        which = ops.orientation(given)
+        out = ops.orient(given, which, torch.float32)
+        assert torch.equal(out.nan_to_num(7.0), orient.orient_reference(given, which, torch.float32).nan_to_num(7.0))
+    assert torch.equal(ops.orient(x.mT, ops.orientation(x.mT), dtype)[:5], ops.orient(x, ops.orientation(x), dtype)[:5])
 
 
 @here

@@ -591,11 +591,11 @@ def plot(results: dict[str, list[Row]], header: dict[str, Any], file: str) -> No
             axes.text(row.quantile(0.9), k, f"  {row.median:.3g}", va="center")
         floors = [r.floor_ms for r in rows if r.floor_ms is not None]
         if floors:
-            axes.axvline(floors[0], color="tab:red", linestyle="--", linewidth=1, label=f"floor {floors[0]:.3g}")
-            axes.legend(loc="lower right")
+            axes.axvline(floors[0], color="tab:red", linestyle="--", linewidth=1)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set(title=name, xlabel="ms a step")
+        dashed = f"; dashed: the floor, {floors[0]:.3g} ms" if floors else ""
+        axes.set(title=name, xlabel=f"ms a step{dashed}")
     figure.suptitle(f"{header['device']}, torch {header['torch']}, {header['date']}")
     figure.savefig(file, dpi=120)
     plt.close(figure)
