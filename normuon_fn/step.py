@@ -164,7 +164,8 @@ def _advance(
     run = Run(params, grads, state, hyper, plan, found_inf, writes, {})
 
     moments = [read_moments(run, bucket) for bucket in plan.adamw]
-    holds = [None] * len(plan.buckets) if run.holds_late else _holds(run, moments)
+    bad_grads = _bad_gradients(run, moments) if plan.config.guard == "full" and not run.holds_late else None
+    holds = _holds(run, bad_grads)
     fronts, backs = [], []
     for bucket, hold in zip(plan.buckets, holds, strict=False):
         front = _momentum(run, bucket, hold)
@@ -172,7 +173,8 @@ def _advance(
         fronts.append(front)
         backs.append([_normalize(run, bucket, *pair) for pair in zip(front.groups if front else [], updates, strict=True)])
 
-    bad = [_bad(front, parts) if front else None for front, parts in zip(fronts, backs, strict=True)]
+    known = [None] * len(fronts) if bad_grads is None else bad_grads[: len(fronts)]
+    bad = [_bad(front, parts, of) if front else None for front, parts, of in zip(fronts, backs, known, strict=True)]
     bad += [lists.bad if lists.names else None for lists in moments]
     flags = guard.agree(guard.flags(_by_matrix(run, bad, 2), plan.matrix_of), plan.guard_group)
     skips, skipped = guard.decide(plan.config, flags, plan.bucket_has, found_inf)
@@ -190,19 +192,24 @@ def _advance(
     return run.result(flags, skipped)
 
 
-def _holds(run: Run, moments: list[Moments]) -> list[guard.Decision]:
-    """Whether each bucket's momentum keeps its bits, before it is written: ``guard="full"`` reads all gradients for it."""
-    plan, bad_grad = run.plan, None
-    if plan.config.guard == "full":
-        bad: list[Tensor | None] = []
-        for bucket in plan.buckets:
-            groups = bucket.with_grad(run.grads)
-            grads = [run.read(group.blocks, ".grad") for group in groups]
-            found = ops.largest([grad for part in grads for grad in part], [*map(len, grads)]) if groups else None
-            bad.append(None if found is None else ~found.isfinite().unsqueeze(0))
-        bad += [lists.bad[1:] if lists.names else None for lists in moments]
-        bad_grad = guard.flags(_by_matrix(run, bad, 1), plan.matrix_of)[0] > 0
-    return guard.holds(plan.config, bad_grad, plan.bucket_has, run.found_inf)
+def _bad_gradients(run: Run, moments: list[Moments]) -> list[Tensor | None]:
+    """[1, n] bool for each bucket, AdamW's last: ``guard="full"`` reads all gradients once before anything is written."""
+    bad: list[Tensor | None] = []
+    for bucket in run.plan.buckets:
+        groups = bucket.with_grad(run.grads)
+        grads = [run.read(group.blocks, ".grad") for group in groups]
+        found = ops.largest([grad for part in grads for grad in part], [*map(len, grads)]) if groups else None
+        bad.append(None if found is None else ~found.isfinite().unsqueeze(0))
+    return bad + [lists.bad[1:] if lists.names else None for lists in moments]
+
+
+def _holds(run: Run, bad_grads: list[Tensor | None] | None) -> list[guard.Decision]:
+    """Whether each bucket's momentum keeps its bits, before it is written; not known yet with `Run.holds_late`."""
+    plan = run.plan
+    if run.holds_late:
+        return [None] * len(plan.buckets)
+    bad = None if bad_grads is None else guard.flags(_by_matrix(run, bad_grads, 1), plan.matrix_of)[0] > 0
+    return guard.holds(plan.config, bad, plan.bucket_has, run.found_inf)
 
 
 def _momentum(run: Run, bucket: Bucket, hold: guard.Decision) -> _Front | None:
@@ -256,9 +263,9 @@ def _normalize(run: Run, bucket: Bucket, group: Group, update: Tensor) -> _Back:
     return _Back(group, update, factor, None if old is None or new is None else (old, new), finite)
 
 
-def _bad(front: _Front, parts: list[_Back]) -> Tensor:
+def _bad(front: _Front, parts: list[_Back], grad: Tensor | None) -> Tensor:
     """[2, n] bool: non-finite update, non-finite gradient (which is a non-finite update, even where the momentum was held)."""
-    grad = ~front.measures[0].isfinite()
+    grad = ~front.measures[0].isfinite() if grad is None else grad[0]
     return torch.stack([~torch.cat([back.finite for back in parts]) | grad, grad])
 
 
