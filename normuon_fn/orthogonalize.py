@@ -35,11 +35,12 @@ def orthogonalize(
     """The approximate polar factor of every matrix of ``x``, in its shape and dtype.
 
     Bit for bit, ``orthogonalize(2**k * x) == orthogonalize(x)`` as long as all non-zero entries stay normal numbers, and
-    ``orthogonalize(x.mT) == orthogonalize(x).mT``. A non-finite entry makes its whole matrix non-finite.
+    ``orthogonalize(x.mT) == orthogonalize(x).mT`` (tested on the CPU; on CUDA the norm is summed in float64 in another order).
+    A non-finite entry makes its whole matrix non-finite.
 
     Args:
         method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides by aspect ratio.
-        dtype: of the products; ```None``: see `Config.orthogonalize_dtype`.
+        dtype: of the products; ``None``: see `Config.orthogonalize_dtype`.
 
     Raises:
         TypeError: ``x`` is not a real floating-point tensor.

@@ -94,15 +94,20 @@ _tables: OrderedDict[Hashable, Table] = OrderedDict()
 _captured: dict[Hashable, Table] = {}  # what captured graphs read at every replay: a few KiB each, and never dropped
 
 
-def cached(key: Hashable, device: torch.device, make: Callable[[], tuple[list[list[int]], bool, bool]]) -> Table:
-    """The table of that key, which must say everything that ``make`` depends on, every address included."""
+def cached(
+    key: Hashable, device: torch.device, make: Callable[[], tuple[list[list[int]], bool, bool]], *, shared: bool = False
+) -> Table:
+    """The table of that key, which must say everything that ``make`` depends on, every address included.
+
+    ``shared``: the key holds no address, so that work on another stream may find the table: it is complete before that.
+    """
     key = (key, device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = (capturing and _captured.get(key)) or _tables.get(key)
     if not found:
         rows, unit, aligned = make()
         host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda" and not capturing)
-        found = Table(host.to(device, non_blocking=True), unit, aligned, host)
+        found = Table(host.to(device, non_blocking=capturing or not shared), unit, aligned, host)
     if capturing:  # a copy that was captured has not happened yet: only the graph itself may use it
         _captured[key] = found
     else:
@@ -144,7 +149,7 @@ def chunk_table(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tab
     def make() -> tuple[list[list[int]], bool, bool]:
         return [[k, at, size] for k, size in enumerate(sizes) for at in range(0, size, chunk)], True, True
 
-    return cached((chunk, sizes), device, make)
+    return cached((chunk, sizes), device, make, shared=True)
 
 
 def _place(tensors: Sequence[Tensor]) -> Hashable:
