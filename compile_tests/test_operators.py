@@ -48,7 +48,7 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "apply": (params, update, scale, rate, skip, True),
         "unstack": (first, update),
         "orientation": (update @ update.mT,),
-        "orient": (update @ scale.expand_as(update).mT, torch.tensor([0, 1, 2], dtype=torch.int32), dtype),
+        "orient": (update @ scale.expand_as(update).mT, torch.tensor([0, 1, 2], dtype=torch.int32), dtype, None, None),
         "stack": (first,),
         "reinterpret": (first[0], torch.int32),
         "adamw_flags": (first, second, grads, *betas),

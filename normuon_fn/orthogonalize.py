@@ -59,13 +59,9 @@ def orthogonalize(
         return x.clone()
 
     stack = x.reshape(-1, *x.shape[-2:])
-    if x.shape[-2] == x.shape[-1]:
-        which = ops.orientation(stack)
-        out = ops.orient(newton_schulz(ops.orient(stack, which, x.dtype), chosen, form, x.dtype), which, x.dtype)
-    else:
-        out = newton_schulz(stack, chosen, form, x.dtype)
-        out = out.mT if x.shape[-2] > x.shape[-1] else out
-    return out.reshape(x.shape)
+    which = ops.orientation(stack) if x.shape[-2] == x.shape[-1] else None
+    out = newton_schulz(stack, chosen, form, x.dtype, which)
+    return (out.mT if x.shape[-2] > x.shape[-1] else out).reshape(x.shape)
 
 
 @torch.compiler.assume_constant_result
@@ -124,13 +120,19 @@ def choose(
 _SYMMETRIC_FROM = 512  # rows: below, half of the tiles of so few is little
 
 
-def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form, dtype: torch.dtype) -> Tensor:
-    """`iterate` on `to_unit_norm`, in ``dtype`` and without the carried factor: [n, rows <= cols], tall ones transposed."""
-    out = iterate(to_unit_norm(x, chosen, form.dtype), chosen, form)
-    if carry(form.dtype) == 1.0:
-        return out.to(dtype)
+def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form, dtype: torch.dtype, which: Tensor | None = None) -> Tensor:
+    """`iterate` on `to_unit_norm`, in ``dtype`` and without the carried factor.
+
+    Tall ones come transposed; square ones are iterated on as ``which`` has them, and come as they were.
+    """
+    out = iterate(to_unit_norm(x, chosen, form.dtype, which), chosen, form)
+    carried = carry(form.dtype)
     one = torch.ones(out.shape[0], device=out.device)
-    return ops.gather([out], [out], one, one, one / carry(form.dtype), [1], "", False, False, dtype)
+    if which is not None:
+        return ops.orient(out, which, dtype, *((one, one / carried) if carried != 1.0 else ()))
+    if carried == 1.0:
+        return out.to(dtype)
+    return ops.gather([out], [out], one, one, one / carried, [1], "", False, False, dtype)
 
 
 def carry(dtype: torch.dtype) -> float:
@@ -138,10 +140,18 @@ def carry(dtype: torch.dtype) -> float:
     return _CARRY.get(dtype, 1.0)
 
 
-def to_unit_norm(x: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
-    """Frobenius norm ``1 / norm_factor``, times `carry`, in ``dtype``; tall ones transposed. Zero stays zero, NaN stays NaN."""
+def to_unit_norm(x: Tensor, chosen: CoefficientSet, dtype: torch.dtype, which: Tensor | None = None) -> Tensor:
+    """Frobenius norm ``1 / norm_factor``, times `carry`, in ``dtype``. Zero stays zero, NaN stays NaN.
+
+    Tall ones come transposed, square ones as ``which`` (of `ops.orientation`) has them.
+    """
+    if which is not None and not ops.has_kernel([x]):  # there the order of the sums shows in the last bit
+        x, which = ops.orient(x, which, x.dtype), None
     _, power, squares = ops.measure([x], [1])
-    return ops.gather([x], [x], power, power, to_norm(squares, chosen, dtype), [1], "", False, False, dtype)
+    inverse = to_norm(squares, chosen, dtype)
+    if which is not None:
+        return ops.orient(x, which, dtype, power, inverse)
+    return ops.gather([x], [x], power, power, inverse, [1], "", False, False, dtype)
 
 
 def to_norm(squares: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:

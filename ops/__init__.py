@@ -9,6 +9,7 @@ from .adamw import adamw, adamw_, adamw_flags
 from .advance import advance, advance_, largest, lookahead, measure
 from .apply import apply, apply_
 from .gather import gather
+from .launch import has_kernel
 from .lists import stack, unstack, unstack_
 from .orient import orient, orientation
 from .products import LIBRARY, SYMMETRIC, Products
@@ -23,6 +24,7 @@ __all__ = [
     "Writes",
     "adamw_flags",
     "gather",
+    "has_kernel",
     "largest",
     "lookahead",
     "measure",

@@ -99,7 +99,8 @@ def _front(
 ) -> Tensor:  # fmt: skip
     pieces = []
     for part, _ in reference.runs(sizes, momentums):
-        lists = [x[part] for x in (momentums, into, grads) if x is not None]
+        own = momentums[part]
+        lists = [own if x is momentums else x[part] for x in (momentums, into, grads) if x is not None]
         pieces.append(_front_run(lists, grads is not None, into is not None, beta, keep, form, nesterov))
     return reference.joined(pieces, 1)
 

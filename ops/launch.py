@@ -106,7 +106,7 @@ def cached(
     found = (capturing and _captured.get(key)) or _tables.get(key)
     if not found:
         rows, unit, aligned = make()
-        host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda" and not capturing)
+        host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         found = Table(host.to(device, non_blocking=capturing or not shared), unit, aligned, host)
     if capturing:  # a copy that was captured has not happened yet: only the graph itself may use it
         _captured[key] = found
@@ -120,7 +120,8 @@ def cached(
 
 def matrix_table(*lists: Sequence[Tensor]) -> Table:
     """A row for every matrix: address, row stride and column stride in every list. All matrices have one shape."""
-    key = tuple(map(_place, lists))
+    places = {id(x): _place(x) for x in lists}  # in place, a list is there twice
+    key = tuple(places[id(x)] for x in lists)
 
     def make() -> tuple[list[list[int]], bool, bool]:
         rows = [[n for place in row for n in place] for row in zip(*map(_matrices, lists), strict=True)]

@@ -38,20 +38,30 @@ def orientation_kernel(x_ptr, out_ptr, size, stride_n, stride_r, stride_c, BLOCK
 
 @jit
 def orient_kernel(
-    x_ptr, which_ptr, out_ptr, size, tiles, stride_n, stride_r, stride_c, OUT: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, which_ptr, power_ptr, inverse_ptr, out_ptr, size, tiles, stride_n, stride_r, stride_c,
+    OUT: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One tile, from where it lies or from its mirror image: each loaded along its own rows, and only where it is wanted."""
     pid = tl.program_id(0)
     across = tl.cdiv(size, BLOCK)
     matrix, where = (pid // tiles).to(tl.int64), pid % tiles
-    r = ((where // across) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    c = ((where % across) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    x_ptr += matrix * stride_n
+    r = (where // across) * BLOCK + tl.arange(0, BLOCK)
+    c = (where % across) * BLOCK + tl.arange(0, BLOCK)
+    wide_r, wide_c = r.to(tl.int64), c.to(tl.int64)
+    mask = (r < size)[:, None] & (c < size)[None, :]
+    mirrored_mask = (c < size)[:, None] & (r < size)[None, :]
     which = tl.load(which_ptr + matrix)
-    turned = (which == 1) | ((which == 2) & (r < c))
-    from_r = tl.where(turned, c, r).to(tl.int64)
-    from_c = tl.where(turned, r, c).to(tl.int64)
-    mask = (r < size) & (c < size)
-    x = tl.load(x_ptr + matrix * stride_n + from_r * stride_r + from_c * stride_c, mask, other=0.0)
-    tl.store(out_ptr + (matrix * size + r) * size + c, x.to(OUT), mask)
+    turned = (which == 1) | ((which == 2) & (r[:, None] < c[None, :]))
+    mirrored_turned = (which == 1) | ((which == 2) & (r[None, :] < c[:, None]))
+    direct = tl.load(x_ptr + wide_r[:, None] * stride_r + wide_c[None, :] * stride_c, mask & (turned == 0), other=0.0)
+    mirrored = tl.load(
+        x_ptr + wide_c[:, None] * stride_r + wide_r[None, :] * stride_c, mirrored_mask & mirrored_turned, other=0.0
+    )
+    x = tl.where(turned, tl.trans(mirrored), direct)
+    if SCALED:
+        x = (x.to(tl.float32) * tl.load(power_ptr + matrix)) * tl.load(inverse_ptr + matrix)
+    tl.store(out_ptr + (matrix * size + wide_r[:, None]) * size + c[None, :], x.to(OUT), mask)
 
 
 def _orientation(x: Tensor) -> Tensor:
@@ -64,15 +74,22 @@ def _orientation(x: Tensor) -> Tensor:
     return which
 
 
-def _orient(x: Tensor, which: Tensor, dtype: torch.dtype) -> Tensor:
+def _orient(x: Tensor, which: Tensor, dtype: torch.dtype, power: Tensor | None, inverse: Tensor | None) -> Tensor:
     n, size, _ = x.shape
     if not has_kernel([x]):
-        return orient_reference(x, which, dtype)
+        return orient_reference(x, which, dtype, power, inverse)
     out = x.new_empty((n, size, size), dtype=dtype)
-    tiles = (-(-size // 64)) ** 2
+    tiles = (-(-size // _BLOCK)) ** 2
     if out.numel():
-        launch(orient_kernel, n * tiles, (x, which, out), (size, tiles, *x.stride(), dtype_of(out), 64), num_warps=4)
+        scales = (power, inverse) if power is None or inverse is None else (power.contiguous(), inverse.contiguous())
+        launch(
+            orient_kernel, n * tiles, (x, which, *scales, out),
+            (size, tiles, *x.stride(), dtype_of(out), power is not None, _BLOCK), num_warps=4,
+        )  # fmt: skip
     return out
+
+
+_BLOCK = 64
 
 
 def orientation_reference(x: Tensor) -> Tensor:
@@ -83,10 +100,15 @@ def orientation_reference(x: Tensor) -> Tensor:
     return torch.where(differs.any(-1), flipped.to(torch.int32), SYMMETRIC)
 
 
-def orient_reference(x: Tensor, which: Tensor, dtype: torch.dtype) -> Tensor:
+def orient_reference(
+    x: Tensor, which: Tensor, dtype: torch.dtype, power: Tensor | None = None, inverse: Tensor | None = None
+) -> Tensor:
     which = which[:, None, None]
     turned = torch.where(which == FLIPPED, x.mT, x)
-    return torch.where(which == SYMMETRIC, x.tril() + x.tril(-1).mT, turned).to(dtype).contiguous()
+    turned = torch.where(which == SYMMETRIC, x.tril() + x.tril(-1).mT, turned)
+    if power is not None and inverse is not None:
+        turned = turned.to(power.dtype) * power[:, None, None] * inverse[:, None, None]
+    return turned.to(dtype).contiguous()
 
 
 _orientation_op, _ = register(
@@ -94,9 +116,9 @@ _orientation_op, _ = register(
 )
 _orient_op, _ = register(
     "orient",
-    "(Tensor x, Tensor which, ScalarType dtype) -> Tensor",
+    "(Tensor x, Tensor which, ScalarType dtype, Tensor? power, Tensor? inverse) -> Tensor",
     _orient,
-    lambda x, which, dtype: torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format),
+    lambda x, which, dtype, power, inverse: torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format),
 )
 
 
@@ -105,6 +127,12 @@ def orientation(x: Tensor) -> Tensor:
     return _orientation_op(x) if has_kernel([x]) else orientation_reference(x)
 
 
-def orient(x: Tensor, which: Tensor, dtype: torch.dtype) -> Tensor:
-    """Transposed where `FLIPPED`; where `SYMMETRIC`, the lower triangle and its mirror image."""
-    return _orient_op(x, which, dtype) if has_kernel([x]) else orient_reference(x, which, dtype)
+def orient(
+    x: Tensor,  # [n, size, size]
+    which: Tensor,  # [n]
+    dtype: torch.dtype,
+    power: Tensor | None = None,  # [n]
+    inverse: Tensor | None = None,  # [n]
+) -> Tensor:
+    """Transposed where `FLIPPED`; where `SYMMETRIC`, the lower triangle and its mirror image. ``(x * power) * inverse``."""
+    return (_orient_op if has_kernel([x]) else orient_reference)(x, which, dtype, power, inverse)

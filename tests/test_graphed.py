@@ -494,7 +494,7 @@ def test_a_training_loop_with_a_module_learns_as_with_step_() -> None:
             else:
                 nm.step_(params, grads, state, hyper, plan)
             model.zero_grad(set_to_none=False)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         assert graphed.captured == graph
         return losses, params
 

@@ -184,6 +184,9 @@ def test_square_matrices_and_their_transposes_are_turned_the_same_way(dtype: tor
         which = ops.orientation(given)
         out = ops.orient(given, which, torch.float32)
         assert torch.equal(out.nan_to_num(7.0), orient.orient_reference(given, which, torch.float32).nan_to_num(7.0))
+        scales = torch.full((6,), 4.0, device=DEVICE), torch.rand(6, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+        out = ops.orient(given, which, torch.float32, *scales)
+        assert torch.equal(out.nan_to_num(7.0), orient.orient_reference(given, which, torch.float32, *scales).nan_to_num(7.0))
     assert torch.equal(ops.orient(x.mT, ops.orientation(x.mT), dtype)[:5], ops.orient(x, ops.orientation(x), dtype)[:5])
 
 
