@@ -44,7 +44,7 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "lookahead": (first, grads, rate, sizes, "sum", True),
         "measure": (first, sizes),
         "largest": (grads, sizes),
-        "gather": (first, grads, rate, ones, 0.5 * ones, sizes, "ema", True, True, torch.float16),
+        "gather": (first, grads, rate, ones, 0.5 * ones, sizes, "ema", True, True, torch.float16, [False] * len(sizes)),
         "apply": (params, update, scale, rate, skip, True),
         "unstack": (first, update),
         "orientation": (update @ update.mT,),

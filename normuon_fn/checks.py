@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .mesh import describe, lies_as, local
 from .plan import Plan, Spec
 from .types import Grads, Hyper, Tensors
 
@@ -25,8 +26,29 @@ def check_step(plan: Plan, params: Tensors, grads: Grads, state: Tensors, hyper:
         if not isinstance(value, Tensor) or value.ndim != 0:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"hyper.{name}: expected a 0-d tensor, got {what}; Hyper.of makes them from numbers")
+    missing = [block.name for bucket in plan.buckets if bucket.exchange for block in bucket.blocks if grads[block.name] is None]
+    if missing and plan.config.missing_grads == "skip":
+        raise ValueError(
+            f"grads: None for {missing[:8]}, whose matrices are shared between ranks: a rank that has no gradient would keep "
+            "the others waiting. Give zeros on every rank that lacks it: Config(missing_grads='zeros')"
+        )
     if found_inf is not None and not (isinstance(found_inf, Tensor) and found_inf.numel() == 1):
         raise TypeError(f"found_inf: expected None or a tensor with one element, got {found_inf!r}")
+
+
+def check_lies(plan: Plan, params: Tensors, grads: Grads, state: Tensors) -> None:
+    """That DTensors lie as the plan says, of a step that is compiled for the parts that lie here."""
+    of_params = {p.name: p.spec for p in plan.parameters}
+    for what, given, specs in (("params", params, of_params), ("grads", grads, of_params), ("state", state, plan.state)):
+        for name, tensor in given.items():
+            if tensor is not None and name in specs:
+                _check_lies(f"{what}[{name!r}]", tensor, specs[name])
+
+
+def _check_lies(what: str, tensor: Tensor, spec: Spec) -> None:
+    if not lies_as(tensor, spec.sharded):
+        expected = "a plain tensor" if spec.sharded is None else f"{spec.sharded.placements} on {spec.sharded.mesh}"
+        raise ValueError(f"{what}: expected {expected}, got {describe(tensor)}; redistribute it")
 
 
 def check_tensors(plan: Plan, what: str, given: Grads, specs: Mapping[str, Spec], optional: bool = False) -> None:
@@ -42,6 +64,8 @@ def check_tensors(plan: Plan, what: str, given: Grads, specs: Mapping[str, Spec]
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{what}[{name!r}]: expected a Tensor, got {type(tensor).__name__}")
+        _check_lies(f"{what}[{name!r}]", tensor, spec)
+        tensor = local(tensor)
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{what}[{name!r}]: expected shape {spec.shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != spec.dtype or tensor.layout != torch.strided:

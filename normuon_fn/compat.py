@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import _StridedShard
 
 try:  # public from torch 2.15 on
     import torch.distributed.functional_collectives as collectives  # type: ignore[import-not-found, unused-ignore]
@@ -103,3 +104,26 @@ def process_group(ranks: Ranks) -> ProcessGroup:
 def all_reduce_max(tensor: Tensor, group: str) -> Tensor:
     reduced = collectives.all_reduce(tensor, "max", group)  # traced, it waits of itself
     return reduced if torch.compiler.is_compiling() else collectives.wait_tensor(reduced)
+
+
+# The next three are the operators below the functional collectives, which wait at once when traced: what is sent first is then
+# waited for last, and the arithmetic in between overlaps it.
+
+
+def all_to_all(tensor: Tensor, incoming: list[int], outgoing: list[int], group: str) -> Tensor:
+    """[sum(incoming)] from [sum(outgoing)]: so many from and to every rank. To be waited for."""
+    return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), incoming, outgoing, group)
+
+
+def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
+    """[ranks * n] from [n]. To be waited for."""
+    return torch.ops._c10d_functional.all_gather_into_tensor(tensor.contiguous(), ranks, group)
+
+
+def wait(tensor: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(tensor)
+
+
+def is_strided(placement: Any) -> bool:
+    """A shard of what another dimension of the mesh has sharded already, as FSDP of tensor-parallel parameters makes it."""
+    return isinstance(placement, _StridedShard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,18 @@ class Block:
         return self.variance if suffix == ".variance" else self.param
 
 
+def pick(tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
+    """The matrices ``at`` of all those of a list, as a list."""
+    found, start = [], 0
+    for x in tensors:
+        n = x.shape[0] if x.ndim == 3 else 1
+        low, high = max(at.start - start, 0), min(at.stop - start, n)
+        if low < high:
+            found.append(x if high - low == n else x[low:high])
+        start += n
+    return found
+
+
 def join(parts: Sequence[tuple[View | None, Tensor]]) -> Tensor:
     """The whole tensor from its parts, in any order; no view: the part is the whole."""
     if len(parts) == 1:
@@ -83,6 +96,62 @@ def matrices(
         blocks.append((view, count, rows, cols))
         start += length
     return blocks
+
+
+class Rect(NamedTuple):
+    """A part of a matrix [rows, cols]."""
+
+    row: int
+    rows: int
+    col: int
+    cols: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def mT(self) -> Rect:  # noqa: N802 - as of a tensor
+        return Rect(self.col, self.cols, self.row, self.rows)
+
+
+Span = tuple[int, int]  # start and length along a dimension
+
+
+def part_of(view: View, count: int, rows: int, cols: int, part: Sequence[Span]) -> tuple[View, int, Rect]:
+    """What a part of the tensor holds of a block: how to read it there, of how many of its matrices, and what of each.
+
+    Raises:
+        ValueError: the part begins or ends inside a head, or has some columns of a dimension that is flattened.
+    """
+    here = tuple(length for _, length in part)
+    if len(view.base) > 2 and len(view.shape) == 2:  # flattened
+        if any(span != (0, size) for span, size in zip(part[2:], view.base[2:], strict=True)):
+            raise ValueError("a flattened dimension other than the first is sharded")
+        each = _size(view.base[2:])
+        rect = Rect(*part[0], part[1][0] * each, part[1][1] * each)
+        return View(here, (rect.rows, rect.cols)), count, rect
+    if len(view.base) > 2:
+        rect = Rect(*part[-2], *part[-1])
+        n = _size(here[:-2])
+        return View(here, (n, rect.rows, rect.cols)), n, rect
+    length = view.base[view.dim] if view.length is None else view.length
+    (start, size), (other, across) = part[view.dim], part[1 - view.dim]
+    low, high = max(start, view.start), min(start + size, view.start + length)
+    kept = max(0, high - low)
+    begin = low - view.start if kept else 0
+    n = count
+    if len(view.shape) == 3:
+        head = length // count
+        if begin % head or kept % head:
+            raise ValueError(f"a shard of {kept} from {begin} on cuts through heads of {head} along dimension {view.dim}")
+        n, along = kept // head, (0, head)
+    else:
+        along = (begin, kept)
+    rect = Rect(*along, other, across) if view.dim == 0 else Rect(other, across, *along)
+    stacked = (rect.rows, n, rect.cols) if view.swap else (n, rect.rows, rect.cols)
+    read = stacked if len(view.shape) == 3 else (rect.rows, rect.cols)
+    return View(here, read, view.dim, low - start if kept else 0, None if view.length is None else kept, view.swap), n, rect
 
 
 def variances(blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bool]) -> tuple[tuple[int, ...], list[View]]:

@@ -132,7 +132,7 @@ def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form, dtype: torch.dt
         return ops.orient(out, which, dtype, *((one, one / carried) if carried != 1.0 else ()))
     if carried == 1.0:
         return out.to(dtype)
-    return ops.gather([out], [out], one, one, one / carried, [1], "", False, False, dtype)
+    return ops.gather([out], [out], one, one, one / carried, [1], "", False, False, dtype, [False])
 
 
 def carry(dtype: torch.dtype) -> float:
@@ -151,7 +151,7 @@ def to_unit_norm(x: Tensor, chosen: CoefficientSet, dtype: torch.dtype, which: T
     inverse = to_norm(squares, chosen, dtype)
     if which is not None:
         return ops.orient(x, which, dtype, power, inverse)
-    return ops.gather([x], [x], power, power, inverse, [1], "", False, False, dtype)
+    return ops.gather([x], [x], power, power, inverse, [1], "", False, False, dtype, [x.shape[-2] > x.shape[-1]])
 
 
 def to_norm(squares: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,20 +10,24 @@ from torch import Tensor
 
 from .coefficients import CoefficientSet, resolve
 from .compat import Ranks, prepare_inductor, process_group, storage_key
-from .layout import Block, variances
+from .layout import Block, View, part_of, variances
+from .mesh import Exchange, Sharded, Spread, balance, covering, local, reduced, sharded
 from .normalize import per_row
 from .orthogonalize import Form, choose
 from .routes import Route, Routes, read_as_matrices, resolve_routes
 from .table import render
 from .types import Config
 
+Read = tuple[View, int, int, int]  # of a block: how it is read, as how many matrices of how many rows and columns
+
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor must look like at every step."""
+    """What a tensor must look like at every step; of a DTensor, the part that lies here."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    sharded: Sharded | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class Group:
     cols: int
     lr_mul: float
     wd_mul: float
+    spread: Spread | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether anything of it lies here."""
+        return self.spread is None or self.spread.here.size > 0
 
     @property
     def count(self) -> int:
@@ -66,6 +76,7 @@ class Bucket:
     cols: int
     form: Form
     coefficients: CoefficientSet
+    exchange: Exchange | None = None  # with the ranks that hold parts of the matrices, or copies
 
     @property
     def blocks(self) -> list[Block]:
@@ -73,6 +84,8 @@ class Bucket:
 
     def with_grad(self, grads: Mapping[str, Tensor | None]) -> list[Group]:
         """The groups without the blocks that have no gradient, and without the groups that have none left."""
+        if self.exchange is not None:
+            return list(self.groups)
         kept = [replace(g, blocks=tuple(b for b in g.blocks if grads[b.name] is not None)) for g in self.groups]
         return [group for group in kept if group.blocks]
 
@@ -103,6 +116,11 @@ class Plan:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(parameter.name for parameter in self.parameters)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether any parameter is a DTensor."""
+        return any(spec.sharded is not None for spec in self.state.values())
 
     def __str__(self) -> str:
         how: dict[str, list[str]] = {}
@@ -140,8 +158,9 @@ def make_plan(
         routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that matches a parameter decides.
             Without one: matrices and stacks of matrices get NorMuon, but embeddings and output heads (by name) and everything
             else AdamW.
-        mesh: the ranks that hold the same parameters (DeviceMesh or ProcessGroup); each of them computes the whole step.
-        guard_mesh: the ranks that skip a step together; ``None`` is ``mesh``.
+        mesh: the ranks that hold the same plain tensors (DeviceMesh or ProcessGroup): each orthogonalizes its share. DTensors
+            bring their own.
+        guard_mesh: the ranks that skip a step together; ``None``: all that hold a part of a parameter.
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, not tensors).
@@ -161,22 +180,30 @@ def make_plan(
     adamw: dict[tuple, list[str]] = {}
     for name, tensor in params.items():
         route, reason = routed[name]
-        spec = Spec(tuple(tensor.shape), tensor.dtype)
+        lies = sharded(name, tensor)
+        spec = Spec(tuple(tensor.shape) if lies is None else tuple(n for _, n in lies.here), tensor.dtype, lies)
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         blocks: tuple[Block, ...] = ()
         if route.algorithm == "normuon":
             read = read_as_matrices(name, tensor, route)
             by_row = [per_row(config, rows, cols) for _, _, rows, cols in read]
-            variance, views = variances(read, by_row)
-            blocks = tuple(Block(name, n, view, own) for (view, n, _, _), own in zip(read, views, strict=True))
-            state[f"{name}.momentum"] = Spec(spec.shape, config.momentum_dtype or wide)
+            here, spreads = _here(name, read, lies, mesh)
+            variance, views = variances(here, by_row)
+            own = [Block(name, n, view, own) for (view, n, _, _), own in zip(here, views, strict=True)]
+            state[f"{name}.momentum"] = Spec(spec.shape, config.momentum_dtype or wide, lies)
             if config.normalize:
-                state[f"{name}.variance"] = Spec(variance, wide)
-            for block, (_, _, rows, cols) in zip(blocks, read, strict=True):
-                groups.setdefault((rows, cols, tensor.dtype, route.lr_mul, route.wd_mul), []).append(block)
+                state[f"{name}.variance"] = Spec(
+                    variance, wide, _variance_lies(name, variances(read, by_row)[0], variance, lies)
+                )
+            for block, (_, _, rows, cols), spread in zip(own, read, spreads, strict=True):
+                if block.count:
+                    key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread)
+                    groups.setdefault(key, []).append(block)
+            blocks = tuple(block for block in own if block.count)
         elif route.algorithm == "adamw":
-            state[f"{name}.exp_avg"] = state[f"{name}.exp_avg_sq"] = Spec(spec.shape, wide)
-            adamw.setdefault((tensor.dtype, route.lr_mul, route.wd_mul), []).append(name)
+            state[f"{name}.exp_avg"] = state[f"{name}.exp_avg_sq"] = Spec(spec.shape, wide, lies)
+            if tensor.numel() == 0 or 0 not in spec.shape:
+                adamw.setdefault((tensor.dtype, route.lr_mul, route.wd_mul), []).append(name)
         parameters.append(Parameter(name, spec, route, reason, blocks))
     for counter in ("step", "skipped", "consecutive"):
         state[f"guard.{counter}"] = Spec((), torch.int32)
@@ -193,19 +220,56 @@ def make_plan(
     members += [set(bucket.names) for bucket in adamw_buckets]
     has = torch.tensor([[p.name in names for p in parameters] for names in members], dtype=torch.bool, device=device)
     has = has.reshape(len(members), len(parameters))
-    group = _guard_group(config, mesh, guard_mesh)
+    group = _guard_group(config, [p.spec.sharded for p in parameters], mesh, guard_mesh)
     return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group)
 
 
-def _guard_group(config: Config, mesh: Ranks | None, guard_mesh: Ranks | None) -> str | None:
+def _here(name: str, read: Sequence[Read], lies: Sharded | None, mesh: Ranks | None) -> tuple[list[Read], list[Spread | None]]:
+    """What of a parameter's blocks lies on this rank, and how each one's matrices lie on all of them."""
+    if lies is None:
+        return list(read), [Spread.of((), rows, cols, mesh) for _, _, rows, cols in read]
+    here: list[Read] = []
+    spreads: list[Spread | None] = []
+    for view, count, rows, cols in read:
+        try:
+            parts = [part_of(view, count, rows, cols, part) for part in lies.parts]
+        except ValueError as error:
+            raise ValueError(f"params[{name!r}]: {lies.placements}: {error}") from None
+        rects = [rect for _, _, rect in parts]
+        whole = all(rect == (0, rows, 0, cols) for rect in rects)
+        if not whole and any(n != count for _, n, _ in parts):
+            raise ValueError(
+                f"params[{name!r}]: {lies.placements} shards the matrices and the stack of them; shard only one of the two"
+            )
+        own, n, rect = parts[lies.rank]
+        here.append((own, n, rect.rows, rect.cols))
+        spreads.append(None if any(n != count for _, n, _ in parts) else Spread.of(rects, rows, cols, lies))
+    return here, spreads
+
+
+def _variance_lies(name: str, shape: tuple[int, ...], here: tuple[int, ...], lies: Sharded | None) -> Sharded | None:
+    try:
+        found = reduced(lies, shape)
+    except ValueError as error:
+        raise ValueError(f"params[{name!r}]: {error}") from None
+    if found is not None and tuple(length for _, length in found.here) != here:
+        raise ValueError(
+            f"params[{name!r}]: {found.placements} has no equal for a variance of shape {shape}; shard by whole heads"
+        )
+    return found
+
+
+def _guard_group(config: Config, lie: Sequence[Sharded | None], mesh: Ranks | None, guard_mesh: Ranks | None) -> str | None:
     for name, given in (("mesh", mesh), ("guard_mesh", guard_mesh)):
         if given is not None and not isinstance(given, Ranks):
             raise TypeError(f"{name}: expected a DeviceMesh or a ProcessGroup, got {type(given).__name__}")
-    ranks = mesh if guard_mesh is None else guard_mesh
-    if ranks is None or config.guard == "off":
+    if config.guard == "off":
         return None
-    group = process_group(ranks)
-    return group.group_name if group.size() > 1 else None
+    ranks = mesh if guard_mesh is None else guard_mesh
+    if ranks is not None:
+        group = process_group(ranks)
+        return group.group_name if group.size() > 1 else None
+    return covering(lie)
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:
@@ -223,6 +287,7 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
                 f"params[{name!r}]: expected a dense float64, float32, bfloat16 or float16 tensor, got {tensor.dtype} "
                 f"{tensor.layout}; leave it out of params"
             )
+        tensor = local(tensor)
         if device is not None and tensor.device != device:
             raise ValueError(f"params[{name!r}]: on {tensor.device}, but {first!r} is on {device}; make one plan a device")
         device, first = tensor.device, first or name
@@ -235,12 +300,28 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
 def _bucket(groups: dict[tuple, list[Block]], config: Config, device: torch.device) -> tuple[Bucket, ...]:
     chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     buckets: dict[tuple, list[Group]] = {}
-    for (rows, cols, of, lr_mul, wd_mul), blocks in groups.items():
+    for (rows, cols, of, lr_mul, wd_mul, spread), blocks in groups.items():
         short, long = sorted((rows, cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
-        buckets.setdefault((short, long, form, own), []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul))
-    return tuple(Bucket(tuple(gs), r, c, form, chosen) for (r, c, form, _), gs in buckets.items())
+        ranks = None if spread is None else (spread.group, spread.replicated)
+        key = (short, long, form, own, ranks)
+        buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, spread))
+
+    shared = balance([group for parts in buckets.values() for group in parts])
+    found = []
+    for (short, long, form, own, _), parts in buckets.items():
+        parts = [replace(group, spread=shared.get(id(group))) for group in parts]
+        exchange = None
+        if parts[0].spread is not None:
+            wide = torch.float64 if own == torch.float64 else torch.float32
+            exchange = Exchange(
+                tuple(group.spread for group in parts if group.spread), tuple(group.tall for group in parts),
+                tuple(per_row(config, group.rows, group.cols) for group in parts), config.normalize,
+                wide if config.orthogonalizer else form.dtype, wide, device,
+            )  # fmt: skip
+        found.append(Bucket(tuple(parts), short, long, form, chosen, exchange))
+    return tuple(found)
 
 
 def _columns(buckets: tuple[Bucket, ...], adamw: tuple[AdamWBucket, ...]) -> tuple[dict[str, list[int]], int]:

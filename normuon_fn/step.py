@@ -10,22 +10,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from . import guard, ops
+from . import guard, mesh, ops, share
 from .adamw import Moments, apply_adamw, read_moments
-from .checks import check_step, check_tensors
+from .checks import check_lies, check_step, check_tensors
 from .compat import compile_whole
-from .layout import Block
-from .normalize import normalize
-from .ops.reference import Measures
-from .orthogonalize import carry, iterate, to_norm
-from .plan import Bucket, Group, Plan, make_plan
+from .plan import Bucket, Plan, make_plan
 from .run import Run
+from .stages import Back, Front, momentum_late, momentum_of, updates_of
 from .types import Grads, Hyper, StepResult, Tensors
 
 
@@ -43,7 +39,8 @@ def init(plan: Plan, params: Tensors) -> dict[str, Tensor]:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     check_tensors(plan, "params", params, {p.name: p.spec for p in plan.parameters})
-    return {name: torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device) for name, spec in plan.state.items()}
+    zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device) for name, spec in plan.state.items()}
+    return {name: mesh.whole(tensor, plan.state[name].sharded) for name, tensor in zeros.items()}
 
 
 def update(
@@ -63,6 +60,13 @@ def update(
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
         ValueError: names, shapes, dtypes or devices other than the plan's.
     """
+    return _whole(_update(params, grads, state, hyper, plan, found_inf=found_inf), params, plan)
+
+
+def _update(
+    params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
+) -> StepResult:
+    """`update`, whose result is what lies on this rank."""
     with torch.no_grad():
         return _advance(params, grads, state, hyper, plan, found_inf, ops.PURE)
 
@@ -81,14 +85,31 @@ def step(
 
     Pass detached parameters: a result fed back then meets the graph it came from.
     """
-    return _compiled(update, params, grads, state, hyper, plan, found_inf)
+    if torch.compiler.is_compiling():  # inside the caller's own graph
+        return update(params, grads, state, hyper, plan, found_inf=found_inf)
+    return _whole(_compiled(_update, params, grads, state, hyper, plan, found_inf), params, plan)
 
 
 def step_(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
 ) -> StepResult:
     """`step` in place: ``params`` and ``state`` are written, nothing else is. The result holds the same tensors."""
-    return _compiled(_update_, params, grads, state, hyper, plan, found_inf)
+    if torch.compiler.is_compiling():
+        result = _update_(params, grads, state, hyper, plan, found_inf=found_inf)
+    else:
+        result = _compiled(_update_, params, grads, state, hyper, plan, found_inf)
+    return result._replace(params=dict(params), state=dict(state))
+
+
+def _whole(result: StepResult, params: Tensors, plan: Plan) -> StepResult:
+    """DTensors where the parameters are."""
+    if not plan.sharded:
+        return result
+    specs = {p.name: p.spec for p in plan.parameters}
+    new = {name: mesh.whole(tensor, specs[name].sharded) for name, tensor in result.params.items()}
+    return result._replace(
+        params=new, state={name: mesh.whole(tensor, plan.state[name].sharded) for name, tensor in result.state.items()}
+    )
 
 
 _cache: WeakKeyDictionary[Plan, dict[Callable[..., StepResult], Callable[..., StepResult]]] = WeakKeyDictionary()
@@ -103,8 +124,6 @@ def _compiled(
     plan: Plan,
     found_inf: Tensor | None,
 ) -> StepResult:
-    if torch.compiler.is_compiling():  # inside the caller's own graph
-        return function(params, grads, state, hyper, plan, found_inf=found_inf)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     own = _cache.setdefault(plan, {})
@@ -113,10 +132,14 @@ def _compiled(
             check_step(plan, params, grads, state, hyper, found_inf)
             threading.Thread(target=_compile_kernels, args=(plan, function), daemon=True).start()
         own[function] = compile_whole(function)
+    given = params, grads, state
     try:
+        if plan.sharded:
+            check_lies(plan, *given)
+            params, grads, state = map(mesh.local_of, given)
         return own[function](params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception:
-        check_step(plan, params, grads, state, hyper, found_inf)  # tracing stumbled over it: say it in plain words
+        check_step(plan, *given, hyper, found_inf)  # tracing stumbled over it: say it in plain words
         raise
 
 
@@ -135,46 +158,41 @@ def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
         function(params, params, init(few, params), Hyper.of(params, lr=0.0), few)
 
 
-class _Front(NamedTuple):
-    """One bucket after the momentum: what is to be orthogonalized, and what it takes to bring it to norm 1."""
-
-    groups: list[Group]  # those of their blocks that have a gradient
-    blocks: list[Block]  # of all groups, in order
-    sizes: list[int]  # how many blocks each group has
-    grads: list[Tensor]
-    momentums: list[Tensor]  # the new ones; with `Run.holds_late` still the old
-    measures: Measures  # see ops/advance.py
-    stacks: list[Tensor] | None = None  # the momentums as stacks, where `advance` has them anyway
-
-
-class _Back(NamedTuple):
-    """One group before the guard's decision: the parameters change by ``-lr * factor * update``."""
-
-    group: Group
-    update: Tensor  # [n, rows, cols], orthogonalized
-    factor: Tensor  # [n, rows, 1] or [n, 1, cols]
-    variances: tuple[Tensor, Tensor] | None  # the old one and the new
-    finite: Tensor  # [n] bool
-
-
 def _advance(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, found_inf: Tensor | None, writes: ops.Writes
 ) -> StepResult:
     check_step(plan, params, grads, state, hyper, found_inf)
+    if plan.config.missing_grads == "zeros":
+        grads = {name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in grads.items()}
+    params, grads, state = mesh.local_of(params), mesh.local_of(grads), mesh.local_of(state)
     run = Run(params, grads, state, hyper, plan, found_inf, writes, {})
 
     moments = [read_moments(run, bucket) for bucket in plan.adamw]
     bad_grads = _bad_gradients(run, moments) if plan.config.guard == "full" and not run.holds_late else None
     holds = _holds(run, bad_grads)
-    fronts, backs = [], []
+    # Everything that goes to other ranks is sent first: it travels while the rest is orthogonalized.
+    sent = {b: share.send(run, b, hold) for b, hold in zip(plan.buckets, holds, strict=False) if b.exchange}
+    fronts: list[Front | None] = []
+    backs: list[list[Back]] = []
+    answers: list[share.Answer | None] = []
     for bucket, hold in zip(plan.buckets, holds, strict=False):
-        front = _momentum(run, bucket, hold)
-        updates = _orthogonalize(run, bucket, front) if front else []
-        fronts.append(front)
-        backs.append([_normalize(run, bucket, *pair) for pair in zip(front.groups if front else [], updates, strict=True)])
+        if bucket.exchange:
+            answers.append(share.answer(run, bucket, sent[bucket]))
+            fronts.append(sent[bucket].front)
+            backs.append([])
+        else:
+            answers.append(None)
+            fronts.append(momentum_of(run, bucket, hold))
+            backs.append(updates_of(run, bucket, fronts[-1]))
+    for k, (bucket, given) in enumerate(zip(plan.buckets, answers, strict=True)):
+        if given is not None:
+            backs[k] = share.receive(run, bucket, given)
 
     known = [None] * len(fronts) if bad_grads is None else bad_grads[: len(fronts)]
-    bad = [_bad(front, parts, of) if front else None for front, parts, of in zip(fronts, backs, known, strict=True)]
+    bad = [
+        None if front is None else _bad(run, bucket, front, parts, grad)
+        for bucket, front, parts, grad in zip(plan.buckets, fronts, backs, known, strict=True)
+    ]
     bad += [lists.bad if lists.names else None for lists in moments]
     flags = guard.agree(guard.flags(_by_matrix(run, bad, 2), plan.matrix_of), plan.guard_group)
     skips, skipped = guard.decide(plan.config, flags, plan.bucket_has, found_inf)
@@ -182,9 +200,9 @@ def _advance(
     if run.holds_late:
         for front, hold in zip(fronts, guard.holds(plan.config, flags[1] > 0, plan.bucket_has, found_inf), strict=False):
             if front:
-                _momentum_late(run, front, hold)
-    for parts, skip in zip(backs, skips, strict=False):
-        for back in parts:
+                momentum_late(run, front, hold)
+    for of_bucket, skip in zip(backs, skips, strict=False):
+        for back in of_bucket:
             _apply(run, back, skip)
     for adamw, lists, skip in zip(plan.adamw, moments, skips[len(backs) :], strict=True):
         apply_adamw(run, adamw, lists, skip)
@@ -196,10 +214,10 @@ def _bad_gradients(run: Run, moments: list[Moments]) -> list[Tensor | None]:
     """[1, n] bool for each bucket, AdamW's last: ``guard="full"`` reads all gradients once before anything is written."""
     bad: list[Tensor | None] = []
     for bucket in run.plan.buckets:
-        groups = bucket.with_grad(run.grads)
+        groups = [group for group in bucket.with_grad(run.grads) if group.held]
         grads = [run.read(group.blocks, ".grad") for group in groups]
         found = ops.largest([grad for part in grads for grad in part], [*map(len, grads)]) if groups else None
-        bad.append(None if found is None else ~found.isfinite().unsqueeze(0))
+        bad.append(None if found is None else _of_all(run, bucket, ~found.isfinite()).unsqueeze(0))
     return bad + [lists.bad[1:] if lists.names else None for lists in moments]
 
 
@@ -212,61 +230,22 @@ def _holds(run: Run, bad_grads: list[Tensor | None] | None) -> list[guard.Decisi
     return guard.holds(plan.config, bad, plan.bucket_has, run.found_inf)
 
 
-def _momentum(run: Run, bucket: Bucket, hold: guard.Decision) -> _Front | None:
-    """The new momentum is written here, unless only the ranks' agreement tells whether it may be."""
-    config = run.plan.config
-    groups = bucket.with_grad(run.grads)
-    blocks = [block for group in groups for block in group.blocks]
-    if not blocks:
-        return None
-    grads, momentums = run.read(blocks, ".grad"), run.read(blocks, ".momentum")
-    sizes = [len(group.blocks) for group in groups]
-    how = (sizes, config.momentum_form, config.nesterov)
-    if run.holds_late:
-        measures = ops.lookahead(momentums, grads, run.hyper.momentum, *how)
-        return _Front(groups, blocks, sizes, grads, momentums, measures)
-    momentums, measures, stacks = run.writes.advance(momentums, grads, run.hyper.momentum, hold, *how)
-    run.put(blocks, ".momentum", momentums)
-    return _Front(groups, blocks, sizes, grads, momentums, measures, stacks)
-
-
-def _momentum_late(run: Run, front: _Front, hold: guard.Decision) -> None:
-    how = (front.sizes, run.plan.config.momentum_form, run.plan.config.nesterov)
-    new, *_ = run.writes.advance(front.momentums, front.grads, run.hyper.momentum, hold, *how)
-    run.put(front.blocks, ".momentum", new)
-
-
-def _orthogonalize(run: Run, bucket: Bucket, front: _Front) -> list[Tensor]:
-    """The groups' updates, tall ones transposed, as one stack [n, rows <= cols]; cut and transposed back."""
-    config = run.plan.config
-    own = config.orthogonalizer
-    _, power, squares = front.measures
-    inverse = to_norm(squares, bucket.coefficients, bucket.form.dtype)
-    if own is not None:
-        power = inverse = torch.ones_like(power)
-    stack = ops.gather(
-        front.momentums, front.grads, run.hyper.momentum, power, inverse, front.sizes,
-        config.momentum_form, config.nesterov, run.holds_late, power.dtype if own else bucket.form.dtype, stacks=front.stacks,
-    )  # fmt: skip
-    whole = iterate(stack, bucket.coefficients, bucket.form) if own is None else own(stack)
-    if whole.shape[1:] != (bucket.rows, bucket.cols):
-        raise ValueError(f"Config.orthogonalizer: expected [n, {bucket.rows}, {bucket.cols}], got {tuple(whole.shape)}")
-    parts = whole.split([group.count for group in front.groups])
-    return [part.mT if group.tall else part for group, part in zip(front.groups, parts, strict=True)]
-
-
-def _normalize(run: Run, bucket: Bucket, group: Group, update: Tensor) -> _Back:
-    config = run.plan.config
-    old = ops.stack(run.read(group.blocks, ".variance")) if config.normalize else None
-    carried = 1.0 if config.orthogonalizer else carry(bucket.form.dtype)
-    factor, new, finite = normalize(update, old, run.hyper.beta2, config, carried)
-    return _Back(group, update, factor, None if old is None or new is None else (old, new), finite)
-
-
-def _bad(front: _Front, parts: list[_Back], grad: Tensor | None) -> Tensor:
+def _bad(run: Run, bucket: Bucket, front: Front, parts: list[Back], grad: Tensor | None) -> Tensor:
     """[2, n] bool: non-finite update, non-finite gradient (which is a non-finite update, even where the momentum was held)."""
-    grad = ~front.measures[0].isfinite() if grad is None else grad[0]
-    return torch.stack([~torch.cat([back.finite for back in parts]) | grad, grad])
+    largest, _, squares = front.measures
+    finite = torch.cat([back.finite for back in parts])
+    if bucket.exchange:  # somebody else's momentum made the update: this rank's may be another
+        finite = finite & squares.isfinite()
+    grad = _of_all(run, bucket, ~largest.isfinite()) if grad is None else grad[0]
+    return torch.stack([_of_all(run, bucket, ~finite) | grad, grad])
+
+
+def _of_all(run: Run, bucket: Bucket, flags: Tensor) -> Tensor:
+    """Flags of the groups that lie here, filled up with False for those that do not."""
+    if all(group.held for group in bucket.groups):
+        return flags
+    parts = iter(flags.split([group.count for group in bucket.groups if group.held]))
+    return torch.cat([next(parts) if group.held else run.no_flags(1, group.count)[0] for group in bucket.groups])
 
 
 def _by_matrix(run: Run, bad: list[Tensor | None], kinds: int) -> Tensor:
@@ -291,7 +270,7 @@ def _by_matrix(run: Run, bad: list[Tensor | None], kinds: int) -> Tensor:
     return torch.cat([*columns, run.no_flags(kinds, 1)], 1)
 
 
-def _apply(run: Run, back: _Back, skip: guard.Decision) -> None:
+def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
     config, blocks, hyper = run.plan.config, back.group.blocks, run.hyper
     lr, decay = run.rates(back.group, hyper.lr, hyper.weight_decay, back.factor.dtype, config.weight_decay_lr_power)
     cautious = config.weight_decay_form == "cautious"

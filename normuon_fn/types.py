@@ -21,6 +21,7 @@ DecayForm = Literal["decoupled", "cautious"]
 Method = Literal["auto", "standard", "gram"]
 Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
+MissingGrads = Literal["skip", "zeros"]
 Preset = Literal["paper", "author", "dion", "modded_nanogpt", "emerging_optimizers"]
 Orthogonalizer = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
@@ -60,6 +61,8 @@ class Config:
     ``guard``                ``"off"``, ``"output"`` (params and variance keep their bits if an update is not finite) or
                              ``"full"`` (momentum too, if a gradient is not finite).
     ``guard_scope``          ``"step"``: one bad matrix skips everything.  ``"bucket"``: only its bucket.
+    ``missing_grads``        ``"skip"``: a gradient of ``None`` leaves its parameter as it is; an error for matrices that ranks
+                             share.  ``"zeros"``: it counts as zeros, so that ranks may differ in what they lack.
     =======================  ==============================================================================================
 
     Raises:
@@ -86,6 +89,7 @@ class Config:
     momentum_dtype: torch.dtype | None = None
     guard: Guard = "off"
     guard_scope: GuardScope = "step"
+    missing_grads: MissingGrads = "skip"
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -137,6 +141,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": get_args(Method),
     "guard": get_args(Guard),
     "guard_scope": get_args(GuardScope),
+    "missing_grads": get_args(MissingGrads),
 }
 
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""From tensors to the stack that is orthogonalized: scaled, cast, tall matrices transposed, in one pass."""
+"""From tensors to the stack that is orthogonalized: scaled, cast, transposed where they are to be turned, in one pass."""
 
 from __future__ import annotations
 
@@ -45,18 +45,17 @@ def gather_kernel(
 
 def _gather(
     momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
-    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype,
+    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype, turn: list[bool],
 ) -> Tensor:  # fmt: skip
-    out = _gather_fake(momentums, grads, beta, power, inverse, sizes, form, nesterov, ahead, dtype)
+    out = _gather_fake(momentums, grads, beta, power, inverse, sizes, form, nesterov, ahead, dtype, turn)
     power, inverse = power.contiguous(), inverse.contiguous()
-    for part, slots in reference.runs(sizes, momentums):
+    for (part, slots), tall in zip(reference.runs(sizes, momentums), turn, strict=True):
         own = momentums[part]
         rows, cols = own[0].shape[-2:]
         n = sum(map(count, own))
         if n * rows * cols == 0:
             continue
         places = matrix_table(*([own, grads[part]] if ahead or nesterov else [own]))
-        tall = rows != out.shape[1]
         high, wide = (64, 64) if tall else tile(cols, 4096)
         across = -(-cols // wide)
         tiles = across * -(-rows // high)
@@ -73,20 +72,22 @@ def _gather(
 
 def _gather_fake(
     momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
-    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype,
+    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype, turn: list[bool],
 ) -> Tensor:  # fmt: skip
-    return momentums[0].new_empty((sum(map(count, momentums)), *sorted(momentums[0].shape[-2:])), dtype=dtype)
+    rows, cols = momentums[0].shape[-2:]
+    shape = (cols, rows) if turn[0] else (rows, cols)
+    return momentums[0].new_empty((sum(map(count, momentums)), *shape), dtype=dtype)
 
 
 _gathered, _ = with_kernel(
     "gather",
     "(Tensor[] momentums, Tensor[] grads, Tensor beta, Tensor power, Tensor inverse, int[] sizes, str form, bool nesterov, "
-    "bool ahead, ScalarType dtype) -> Tensor",
+    "bool ahead, ScalarType dtype, bool[] turn) -> Tensor",
     _gather,
     _gather_fake,
 )
 
 
 def gather(*arguments: Any, stacks: list[Tensor] | None = None) -> Tensor:
-    """``stacks``: the momentums as stacks, where the twin of `advance` has just made them."""
+    """``turn``: which of the ``sizes`` are transposed. ``stacks``: the momentums as stacks, where `advance`'s twin has them."""
     return _gathered(*arguments) if stacks is None else reference.gather(*arguments, stacks=stacks)  # type: ignore[misc]

@@ -136,10 +136,9 @@ def lookahead(
 
 def gather(
     momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
-    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype,
+    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype, turn: list[bool],
     stacks: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    rows = min(momentums[0].shape[-2:])
     parts = []
     for k, (part, at) in enumerate(runs(sizes, momentums)):
         momentum = stacks[k] if stacks else stack(momentums[part])
@@ -148,7 +147,7 @@ def gather(
             momentum = advanced(momentum, grad, beta, form)
         x = update_of(momentum, grad, beta, form, nesterov)
         x = x * power[at, None, None] * inverse[at, None, None]
-        parts.append((x if x.shape[-2] == rows else x.mT).to(dtype))
+        parts.append((x.mT if turn[k] else x).to(dtype))
     return joined(parts, 0).contiguous()
 
 

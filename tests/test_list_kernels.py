@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_measured_and_gathered(value: float, where: tuple[
     measures = torch.stack(ops.measure(given, [len(given)]))
     assert measures.isfinite().all(0).tolist() == [True, False]
     assert measures[0, 0] == 1 and not measures[0, 1].isfinite() and measures[2, 1].isnan()
-    out = ops.gather(given, given, scalar(0.9), measures[1], measures[2], [2], "ema", False, False, torch.bfloat16)
+    out = ops.gather(given, given, scalar(0.9), measures[1], measures[2], [2], "ema", False, False, torch.bfloat16, [False])
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 
@@ -153,15 +153,17 @@ def test_gather(kind: str, dtype: torch.dtype) -> None:
     momentums, grads = tensors(kind, torch.float32, 0), tensors(kind, torch.bfloat16, 1)
     n = sum(map(reference.count, momentums))
     power, inverse = torch.full((n,), 0.5, device=DEVICE), torch.linspace(0.1, 1.0, n, device=DEVICE)
+    turn = [KINDS[kind][0] > KINDS[kind][1]] * 2
     for form, nesterov, ahead in (("ema", False, False), ("sum", True, False), ("ema", False, True), ("ema", True, True)):
-        both("gather", dtype, momentums, grads, scalar(0.9), power, inverse, [1, 2], form, nesterov, ahead, dtype)
+        both("gather", dtype, momentums, grads, scalar(0.9), power, inverse, [1, 2], form, nesterov, ahead, dtype, turn)
 
 
 @here
 def test_gather_joins_tall_and_wide_and_transposes_the_tall() -> None:
     wide, tall = tensors("odd", torch.float32, 0), [x.mT.contiguous() for x in tensors("odd", torch.float32, 1)]
     ones = torch.ones(6, device=DEVICE)
-    out = ops.gather([*wide, *tall], [*wide, *tall], scalar(0.9), ones, ones, [3, 3], "ema", False, False, torch.float32)
+    given, turn = [*wide, *tall], [False, True]
+    out = ops.gather(given, given, scalar(0.9), ones, ones, [3, 3], "ema", False, False, torch.float32, turn)
     assert torch.equal(out, torch.stack([*wide, *(x.mT for x in tall)]))
 
 
