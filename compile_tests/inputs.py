@@ -34,7 +34,7 @@ def tensors(shapes: Shapes, seed: int = 0, device: str = "cpu") -> Tensors:
 
 def problem(shapes: Shapes, config: nm.Config, *, routes=None, ranks=None, device: str = "cpu") -> Problem:
     params = tensors(shapes, 0, device)
-    plan = nm.make_plan(params, config, routes=routes, mesh=ranks)
+    plan = nm.make_plan(params, config, routes=routes, guard_mesh=ranks)
     return Problem(params, tensors(shapes, 1, device), nm.init(plan, params), nm.Hyper.of(params, lr=0.02), plan)
 
 

@@ -102,7 +102,15 @@ def process_group(ranks: Ranks) -> ProcessGroup:
 
 
 def all_reduce_max(tensor: Tensor, group: str) -> Tensor:
-    reduced = collectives.all_reduce(tensor, "max", group)  # traced, it waits of itself
+    return _all_reduce(tensor, "max", group)
+
+
+def all_reduce_sum(tensor: Tensor, group: str) -> Tensor:
+    return _all_reduce(tensor, "sum", group)
+
+
+def _all_reduce(tensor: Tensor, operation: str, group: str) -> Tensor:
+    reduced = collectives.all_reduce(tensor, operation, group)  # traced, it waits of itself
     return reduced if torch.compiler.is_compiling() else collectives.wait_tensor(reduced)
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from . import mesh
 from .checks import check_step
 from .plan import Plan
 from .step import step_
@@ -99,6 +100,8 @@ class GraphedStep:
         try:
             keys = [*params, *grads, *state]
             values = [*params.values(), *grads.values(), *state.values(), *hyper, found_inf]
+            if self.plan.sharded:
+                values = [x if x is None else mesh.local(x) for x in values]
             same = self._inputs is not None and self._inputs.same(keys, values)
         except (AttributeError, TypeError):
             check_step(self.plan, params, grads, state, hyper, found_inf)  # says it in plain words

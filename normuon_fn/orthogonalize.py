@@ -8,10 +8,12 @@ same bits for ``x`` and ``2**k * x``, so no eps and no floor is needed anywhere,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from . import ops
 from .coefficients import Coefficients, CoefficientSet, gram_restarts, resolve
@@ -36,7 +38,8 @@ def orthogonalize(
 
     Bit for bit, ``orthogonalize(2**k * x) == orthogonalize(x)`` as long as all non-zero entries stay normal numbers, and
     ``orthogonalize(x.mT) == orthogonalize(x).mT`` (tested on the CPU; on CUDA the norm is summed in float64 in another order).
-    A non-finite entry makes its whole matrix non-finite.
+    A non-finite entry makes its whole matrix non-finite. Of a DTensor the result is one of the same placements: see
+    orthogonalize_sharded.py.
 
     Args:
         method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides by aspect ratio.
@@ -55,9 +58,17 @@ def orthogonalize(
         raise ValueError(f"x: expected [..., rows, cols], got shape {tuple(x.shape)}")
     rows, cols = sorted(x.shape[-2:])
     chosen, form = _decide(coefficients, steps, safety_factor, method, dtype, rows, cols, x.device.type, x.dtype)
+    if isinstance(x, DTensor):
+        from .orthogonalize_sharded import orthogonalize_sharded  # which imports this file
+
+        return orthogonalize_sharded(x, chosen, form)
+    return orthogonalize_whole(x, chosen, form)
+
+
+def orthogonalize_whole(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
+    """`orthogonalize` of a plain tensor, with all that is static decided."""
     if x.numel() == 0:
         return x.clone()
-
     stack = x.reshape(-1, *x.shape[-2:])
     which = ops.orientation(stack) if x.shape[-2] == x.shape[-1] else None
     out = newton_schulz(stack, chosen, form, x.dtype, which)
@@ -159,28 +170,33 @@ def to_norm(squares: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tens
     return torch.where(squares == 0, 0.0, carry(dtype) / (squares.sqrt() * chosen.norm_factor))
 
 
-def iterate(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:
-    """The Newton-Schulz steps on [n, rows, cols], rows <= cols, from `to_unit_norm`; the result keeps `carry` and dtype."""
-    products = ops.SYMMETRIC if form.products == "symmetric" else ops.LIBRARY
-    if chosen.rescale == "aol":
-        x = _almost_orthogonal(x, products)
-    return _gram(x, chosen, form.restarts, products) if form.method == "gram" else _standard(x, chosen, products)
-
-
-def _times_transpose(x: Tensor, products: ops.Products) -> Tensor:
+def times_transpose(x: Tensor, products: ops.Products) -> Tensor:
     """``x x^T`` without the carried factor: [n, rows, rows]."""
     return products.symmetric_matmul(x, carry(x.dtype) ** -2)
 
 
-def _standard(x: Tensor, chosen: CoefficientSet, products: ops.Products) -> Tensor:
+Gram = Callable[[Tensor, ops.Products], Tensor]  # `times_transpose`, or what takes its place where x is not all here
+
+
+def iterate(x: Tensor, chosen: CoefficientSet, form: Form, gram: Gram = times_transpose) -> Tensor:
+    """The Newton-Schulz steps on [n, rows, cols], rows <= cols, from `to_unit_norm`; the result keeps `carry` and dtype."""
+    products = ops.SYMMETRIC if form.products == "symmetric" else ops.LIBRARY
+    if chosen.rescale == "aol":
+        x = _almost_orthogonal(x, products, gram)
+    if form.method == "gram":
+        return _gram(x, chosen, form.restarts, products, gram)
+    return _standard(x, chosen, products, gram)
+
+
+def _standard(x: Tensor, chosen: CoefficientSet, products: ops.Products, gram: Gram) -> Tensor:
     for a, b, c in chosen.rows:
-        xxt = _times_transpose(x, products)
+        xxt = gram(x, products)
         inner = products.symmetric_addmm(xxt, xxt, xxt, b, c) if c else xxt * b
         x = products.addmm(x, inner, x, a)
     return x
 
 
-def _gram(x: Tensor, chosen: CoefficientSet, restarts: tuple[int, ...], products: ops.Products) -> Tensor:
+def _gram(x: Tensor, chosen: CoefficientSet, restarts: tuple[int, ...], products: ops.Products, gram: Gram) -> Tensor:
     """The same polynomials on r = x x^T: with h(r) = a I + b r + c r^2, q <- q h(r) and r <- h(r) r h(r).
 
     x itself is touched at the restarts only; all else is symmetric and commutes. The first factor after a start stays split as
@@ -194,7 +210,7 @@ def _gram(x: Tensor, chosen: CoefficientSet, restarts: tuple[int, ...], products
         starts = k == 0 or k in restarts
         if starts:
             x = x if k == 0 else _times(q, x, products)
-            r = _times_transpose(x, products)
+            r = gram(x, products)
         z = times(r, r, r, b, c) if c else r * b
         if starts:
             q = (z, a)
@@ -220,7 +236,7 @@ def _cross_terms(z0: Tensor, a0: float, z1: Tensor, a1: float) -> Tensor:
     return (a1 * z0.to(wide) + a0 * z1.to(wide) + (a0 * a1) * eye).to(z0.dtype)
 
 
-def _almost_orthogonal(x: Tensor, products: ops.Products) -> Tensor:
+def _almost_orthogonal(x: Tensor, products: ops.Products, gram: Gram) -> Tensor:
     """Rows divided by the root of their absolute sum in x x^T, which bounds the spectral norm by 1 (arXiv 2208.03160)."""
-    reach = _times_transpose(x, products).abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    reach = gram(x, products).abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return (x * torch.where(reach == 0, 0.0, reach.rsqrt())).to(x.dtype)

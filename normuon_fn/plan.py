@@ -112,15 +112,11 @@ class Plan:
     matrix_of: Tensor  # [n_params, most] int64 on the device: see guard.flags
     bucket_has: Tensor  # [n_buckets, n_params] bool on the device, AdamW's buckets last: see guard.decide
     guard_group: str | None = None  # the process group whose ranks decide together
+    sharded: bool = False  # any parameter is a DTensor
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(parameter.name for parameter in self.parameters)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether any parameter is a DTensor."""
-        return any(spec.sharded is not None for spec in self.state.values())
 
     def __str__(self) -> str:
         how: dict[str, list[str]] = {}
@@ -220,8 +216,10 @@ def make_plan(
     members += [set(bucket.names) for bucket in adamw_buckets]
     has = torch.tensor([[p.name in names for p in parameters] for names in members], dtype=torch.bool, device=device)
     has = has.reshape(len(members), len(parameters))
-    group = _guard_group(config, [p.spec.sharded for p in parameters], mesh, guard_mesh)
-    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group)
+    lie = [p.spec.sharded for p in parameters]
+    group = _guard_group(config, lie, mesh, guard_mesh)
+    sharded_at_all = any(of is not None for of in lie)
+    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, sharded_at_all)
 
 
 def _here(name: str, read: Sequence[Read], lies: Sharded | None, mesh: Ranks | None) -> tuple[list[Read], list[Spread | None]]:

@@ -6,6 +6,7 @@
     python examples/benchmarks/step.py --only Muon,graph --no-first-step      # the rows whose name holds one of these
     python examples/benchmarks/step.py --device cpu --workload cpu            # ratios
     python examples/benchmarks/step.py --bars                                 # every bar of the project, as Markdown
+    torchrun --nproc-per-node 2 examples/benchmarks/step.py --workload 1.3b --layout fsdp2    # or ddp; rank 0's times
 
 All rows of a workload share one process, one set of parameters and gradients (random, made on the device), and their calls are
 interleaved in blocks, forwards and backwards in turn: drift of clocks and temperature meets all alike, and a ratio (the median
@@ -44,11 +45,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm import tqdm
 
 import normuon_fn as nm
@@ -252,25 +256,32 @@ class Entry:
 
 
 class Workload:
-    """Parameters and gradients on the device, shared by all rows."""
+    """Parameters and gradients on the device, shared by all rows; on several ranks sharded or replicated."""
 
-    def __init__(self, device: Device, shapes: Shapes, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: Device, shapes: Shapes, dtype: torch.dtype, mesh: DeviceMesh | None = None, layout: str = ""
+    ) -> None:
         torch.manual_seed(0)
         self.device = device
         self.base = device.allocated()
         sizes = [(rows, cols) for count, rows, cols in shapes for _ in range(count)]
         make = functools.partial(torch.randn, dtype=dtype, device=device.device)
-        self.params = {f"layers.{k}.weight": make(size).mul_(0.02) for k, size in enumerate(sizes)}
-        self.grads = {name: make(p.shape).mul_(1e-3) for name, p in self.params.items()}
+        self.ranks = 1 if mesh is None else mesh.size()
+        self.mesh = mesh if layout == "ddp" else None
+
+        def lie(x: Tensor) -> Tensor:
+            return distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None) if layout == "fsdp2" else x
+
+        self.params = {f"layers.{k}.weight": lie(make(size).mul_(0.02)) for k, size in enumerate(sizes)}
+        self.grads = {name: lie(make(p.shape).mul_(1e-3)) for name, p in self.params.items()}
+        self.here = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in self.params.items()}
 
     def changed(self, call: Callable[[], Any]) -> None:
         """One call. Raises if its update is not finite, or left a parameter as it was."""
-        before = {
-            name: p[:8].clone() for name, p in self.params.items()
-        }  # some rows: all of them would cost their memory again
+        before = {name: p[:8].clone() for name, p in self.here.items()}  # some rows: all of them would cost their memory again
         call()
-        bad = [name for name, p in self.params.items() if not bool(p.isfinite().all())]
-        still = [name for name, p in self.params.items() if torch.equal(p[:8], before[name])]
+        bad = [name for name, p in self.here.items() if not bool(p.isfinite().all())]
+        still = [name for name, p in self.here.items() if torch.equal(p[:8], before[name])]
         if bad or still:
             raise RuntimeError(f"not finite: {bad[:3]}; unchanged: {still[:3]}")
 
@@ -278,9 +289,9 @@ class Workload:
         device = self.device
         device.clear()
         before = device.allocated()
-        plan = nm.make_plan(self.params, nm.Config(guard=guard))  # type: ignore[arg-type]
+        plan = nm.make_plan(self.params, nm.Config(guard=guard), mesh=self.mesh)  # type: ignore[arg-type]
         state, hyper = nm.init(plan, self.params), nm.Hyper.of(self.params, lr=1e-4)
-        own = sum(x.numel() * x.element_size() for x in state.values())
+        own = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in plan.state.values())
         graphed = GraphedStep(plan) if graph else None
         run = graphed if graphed is not None else functools.partial(nm.step_, plan=plan)
         call = functools.partial(run, self.params, self.grads, state, hyper)
@@ -291,8 +302,8 @@ class Workload:
         if device.cuda:
             row.peak_gib = (device.peak() - before - own) / 2**30
         row.host_ms = device.host_ms(call)
-        parts = plan_products(plan)
-        row.flop, row.floor_ms = total_flop(parts), floor_ms(device, parts, pass_bytes(self.params))
+        parts = [(dtype, [(f / self.ranks, b / self.ranks) for f, b in each]) for dtype, each in plan_products(plan)]
+        row.flop, row.floor_ms = total_flop(parts), floor_ms(device, parts, pass_bytes(self.here))
         return Entry(row, call, graphed.release if graphed is not None else lambda: None)
 
     def peer(self, build: Callable[[list[Tensor]], torch.optim.Optimizer], row: Row) -> Entry:
@@ -362,6 +373,8 @@ class Options:
     first_step: bool = True
     only: tuple[str, ...] = ()
     rounds: int = ROUNDS
+    mesh: DeviceMesh | None = None
+    layout: str = ""
 
 
 def rows_of(device: Device, spec: str, options: Options) -> list[Row]:
@@ -401,7 +414,7 @@ def measure(
     wanted: dict[str, Callable[[Workload, Row], Entry]],
     rows: dict[str, Row],
 ) -> None:
-    workload = Workload(device, shapes_of(spec), options.dtype)
+    workload = Workload(device, shapes_of(spec), options.dtype, options.mesh, options.layout)
     entries: list[Entry] = []
     for name, make in tqdm(wanted.items(), desc=f"{spec}: first calls", disable=None):
         with reported(rows[name]):
@@ -753,22 +766,35 @@ def main() -> None:
     parser.add_argument(
         "--only", type=lambda text: tuple(text.split(",")), default=(), help="rows whose name holds one of these"
     )
+    parser.add_argument("--layout", choices=["ddp", "fsdp2"], help="on the ranks of torchrun: our rows alone")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", metavar="FILE", help="a bar chart")
     parser.add_argument("--bars", action="store_true", help="the project's bars, in Markdown; about 5 minutes on an H100")
     parser.add_argument("--tiny", action="store_true", help="with --bars: its course on tiny matrices, as a test")
     parser.add_argument("--part-first-step", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
-    device = Device(args.device)
+    if args.layout and "RANK" not in os.environ:
+        parser.error("--layout is for torchrun")
+    rank = int(os.environ.get("RANK", 0)) if args.layout else 0
+    device = Device(f"cuda:{os.environ['LOCAL_RANK']}" if args.layout and args.device == "cuda" else args.device)
     dtype = getattr(torch, args.dtype)
     options = Options(
         dtype, args.guard, args.graph and device.cuda, args.peers, args.first_step, args.only, max(1, args.rounds)
     )
+    if args.layout:
+        if device.cuda:
+            torch.cuda.set_device(device.device)
+        dist.init_process_group("nccl" if device.cuda else "gloo", device_id=device.device if device.cuda else None)
+        mesh = init_device_mesh(device.device.type, (dist.get_world_size(),))
+        options = replace(options, peers=False, first_step=False, mesh=mesh, layout=args.layout)
+        args.orthogonalize = False
     if args.part_first_step:
         print(first_step(device, args.workload, options))
         return
 
     header = environment(device)
+    if args.layout:
+        header |= {"ranks": str(dist.get_world_size()), "layout": args.layout}
     found: list[Bar] = []
     if args.bars:
         found, results = bars(device, args.tiny, options.rounds)
@@ -779,6 +805,10 @@ def main() -> None:
             if alone:
                 key = f"orthogonalize {spec} {args.dtype}"
                 results[key] = guarded(spec, lambda spec=spec: orthogonalize_rows(device, spec, dtype, options))
+    if options.mesh is not None:
+        dist.destroy_process_group()
+    if rank:
+        return
     if args.json:
         listed = {name: [row.as_json() for row in rows] for name, rows in results.items()}
         print(json.dumps({"environment": header, "bars": [asdict(bar) for bar in found], "results": listed}, indent=2))

@@ -1,4 +1,4 @@
-"""The guard on two and on four ranks that hold the same parameters: a fault on one rank alone, each rank in turn.
+"""The guard on two and on four ranks that step the same parameters: a fault on one rank alone, each rank in turn.
 
 Every world is spawned once and runs all its cases (`ranks`); the tests here read what the ranks saw.
 """
@@ -14,7 +14,7 @@ from tests.faults import COUNTERS, SHAPES, STAGES, expected_flags, keeps_its_bit
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 Ranks = list[dict[str, Seen]]
-KINDS = {2: ["in place", "compiled", "group", "guard_mesh"]}
+KINDS = {2: ["in place", "compiled", "group"]}
 KINDS[4] = [*KINDS[2], "2-D"]
 
 

@@ -1,0 +1,628 @@
+"""What every rank of `test_layouts` runs: steps of sharded and shared parameters beside the same steps of one device.
+
+gloo on CPU. Every rank computes the single-device result itself, cuts from it what should lie here, and writes how far off it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, multiprocessing, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import normuon_fn as nm
+
+TIMEOUT = 60  # seconds, of one collective
+DEADLINE = 150  # seconds, of one world
+DYING_TIMEOUT = 5  # seconds, of one collective where a rank dies
+Seen = dict[str, Any]
+
+SHAPES = {
+    "square": (8, 8),
+    "uneven": (7, 10),
+    "few": (3, 8),  # fewer rows than ranks
+    "tall": (20, 8),
+    "wide": (6, 24),
+    "half": (12, 8),
+    "conv": (6, 4, 3, 3),
+    **{f"layers.{k}": (8, 12) for k in range(5)},
+    "experts.even": (4, 8, 12),
+    "experts.uneven": (5, 6, 10),
+    "experts.few": (2, 6, 10),
+    "heads": (16, 4),
+    "gqa": (24, 8),  # heads of 3 rows
+    "qkv": (16, 4),  # splits that a shard cuts
+    "embed.weight": (11, 6),
+    "bias": (10,),
+    "gain": (3,),
+    "frozen": (4, 4),
+}
+ROUTES = {
+    "conv": nm.Route(flatten=True),
+    "heads": nm.Route(heads=4),
+    "gqa": nm.Route(splits=(12, 6, 6), heads=(4, 2, 2)),
+    "qkv": nm.Route(splits=(6, 5, 5)),
+    "gain": nm.Route("adamw", lr_mul=0.5),
+    "frozen": nm.Route("frozen"),
+}
+COUNTERS = ("guard.step", "guard.skipped", "guard.consecutive")
+GUARDS = ("off", "output", "full")
+ON = [("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
+STAGES = ("gradient", "momentum", "variance")
+FAULTED = {1: (), 2: ("Shard(0)", "Shard(1)"), 4: ("Shard(0)", "Shard(1)", "HSDP", "strided")}
+COMPILED = {1: (), 2: ("ddp", "Shard(0)", "Shard(1)"), 4: ("HSDP",)}
+SMALL = ("uneven", "few", "experts.few", "bias")  # what is compiled: Inductor's time is by the parameter
+SAVED = ("Shard(0)", "Shard(1)", "HSDP")
+LOADED = ("Shard(0)", "Shard(1)")
+
+
+def own(x: Tensor) -> Tensor:
+    """An orthogonalizer [n, rows, cols] of the caller's."""
+    x = x / x.square().sum((-2, -1), keepdim=True).sqrt()
+    for _ in range(6):
+        x = 1.5 * x - 0.5 * torch.bmm(torch.bmm(x, x.mT), x)
+    return x
+
+
+def config(form: str, **overrides: Any) -> nm.Config:
+    overrides = {"orthogonalize_dtype": torch.float32, **overrides}
+    if form in ("standard", "gram"):
+        return nm.Config(method=form, **overrides)
+    if form in ("dion", "modded_nanogpt"):
+        return nm.Config.preset(form, **overrides)
+    if form == "own":
+        return nm.Config(orthogonalizer=own, **overrides)
+    if form == "muon":
+        return nm.Config(normalize=False, **overrides)
+    assert form == "bfloat16"
+    return nm.Config(method="standard", **{**overrides, "orthogonalize_dtype": torch.bfloat16})
+
+
+FORMS = ("standard", "gram", "dion", "modded_nanogpt", "own", "muon", "bfloat16")
+LONG = {("Shard(0)", "standard", "full"), ("Shard(1)", "gram", "off"), ("ddp", "modded_nanogpt", "output")}
+LONG |= {("HSDP", "standard", "full"), ("strided", "standard", "off"), ("2-D", "dion", "full")}
+
+
+def steps_of(layout: str, form: str, guard: str) -> int:
+    return 10 if (layout, form, guard) in LONG else 3
+
+
+@functools.cache
+def tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return {name: x.bfloat16() if name == "half" else x for name, x in made.items()}
+
+
+def hyper_of(params: Mapping[str, Tensor]) -> nm.Hyper:
+    return nm.Hyper.of(params, lr=0.02, weight_decay=0.1)
+
+
+@functools.cache
+def alone(form: str, steps: int, missing: str = "") -> dict[str, Tensor]:
+    """The parameters and state of a run on one device."""
+    params = dict(tensors(0))
+    plan = nm.make_plan(params, config(form), routes=ROUTES)
+    state = nm.init(plan, params)
+    for step in range(steps):
+        grads = {name: x for name, x in tensors(1 + step).items()}
+        if missing:
+            grads[missing] = torch.zeros_like(grads[missing])
+        params, state, _, _ = nm.update(params, grads, state, hyper_of(params), plan)
+    return {**params, **state}
+
+
+# ------------------------------------------------------------------------------------------------------------------ placements
+
+
+def cut(x: Tensor, mesh: DeviceMesh, placements: Iterable[Any]) -> Tensor:
+    """What this rank should hold of a tensor: cut mesh dimension by mesh dimension, the strided one last, as FSDP does."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    by_dim = sorted(enumerate(placements), key=lambda entry: isinstance(entry[1], _StridedShard))
+    for k, placement in by_dim:
+        if not isinstance(placement, Replicate):
+            chunks = torch.chunk(x, mesh.size(k), placement.dim)
+            at = coordinate[k]
+            x = chunks[at] if at < len(chunks) else x.narrow(placement.dim, 0, 0)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+class Layout(NamedTuple):
+    mesh: DeviceMesh
+    default: tuple[Any, ...] | None  # None: plain tensors
+    matrices: tuple[Any, ...] = ()  # of experts and heads, where the default would cut matrices and the stack of them
+    given: Any = None  # make_plan's mesh=
+
+    def placements(self, name: str) -> tuple[Any, ...] | None:
+        if self.default is None:
+            return None
+        if self.matrices and name.startswith(("experts", "heads", "gqa")):
+            return self.matrices
+        dims = len(SHAPES[name])
+        return tuple(p if isinstance(p, Replicate) or p.dim < dims else Shard(0) for p in self.default)
+
+    def cut(self, name: str, x: Tensor) -> Tensor:
+        placements = self.placements(name)
+        return x.clone() if placements is None else cut(x, self.mesh, placements)
+
+    def place(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.wrap(name, self.cut(name, x)) for name, x in given.items()}
+
+    def wrap(self, name: str, part: Tensor, placements: tuple[Any, ...] | None = None) -> Tensor:
+        placements = placements or self.placements(name)
+        if placements is None:
+            return part
+        shape = torch.Size(SHAPES[name])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def plan(self, params: Mapping[str, Tensor], config: nm.Config) -> nm.Plan:
+        routes = {name: ROUTES[name] for name in params if name in ROUTES}
+        return nm.make_plan(params, config, routes=routes, mesh=self.given)
+
+
+def layouts(world: int) -> dict[str, Layout]:
+    mesh = init_device_mesh("cpu", (world,))
+    found = {
+        "ddp": Layout(mesh, None, given=mesh),
+        "group": Layout(mesh, None, given=dist.group.WORLD),
+        "Shard(0)": Layout(mesh, (Shard(0),)),
+        "Shard(1)": Layout(mesh, (Shard(1),)),
+        "Replicate": Layout(mesh, (Replicate(),)),
+    }
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        found |= {
+            "HSDP": Layout(square, (Replicate(), Shard(0))),
+            "2-D": Layout(square, (Shard(0), Shard(1)), (Replicate(), Shard(0))),
+            "0 and 0": Layout(square, (Shard(0), Shard(0))),
+            "strided": Layout(square, (_StridedShard(0, split_factor=2), Shard(0))),
+        }
+    return found
+
+
+def local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def owner(name: str) -> str:
+    """The parameter that a state tensor belongs to."""
+    return next((p for p in SHAPES if name in (p, *(f"{p}.{k}" for k in ("momentum", "variance", "exp_avg", "exp_avg_sq")))), "")
+
+
+def reduced(placements: tuple[Any, ...], shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[Any, ...]:
+    """The placements of a state of that shape: the parameter's, whole where its dimension is 1 instead."""
+    return tuple(
+        p if isinstance(p, Replicate) or shape[p.dim] == param[p.dim] else Replicate() for p in placements
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------- worlds
+
+
+def run_worlds(folder: Path) -> dict[int, list[dict[str, Seen]]]:
+    """What all ranks of 4, 2 and 1 saw. In this order: the first saves what the others load."""
+    return {world: run_ranks(world, folder) for world in (4, 2, 1)}
+
+
+def run_ranks(world: int, folder: Path) -> list[dict[str, Seen]]:
+    _spawn(_main, world, folder, DEADLINE)
+    return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+
+
+def run_dying(kind: str, world: int, folder: Path) -> list[Seen]:
+    """What the survivors saw of a step whose last rank has died."""
+    folder.mkdir()
+    _spawn(functools.partial(_dying, kind), world, folder, 90)
+    return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world - 1)]
+
+
+def _spawn(main: Callable[..., None], world: int, folder: Path, deadline: float) -> None:
+    context = multiprocessing.start_processes(main, (world, str(folder)), nprocs=world, join=False, start_method="spawn")
+    assert context is not None
+    end = time.monotonic() + deadline
+    while not context.join(timeout=0.5):  # raises what a rank raised
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{world} ranks did not end within {deadline} s: some of them hang")
+
+
+def _start(rank: int, world: int, folder: str, timeout: float) -> None:
+    torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store-{world}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
+def _write(folder: str, world: int, rank: int, seen: Seen) -> None:
+    partial = Path(folder) / f"{world}-{rank}.partial"
+    partial.write_text(json.dumps(seen))
+    os.replace(partial, Path(folder) / f"{world}-{rank}.json")
+
+
+def _main(rank: int, world: int, folder: str) -> None:
+    _start(rank, world, folder, TIMEOUT)
+    try:
+        seen = _Rank(rank, world, folder).everything()
+    finally:
+        dist.destroy_process_group()
+    _write(folder, world, rank, seen)
+
+
+def _dying(kind: str, rank: int, world: int, folder: str) -> None:
+    """One good step, then a step that the last rank never begins."""
+    _start(rank, world, folder, DYING_TIMEOUT)
+    layout = layouts(world)[kind]
+    params = layout.place({name: tensors(0)[name] for name in SMALL})
+    plan = layout.plan(params, config("standard", guard="full"))
+    state, grads = nm.init(plan, params), layout.place({name: tensors(1)[name] for name in SMALL})
+    params, state, _, _ = nm.update(params, grads, state, hyper_of(params), plan)
+    seen = {"first": bool(torch.stack([local(x).isfinite().all() for x in params.values()]).all()), "error": ""}
+    if rank == world - 1:
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        result = nm.update(params, grads, state, hyper_of(params), plan)
+        bool(result.skipped)
+    except Exception as error:
+        seen["error"] = f"{type(error).__name__}: {error}"
+    seen["seconds"] = time.monotonic() - start
+    _write(folder, world, rank, seen)
+    os._exit(0)  # nothing to take leave of
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "c10d" in name and "wait_tensor" not in name:
+            self.counts[name.split(".")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Rank:
+    def __init__(self, rank: int, world: int, folder: str) -> None:
+        self.rank, self.world, self.folder = rank, world, folder
+        self.layouts = layouts(world)
+
+    def everything(self) -> dict[str, Seen]:
+        seen: dict[str, Seen] = {"seconds": {}}
+        for part in (
+            self.matrix, self.lies, self.faults, self.counts, self.errors, self.missing, self.checkpoints, self.fsdp_tp,
+            self.compiled,
+        ):  # fmt: skip
+            start = time.monotonic()
+            seen[part.__name__] = part()
+            seen["seconds"][part.__name__] = time.monotonic() - start
+        return seen
+
+    def matrix(self) -> Seen:
+        seen = {}
+        for kind, layout in self.layouts.items():
+            for form in FORMS:
+                for guard in GUARDS:
+                    steps = steps_of(kind, form, guard)
+                    run = self.run(layout, config(form, guard=guard), steps)
+                    seen[f"{kind} {form} {guard}"] = self.compare(layout, run, alone(form, steps))
+        return seen
+
+    def run(self, layout: Layout, config: nm.Config, steps: int) -> dict[str, Tensor]:
+        params = layout.place(tensors(0))
+        plan = layout.plan(params, config)
+        state = nm.init(plan, params)
+        for step in range(steps):
+            params, state, _, _ = nm.update(params, layout.place(tensors(1 + step)), state, hyper_of(params), plan)
+        return {**params, **state}
+
+    def compare(self, layout: Layout, run: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Seen:
+        """The error of what lies here, relative to the whole tensor's norm, by name; and which have other bits."""
+        errors, bits = {}, []
+        assert run.keys() <= expected.keys()
+        for name, x in run.items():
+            whole, placements = expected[name], None if name in COUNTERS else layout.placements(owner(name))
+            if placements is not None:
+                shape, param = tuple(whole.shape), SHAPES[owner(name)]
+                placements = reduced(placements, shape, param)
+            part = whole if placements is None else cut(whole, layout.mesh, placements)
+            assert local(x).shape == part.shape, (name, local(x).shape, part.shape)
+            norm = whole.double().norm().item()
+            off = (local(x).double() - part.double()).norm().item()
+            errors[name] = off / norm if norm else off
+            if not torch.equal(local(x), part):
+                bits.append(name)
+        return {"errors": errors, "other bits": bits, "names": sorted(run)}
+
+    def lies(self) -> Seen:
+        """What of the state does not lie as its parameter, before and after a step."""
+        seen = {}
+        for kind, layout in self.layouts.items():
+            for form in ("standard", "modded_nanogpt"):
+                params = layout.place(tensors(0))
+                plan = layout.plan(params, config(form))
+                state = nm.init(plan, params)
+                result = nm.update(params, layout.place(tensors(1)), state, hyper_of(params), plan)
+                wrong, sharded = [], 0
+                for name, x in {**state, **result.params, **result.state, **{f"init {k}": v for k, v in state.items()}}.items():
+                    name = name.removeprefix("init ")
+                    placements = None if name in COUNTERS else layout.placements(owner(name))
+                    if placements is None:
+                        wrong += [f"{name} is a DTensor"] if isinstance(x, DTensor) else []
+                        continue
+                    param = SHAPES[owner(name)]
+                    expected = reduced(placements, tuple(x.shape), param)
+                    rows_first = form == "standard" and owner(name) not in ("conv", "heads", "gqa", "qkv")
+                    if not isinstance(x, DTensor) or x.placements != expected or x.device_mesh != layout.mesh:
+                        wrong.append(f"{name}: {expected}, got {x}")
+                    elif not name.endswith(".variance") and tuple(x.shape) != param:
+                        wrong.append(f"{name}: shape {tuple(x.shape)}")
+                    elif name.endswith(".variance") and rows_first and tuple(x.shape) != (*param[:-1], 1):
+                        wrong.append(f"{name}: shape {tuple(x.shape)}")
+                    sharded += 1
+                seen[f"{kind} {form}"] = {"wrong": wrong, "sharded": sharded}
+        for kind in ("Shard(0)", "Shard(1)"):  # and `cut` is what torch calls these placements
+            layout = self.layouts[kind]
+            seen[kind] = {"as torch": True}
+            for name, x in layout.place(tensors(0)).items():
+                torchs = distribute_tensor(tensors(0)[name], layout.mesh, layout.placements(name), src_data_rank=None)
+                seen[kind]["as torch"] &= torch.equal(torchs.to_local(), local(x))
+        return seen
+
+    def faults(self) -> Seen:
+        seen = {}
+        for kind in FAULTED[self.world]:
+            layout = self.layouts[kind]
+            for guard, scope in ON:
+                params = layout.place(tensors(0))
+                plan = layout.plan(params, config("standard", guard=guard, guard_scope=scope))
+                warm = nm.update(params, layout.place(tensors(1)), nm.init(plan, params), hyper_of(params), plan)
+                clean = nm.update(warm.params, layout.place(tensors(2)), warm.state, hyper_of(params), plan)
+                before = {**warm.params, **warm.state}
+                seen[f"{kind} {guard} {scope}"] = {
+                    "kept": self.kept(before, clean), "flags": clean.flags.tolist(), "names": list(plan.names)
+                }  # fmt: skip
+                for stage in STAGES:
+                    for rank in range(self.world):
+                        seen[f"{kind} {guard} {scope} {stage} {rank}"] = self.fault(layout, plan, warm, stage, rank)
+        return seen
+
+    def fault(self, layout: Layout, plan: nm.Plan, warm: nm.StepResult, stage: str, rank: int) -> Seen:
+        params, state = ({k: self.copy(v) for k, v in x.items()} for x in (warm.params, warm.state))
+        grads, victim = layout.place(tensors(2)), ""
+        if rank == self.rank:
+            kind = {"gradient": "", "momentum": ".momentum", "variance": ".variance"}[stage]
+            given = grads if stage == "gradient" else state
+            turn = 5 * rank + 3 * STAGES.index(stage) + ON.index((plan.config.guard, plan.config.guard_scope))
+            names = [n for n in SHAPES if n != "frozen" and n + kind in given and local(given[n + kind]).numel()]
+            victim = names[turn % len(names)]
+            local(given[victim + kind]).view(-1)[-1] = float("nan") if turn % 2 else float("inf")
+        before = {**{k: self.copy(v) for k, v in {**params, **state}.items()}}
+        result = nm.update(params, grads, state, hyper_of(params), plan)
+        finite = all(bool(local(x).isfinite().all()) for x in result.params.values())
+        return {
+            "victim": victim,
+            "flags": result.flags.tolist(),
+            "skipped": bool(result.skipped),
+            "counters": [int(result.state[name]) for name in COUNTERS],
+            "kept": self.kept(before, result),
+            "finite": finite,
+        }
+
+    def kept(self, before: Mapping[str, Tensor], result: nm.StepResult) -> dict[str, bool]:
+        """Whether a tensor kept its bits, for all of which something lies here."""
+        after = {**result.params, **result.state}
+        here = [name for name, x in before.items() if name not in COUNTERS and owner(name) != "frozen" and local(x).numel()]
+        return {name: _digest(before[name]) == _digest(after[name]) for name in here}
+
+    @staticmethod
+    def copy(x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            return x.clone()
+        return DTensor.from_local(
+            x.to_local().clone(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        )
+
+    def counts(self) -> Seen:
+        """The collectives of a step of one parameter, or of a few."""
+        seen = {}
+        sets = {"heads": ["heads"], "experts": ["experts.even", "experts.uneven", "experts.few"], "qkv": ["qkv"]}
+        sets |= {"one bucket": [f"layers.{k}" for k in range(5)], "two buckets": ["uneven", "tall"], "adamw": ["bias"]}
+        for kind, layout in self.layouts.items():
+            for which, names in sets.items():
+                for guard in ("off", "full"):
+                    params = layout.place({name: tensors(0)[name] for name in names})
+                    plan = layout.plan(params, config("standard", guard=guard))
+                    grads, state = layout.place({name: tensors(1)[name] for name in names}), nm.init(plan, params)
+                    with Collectives() as collectives:
+                        nm.update(params, grads, state, hyper_of(params), plan)
+                    seen[f"{kind} {which} {guard}"] = dict(collectives.counts)
+        return seen
+
+    def errors(self) -> Seen:
+        mesh = self.layouts["Shard(0)"].mesh
+        layout, names = self.layouts["Shard(0)"], ("square", "bias")
+        params = layout.place({name: tensors(0)[name] for name in names})
+        grads = layout.place({name: tensors(1)[name] for name in names})
+        plan = layout.plan(params, config("standard"))
+        state, hyper = nm.init(plan, params), hyper_of(params)
+
+        def plan_of(x: Tensor, route: nm.Route, **overrides: Any) -> nm.Plan:
+            return nm.make_plan({"w": x}, config("standard", **overrides), routes={"w": route})
+
+        def stepped(function: Callable[..., Any], **given: Any) -> Any:
+            return function(given.get("params", params), given.get("grads", grads), given.get("state", state), hyper, plan)
+
+        whole = torch.randn(12 if self.world == 4 else 6, 8)
+        dtensor = distribute_tensor(whole, mesh, (Shard(0),), src_data_rank=None)
+        short = distribute_tensor(torch.randn(16, 8), mesh, (Shard(0),), src_data_rank=None)
+        partial = DTensor.from_local(torch.randn(8, 8), mesh, (Partial(),), run_check=False)
+        conv = distribute_tensor(torch.randn(4, 4, 4, 4), mesh, (Shard(2),), src_data_rank=None)
+        cols = self.layouts["Shard(1)"].place({"square": tensors(1)["square"]})["square"]
+        other = {**grads, "square": cols}
+        none = {**grads, "square": None}
+        cases: dict[str, Callable[[], Any]] = {
+            "heads cut by a shard": lambda: plan_of(dtensor, nm.Route(heads=3)),
+            "variance without placements": lambda: plan_of(short, nm.Route(heads=4), reduction="short"),
+            "flattened dimension": lambda: plan_of(conv, nm.Route(flatten=True)),
+            "Partial": lambda: plan_of(partial, nm.Route()),
+            "grad's placements": lambda: stepped(nm.update, grads=other),
+            "grad's placements, compiled": lambda: stepped(nm.step, grads=other),
+            "grad's placements, in place": lambda: stepped(nm.step_, grads=other),
+            "state's placements": lambda: stepped(nm.update, state={**state, "square.momentum": cols}),
+            "param's placements": lambda: stepped(nm.update, params={**params, "square": cols}),
+            "None": lambda: stepped(nm.update, grads=none),
+            "None, compiled": lambda: stepped(nm.step, grads=none),
+        }
+        if self.world == 4:
+            square = self.layouts["2-D"]
+            stack = distribute_tensor(torch.randn(4, 8, 8), square.mesh, (Shard(0), Shard(1)), src_data_rank=None)
+            cases["matrices and their stack"] = lambda: plan_of(stack, nm.Route())
+        seen = {}
+        for case, function in cases.items():
+            try:
+                function()
+                seen[case] = ""
+            except Exception as error:
+                seen[case] = f"{type(error).__name__}: {error}"
+        return seen
+
+    def missing(self) -> Seen:
+        """A gradient that only some ranks lack, against zeros in its place; and one that no rank shares."""
+        seen = {}
+        for kind in ("ddp", "Shard(0)", "Shard(1)", "Replicate"):
+            layout, name = self.layouts[kind], "layers.2"
+            params = layout.place(tensors(0))
+            plan = layout.plan(params, config("standard", guard="full", missing_grads="zeros"))
+            runs = []
+            for lacks in (False, True):
+                now, state = params, nm.init(plan, params)
+                for step in range(3):
+                    grads: dict[str, Tensor | None] = dict(layout.place(tensors(1 + step)))
+                    if self.rank % 2 or layout.default is None or layout.default == (Replicate(),):
+                        zeros = torch.zeros_like(local(params[name]))
+                        grads[name] = layout.wrap(name, zeros)
+                    if lacks and self.rank % 2:
+                        grads[name] = None
+                    now, state, _, _ = nm.update(now, grads, state, hyper_of(now), plan)
+                runs.append({k: _digest(v) for k, v in {**now, **state}.items()})
+            seen[kind] = {"same": runs[0] == runs[1], "replica": runs[1][name]}
+        return seen
+
+    def checkpoints(self) -> Seen:
+        """Saved after three steps on four ranks, loaded by fewer, three steps more: against six on one device."""
+        kinds = SAVED if self.world == 4 else LOADED
+        seen = {}
+        for saved in SAVED:
+            path = Path(self.folder) / f"checkpoint-{SAVED.index(saved)}"
+            for kind in (saved,) if self.world == 4 else kinds:
+                layout = self.layouts[kind]
+                if self.world == 4:
+                    run = self.run(layout, config("standard", guard="full"), 3)
+                    dcp.save({"run": run}, checkpoint_id=path)
+                    seen[f"{saved} {kind}"] = self.compare(layout, run, alone("standard", 3))
+                    continue
+                params = layout.place({name: torch.full_like(x, 7.0) for name, x in tensors(0).items()})
+                plan = layout.plan(params, config("standard", guard="full"))
+                run = {**params, **nm.init(plan, params)}
+                dcp.load({"run": run}, checkpoint_id=path)
+                params, state = {k: run[k] for k in SHAPES}, {k: run[k] for k in plan.state}
+                for step in range(3, 6):
+                    params, state, _, _ = nm.update(params, layout.place(tensors(1 + step)), state, hyper_of(params), plan)
+                seen[f"{saved} {kind}"] = self.compare(layout, {**params, **state}, alone("standard", 6))
+                seen[f"{saved} {kind}"]["counters"] = [int(state[name]) for name in COUNTERS]
+        return seen
+
+    def fsdp_tp(self) -> Seen:
+        """Two steps of a module of torch's own FSDP2 and tensor parallelism, against one device with the same gradients."""
+        if self.world != 4:
+            return {}
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8, bias=False))
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        params: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+        plan = nm.make_plan(params, config("standard", guard="full"))
+        state, hyper = nm.init(plan, params), hyper_of(params)
+        whole = {name: p.full_tensor().clone() for name, p in params.items()}
+        one = nm.make_plan(whole, config("standard"))
+        one_state = nm.init(one, whole)
+        for step in range(2):
+            torch.manual_seed(1 + step)
+            model.zero_grad()
+            model(torch.randn(4, 8)).square().sum().backward()
+            grads = {name: p.grad for name, p in model.named_parameters()}
+            full = {name: g.full_tensor() for name, g in grads.items()}
+            result = nm.update(params, grads, state, hyper, plan)
+            state = result.state
+            for name, new in result.params.items():
+                local(params[name]).copy_(local(new))
+            whole, one_state, _, _ = nm.update(whole, full, one_state, hyper, one)
+        errors = {}
+        for name, x in {**whole, **one_state}.items():
+            got = {**params, **state}[name]
+            got = got.full_tensor() if isinstance(got, DTensor) else got
+            errors[name] = ((got - x).double().norm() / x.double().norm().clamp(min=1e-30)).item()
+        return {"placements": {name: str(p.placements) for name, p in params.items()}, "errors": errors}
+
+    def compiled(self) -> Seen:
+        seen = {}
+        for kind in COMPILED[self.world]:
+            layout = self.layouts[kind]
+            runs: dict[str, dict[str, Tensor]] = {}
+            for function in (nm.update, nm.step, nm.step_):
+                params = layout.place({name: tensors(0)[name] for name in SMALL})
+                plan = layout.plan(params, config("standard", guard="full"))
+                state = nm.init(plan, params)
+                for step in range(2):
+                    grads = layout.place({name: tensors(1 + step)[name] for name in SMALL})
+                    params, state, _, _ = function(params, grads, state, hyper_of(params), plan)
+                runs[function.__name__] = {**params, **state}
+            eager, pure, inplace = (runs[name] for name in ("update", "step", "step_"))
+            off = {}
+            for name, x in eager.items():
+                norm = local(x).double().norm().item()
+                off[name] = (local(pure[name]).double() - local(x).double()).norm().item() / (norm or 1.0)
+            seen[kind] = {
+                "off": off,
+                "same": [name for name in pure if _digest(pure[name]) == _digest(inplace[name])],
+                "names": list(eager),
+                "lies": all(
+                    not isinstance(x, DTensor) or x.placements == eager[name].placements
+                    for name, x in [*pure.items(), *inplace.items()]
+                ) and all(isinstance(pure[name], DTensor) == isinstance(x, DTensor) for name, x in eager.items()),
+            }  # fmt: skip
+        return seen
+
+
+def _digest(x: Tensor) -> str:
+    x = local(x).contiguous()
+    return hashlib.sha1(x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).numpy().tobytes()).hexdigest()
