@@ -23,8 +23,8 @@ except ImportError:
 Ranks = DeviceMesh | ProcessGroup
 
 
-def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    """``function`` as one graph, with a compile cache of its own.
+def compile_whole(function: Callable[..., Any], backend: str = "inductor", *, overlap: bool = False) -> Callable[..., Any]:
+    """``function`` as one graph, with a compile cache of its own. ``overlap``: it sends to other ranks, and waits as written.
 
     Dynamo keeps its cache, and its limit of 8 recompilations, per code object. A copy of the code object gives every plan a
     cache of its own, so that a process may hold any number of plans (dion#23).
@@ -43,6 +43,8 @@ def compile_whole(function: Callable[..., Any], backend: str = "inductor") -> Ca
         # Products and sums are rounded as written, and not fused where a kernel's other contents happen to allow it: `step`
         # and `step_` are two graphs, and have the same bits.
         options["emulate_precision_casts"] = True
+        if overlap:  # otherwise Inductor, to save memory, sends as late as it can and waits at once
+            options["reorder_for_peak_memory"] = False
     return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
 
 
@@ -135,3 +137,13 @@ def wait(tensor: Tensor) -> Tensor:
 def is_strided(placement: Any) -> bool:
     """A shard of what another dimension of the mesh has sharded already, as FSDP of tensor-parallel parameters makes it."""
     return isinstance(placement, _StridedShard)
+
+
+def gather_objects(value: Any, group: str) -> list[Any]:
+    """``value`` of every rank of a group, by rank; on the host. Under the fake backend, which sends nothing, of this one."""
+    ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type, unused-ignore]
+    if dist.get_backend(ranks) == "fake":
+        return [value]
+    found: list[Any] = [None] * ranks.size()
+    dist.all_gather_object(found, value, group=ranks)
+    return found

@@ -5,6 +5,8 @@ finite [n_matrices]  --flags-->  [2, n_params] int32  --decide-->  what keeps it
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,23 @@ def flags(bad: Tensor, matrix_of: Tensor) -> Tensor:
     return bad[:, matrix_of].any(-1).to(torch.int32)
 
 
-def agree(flags: Tensor, group: str | None) -> Tensor:
-    """The flags of all ranks, by maximum: the one collective of the step. Nothing at all without a group."""
-    return flags if group is None else all_reduce_max(flags, group)
+class Agreed(NamedTuple):
+    flags: Tensor  # [2, n_params] int32, of the parameters that this rank knows
+    seen: Tensor  # [2, k] int32: what is decided on
+
+
+def agree(flags: Tensor, group: str | None, alike: bool) -> Agreed:
+    """The flags of all ranks, by maximum: the one collective of the step. Nothing at all without a group.
+
+    ``alike``: the ranks have the same parameters. Otherwise each knows its own flags, and of the others' only whether there are
+    any.
+    """
+    if group is None:
+        return Agreed(flags, flags)
+    if alike:
+        flags = all_reduce_max(flags, group)
+        return Agreed(flags, flags)
+    return Agreed(flags, all_reduce_max(flags.amax(1, keepdim=True), group))
 
 
 Decision = Tensor | None
@@ -41,7 +57,7 @@ def holds(config: Config, bad_grad: Tensor | None, bucket_has: Tensor, found_inf
 
 def decide(
     config: Config,
-    flags: Tensor,  # [2, n_params] int32, agreed
+    flags: Tensor,  # [2, n_params] int32, agreed; or [2, 1], see `agree`
     bucket_has: Tensor,  # [n_buckets, n_params] bool
     found_inf: Tensor | None,
 ) -> tuple[list[Decision], Tensor]:

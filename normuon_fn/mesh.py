@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from .compat import Ranks, all_gather, all_to_all, is_strided, process_group, wait
+from .compat import Ranks, all_gather, all_to_all, gather_objects, is_strided, process_group, wait
 from .layout import Rect, Span
 
 # ---------------------------------------------------------------------------------------------- where the parts of a tensor lie
@@ -140,6 +141,22 @@ def covering(lie: Sequence[Sharded | None]) -> str | None:
     if len(groups) < 2:
         return next(iter(groups), None)
     return dist.group.WORLD.group_name if dist.group.WORLD is not None else None
+
+
+def check_alike(lines: Sequence[str], group: str) -> None:
+    """That every rank of a group has the same lines. A collective, on the host.
+
+    Raises:
+        ValueError: on every rank, naming the first lines that differ.
+    """
+    mine = list(lines)
+    for rank, theirs in enumerate(gather_objects(mine, group)):
+        if theirs != mine:
+            pairs = [(a, b) for a, b in zip_longest(mine, theirs, fillvalue="nothing") if a != b]
+            shown = "; ".join(f"here {a}, there {b}" for a, b in pairs[:3])
+            raise ValueError(
+                f"the plans of the ranks differ: rank {rank} of the group has another one in {len(pairs)} lines: {shown}"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- who does which work

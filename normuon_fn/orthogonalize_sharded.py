@@ -36,14 +36,15 @@ def orthogonalize_sharded(
 
     Collectives: none for ``local``; an all-gather (one a mesh dimension) for ``duplicated``; for ``distributed`` one all-reduce
     of a number a matrix for the largest entry, one for the norm, and one of half of x x^T whenever that is computed anew: it is
-    taken where that moves fewer bytes than x itself, and where no gradient is to flow. Uneven and empty shards are allowed.
+    taken where that moves fewer bytes than x itself. Uneven and empty shards are allowed.
 
     ``distributed`` adds in another order than one device does; `orthogonalize` says which bits stay the same, and they do here.
 
     Raises:
         ValueError: placements other than Shard and Replicate, as Partial is.
     """
-    mesh, placements = x.device_mesh, x.placements
+    mesh = x.device_mesh
+    placements: tuple[Any, ...] = x.placements
     for placement in placements:
         if not (placement.is_replicate() or placement.is_shard() or is_strided(placement)):
             raise ValueError(
@@ -59,8 +60,7 @@ def orthogonalize_sharded(
 
     tall = x.shape[-2] > x.shape[-1]
     long = sides[1] if tall else sides[0]
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
-    if not needs_grad and all(placements[k].dim == long for k in cut) and _sends_less(x, chosen, form):
+    if all(placements[k].dim == long for k in cut) and _sends_less(x, chosen, form):
         groups = _groups(mesh, tuple(cut))
         return _whole(_distributed(x.to_local(), tall, chosen, form, groups), x, placements)
 

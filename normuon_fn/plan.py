@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from .coefficients import CoefficientSet, resolve
-from .compat import Ranks, prepare_inductor, process_group, storage_key
+from .compat import Ranks, gather_objects, prepare_inductor, process_group, storage_key
 from .layout import Block, View, part_of, variances
 from .mesh import Exchange, Sharded, Spread, balance, covering, local, reduced, sharded
 from .normalize import per_row
@@ -112,7 +112,27 @@ class Plan:
     matrix_of: Tensor  # [n_params, most] int64 on the device: see guard.flags
     bucket_has: Tensor  # [n_buckets, n_params] bool on the device, AdamW's buckets last: see guard.decide
     guard_group: str | None = None  # the process group whose ranks decide together
+    guard_alike: bool = True  # all of them have these parameters
     sharded: bool = False  # any parameter is a DTensor
+
+    @property
+    def shared_by(self) -> list[str]:
+        """The process groups whose ranks must have the same plan."""
+        groups = [b.exchange.spreads[0].group for b in self.buckets if b.exchange]
+        return list(dict.fromkeys([*groups, *([self.guard_group] if self.guard_group and self.guard_alike else [])]))
+
+    @property
+    def summary(self) -> list[str]:
+        """What must be the same on all ranks, in lines."""
+        lines = []
+        for p in self.parameters:
+            lies = p.spec.sharded
+            shape, placed = (p.spec.shape, "") if lies is None else (lies.shape, f" {lies.placements}")
+            lines.append(f"{p.name}: {shape} {_short(p.spec.dtype)}{placed} {p.route}")
+        return [
+            *lines,
+            *(f"Config.{f.name}: {getattr(self.config, f.name)!r}" for f in fields(self.config) if f.name != "orthogonalizer"),
+        ]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,7 +176,8 @@ def make_plan(
             else AdamW.
         mesh: the ranks that hold the same plain tensors (DeviceMesh or ProcessGroup): each orthogonalizes its share. DTensors
             bring their own.
-        guard_mesh: the ranks that skip a step together; ``None``: all that hold a part of a parameter.
+        guard_mesh: the ranks that skip a step together, for example the stages of a pipeline: they may have other parameters.
+            With it, this is a collective. ``None``: all that hold a part of a parameter.
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, not tensors).
@@ -218,8 +239,13 @@ def make_plan(
     has = has.reshape(len(members), len(parameters))
     lie = [p.spec.sharded for p in parameters]
     group = _guard_group(config, lie, mesh, guard_mesh)
+    alike = group is None or guard_mesh is None or len({tuple(names) for names in gather_objects(list(params), group)}) == 1
+    if not alike and config.guard_scope == "bucket":
+        raise ValueError(
+            "guard_mesh: its ranks have other parameters, so that buckets mean nothing to them; guard_scope='step'"
+        )
     sharded_at_all = any(of is not None for of in lie)
-    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, sharded_at_all)
+    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, alike, sharded_at_all)
 
 
 def _here(name: str, read: Sequence[Read], lies: Sharded | None, mesh: Ranks | None) -> tuple[list[Read], list[Spread | None]]:

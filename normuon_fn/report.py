@@ -147,7 +147,7 @@ def _check_arguments(result: StepResult, plan: Plan, max_consecutive: int | None
 def _report(outcome: _Outcome, plan: Plan, max_consecutive: int | None, *, depth: int) -> bool:
     if not outcome.failed:
         return False
-    what = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad) or "found_inf"
+    what = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad) or "found_inf, or a rank of guard_mesh"
     fate = f"skipped, {outcome.consecutive} in a row" if outcome.skipped else f"not skipped (guard={plan.config.guard!r})"
     message = f"step {outcome.step} {fate}: {what}"
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -170,7 +170,11 @@ def _offenders(outcome: _Outcome, plan: Plan) -> str:
     rows = [("parameter", "shape", "route", "non-finite")]
     for name, what in outcome.bad:
         rows.append((name, "x".join(map(str, of[name].spec.shape)) or "scalar", of[name].route.algorithm, what))
-    return render(rows) if outcome.bad else "found_inf was set by the caller in each of them"
+    return (
+        render(rows)
+        if outcome.bad
+        else "found_inf was set by the caller in each of them, or a rank of guard_mesh with other parameters had a fault"
+    )
 
 
 if __name__ == "__main__":

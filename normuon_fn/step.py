@@ -32,13 +32,17 @@ def init(plan: Plan, params: Tensors) -> dict[str, Tensor]:
     their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; ``"guard.step"``, ``"guard.skipped"``,
     ``"guard.consecutive"`` 0-d int32.
 
+    Ranks that share the work compare their plans here: a collective.
+
     Raises:
         TypeError: ``plan`` is not a Plan.
-        ValueError: ``params`` are not those of the plan.
+        ValueError: ``params`` are not those of the plan, or another rank has another plan.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     check_tensors(plan, "params", params, {p.name: p.spec for p in plan.parameters})
+    for group in plan.shared_by:
+        mesh.check_alike(plan.summary, group)
     zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device) for name, spec in plan.state.items()}
     return {name: mesh.whole(tensor, plan.state[name].sharded) for name, tensor in zeros.items()}
 
@@ -131,7 +135,7 @@ def _compiled(
         if not own and plan.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             check_step(plan, params, grads, state, hyper, found_inf)
             threading.Thread(target=_compile_kernels, args=(plan, function), daemon=True).start()
-        own[function] = compile_whole(function)
+        own[function] = compile_whole(function, overlap=any(bucket.exchange for bucket in plan.buckets))
     given = params, grads, state
     try:
         if plan.sharded:
@@ -194,11 +198,11 @@ def _advance(
         for bucket, front, parts, grad in zip(plan.buckets, fronts, backs, known, strict=True)
     ]
     bad += [lists.bad if lists.names else None for lists in moments]
-    flags = guard.agree(guard.flags(_by_matrix(run, bad, 2), plan.matrix_of), plan.guard_group)
-    skips, skipped = guard.decide(plan.config, flags, plan.bucket_has, found_inf)
+    flags, seen = guard.agree(guard.flags(_by_matrix(run, bad, 2), plan.matrix_of), plan.guard_group, plan.guard_alike)
+    skips, skipped = guard.decide(plan.config, seen, plan.bucket_has, found_inf)
 
     if run.holds_late:
-        for front, hold in zip(fronts, guard.holds(plan.config, flags[1] > 0, plan.bucket_has, found_inf), strict=False):
+        for front, hold in zip(fronts, guard.holds(plan.config, seen[1] > 0, plan.bucket_has, found_inf), strict=False):
             if front:
                 momentum_late(run, front, hold)
     for of_bucket, skip in zip(backs, skips, strict=False):

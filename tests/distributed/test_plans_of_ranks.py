@@ -1,0 +1,107 @@
+"""Ranks whose plans differ: by mistake, which `init` says, and on purpose, as the stages of a pipeline do."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
+
+import normuon_fn as nm
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+
+DEADLINE = 90  # seconds, of everything
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("plans")
+    context = multiprocessing.start_processes(_main, (2, str(folder)), nprocs=2, join=False, start_method="spawn")
+    assert context is not None
+    end = time.monotonic() + DEADLINE
+    while not context.join(timeout=1.0):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"2 ranks did not end within {DEADLINE} s")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def _main(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=30)
+    )
+    try:
+        found = {"mistakes": _mistakes(rank), **{guard: _stages(rank, guard) for guard in ("output", "full")}}
+    finally:
+        dist.destroy_process_group()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+def _mistakes(rank: int) -> list[str]:
+    """What `init` says where rank 1 has another shape, another Config, or one parameter more."""
+    group, messages = dist.group.WORLD, []
+    params = {"a": torch.randn(4, 6), "b": torch.randn(6, 4)}
+    others = [{**params, "b": torch.randn(8, 4)}, params, {**params, "c": torch.randn(4, 4)}]
+    configs = [nm.Config(), nm.Config(steps=4), nm.Config()]
+    for other, config in zip(others, configs, strict=True):
+        given = other if rank else params
+        plan = nm.make_plan(given, config if rank else nm.Config(), mesh=group)
+        try:
+            nm.init(plan, given)
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def _stages(rank: int, guard: Any) -> dict[str, Any]:
+    """Two stages of a pipeline, one parameter and two: a NaN in a gradient of stage 1, then a clean step."""
+    shapes: dict[str, tuple[int, ...]] = {"first": (4, 6)} if rank == 0 else {"second": (6, 4), "head.bias": (3,)}
+    generator = torch.Generator().manual_seed(rank)
+
+    def tensors() -> dict[str, Tensor]:
+        return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    params = tensors()
+    plan = nm.make_plan(params, nm.Config(guard=guard), guard_mesh=dist.group.WORLD)
+    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02)
+    grads = tensors()
+    if rank == 1:
+        grads["second"][0, 0] = torch.nan
+    bad = nm.update(params, grads, state, hyper, plan)
+    good = nm.update(bad.params, tensors(), bad.state, hyper, plan)
+    return {
+        "flags": bad.flags.tolist(),
+        "skipped": [bool(bad.skipped), bool(good.skipped)],
+        "kept": all(torch.equal(params[name], bad.params[name]) for name in params),
+        "momentum kept": not any(bad.state[f"{name}.momentum"].any() for name in params if name != "head.bias"),
+        "moved": not any(torch.equal(params[name], good.params[name]) for name in params),
+    }
+
+
+def test_init_names_what_differs_on_every_rank(seen: list[dict[str, Any]]) -> None:
+    for found in seen:
+        shape, config, more = found["mistakes"]
+        assert "b: (6, 4)" in shape and "b: (8, 4)" in shape
+        assert "Config.steps: 5" in config and "Config.steps: 4" in config
+        assert "c: (4, 4)" in more and "in 1 lines" in config
+
+
+@pytest.mark.parametrize("guard", ["output", "full"])
+def test_stages_with_other_parameters_skip_together(seen: list[dict[str, Any]], guard: str) -> None:
+    first, second = (found[guard] for found in seen)
+    poisoned = guard == "output"  # the momentum of the faulty parameter took the NaN
+    assert first["skipped"] == second["skipped"] == [True, poisoned]
+    assert first["kept"] and second["kept"] and first["moved"] == second["moved"] == (not poisoned)
+    assert first["flags"] == [[0], [0]] and second["flags"] == [[1, 0], [1, 0]]
+    if guard == "full":
+        assert first["momentum kept"] and second["momentum kept"]
