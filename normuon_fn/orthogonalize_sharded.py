@@ -133,7 +133,7 @@ def _reduced(reduce: Callable[[Tensor, str], Tensor], x: Tensor, groups: tuple[s
 
 
 def _summed(x: Tensor, products: ops.Products, groups: tuple[str, ...]) -> Tensor:
-    """``x x^T`` of columns that lie on several ranks, added in float32 at least: a sum of 16-bit numbers may overflow."""
+    """``x x^T`` of columns that lie on several ranks: added in float32 at least, then rounded as on one device."""
     part = times_transpose(x, products)
     packed = _packed(part.to(torch.promote_types(x.dtype, torch.float32)))
     return _unpacked(_reduced(all_reduce_sum, packed, groups), x.shape[1]).to(x.dtype)

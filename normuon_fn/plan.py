@@ -142,6 +142,7 @@ class Plan:
         how: dict[str, list[str]] = {}
         for bucket in self.buckets:
             form = "own orthogonalizer" if self.config.orthogonalizer else _describe(bucket.form)
+            form += f", shared by {len(bucket.exchange.spreads[0].rects)} ranks" if bucket.exchange else ""
             for group in bucket.groups:
                 for block in group.blocks:
                     how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols} {form}")
