@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounter
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,11 +46,13 @@ __all__ = [
     "fake_ranks",
     "generated",
     "host_seconds",
+    "name_of",
     "no_host_sync",
     "no_recompile",
     "ranks_of",
     "record",
     "registered_ops",
+    "sharded",
 ]
 
 Function = Callable[..., Any]
@@ -182,10 +187,11 @@ def record(function: Function, *args: Any, **kwargs: Any) -> Recorded:
     return Recorded(output.graph_count, reasons, _all_nodes(recorder.fw_graphs + recorder.bw_graphs), result, compiled)
 
 
-def captured(function: Function, *args: Any) -> Recorded:
+def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
     """The same without dynamo: ``functorch.compile.aot_function`` runs the Python and records what it does.
 
-    It takes tensors and containers of tensors. A plan is neither, and dynamo makes inputs of its tensors: so does this.
+    It takes tensors and containers of tensors. A plan is neither, and dynamo makes inputs of its tensors: so does this. Without
+    ``run`` the graph is recorded and no more: the fake process group has no all-to-all for a rank that sends nothing.
     """
     plan = next(value for value in args if isinstance(value, nm.Plan))
     tensors = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
@@ -194,7 +200,10 @@ def captured(function: Function, *args: Any) -> Recorded:
 
     def keep(graph: GraphModule, _: Any) -> Function:
         graphs.append(graph)
-        return functorch.compile.make_boxed_func(graph.forward)
+        if run:
+            return functorch.compile.make_boxed_func(graph.forward)
+        outputs = _tensors(graph.graph.output_node().args)
+        return functorch.compile.make_boxed_func(lambda *_: [torch.empty(x.shape, dtype=x.dtype) for x in outputs])
 
     def on_tensors(held: dict[str, Tensor], *others: Any) -> Any:
         given = iter(others)
@@ -203,7 +212,7 @@ def captured(function: Function, *args: Any) -> Recorded:
     with torch.no_grad():
         whole = functorch.compile.aot_function(on_tensors, fw_compiler=keep)
         result = whole(tensors, *(value for value in args if value is not plan))
-    return Recorded(len(graphs), (), _all_nodes(graphs), result)
+    return Recorded(len(graphs), (), _all_nodes(graphs), result if run else None)
 
 
 @contextlib.contextmanager
@@ -231,12 +240,12 @@ def no_host_sync() -> TorchDispatchMode:
 
 
 @contextlib.contextmanager
-def fake_ranks(world: int, kind: str = "group") -> Iterator[dist.ProcessGroup | DeviceMesh | None]:
-    """``world`` ranks in one process: collectives trace, their values mean nothing. Nothing at all for 1."""
+def fake_ranks(world: int, kind: str = "group", rank: int = 0) -> Iterator[dist.ProcessGroup | DeviceMesh | None]:
+    """``world`` ranks in one process, which is ``rank``: collectives trace, their values mean nothing. Nothing at all for 1."""
     if world == 1:
         yield None
         return
-    dist.init_process_group("fake", rank=0, world_size=world)
+    dist.init_process_group("fake", rank=rank, world_size=world)
     try:
         if kind == "group":
             yield dist.group.WORLD
@@ -246,6 +255,24 @@ def fake_ranks(world: int, kind: str = "group") -> Iterator[dist.ProcessGroup | 
             yield init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     finally:
         dist.destroy_process_group()
+
+
+def sharded(shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Any], strided: int | None = None) -> DTensor:
+    """A parameter as it lies on ``mesh``, of random values.
+
+    ``strided``: a first placement Shard(0) is one of what so many ranks have sharded already, as FSDP2 makes it.
+    """
+    placements = list(placements)
+    if strided is not None:
+        placements[0] = _StridedShard(placements[0].dim, split_factor=strided)
+    part, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(torch.randn(part), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def name_of(node: Node) -> str:
+    """``aten.bmm``"""
+    return _name(node)
 
 
 def ranks_of(group: str) -> int:

@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
     names = tuple(name for name in bucket.names if run.grads[name] is not None)
     hyper, state = run.hyper, run.state
-    wide = state[f"{bucket.names[0]}.exp_avg"].dtype
+    wide = run.plan.state[f"{bucket.members[0]}.exp_avg"].dtype
     # Bias correction counts accepted steps. With the guard's scope a bucket, others' skips must not count, so all steps do.
     step = state["guard.step"] + 1
     if run.plan.config.guard_scope == "step":

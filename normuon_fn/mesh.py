@@ -123,6 +123,10 @@ def reduced(of: Sharded | None, shape: tuple[int, ...]) -> Sharded | None:
     """How a tensor lies that has ``shape`` in the place of ``of.shape``: whole where a dimension is another one."""
     if of is None:
         return None
+    if len(shape) == 2 < len(of.shape):  # of a tensor that is read as one matrix
+        each = torch.Size(of.shape[2:]).numel()
+        flat: list[tuple[Span, ...]] = [(part[0], (part[1][0] * each, part[1][1] * each)) for part in of.parts]
+        of = replace(of, shape=(of.shape[0], of.shape[1] * each), parts=tuple(flat))
     if len(shape) != len(of.shape):
         raise ValueError(f"no placements for a state of shape {shape} of a parameter {of.shape} that is sharded")
     kept = [isinstance(p, Replicate) or shape[p.dim] == of.shape[p.dim] for p in of.placements]
@@ -261,10 +265,15 @@ class Update(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """On its way: 32-bit words, so many from every rank."""
+    """32-bit words, so many from every rank; on their way unless they have ``arrived``."""
 
     words: Tensor
     sizes: list[int]
+    arrived: bool
+
+    def by_rank(self) -> list[_Reader]:
+        words = self.words if self.arrived else wait(self.words)
+        return [_Reader(part) for part in words.split(self.sizes)]
 
 
 @dataclass(frozen=True)
@@ -278,6 +287,7 @@ class Exchange:
     dtype: torch.dtype  # of the products
     wide: torch.dtype  # of everything else
     device: torch.device
+    overlaps: bool  # several of these may be on their way at once
 
     @property
     def replicated(self) -> bool:
@@ -287,9 +297,9 @@ class Exchange:
     def _ranks(self) -> range:
         return range(len(self.spreads[0].rects))
 
-    def _parts(self) -> list[tuple[int, Spread]]:
-        """The groups of which this rank holds something."""
-        return [(k, s) for k, s in enumerate(self.spreads) if s.here.size]
+    def _answered(self, k: int, rank: int) -> bool:
+        """Whether a rank holds anything of a group: with an empty part of the matrices it may have all of their variances."""
+        return self.spreads[k].rects[rank].size > 0 or (self.normalize and self._along(k, rank) > 0)
 
     def _along(self, k: int, rank: int) -> int:
         """How many variances of a matrix a rank holds."""
@@ -316,11 +326,11 @@ class Exchange:
                 if n and spread.rects[source].size and spread.sends(source, spread.rank):
                     extra_size = 1 + (self._along(k, source) if self.normalize else 0)
                     incoming[source] += _size(self.dtype, n * spread.rects[source].size) + _size(self.wide, n * extra_size)
-        return Sent(all_to_all(self._joined(pieces), incoming, outgoing, self.spreads[0].group), incoming)
+        return self._sent(all_to_all(self._joined(pieces), incoming, outgoing, self.spreads[0].group), incoming)
 
     def receive(self, sent: Sent) -> list[Whole | None]:
         """The matrices that this rank owns, by group; ``None`` where it owns none."""
-        readers = [_Reader(words) for words in wait(sent.words).split(sent.sizes)]
+        readers = sent.by_rank()
         found: list[Whole | None] = []
         for k, (spread, tall) in enumerate(zip(self.spreads, self.tall, strict=True)):
             n = spread.counts[spread.rank]
@@ -351,17 +361,20 @@ class Exchange:
     def send_back(self, updates: Sequence[Update | None]) -> Sent:
         """An owner's updates to whoever holds a part; ``None`` for a group of which this rank owns nothing."""
         incoming = [
-            sum(self._answer_size(k, spread.counts[owner], spread.here) for k, spread in self._parts()) for owner in self._ranks
+            sum(self._answer_size(k, spread.counts[owner]) for k, spread in enumerate(self.spreads)) for owner in self._ranks
         ]
         if self.replicated:  # everybody gets the same
             most = max(incoming)
             words = self._joined(self._answer(updates, 0))
             words = torch.nn.functional.pad(words, (0, most - len(words)))
-            return Sent(all_gather(words, len(incoming), self.spreads[0].group), [most] * len(incoming))
+            return self._sent(all_gather(words, len(incoming), self.spreads[0].group), [most] * len(incoming))
         answers = [self._answer(updates, target) for target in self._ranks]
         outgoing = [sum(map(len, answer)) for answer in answers]
         words = self._joined([piece for answer in answers for piece in answer])
-        return Sent(all_to_all(words, incoming, outgoing, self.spreads[0].group), incoming)
+        return self._sent(all_to_all(words, incoming, outgoing, self.spreads[0].group), incoming)
+
+    def _sent(self, words: Tensor, sizes: list[int]) -> Sent:
+        return Sent(words, sizes, False) if self.overlaps else Sent(wait(words), sizes, True)
 
     def _joined(self, pieces: list[Tensor]) -> Tensor:
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=self.device)
@@ -370,7 +383,7 @@ class Exchange:
         pieces: list[Tensor] = []
         for k, (update, spread) in enumerate(zip(updates, self.spreads, strict=True)):
             rect = spread.rects[target]
-            if update is not None and rect.size:
+            if update is not None and self._answered(k, target):
                 start, length = (rect.row, rect.rows) if self.by_row[k] else (rect.col, rect.cols)
                 extra = [update.finite[:, None], update.factor.narrow(1, start, length)]
                 extra += [] if update.variance is None else [update.variance.narrow(1, start, length)]
@@ -378,15 +391,20 @@ class Exchange:
                 pieces += [_words(x), _words(torch.cat([v.to(self.wide) for v in extra], 1))]
         return pieces
 
-    def _answer_size(self, k: int, n: int, rect: Rect) -> int:
-        along = rect.rows if self.by_row[k] else rect.cols
-        return (_size(self.dtype, n * rect.size) + _size(self.wide, n * (1 + along * (1 + self.normalize)))) if n else 0
+    def _answer_size(self, k: int, n: int) -> int:
+        rank = self.spreads[k].rank
+        if not n or not self._answered(k, rank):
+            return 0
+        extra_size = 1 + self._along(k, rank) * (1 + self.normalize)
+        return _size(self.dtype, n * self.spreads[k].here.size) + _size(self.wide, n * extra_size)
 
     def receive_back(self, sent: Sent) -> list[Update | None]:
         """This rank's parts of the updates of all matrices, by group; ``None`` where it holds nothing."""
-        readers = [_Reader(words) for words in wait(sent.words).split(sent.sizes)]
+        readers = sent.by_rank()
         found: list[Update | None] = [None] * len(self.spreads)
-        for k, spread in self._parts():
+        for k, spread in enumerate(self.spreads):
+            if not self._answered(k, spread.rank):
+                continue
             rect, along = spread.here, self._along(k, spread.rank)
             pieces: list[tuple[Tensor, Tensor]] = []
             for owner, reader in enumerate(readers):
@@ -408,13 +426,17 @@ class _Reader:
 
     def next(self, dtype: torch.dtype, *shape: int) -> Tensor:
         numel = torch.Size(shape).numel()
+        if numel == 0:
+            return self.words.new_empty(shape, dtype=dtype)
         start, self.at = self.at, self.at + _size(dtype, numel)
         return self.words[start : self.at].view(dtype)[:numel].view(shape)
 
 
 def _words(x: Tensor) -> Tensor:
     """The bits of a tensor, filled up to 8 bytes: no copy on the way may touch a NaN, and every backend knows int32."""
-    x = x.reshape(-1)
+    if x.numel() == 0:
+        return x.new_empty(0, dtype=torch.int32)
+    x = x.reshape(-1).contiguous()
     fill = _size(x.dtype, len(x)) * 4 // x.element_size() - len(x)
     return (torch.nn.functional.pad(x, (0, fill)) if fill else x).view(torch.int32)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import CoefficientSet, resolve
-from .compat import Ranks, gather_objects, prepare_inductor, process_group, storage_key
+from .compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group, storage_key
 from .layout import Block, View, part_of, variances
 from .mesh import Exchange, Sharded, Spread, balance, covering, local, reduced, sharded
 from .normalize import per_row
@@ -51,6 +51,7 @@ class Group:
     cols: int
     lr_mul: float
     wd_mul: float
+    names: tuple[str, ...]  # of all parameters that belong to it, those included of which nothing lies here
     spread: Spread | None = None
 
     @property
@@ -92,11 +93,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class AdamWBucket:
-    """Parameters updated by AdamW at the same rate."""
+    """Parameters updated by AdamW at the same rate. ``members``: those included of which nothing lies here."""
 
     names: tuple[str, ...]
     lr_mul: float
     wd_mul: float
+    members: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +196,8 @@ def make_plan(
 
     parameters: list[Parameter] = []
     state: dict[str, Spec] = {}
-    groups: dict[tuple, list[Block]] = {}
-    adamw: dict[tuple, list[str]] = {}
+    groups: dict[tuple, tuple[list[Block], list[str]]] = {}
+    adamw: dict[tuple, tuple[list[str], list[str]]] = {}
     for name, tensor in params.items():
         route, reason = routed[name]
         lies = sharded(name, tensor)
@@ -214,28 +216,32 @@ def make_plan(
                     variance, wide, _variance_lies(name, variances(read, by_row)[0], variance, lies)
                 )
             for block, (_, _, rows, cols), spread in zip(own, read, spreads, strict=True):
-                if block.count:
-                    key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread)
-                    groups.setdefault(key, []).append(block)
+                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread)
+                held, names = groups.setdefault(key, ([], []))
+                held += [block] if block.count else []
+                names.append(name)
             blocks = tuple(block for block in own if block.count)
         elif route.algorithm == "adamw":
             state[f"{name}.exp_avg"] = state[f"{name}.exp_avg_sq"] = Spec(spec.shape, wide, lies)
-            if tensor.numel() == 0 or 0 not in spec.shape:
-                adamw.setdefault((tensor.dtype, route.lr_mul, route.wd_mul), []).append(name)
+            held_names, names = adamw.setdefault((tensor.dtype, route.lr_mul, route.wd_mul), ([], []))
+            held_names += [] if 0 in spec.shape else [name]
+            names.append(name)
         parameters.append(Parameter(name, spec, route, reason, blocks))
     for counter in ("step", "skipped", "consecutive"):
         state[f"guard.{counter}"] = Spec((), torch.int32)
 
     device = next(iter(params.values())).device
     buckets = _bucket(groups, config, device)
-    adamw_buckets = tuple(AdamWBucket(tuple(names), lr, wd) for (_, lr, wd), names in adamw.items())
+    adamw_buckets = tuple(
+        AdamWBucket(tuple(held_names), lr, wd, tuple(names)) for (_, lr, wd), (held_names, names) in adamw.items()
+    )
     columns, total = _columns(buckets, adamw_buckets)
     parameters = [replace(p, columns=tuple(columns.get(p.name, ()))) for p in parameters]
     most = max(1, *(len(p.columns) for p in parameters)) if parameters else 1
     table = [(list(p.columns) or [total]) for p in parameters]
     index = torch.tensor([(row + row[:1] * most)[:most] for row in table], dtype=torch.int64, device=device)
-    members = [{block.name for group in bucket.groups for block in group.blocks} for bucket in buckets]
-    members += [set(bucket.names) for bucket in adamw_buckets]
+    members = [{name for group in bucket.groups for name in group.names} for bucket in buckets]
+    members += [set(bucket.members) for bucket in adamw_buckets]
     has = torch.tensor([[p.name in names for p in parameters] for names in members], dtype=torch.bool, device=device)
     has = has.reshape(len(members), len(parameters))
     lie = [p.spec.sharded for p in parameters]
@@ -322,16 +328,16 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
         owner[key] = name
 
 
-def _bucket(groups: dict[tuple, list[Block]], config: Config, device: torch.device) -> tuple[Bucket, ...]:
+def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, device: torch.device) -> tuple[Bucket, ...]:
     chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     buckets: dict[tuple, list[Group]] = {}
-    for (rows, cols, of, lr_mul, wd_mul, spread), blocks in groups.items():
+    for (rows, cols, of, lr_mul, wd_mul, spread), (blocks, names) in groups.items():
         short, long = sorted((rows, cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
         ranks = None if spread is None else (spread.group, spread.replicated)
         key = (short, long, form, own, ranks)
-        buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, spread))
+        buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread))
 
     shared = balance([group for parts in buckets.values() for group in parts])
     found = []
@@ -343,10 +349,10 @@ def _bucket(groups: dict[tuple, list[Block]], config: Config, device: torch.devi
             exchange = Exchange(
                 tuple(group.spread for group in parts if group.spread), tuple(group.tall for group in parts),
                 tuple(per_row(config, group.rows, group.cols) for group in parts), config.normalize,
-                wide if config.orthogonalizer else form.dtype, wide, device,
+                wide if config.orthogonalizer else form.dtype, wide, device, overlaps(parts[0].spread.group, device),
             )  # fmt: skip
         found.append(Bucket(tuple(parts), short, long, form, chosen, exchange))
-    return tuple(found)
+    return tuple(sorted(found, key=lambda bucket: bucket.exchange is not None))  # what is here, while the rest is on its way
 
 
 def _columns(buckets: tuple[Bucket, ...], adamw: tuple[AdamWBucket, ...]) -> tuple[dict[str, list[int]], int]:

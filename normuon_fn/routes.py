@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .layout import View, matrices
 
@@ -140,7 +141,8 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
     read = matrices(shape, flatten=route.flatten, heads=heads, splits=splits, dim=route.dim)
     try:
         for view, _, _, _ in read:
-            view.read(tensor)
+            if not isinstance(tensor, DTensor):  # whose parts are looked at where they are known
+                view.read(tensor)
     except RuntimeError as error:
         raise ValueError(
             f"params[{name!r}]: strides {tensor.stride()} do not let it be read as {read[0][0].shape}; make it contiguous()"

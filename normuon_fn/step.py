@@ -237,9 +237,11 @@ def _holds(run: Run, bad_grads: list[Tensor | None] | None) -> list[guard.Decisi
 def _bad(run: Run, bucket: Bucket, front: Front, parts: list[Back], grad: Tensor | None) -> Tensor:
     """[2, n] bool: non-finite update, non-finite gradient (which is a non-finite update, even where the momentum was held)."""
     largest, _, squares = front.measures
-    finite = torch.cat([back.finite for back in parts])
     if bucket.exchange:  # somebody else's momentum made the update: this rank's may be another
-        finite = finite & squares.isfinite()
+        known = {id(back.group): back.finite for back in parts}
+        finite = torch.cat([known[id(group)] for group in bucket.groups if group.held]) & squares.isfinite()
+    else:
+        finite = torch.cat([back.finite for back in parts])
     grad = _of_all(run, bucket, ~largest.isfinite()) if grad is None else grad[0]
     return torch.stack([_of_all(run, bucket, ~finite) | grad, grad])
 
@@ -278,8 +280,9 @@ def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
     config, blocks, hyper = run.plan.config, back.group.blocks, run.hyper
     lr, decay = run.rates(back.group, hyper.lr, hyper.weight_decay, back.factor.dtype, config.weight_decay_lr_power)
     cautious = config.weight_decay_form == "cautious"
-    params = run.writes.apply(run.read(blocks, ""), back.update, back.factor * lr, decay, skip, cautious)
-    run.put(blocks, "", params)
+    if back.group.held:
+        params = run.writes.apply(run.read(blocks, ""), back.update, back.factor * lr, decay, skip, cautious)
+        run.put(blocks, "", params)
     if back.variances is not None:
         old, new = back.variances
         new = new if skip is None else torch.where(skip, old, new)

@@ -34,6 +34,8 @@ def _stack_fake(tensors: list[Tensor]) -> Tensor:
 
 def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor) -> None:
     (targets,) = into
+    if stacked.numel() == 0:
+        return
     if not _are_matrices(targets):
         parts = stacked.split([count(x) for x in targets])
         parts = tuple(part if x.ndim == 3 else part.squeeze(0) for x, part in zip(targets, parts, strict=True))
