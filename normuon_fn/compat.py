@@ -142,8 +142,8 @@ def is_strided(placement: Any) -> bool:
 def overlaps(group: str, device: torch.device) -> bool:
     """Whether several collectives of a group may be on their way at once.
 
-    Not on the CPU: with two all-to-alls of gloo in flight, memory was corrupted in one run of two (torch 2.13.0, 2 ranks,
-    2026-11-23; waiting for each at once it never was). The fake backend sends nothing.
+    Not on the CPU: with several in flight some runs of 2 ranks corrupted their memory (gloo, torch 2.13.0, 2026-11-23), and
+    none that waited for each at once. The cause is not known. The fake backend sends nothing.
     """
     ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type, unused-ignore]
     return device.type != "cpu" or dist.get_backend(ranks) == "fake"
