@@ -22,7 +22,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
     """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
     found = graphs.CompileCounter()
     module = importlib.import_module("normuon_fn.step")  # the package names the function the same
-    monkeypatch.setattr(module, "compile_whole", lambda function: compile_whole(function, found))
+    monkeypatch.setattr(module, "compile_whole", lambda function, **_: compile_whole(function, found))
     return found
 
 
