@@ -10,6 +10,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import math
 import re
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import functorch.compile
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,6 +38,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
+from normuon_fn.compat import compile_whole
 
 __all__ = [
     "CompileCounter",
@@ -460,3 +463,11 @@ def _base(expression: ast.expr) -> str:
     while isinstance(expression, ast.Call) and expression.args:
         expression = expression.args[0]
     return ast.unparse(expression)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
+    found = CompileCounter()
+    module = importlib.import_module("normuon_fn.step")  # the package names the function the same
+    monkeypatch.setattr(module, "compile_whole", lambda function, **_: compile_whole(function, found))
+    return found

@@ -5,7 +5,6 @@ A fake process group stands for the other ranks, so that the graph of any rank o
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import SHORT, Problem, Shapes
 from normuon_fn import guard, mesh, share
-from normuon_fn.compat import all_gather, all_reduce_max, all_to_all, compile_whole, wait
+from normuon_fn.compat import all_gather, all_reduce_max, all_to_all, wait
 from normuon_fn.step import _update, _update_
 
 TENSOR_PARALLEL = 4
@@ -233,10 +232,7 @@ def test_the_compiler_sees_one_graph_at_64_ranks() -> None:
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
     """Counts what `step` and `step_` compile."""
-    found = graphs.CompileCounter()
-    module = importlib.import_module("normuon_fn.step")  # the package names the function the same
-    monkeypatch.setattr(module, "compile_whole", lambda function, **_: compile_whole(function, found))
-    return found
+    return graphs.counting(monkeypatch)
 
 
 @pytest.mark.parametrize("step", [nm.step, nm.step_], ids=["step", "step_"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import load, save
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import ROUTES, SHORT, SMALL, TINY, problem, tensors
-from normuon_fn.compat import compile_whole
 
 STEPS = pytest.mark.parametrize("step", [nm.step, nm.step_], ids=["step", "step_"])
 
@@ -20,10 +18,7 @@ STEPS = pytest.mark.parametrize("step", [nm.step, nm.step_], ids=["step", "step_
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
     """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
-    found = graphs.CompileCounter()
-    module = importlib.import_module("normuon_fn.step")  # the package names the function the same
-    monkeypatch.setattr(module, "compile_whole", lambda function, **_: compile_whole(function, found))
-    return found
+    return graphs.counting(monkeypatch)
 
 
 @STEPS

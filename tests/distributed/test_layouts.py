@@ -34,7 +34,7 @@ LAYOUTS = ("ddp", "group", "Shard(0)", "Shard(1)", "Replicate", "HSDP", "2-D", "
 ON_FOUR = ("HSDP", "2-D", "0 and 0", "strided")
 CLOSE = 1e-6  # relative, per tensor, in float32
 ROUNDED = 1e-1  # the same with bfloat16 products; 0.058 was seen, in the variance of matrices of 3 columns
-COMPILED_CLOSE = 2e-5
+COMPILED_CLOSE = 2e-5  # of eager; 1.5e-6 was seen after 10 steps, in a variance
 
 
 @pytest.fixture(scope="module")
