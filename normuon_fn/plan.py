@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .coefficients import CoefficientSet, resolve
 from .compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group, storage_key
+from .exchange import Exchange, Lane, Spread, balance
 from .layout import Block, View, part_of, variances
-from .mesh import Exchange, Sharded, Spread, balance, covering, local, reduced, sharded
+from .mesh import Sharded, covering, local, reduced, sharded
 from .normalize import per_row
 from .orthogonalize import Form, choose
 from .routes import Route, Routes, read_as_matrices, resolve_routes
@@ -120,7 +121,7 @@ class Plan:
     @property
     def shared_by(self) -> list[str]:
         """The process groups whose ranks must have the same plan."""
-        groups = [b.exchange.spreads[0].group for b in self.buckets if b.exchange]
+        groups = [b.exchange.group for b in self.buckets if b.exchange]
         return list(dict.fromkeys([*groups, *([self.guard_group] if self.guard_group and self.guard_alike else [])]))
 
     @property
@@ -144,7 +145,7 @@ class Plan:
         how: dict[str, list[str]] = {}
         for bucket in self.buckets:
             form = "own orthogonalizer" if self.config.orthogonalizer else _describe(bucket.form)
-            form += f", shared by {len(bucket.exchange.spreads[0].rects)} ranks" if bucket.exchange else ""
+            form += f", shared by {bucket.exchange.shards.size * bucket.exchange.copies.size} ranks" if bucket.exchange else ""
             for group in bucket.groups:
                 for block in group.blocks:
                     how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols} {form}")
@@ -335,7 +336,7 @@ def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, 
         short, long = sorted((rows, cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
-        ranks = None if spread is None else (spread.group, spread.replicated)
+        ranks = None if spread is None else (spread.group, spread.shards, spread.copies)
         key = (short, long, form, own, ranks)
         buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread))
 
@@ -346,13 +347,21 @@ def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, 
         exchange = None
         if parts[0].spread is not None:
             wide = torch.float64 if own == torch.float64 else torch.float32
-            exchange = Exchange(
-                tuple(group.spread for group in parts if group.spread), tuple(group.tall for group in parts),
-                tuple(per_row(config, group.rows, group.cols) for group in parts), config.normalize,
-                wide if config.orthogonalizer else form.dtype, wide, device, overlaps(parts[0].spread.group, device),
-            )  # fmt: skip
+            dtype = wide if config.orthogonalizer else form.dtype
+            exchange = Exchange(_lanes(parts, config), dtype, wide, device, overlaps(device))
         found.append(Bucket(tuple(parts), short, long, form, chosen, exchange))
     return tuple(sorted(found, key=lambda bucket: bucket.exchange is not None))  # what is here, while the rest is on its way
+
+
+def _lanes(groups: Sequence[Group], config: Config) -> list[Lane]:
+    lanes, start = [], 0
+    for group in groups:
+        assert group.spread is not None
+        short, long = sorted((group.rows, group.cols))
+        by_row = per_row(config, group.rows, group.cols)
+        lanes.append(Lane(group.spread, short, long, group.tall, by_row, config.normalize, start))
+        start += lanes[-1].count
+    return lanes
 
 
 def _columns(buckets: tuple[Bucket, ...], adamw: tuple[AdamWBucket, ...]) -> tuple[dict[str, list[int]], int]:

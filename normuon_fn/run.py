@@ -28,8 +28,14 @@ class Run(NamedTuple):
 
     @property
     def holds_late(self) -> bool:
-        """Whether only the ranks' agreement at the end of the step tells if momentum must keep its bits."""
-        return self.plan.config.guard == "full" and self.plan.guard_group is not None
+        """Whether only the ranks' agreement at the end of the step tells if momentum must keep its bits.
+
+        Where ranks share all matrices, those who own them tell the others about updates, and gradients are agreed about early.
+        """
+        plan = self.plan
+        if plan.config.guard != "full" or plan.guard_group is None:
+            return False
+        return any(b.exchange is None or b.exchange.group != plan.guard_group for b in plan.buckets)
 
     def grad(self, name: str) -> Tensor:
         grad = self.grads[name]

@@ -172,8 +172,11 @@ def _advance(
     run = Run(params, grads, state, hyper, plan, found_inf, writes, {})
 
     moments = [read_moments(run, bucket) for bucket in plan.adamw]
-    bad_grads = _bad_gradients(run, moments) if plan.config.guard == "full" and not run.holds_late else None
-    holds = _holds(run, bad_grads)
+    early: guard.Agreed | None = None
+    holds: list[guard.Decision] = [None] * len(plan.buckets)
+    if not run.holds_late:
+        early = _agreed(run, _bad_early(run, moments)) if plan.config.guard == "full" else None
+        holds = guard.holds(plan.config, early and early.seen[1] > 0, plan.bucket_has, found_inf)
     # Everything that goes to other ranks is sent first: it travels while the rest is orthogonalized.
     sent = {b: share.send(run, b, hold) for b, hold in zip(plan.buckets, holds, strict=False) if b.exchange}
     fronts: list[Front | None] = []
@@ -188,21 +191,16 @@ def _advance(
             answers.append(None)
             fronts.append(momentum_of(run, bucket, hold))
             backs.append(updates_of(run, bucket, fronts[-1]))
+    finite = [torch.cat([back.finite for back in parts]) if parts else None for parts in backs]
+    answers = [given and share.relay(bucket, given) for bucket, given in zip(plan.buckets, answers, strict=True)]
     for k, (bucket, given) in enumerate(zip(plan.buckets, answers, strict=True)):
         if given is not None:
-            backs[k] = share.receive(run, bucket, given)
+            backs[k], finite[k] = share.receive(run, bucket, given)
 
-    known = [None] * len(fronts) if bad_grads is None else bad_grads[: len(fronts)]
-    bad = [
-        None if front is None else _bad(run, bucket, front, parts, grad)
-        for bucket, front, parts, grad in zip(plan.buckets, fronts, backs, known, strict=True)
-    ]
-    bad += [lists.bad if lists.names else None for lists in moments]
-    flags, seen = guard.agree(guard.flags(_by_matrix(run, bad, 2), plan.matrix_of), plan.guard_group, plan.guard_alike)
-    skips, skipped = guard.decide(plan.config, seen, plan.bucket_has, found_inf)
-
+    agreed = _agreed_late(run, fronts, finite, moments, early)
+    skips, skipped = guard.decide(plan.config, agreed.seen, plan.bucket_has, found_inf)
     if run.holds_late:
-        for front, hold in zip(fronts, guard.holds(plan.config, seen[1] > 0, plan.bucket_has, found_inf), strict=False):
+        for front, hold in zip(fronts, guard.holds(plan.config, agreed.seen[1] > 0, plan.bucket_has, found_inf), strict=False):
             if front:
                 momentum_late(run, front, hold)
     for of_bucket, skip in zip(backs, skips, strict=False):
@@ -211,39 +209,48 @@ def _advance(
     for adamw, lists, skip in zip(plan.adamw, moments, skips[len(backs) :], strict=True):
         apply_adamw(run, adamw, lists, skip)
     _count(run, skipped)
-    return run.result(flags, skipped)
+    return run.result(agreed.flags, skipped)
 
 
-def _bad_gradients(run: Run, moments: list[Moments]) -> list[Tensor | None]:
-    """[1, n] bool for each bucket, AdamW's last: ``guard="full"`` reads all gradients once before anything is written."""
-    bad: list[Tensor | None] = []
+Flags = list[Tensor | None]  # for each bucket, AdamW's last: [n], or [2, n] for non-finite update and non-finite gradient
+
+
+def _agreed(run: Run, bad: Flags) -> guard.Agreed:
+    """What all ranks know: the step's one collective."""
+    return guard.agree(guard.flags(_by_matrix(run, bad), run.plan.matrix_of), run.plan.guard_group, run.plan.guard_alike)
+
+
+def _bad_early(run: Run, moments: list[Moments]) -> Flags:
+    """``guard="full"`` reads all gradients once before anything is written. Of updates, AdamW's are known by then.
+
+    A non-finite gradient is a non-finite update, even where the momentum is held.
+    """
+    bad: Flags = []
     for bucket in run.plan.buckets:
         groups = [group for group in bucket.with_grad(run.grads) if group.held]
         grads = [run.read(group.blocks, ".grad") for group in groups]
         found = ops.largest([grad for part in grads for grad in part], [*map(len, grads)]) if groups else None
-        bad.append(None if found is None else _of_all(run, bucket, ~found.isfinite()).unsqueeze(0))
-    return bad + [lists.bad[1:] if lists.names else None for lists in moments]
+        bad.append(None if found is None else _of_all(run, bucket, ~found.isfinite()).expand(2, -1))
+    return bad + [lists.bad if lists.names else None for lists in moments]
 
 
-def _holds(run: Run, bad_grads: list[Tensor | None] | None) -> list[guard.Decision]:
-    """Whether each bucket's momentum keeps its bits, before it is written; not known yet with `Run.holds_late`."""
-    plan = run.plan
-    if run.holds_late:
-        return [None] * len(plan.buckets)
-    bad = None if bad_grads is None else guard.flags(_by_matrix(run, bad_grads, 1), plan.matrix_of)[0] > 0
-    return guard.holds(plan.config, bad, plan.bucket_has, run.found_inf)
-
-
-def _bad(run: Run, bucket: Bucket, front: Front, parts: list[Back], grad: Tensor | None) -> Tensor:
-    """[2, n] bool: non-finite update, non-finite gradient (which is a non-finite update, even where the momentum was held)."""
-    largest, _, squares = front.measures
-    if bucket.exchange:  # somebody else's momentum made the update: this rank's may be another
-        known = {id(back.group): back.finite for back in parts}
-        finite = torch.cat([known[id(group)] for group in bucket.groups if group.held]) & squares.isfinite()
-    else:
-        finite = torch.cat([back.finite for back in parts])
-    grad = _of_all(run, bucket, ~largest.isfinite()) if grad is None else grad[0]
-    return torch.stack([_of_all(run, bucket, ~finite) | grad, grad])
+def _agreed_late(
+    run: Run, fronts: list[Front | None], finite: Flags, moments: list[Moments], early: guard.Agreed | None
+) -> guard.Agreed:
+    """With updates. Where gradients were agreed about early, those who share a bucket know of its updates already."""
+    bad: Flags = []
+    for bucket, front, sound in zip(run.plan.buckets, fronts, finite, strict=True):
+        update = None if sound is None else ~sound
+        if update is None or front is None or early is not None:
+            bad.append(None if update is None else torch.stack([update, torch.zeros_like(update)]))
+        else:
+            grad = _of_all(run, bucket, ~front.measures[0].isfinite())
+            bad.append(torch.stack([update | grad, grad]))
+    if early is None:
+        return _agreed(run, bad + [lists.bad if lists.names else None for lists in moments])
+    late = guard.flags(_by_matrix(run, bad + [None] * len(moments)), run.plan.matrix_of)
+    flags = torch.maximum(early.flags, late)
+    return guard.Agreed(flags, torch.maximum(early.seen, late if run.plan.guard_alike else late.amax(1, keepdim=True)))
 
 
 def _of_all(run: Run, bucket: Bucket, flags: Tensor) -> Tensor:
@@ -254,8 +261,8 @@ def _of_all(run: Run, bucket: Bucket, flags: Tensor) -> Tensor:
     return torch.cat([next(parts) if group.held else run.no_flags(1, group.count)[0] for group in bucket.groups])
 
 
-def _by_matrix(run: Run, bad: list[Tensor | None], kinds: int) -> Tensor:
-    """Flags of all buckets, AdamW's last, as [kinds, n_matrices + 1] bool in the plan's order.
+def _by_matrix(run: Run, bad: Flags) -> Tensor:
+    """Flags of all buckets as [2, n_matrices + 1] bool in the plan's order.
 
     False where there is no gradient, and in the last column.
     """
@@ -269,11 +276,11 @@ def _by_matrix(run: Run, bad: list[Tensor | None], kinds: int) -> Tensor:
         at = 0
         for name, count in names:
             if found is None or run.grads[name] is None:
-                columns.append(run.no_flags(kinds, count))
+                columns.append(run.no_flags(2, count))
             else:
                 columns.append(found[:, at : at + count])
                 at += count
-    return torch.cat([*columns, run.no_flags(kinds, 1)], 1)
+    return torch.cat([*columns, run.no_flags(2, 1)], 1)
 
 
 def _apply(run: Run, back: Back, skip: guard.Decision) -> None:

@@ -14,6 +14,7 @@ from .lists import stack, unstack, unstack_
 from .orient import orient, orientation
 from .products import LIBRARY, SYMMETRIC, Products
 from .reinterpret import reinterpret
+from .repack import repack
 
 __all__ = [
     "IN_PLACE",
@@ -31,6 +32,7 @@ __all__ = [
     "orient",
     "orientation",
     "reinterpret",
+    "repack",
     "stack",
 ]
 

@@ -135,13 +135,15 @@ def test_a_fault_in_one_shard_skips_alike_on_all_ranks(ranks: Ranks, guard: str,
     assert not [w for kind, rank in where for w in wrong_with(ranks, kind, guard, scope, stage, rank)]
 
 
-def test_a_bucket_takes_two_exchanges_one_where_everything_is_everywhere_and_whole_heads_and_experts_none(ranks: Ranks) -> None:
+def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_and_whole_heads_and_experts_none(
+    ranks: Ranks,
+) -> None:
     if len(ranks) == 1:
         return
     guard = {"allreduce_": 1, "all_reduce": 1}
     for seen in ranks:
         for kind in on(ranks):
-            ways = 1 if kind in ("ddp", "group", "Replicate") else 2
+            ways = {"ddp": 1, "group": 1, "Replicate": 1, "HSDP": 3}.get(kind, 2)
             local = ("Shard(0)", "HSDP", "2-D", "0 and 0", "strided")
             buckets = {"one bucket": 1, "two buckets": 2, "adamw": 0, "qkv": 2}
             if kind in local:

@@ -1,0 +1,159 @@
+"""Boxes of bits out of flat tensors into flat tensors: what ranks send to each other is packed and unpacked in one operator.
+
+One node in the graph for any number of ranks, and no arithmetic: a NaN stays the NaN that it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .launch import INTERPRETED, jit, launch, tl, triton
+from .registration import define
+
+Box = tuple[int, int, int, int, int, int]  # bytes: from, to, row stride from, row stride to; rows, and bytes of a row
+UNITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 8192
+
+
+@jit
+def repack_kernel(table, source, target, BLOCK: tl.constexpr):
+    """One tile of a box: rows of units, one behind the other in program order."""
+    entry = table + tl.program_id(0).to(tl.int64) * 6
+    source += tl.load(entry)
+    target += tl.load(entry + 1)
+    source_stride, target_stride = tl.load(entry + 2), tl.load(entry + 3)
+    rows, cols = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+    k = tl.arange(0, BLOCK)
+    row, mask = k // cols, k < rows * cols
+    col = k - row * cols
+    tl.store(target + row * target_stride + col, tl.load(source + row * source_stride + col, mask), mask)
+
+
+def _tiles(box: Sequence[int], block: int) -> Iterator[list[int]]:
+    at, to, stride, stride_to, rows, cols = box
+    if block == 0:
+        yield list(box)
+        return
+    wide = min(cols, block)
+    high = max(1, block // wide)
+    for row in range(0, rows, high):
+        for col in range(0, cols, wide):
+            size = min(high, rows - row), min(wide, cols - col)
+            yield [at + row * stride + col, to + row * stride_to + col, stride, stride_to, *size]
+
+
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Which boxes go where, for `repack`."""
+
+    table: Tensor  # [tiles, 6] int64 on the device: a box or a part of one, in units
+    parts: tuple[int, ...]  # five numbers for every source and target: their places, bytes a unit, first tile, tiles
+    narrow: tuple[int, ...]  # sizes of the results of one dtype
+    dtype: torch.dtype
+    wide: tuple[int, ...] = ()  # and of those after them, of another
+    wide_dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class Boxes:
+    """Collects what goes where, in bytes."""
+
+    found: dict[tuple[int, int], list[Box]] = field(default_factory=dict)
+
+    def add(
+        self, source: int, target: int, at: int, to: int, shape: tuple[int, int, int],
+        strides: tuple[int, int], strides_to: tuple[int, int],
+    ) -> None:  # fmt: skip
+        """[n, rows, bytes of a row], with the strides of the first two."""
+        n, rows, cols = shape
+        if n * rows * cols == 0:
+            return
+        boxes = self.found.setdefault((source, target), [])
+        (outer, inner), (outer_to, inner_to) = strides, strides_to
+        if rows == 1 or inner == inner_to == cols:  # rows lie one behind the other
+            n, rows, cols = 1, n, rows * cols
+            inner, inner_to = outer, outer_to
+            if rows == 1 or inner == inner_to == cols:
+                rows, cols = 1, rows * cols
+        elif outer == rows * inner and outer_to == rows * inner_to:
+            n, rows = 1, n * rows
+        boxes += [(at + k * outer, to + k * outer_to, inner, inner_to, rows, cols) for k in range(n)]
+
+    def row(self, source: int, target: int, at: int, to: int, size: int) -> None:
+        self.add(source, target, at, to, (1, 1, size), (size, size), (size, size))
+
+    def moves(
+        self, device: torch.device, narrow: Sequence[int], dtype: torch.dtype,
+        wide: Sequence[int] = (), wide_dtype: torch.dtype = torch.float32,
+    ) -> Moves:  # fmt: skip
+        block = _BLOCK if device.type == "cuda" or INTERPRETED else 0
+        sizes = [n * dtype.itemsize for n in narrow] + [n * wide_dtype.itemsize for n in wide]
+        tiles: list[list[int]] = []
+        parts: list[int] = []
+        for (source, target), boxes in sorted(self.found.items()):
+            numbers = [n for at, to, stride, to_stride, rows, cols in boxes
+                       for n in (at, to, cols, *((stride, to_stride) if rows > 1 else ()))]  # fmt: skip
+            unit = math.gcd(8, sizes[target], *numbers)
+            first = len(tiles)
+            for at, to, stride, to_stride, rows, cols in boxes:
+                box = (at // unit, to // unit, stride // unit, to_stride // unit, rows, cols // unit)
+                tiles += _tiles(box, block)
+            parts += [source, target, unit, first, len(tiles) - first]
+        table = torch.tensor(tiles, dtype=torch.int64, device=device).reshape(-1, 6)
+        return Moves(table, tuple(parts), tuple(narrow), dtype, tuple(wide), wide_dtype)
+
+
+def _units(x: Tensor, unit: int) -> Tensor:
+    """[n] integers of so many bytes; what does not lie at a multiple of them is copied."""
+    x = x.contiguous()
+    if x.storage_offset() * x.element_size() % unit:
+        x = x.clone()
+    x = x.reshape(-1)
+    rest = x.numel() * x.element_size() % unit  # of what no box holds
+    return (x[: x.numel() - rest // x.element_size()] if rest else x).view(UNITS[unit])
+
+
+def _repack(
+    sources: list[Tensor], table: Tensor, parts: list[int],
+    narrow: list[int], dtype: torch.dtype, wide: list[int], wide_dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    results = _repack_fake(sources, table, parts, narrow, dtype, wide, wide_dtype)
+    rows = None
+    for k in range(0, len(parts), 5):
+        source, target, unit, first, count = parts[k : k + 5]
+        x, into = _units(sources[source], unit), results[target].view(UNITS[unit])
+        if triton is not None and (table.is_cuda or INTERPRETED):
+            launch(repack_kernel, count, (table[first:], x, into), (_BLOCK,), num_warps=8)
+            continue
+        rows = table.tolist() if rows is None else rows
+        for at, to, stride, to_stride, high, cols in rows[first : first + count]:
+            from_ = x.as_strided((high, cols), (stride, 1), x.storage_offset() + at)
+            into.as_strided((high, cols), (to_stride, 1), to).copy_(from_)
+    return results
+
+
+def _repack_fake(
+    sources: list[Tensor], table: Tensor, parts: list[int],
+    narrow: list[int], dtype: torch.dtype, wide: list[int], wide_dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    return [table.new_empty(n, dtype=dtype) for n in narrow] + [table.new_empty(n, dtype=wide_dtype) for n in wide]
+
+
+_repack_op = define(
+    "repack",
+    "(Tensor[] sources, Tensor table, int[] parts, int[] narrow, ScalarType dtype, int[] wide, ScalarType wide_dtype)"
+    " -> Tensor[]",
+    _repack,
+    _repack_fake,
+)
+
+
+def repack(sources: Sequence[Tensor], moves: Moves) -> list[Tensor]:
+    """The targets, each [size], from the sources, of any shapes. What no box covers is left as it is found in memory."""
+    m = moves
+    return _repack_op(list(sources), m.table, list(m.parts), list(m.narrow), m.dtype, list(m.wide), m.wide_dtype)
