@@ -208,13 +208,26 @@ def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
         outputs = _tensors(graph.graph.output_node().args)
         return functorch.compile.make_boxed_func(lambda *_: [torch.empty(x.shape, dtype=x.dtype) for x in outputs])
 
-    def on_tensors(held: dict[str, Tensor], *others: Any) -> Any:
+    moves = [way for bucket in plan.buckets if bucket.exchange for way in bucket.exchange.moves]
+    exchanges = [bucket.exchange for bucket in plan.buckets if bucket.exchange]
+    tables = [way.table for way in moves], [exchange.bands for exchange in exchanges]
+
+    def put(tables: tuple[list[Any], list[Any]]) -> None:
+        for held, field, values in ((moves, "table", tables[0]), (exchanges, "bands", tables[1])):
+            for thing, value in zip(held, values, strict=True):
+                object.__setattr__(thing, field, value)
+
+    def on_tensors(held: dict[str, Tensor], shared: tuple[list[Any], list[Any]], *others: Any) -> Any:
         given = iter(others)
-        return function(*(dataclasses.replace(plan, **held) if value is plan else next(given) for value in args))
+        put(shared)
+        try:
+            return function(*(dataclasses.replace(plan, **held) if value is plan else next(given) for value in args))
+        finally:
+            put(tables)
 
     with torch.no_grad():
         whole = functorch.compile.aot_function(on_tensors, fw_compiler=keep)
-        result = whole(tensors, *(value for value in args if value is not plan))
+        result = whole(tensors, tables, *(value for value in args if value is not plan))
     return Recorded(len(graphs), (), _all_nodes(graphs), result if run else None)
 
 

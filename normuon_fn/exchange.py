@@ -248,12 +248,17 @@ class Exchange:
         self.there = self._there() if self.sharded else None
         self.back, self.gathered = self._back()
         # Of every entry of a matrix along rows and columns: whose part it is of.
-        self._bands = [(_bands(x.grid.rows, x.rows, device), _bands(x.grid.cols, x.cols, device)) for x in lanes]
+        self.bands = [(_bands(x.grid.rows, x.rows, device), _bands(x.grid.cols, x.cols, device)) for x in lanes]
         self._grids = [(len(x.grid.places), x.grid.parts, len(x.grid.rows), len(x.grid.cols)) for x in lanes]
 
     @property
     def sharded(self) -> bool:
         return self.shards.size > 1
+
+    @property
+    def moves(self) -> list[Moves]:
+        ways = (self.there, self.back) if self.there else (self.back,)
+        return [moves for way in ways for moves in (way.pack, way.unpack)]
 
     @property
     def _here(self) -> int:
@@ -345,7 +350,7 @@ class Exchange:
             extra = extra.view(n, -1)
             power = extra[:, :places].amin(1)  # that of the largest entry of all; 0 or NaN where something is not finite
             shift = (power[:, None] / extra[:, :parts]).view(n, rows, cols)
-            for dim, of in enumerate(self._bands[k]):
+            for dim, of in enumerate(self.bands[k]):
                 shift = shift if of is None else shift.index_select(dim + 1, of)
             x = x.view(n, lane.rows, lane.cols).to(self.wide) * shift
             variance = extra[:, places:] if self.normalize else None

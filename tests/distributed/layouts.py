@@ -1,7 +1,7 @@
 """What every rank of `test_layouts` runs: steps of sharded and shared parameters beside the same steps of one device.
 
-gloo on CPU. Every rank computes the single-device result itself, cuts from it what should lie here, and writes how far off
-its own is.
+gloo on CPU; NCCL and a device a rank where there are GPUs enough. Every rank computes the single-device result itself, cuts
+from it what should lie here, and writes how far off its own is.
 """
 
 from __future__ import annotations
@@ -110,10 +110,15 @@ def steps_of(layout: str, form: str, guard: str) -> int:
     return 10 if (layout, form, guard) in LONG else 3
 
 
+def device_of(world: int) -> torch.device:
+    """Of this rank."""
+    return torch.device("cuda", dist.get_rank()) if torch.cuda.device_count() >= world else torch.device("cpu")
+
+
 @functools.cache
 def tensors(seed: int, names: tuple[str, ...] = MAIN) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    generator, device = torch.Generator().manual_seed(seed), device_of(dist.get_world_size())
+    made = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
     return {name: made[name].bfloat16() if name == "half" else made[name] for name in names}
 
 
@@ -186,7 +191,8 @@ class Layout(NamedTuple):
 
 
 def layouts(world: int) -> dict[str, Layout]:
-    mesh = init_device_mesh("cpu", (world,))
+    kind = device_of(world).type
+    mesh = init_device_mesh(kind, (world,))
     found = {
         "ddp": Layout(mesh, None, given=mesh),
         "group": Layout(mesh, None, given=dist.group.WORLD),
@@ -195,7 +201,7 @@ def layouts(world: int) -> dict[str, Layout]:
         "Replicate": Layout(mesh, (Replicate(),)),
     }
     if world == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        square = init_device_mesh(kind, (2, 2), mesh_dim_names=("outer", "inner"))
         found |= {
             "HSDP": Layout(square, (Replicate(), Shard(0))),
             "2-D": Layout(square, (Shard(0), Shard(1)), (Replicate(), Shard(0))),
@@ -257,12 +263,16 @@ def _spawn(main: Callable[..., None], world: int, folder: Path, deadline: float)
 def _start(rank: int, world: int, folder: str, timeout: float) -> None:
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1
+    device = torch.device("cuda", rank) if torch.cuda.device_count() >= world else None
+    if device is not None:
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        "gloo" if device is None else "nccl",
         init_method=f"file://{folder}/store-{world}",
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=timeout),
+        device_id=device,
     )
 
 
@@ -320,7 +330,7 @@ class Collectives(TorchDispatchMode):
 class _Rank:
     def __init__(self, rank: int, world: int, folder: str) -> None:
         self.rank, self.world, self.folder = rank, world, folder
-        self.layouts = layouts(world)
+        self.device, self.layouts = device_of(world), layouts(world)
 
     def everything(self) -> dict[str, Seen]:
         seen: dict[str, Seen] = {"seconds": {}}
@@ -498,11 +508,11 @@ class _Rank:
         def stepped(function: Callable[..., Any], **given: Any) -> Any:
             return function(given.get("params", params), given.get("grads", grads), given.get("state", state), hyper, plan)
 
-        whole = torch.randn(12 if self.world == 4 else 6, 8)
+        whole = torch.randn(12 if self.world == 4 else 6, 8, device=self.device)
         dtensor = distribute_tensor(whole, mesh, (Shard(0),), src_data_rank=None)
-        short = distribute_tensor(torch.randn(16, 8), mesh, (Shard(0),), src_data_rank=None)
-        partial = DTensor.from_local(torch.randn(8, 8), mesh, (Partial(),), run_check=False)
-        conv = distribute_tensor(torch.randn(4, 4, 4, 4), mesh, (Shard(2),), src_data_rank=None)
+        short = distribute_tensor(torch.randn(16, 8, device=self.device), mesh, (Shard(0),), src_data_rank=None)
+        partial = DTensor.from_local(torch.randn(8, 8, device=self.device), mesh, (Partial(),), run_check=False)
+        conv = distribute_tensor(torch.randn(4, 4, 4, 4, device=self.device), mesh, (Shard(2),), src_data_rank=None)
         cols = self.layouts["Shard(1)"].place({"square": tensors(1)["square"]})["square"]
         other = {**grads, "square": cols}
         none = {**grads, "square": None}
@@ -521,7 +531,9 @@ class _Rank:
         }
         if self.world == 4:
             square = self.layouts["2-D"]
-            stack = distribute_tensor(torch.randn(4, 8, 8), square.mesh, (Shard(0), Shard(1)), src_data_rank=None)
+            stack = distribute_tensor(
+                torch.randn(4, 8, 8, device=self.device), square.mesh, (Shard(0), Shard(1)), src_data_rank=None
+            )
             cases["matrices and their stack"] = lambda: plan_of(stack, nm.Route())
         seen = {}
         for case, function in cases.items():
@@ -582,9 +594,9 @@ class _Rank:
         """Two steps of a module of torch's own FSDP2 and tensor parallelism, against one device with the same gradients."""
         if self.world != 4:
             return {}
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = init_device_mesh(self.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8, bias=False))
+        model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8, bias=False)).to(self.device)
         parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         fully_shard(model, mesh=mesh["dp"])
         params: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
@@ -596,7 +608,7 @@ class _Rank:
         for step in range(2):
             torch.manual_seed(1 + step)
             model.zero_grad()
-            model(torch.randn(4, 8)).square().sum().backward()
+            model(torch.randn(4, 8, device=self.device)).square().sum().backward()
             grads = {name: p.grad for name, p in model.named_parameters()}
             full = {name: g.full_tensor() for name, g in grads.items()}
             result = nm.update(params, grads, state, hyper, plan)
@@ -643,4 +655,4 @@ class _Rank:
 
 def _digest(x: Tensor) -> str:
     x = local(x).contiguous()
-    return hashlib.sha1(x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).numpy().tobytes()).hexdigest()
+    return hashlib.sha1(x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).cpu().numpy().tobytes()).hexdigest()

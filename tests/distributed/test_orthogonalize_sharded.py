@@ -1,4 +1,4 @@
-"""`orthogonalize` of DTensors on two and on four ranks (gloo), against the same matrices on one device.
+"""`orthogonalize` of DTensors on two and on four ranks (gloo, or NCCL with GPUs enough), against the same on one device.
 
 Every world is spawned once and runs all its cases; the tests here read what the ranks saw. Observed errors stand beside each
 gate (2 and 4 ranks, torch 2.13, CPU).
@@ -116,11 +116,18 @@ def rounding(case: Case) -> float:
 
 def _main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if torch.cuda.device_count() >= world else None
+    torch.set_default_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+        "gloo" if device is None else "nccl",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
+        device_id=device,
     )
     try:
-        seen = _everything(world)
+        seen = _everything(world, "cpu" if device is None else "cuda")
     finally:
         dist.destroy_process_group()
     Path(folder, f"{rank}.json").write_text(json.dumps(seen))
@@ -130,13 +137,13 @@ def _sharded(x: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTensor:
     return distribute_tensor(x, mesh, placements, src_data_rank=None)  # every rank has x
 
 
-def _everything(world: int) -> Seen:
-    meshes = {"1-D": init_device_mesh("cpu", (world,))}
+def _everything(world: int, kind: str) -> Seen:
+    meshes = {"1-D": init_device_mesh(kind, (world,))}
     if world == 4:
-        meshes["2-D"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-        meshes["2-D, no names"] = init_device_mesh("cpu", (2, 2))
-        meshes["3-D"] = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("c", "d", "e"))
-        meshes["3-D, no names"] = init_device_mesh("cpu", (2, 2, 1))
+        meshes["2-D"] = init_device_mesh(kind, (2, 2), mesh_dim_names=("a", "b"))
+        meshes["2-D, no names"] = init_device_mesh(kind, (2, 2))
+        meshes["3-D"] = init_device_mesh(kind, (2, 2, 1), mesh_dim_names=("c", "d", "e"))
+        meshes["3-D, no names"] = init_device_mesh(kind, (2, 2, 1))
     seen: Seen = {name: _case(case, meshes[case.mesh]) for name, case in ALL[world].items()}
     seen["partial"] = _partial(meshes["1-D"])
     if world == 2:
