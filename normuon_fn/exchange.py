@@ -96,10 +96,10 @@ def balance(groups: Sequence[Any]) -> dict[int, Spread]:
 
     for group in sorted((g for g in groups if g.spread is not None), key=cost, reverse=True):
         spread: Spread = group.spread
-        ranks = [rank for of_copy in spread.cells for rank in of_copy]
+        ranks = [rank for of_shard in zip(*spread.cells, strict=True) for rank in of_shard]  # alternately of all copies
         busy = load.setdefault(spread.group, [0.0] * len(ranks))
         base, rest = divmod(group.count, len(ranks))
-        extra = set(sorted(ranks, key=lambda rank: (busy[rank], rank))[:rest])
+        extra = set(sorted(ranks, key=lambda rank: busy[rank])[:rest])
         counts = tuple(tuple(base + (rank in extra) for rank in of_copy) for of_copy in spread.cells)
         found[id(group)] = replace(spread, counts=counts)
         for rank, n in found[id(group)].by_rank.items():
@@ -118,9 +118,10 @@ class Part(NamedTuple):
 class Whole(NamedTuple):
     """The matrices of one group that a rank owns, tall ones transposed."""
 
-    x: Tensor  # [n, rows, cols] times `power`, in the compute dtype
+    x: Tensor  # [n, rows, cols], each part times its own power, in the dtype of the products
+    shift: Tensor  # [n, rows or 1, cols or 1]: times this, all parts are times `power`
     power: Tensor  # [n]
-    squares: Tensor  # [n] sum(x**2)
+    squares: Tensor  # [n] sum((x * shift)**2)
     variance: Tensor | None  # [n, rows or cols]
 
 
@@ -352,9 +353,14 @@ class Exchange:
             shift = (power[:, None] / extra[:, :parts]).view(n, rows, cols)
             for dim, of in enumerate(self.bands[k]):
                 shift = shift if of is None else shift.index_select(dim + 1, of)
-            x = x.view(n, lane.rows, lane.cols).to(self.wide) * shift
+            x = x.view(n, lane.rows, lane.cols)
+            if self.dtype == self.wide or 1 not in (rows, cols):  # the same sums as on one device
+                squares = (x.to(self.wide) * shift).square().sum((1, 2))
+            else:  # along whole rows, or columns, the powers are alike: in one pass over what arrived
+                squares = x.to(self.wide).square().sum(2 if cols == 1 else 1, keepdim=True)
+                squares = (squares * shift.square()).sum((1, 2))
             variance = extra[:, places:] if self.normalize else None
-            wholes.append(Whole(x, power, x.square().sum((-2, -1)), variance))
+            wholes.append(Whole(x, shift, power, squares, variance))
         return wholes
 
     # ---------------------------------------------------------------------------------------------------------- updates back

@@ -118,9 +118,9 @@ def answer(run: Run, bucket: Bucket, given: Parts) -> Answer:
 
 def _whole_to_norm(run: Run, bucket: Bucket, part: exchange.Whole) -> Tensor:
     if run.plan.config.orthogonalizer is not None:
-        return part.x / part.power[:, None, None]
+        return part.x * (part.shift / part.power[:, None, None])
     inverse = to_norm(part.squares, bucket.coefficients, bucket.form.dtype)
-    return (part.x * inverse[:, None, None]).to(bucket.form.dtype)
+    return (part.x.to(inverse.dtype) * (part.shift * inverse[:, None, None])).to(bucket.form.dtype)
 
 
 def _sound(run: Run, bucket: Bucket, front: Front | None) -> Tensor:

@@ -66,9 +66,10 @@ MEASURED = [  # ranks, layout, ms, overlapped, what of it the rates come from
 
 @dataclass(frozen=True)
 class Collective:
-    """One that a rank takes part in: bytes by rank; those for itself included."""
+    """One that a rank takes part in: bytes by rank of its group; those for itself included."""
 
     name: str
+    ranks: tuple[int, ...]
     sent: tuple[int, ...]
     received: tuple[int, ...]
 
@@ -115,9 +116,9 @@ class Row:
 class Caught(TorchDispatchMode):
     """Collectives are noted and not done."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.world, self.found = world, list[Collective]()
+        self.found = list[Collective]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = function.namespace, function._opname
@@ -126,14 +127,15 @@ class Caught(TorchDispatchMode):
         if name == "wait_tensor":
             return args[0]
         words, size = args[0], args[0].element_size()
+        ranks = tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(args[-1])))
         if name == "all_to_all_single":
             incoming, outgoing = args[1], args[2]
             assert sum(outgoing) == len(words)
         elif name == "all_gather_into_tensor":
-            incoming, outgoing = [len(words)] * self.world, [len(words)] * self.world
+            incoming, outgoing = [len(words)] * len(ranks), [len(words)] * len(ranks)
         else:
             raise NotImplementedError(f"no count of {name}")
-        self.found.append(Collective(name, tuple(n * size for n in outgoing), tuple(n * size for n in incoming)))
+        self.found.append(Collective(name, ranks, tuple(n * size for n in outgoing), tuple(n * size for n in incoming)))
         return words.new_empty(sum(incoming))
 
 
@@ -184,7 +186,7 @@ def owned(plan: nm.Plan, rank: int) -> tuple[int, float]:
     """Matrices, and the FLOP of their products."""
     matrices, flop = 0, 0.0
     for bucket in plan.buckets:
-        n = sum(group.spread.counts[rank] if group.spread else group.count for group in bucket.groups)
+        n = sum(group.spread.by_rank[rank] if group.spread else group.count for group in bucket.groups)
         form, rows = bucket.form, list(bucket.coefficients.rows)
         each = products(n, bucket.rows, bucket.cols, form.method, rows, len(form.restarts))
         matrices, flop = matrices + n, flop + sum(f for f, _ in each)
@@ -196,7 +198,7 @@ def count(shapes: Shapes, layout: str, world: int, rank: int) -> tuple[Rank, nm.
     with fake_ranks(world, rank) if world > 1 else contextlib.nullcontext():
         plan, params = problem(shapes, layout, world)
         given = arguments(plan, params)
-        with Caught(world) as caught:
+        with Caught() as caught:
             in_place(*given)
         here = sum(p.numel() for p in given[0].values())
         return Rank(rank, owned(plan, rank)[1], here, tuple(caught.found)), plan
@@ -210,14 +212,14 @@ def counts(shapes: Shapes, layout: str, world: int) -> tuple[list[Rank], int]:
     most = max(range(world), key=lambda rank: work[rank][0])
     least = min(range(world), key=lambda rank: work[rank][1])
     spreads = [group.spread for bucket in plan.buckets for group in bucket.groups if group.spread]
-    of_each = {max(range(world), key=lambda rank: s.counts[rank]) for s in spreads}
+    of_each = {max(range(world), key=lambda rank: by_rank[rank]) for by_rank in (s.by_rank for s in spreads)}
     others = sorted({most_flop, most, least, world - 1, *of_each} - {0})
     return [first, *(count(shapes, layout, world, rank)[0] for rank in others)], work[most][0]
 
 
-def beyond(given: Rank, sizes: tuple[int, ...]) -> tuple[int, int, int]:
+def beyond(given: Rank, ranks: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """(bytes to other ranks, of these to other nodes, how many ranks) of bytes by rank."""
-    away = [(rank, n) for rank, n in enumerate(sizes) if rank != given.rank and n]
+    away = [(rank, n) for rank, n in zip(ranks, sizes, strict=True) if rank != given.rank and n]
     off = sum(n for rank, n in away if rank // NODE != given.rank // NODE)
     return sum(n for _, n in away), off, len(away)
 
@@ -225,7 +227,7 @@ def beyond(given: Rank, sizes: tuple[int, ...]) -> tuple[int, int, int]:
 def seconds(given: Rank, collective: Collective, rates: Rates) -> float:
     ways = []
     for sizes in (collective.sent, collective.received):
-        total, off, messages = beyond(given, sizes)
+        total, off, messages = beyond(given, collective.ranks, sizes)
         ways.append(max((total - off) / rates.nvlink, off / rates.network) + messages * rates.message)
     return max(ways)
 
@@ -249,10 +251,11 @@ def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: b
     ahead = times[0] if times and layout != "ddp" else 0.0
     other = sum(times) - ahead
     totals = {
-        way: max(sum(beyond(r, getattr(c, way))[0] for c in r.collectives) for r in ranks) for way in ("sent", "received")
+        way: max(sum(beyond(r, c.ranks, getattr(c, way))[0] for c in r.collectives) for r in ranks)
+        for way in ("sent", "received")
     }
-    off = max(sum(beyond(r, getattr(c, way))[1] for c in r.collectives) for r in ranks for way in totals)
-    messages = max(sum(beyond(r, getattr(c, way))[2] for c in r.collectives) for r in ranks for way in totals)
+    off = max(sum(beyond(r, c.ranks, getattr(c, way))[1] for c in r.collectives) for r in ranks for way in totals)
+    messages = max(sum(beyond(r, c.ranks, getattr(c, way))[2] for c in r.collectives) for r in ranks for way in totals)
     step = ahead + (max(busy, other) if overlap else busy + other)
     sampled = tuple(r.rank for r in ranks)
     sizes = totals["sent"], totals["received"], off, messages
