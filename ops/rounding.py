@@ -4,7 +4,7 @@ A *rest* is what a parameter lacks of its master. int16, the mantissa: the maste
 plus the rest. The parameter is the master rounded to nearest (ties away from zero), so the rest is a signed correction, and the
 sum is exact. float32: the master itself, and the parameter is its rounding (ties to even).
 
-Special values: every NaN becomes the same NaN, with rest 0; the bits of others could round to inf or to zero. What rounds to inf
+Special values: every NaN becomes the same NaN, with rest 0; others could round to the bits of inf or zero. What rounds to inf
 keeps its finite master. Zeros keep their signs. A parameter that was set to zero by hand stays next to zero.
 """
 
