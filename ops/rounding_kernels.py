@@ -1,4 +1,4 @@
-"""rounding.py in Triton: the same bits."""
+"""rounding.py in Triton: the same bits, also in its interpreter, whose casts of subnormal bfloat16 lose some."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .launch import jit, tl
 @jit
 def joined_with(old, rest, MANTISSA: tl.constexpr):
     if MANTISSA:
-        bits = old.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = old.to(tl.int16, bitcast=True).to(tl.int32) << 16
         low = rest.to(tl.int32)
         low = tl.where((bits & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low)
         master = (bits + low).to(tl.float32, bitcast=True)
@@ -22,7 +22,7 @@ def parted(master, P: tl.constexpr, MANTISSA: tl.constexpr):
     if MANTISSA:
         bits = tl.where(master == master, master, float("nan")).to(tl.int32, bitcast=True)
         high = (bits + 0x8000) & -0x10000
-        param = high.to(tl.float32, bitcast=True).to(P)
+        param = _high_half(high, P)
         rest = (bits - high).to(tl.int16)
     else:
         param = master.to(P)
@@ -35,7 +35,7 @@ def rounded_by_chance(master, P: tl.constexpr, salt, index, step):
     """``salt``, ``index`` and ``step`` are unsigned."""
     noise = mixed(mixed(index + salt) + mixed(salt ^ mixed(step))) >> 16
     bits = tl.where(master == master, master, float("nan")).to(tl.int32, bitcast=True)
-    return ((bits + noise.to(tl.int32)) & -0x10000).to(tl.float32, bitcast=True).to(P)
+    return _high_half(bits + noise.to(tl.int32), P)
 
 
 @jit
@@ -43,3 +43,8 @@ def mixed(x):
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0x735A2D97
     return x ^ (x >> 15)
+
+
+@jit
+def _high_half(bits, P: tl.constexpr):
+    return (bits >> 16).to(tl.int16).to(P, bitcast=True)
