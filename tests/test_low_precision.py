@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,6 +354,60 @@ def test_a_run_goes_on_from_what_torch_and_safetensors_saved(tmp_path) -> None:
     for kept in (torch.load(tmp_path / "run.pt", weights_only=True), [{k: read[k] for k in part} for part in (params, state)]):
         found = nm.update(kept[0], tensors(2), kept[1], hyper, plan)
         assert same(found.params, expected.params) and same(found.state, expected.state)
+
+
+def test_on_two_ranks_masters_lie_like_parameters_and_are_float32_and_copies_stay_alike(tmp_path) -> None:
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    from tests.distributed.low_precision import run_ranks
+
+    ranks = run_ranks(tmp_path)
+    for seen in ranks:
+        wrong = [(kind, claim) for kind, claims in seen.items() for claim, held in claims.items() if not held]
+        assert not wrong and set(seen) == {"Shard(0)", "Shard(1)", "Replicate", "plain"}
+    for kind in ("Replicate", "plain"):
+        assert ranks[0][kind]["bits"] == ranks[1][kind]["bits"]
+
+
+def memory() -> list[str]:
+    """The README's table, from what a plan says of a matrix of 1024x1024."""
+
+    def bytes_each(dtype: torch.dtype, **options) -> str:
+        adamw = options.pop("adamw", False)
+        params = {"w": torch.empty(1024, 1024, dtype=dtype)}
+        plan = nm.make_plan(params, nm.Config(**options), routes={"w": nm.Route("adamw" if adamw else "normuon")})
+        state = [spec for name, spec in plan.state.items() if not name.startswith("guard.")]
+        total = dtype.itemsize + sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in state) / 2**20
+        return f"{total:.3f}".rstrip("0").rstrip(".")
+
+    rows = [(torch.float32, master) for master in MASTERS] + [(torch.bfloat16, master) for master in MASTERS]
+    lines: list[str] = []
+    for dtype, master in [*rows, (torch.float16, "none"), (torch.float16, "fp32")]:
+        cells = [
+            bytes_each(dtype, master=master, momentum_dtype=momentum, normalize=normalize)
+            for normalize in (True, False)
+            for momentum in (None, torch.bfloat16)
+        ]
+        cells.append(bytes_each(dtype, master=master, adamw=True))
+        label = "any" if dtype == torch.float32 else f'`"{master}"`'
+        line = f"| {str(dtype).removeprefix('torch.')} | {label} | {' | '.join(cells)} |"
+        lines += [] if line in lines else [line]
+    return lines
+
+
+def test_the_readme_says_how_many_bytes_a_parameter_takes() -> None:
+    printed = (Path(__file__).parent.parent / "README.md").read_text().partition("bytes a parameter")[2].split("\n\n")[1]
+    assert printed.splitlines()[2:] == memory()
+
+
+def test_every_matrix_has_chances_of_its_own() -> None:
+    of = []
+    for seed in (0, 1):
+        plan = setup("stochastic", seed=seed)[3]
+        of += [salt for bucket in plan.buckets for block in bucket.blocks for salt in block.salts]
+        of += [salt for bucket in plan.adamw for salt in bucket.salts]
+    assert len(set(of)) == len(of) == 2 * (1 + 1 + 3 + 2 + 1 + 1) and all(0 <= salt < 2**31 for salt in of)
+    assert not any(block.salts for bucket in setup("none")[3].buckets for block in bucket.blocks)
 
 
 def test_wrong_options_are_refused() -> None:
