@@ -276,6 +276,9 @@ def test_masters_that_are_special_are_parted_alike() -> None:
     kept = ~masters.isnan()
     assert torch.equal(reference.joined_with(new[0], rest[0])[kept], masters[kept]) and torch.equal(rest[0], lacked)
     assert torch.equal(new[0].view(torch.int16)[kept], param.view(torch.int16)[kept]) and new[0][~kept].isnan().all()
+    every_nan = nans[[0, 1, 2] * 5 + [0]].view(torch.float32).to(DEVICE).reshape(1, 2, 8)
+    new, rest = torch.ops.normuon_fn.apply_wide(params, [lacked], every_nan, one, scalar(0.0), None, False)
+    assert new[0].isnan().all() and not rest[0].any()
     by_hand = [torch.full((2, 8), -32768, dtype=torch.int16, device=DEVICE)]
     new, rest = torch.ops.normuon_fn.apply_wide(params, by_hand, zero, one, scalar(0.0), None, False)
     assert not new[0].any() and not rest[0].any()
