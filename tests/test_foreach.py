@@ -121,6 +121,20 @@ def test_inside_a_graph_of_your_own(known: bool) -> None:
         compiled(*lists(config, seed=3, count=2), lr=torch.tensor(0.5))
 
 
+def test_a_graph_of_your_own_sees_another_config_and_other_routes() -> None:
+    def own(params, grads, momentums, variances, config, routes):
+        return nm.foreach_step_(params, grads, momentums, variances, **HYPER, config=config, routes=routes).flags
+
+    compiled = torch.compile(own, backend="eager", fullgraph=True, dynamic=False)
+    moved = []
+    for rms, lr_mul in ((0.2, 1.0), (0.4, 1.0), (0.4, 2.0)):
+        given = lists(nm.Config(), count=1)[:4]
+        before = given[0][0].clone()
+        compiled(*given, nm.Config(**SHORT, rms=rms), [nm.Route(lr_mul=lr_mul)])
+        moved.append(float((given[0][0] - before * (1 - 0.1 * 0.02 * lr_mul)).norm()))
+    assert moved == pytest.approx([moved[0], 2 * moved[0], 4 * moved[0]], rel=1e-4)
+
+
 def test_it_waits_for_nothing() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 

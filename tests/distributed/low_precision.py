@@ -35,6 +35,7 @@ def _main(rank: int, folder: str) -> None:
     try:
         mesh = init_device_mesh("cpu", (2,))
         seen = {kind: _layout(mesh, kind) for kind in [*LAYOUTS, "plain"]}
+        seen["Shard(0)"]["foreach_step_ is the step by name"] = _by_lists(mesh)
     finally:
         dist.destroy_process_group()
     Path(folder, f"{rank}.json").write_text(json.dumps(seen))
@@ -65,6 +66,23 @@ def _run(mesh: DeviceMesh, kind: str, master: str, dtype: torch.dtype = torch.bf
         result = _update_(params, grads, state, hyper, plan)
         assert bool(result.skipped) == (step == 3)
     return params, state
+
+
+def _by_lists(mesh: DeviceMesh) -> bool:
+    """Whether `foreach_step_` of DTensors is the step of the same by name."""
+    names, config = ("uneven", "experts"), nm.Config(master="mantissa", orthogonalize_dtype=torch.float32, guard="full")
+    params, own, grads = ({k: _tensors(seed, torch.bfloat16, mesh, "Shard(0)")[k] for k in names} for seed in (0, 0, 1))
+    plan = nm.make_plan(params, config)
+    state, again, hyper = nm.init(plan, params), nm.init(plan, params), nm.Hyper.of(params, lr=0.01)
+    for _ in range(2):
+        _update_(params, grads, state, hyper, plan)
+        lists = [[again[f"{k}.{what}"] for k in names] for what in ("momentum", "variance", "mantissa")]
+        nm.foreach_step_(
+            list(own.values()), list(grads.values()), *lists, lr=0.01, momentum=0.95, beta2=0.95, weight_decay=0.0,
+            config=config, compiled=False,
+        )  # fmt: skip
+    both = [(params[k], own[k]) for k in names] + [(state[k], again[k]) for k in state if not k.startswith("guard.")]
+    return all(torch.equal(_local(a), _local(b)) for a, b in both)
 
 
 def _local(x: Tensor) -> Tensor:
