@@ -155,7 +155,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             yield name, case_of(gather.gather_kernel, architecture, signature, {**fixed, **flags}, options, wide=wide)
         for pure, per_row, skip in itertools.product(both, both, both):
             br, bc = launch.tile(768, 4096)
-            flags = {"PURE": pure, "PER_ROW": per_row, "SKIP": skip, "CAUTIOUS": skip, "P": kind, "BR": br, "BC": bc}
+            plain = {"R": None, "CHANCE": False, "salts": None, "step_ptr": None}
+            flags = {**plain, "PURE": pure, "PER_ROW": per_row, "SKIP": skip, "CAUTIOUS": skip, "P": kind, "BR": br, "BC": bc}
             nothing = {} if skip else {"skip_ptr": None}
             name = f"apply-{'pure' if pure else 'place'}-{'row' if per_row else 'column'}-{skip}-{dtype}-{architecture}"
             signature = {**shared, "update_ptr": "*bf16!"}
@@ -163,6 +164,7 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             yield name, case_of(apply.apply_kernel, architecture, signature, {**fixed, **flags, **nothing}, options, wide=wide)
         for flags_only, skip in ((False, False), (False, True), (True, False)):
             flags = {"P": None if flags_only else kind, "S": kind, "G": kind, "FLAGS": flags_only, "SKIP": skip, "PURE": False}
+            flags |= plain
             absent = (
                 ("lr_ptr", "decay_ptr", "skip_ptr") if flags_only else ("flags_ptr",) if skip else ("flags_ptr", "skip_ptr")
             )
@@ -173,12 +175,30 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             yield name, case_of(adamw.adamw_kernel, architecture, shared, constexprs, options, wide=wide)
 
 
+def low_precision_cases() -> Iterator[tuple[str, Case]]:
+    """apply and adamw of bfloat16 parameters that keep small updates."""
+    of, language, blocks = dict(list_cases()), triton.language, accesses(adamw._BLOCK, "fp32")
+    rests = {"mantissa": (language.int16, "bf16"), "master": (language.float32, "fp32")}
+    for architecture in (80, 90, 100):
+        of_apply, of_adamw = (f"{name}-True-bf16-{architecture}" for name in ("apply-place-row", "adamw-step"))
+        for base, elements, states in ((of_apply, 4096, 0), (of_adamw, adamw._BLOCK, 4)):
+            case = of[base]
+            constexprs = {**case.constexprs, **({"S": language.float32} if states else {})}
+            for name, (kind, dtype) in rests.items():
+                wide = 2 * accesses(elements, "bf16") + 2 * accesses(elements, dtype) + states * blocks
+                yield f"{base}-{name}", case._replace(constexprs={**constexprs, "R": kind}, wide=wide)
+            chance = {key: value for key, value in constexprs.items() if key not in ("salts", "step_ptr")} | {"CHANCE": True}
+            signature = {**case.signature, "salts": "*i64!", "step_ptr": "*i32!"}
+            wide = 2 * accesses(elements, "bf16") + states * blocks
+            yield f"{base}-chance", case._replace(constexprs=chance, signature=signature, wide=wide)
+
+
 def accesses(elements: int, dtype: str) -> int:
     """Of 16 bytes, that each of 128 threads makes for a tile."""
     return elements * (4 if dtype == "fp32" else 2) // (128 * 16)
 
 
-CASES = {**dict(product_cases()), **dict(list_cases())}
+CASES = {**dict(product_cases()), **dict(list_cases()), **dict(low_precision_cases())}
 
 
 def compiled(case: Case) -> Any:

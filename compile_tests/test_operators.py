@@ -15,6 +15,7 @@ from normuon_fn.ops import PURE, reference
 ROWS, COLS = 4, 6
 PRODUCTS = {"symmetric_matmul", "symmetric_addmm", "addmm"}  # on stacks: tests/test_products.py
 NAMES = sorted(graphs.registered_ops() - PRODUCTS)
+SKIPS = ("advance", "apply", "apply_wide", "adamw", "adamw_wide")
 BASE = [name for name in NAMES if not name.endswith("_members")]
 
 
@@ -38,6 +39,7 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
     rate = torch.tensor(0.1)
     betas = (torch.tensor(0.9), torch.tensor(0.95), torch.tensor(1e-8), torch.tensor(0.2), torch.tensor(0.1))
     sizes = [1, len(first) - 1]
+    rests = [(100 * x).to(torch.int16, memory_format=torch.preserve_format) for x in matrices(kind)]
     ones = torch.ones(3)
     given: dict[str, tuple[Any, ...]] = {
         "advance": (first, grads, rate, skip, sizes, "ema", False),
@@ -46,6 +48,7 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "largest": (grads, sizes),
         "gather": (first, grads, rate, ones, 0.5 * ones, sizes, "ema", True, True, torch.float16, [False] * len(sizes)),
         "apply": (params, update, scale, rate, skip, True),
+        "apply_wide": (params, rests, update, scale, rate, skip, True),
         "unstack": (first, update),
         "orientation": (update @ update.mT,),
         "orient": (update @ scale.expand_as(update).mT, torch.tensor([0, 1, 2], dtype=torch.int32), dtype, None, None),
@@ -53,6 +56,7 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "reinterpret": (first[0], torch.int32),
         "adamw_flags": (first, second, grads, *betas),
         "adamw": (params, first, second, grads, rate, rate, *betas, skip),
+        "adamw_wide": (params, rests, first, second, grads, rate, rate, *betas, skip),
     }
     return given[name.removesuffix("_members").removesuffix("_")]
 
@@ -69,9 +73,15 @@ def test_opcheck_passes(name: str, kind: str) -> None:
     check(name, arguments(name, kind, torch.tensor(kind == "views")))
 
 
-@pytest.mark.parametrize("name", [name for name in BASE if name.rstrip("_") in ("advance", "apply", "adamw")])
+@pytest.mark.parametrize("name", [name for name in BASE if name.rstrip("_") in SKIPS])
 def test_opcheck_passes_where_nothing_can_be_skipped(name: str) -> None:
     check(name, arguments(name, "contiguous", None))
+
+
+@pytest.mark.parametrize("name", ["apply", "apply_", "adamw", "adamw_"])
+def test_opcheck_passes_where_parameters_are_rounded_by_chance(name: str) -> None:
+    chances = (torch.tensor(3, dtype=torch.int32), [1, 2**31 - 1, 7])
+    check(name, (*arguments(name, "bfloat16", torch.tensor(False)), *chances))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_members")])
@@ -87,7 +97,7 @@ def test_no_operator_waits_for_the_device_inside(name: str) -> None:
         if twin is None:  # stack and unstack: Python around other operators
             getattr(torch.ops.normuon_fn, name)(*given)
         else:
-            twin(*([PURE.unstack] if name in ("advance", "apply") else []), *given)
+            twin(*([PURE.unstack] if name in ("advance", "apply", "apply_wide") else []), *given)
 
 
 @pytest.mark.parametrize("name", [name for name in BASE if f"{name}_" in BASE])

@@ -214,8 +214,10 @@ class Trainer:
             routes["*"] = nm.Route("adamw")
         else:  # wte and head go to AdamW by default; a fused qkv is three matrices, to be orthogonalized one by one
             routes["*.qkv.weight"] = nm.Route("normuon", splits=(WIDTH, WIDTH, WIDTH))
-        plan = nm.make_plan(params, nm.Config(guard=args.guard), routes=routes)
-        settings = {k: getattr(args, k) for k in ("steps", "seed", "tie", "guard")}
+        plan = nm.make_plan(
+            params, nm.Config(guard=args.guard, momentum_dtype=getattr(torch, args.momentum_dtype)), routes=routes
+        )
+        settings = {k: getattr(args, k) for k in ("steps", "seed", "tie", "guard", "momentum_dtype")}
         settings |= {"optimizer": optimizer, "lr": lr, "data": self.text.digest}
         run = Run(settings, params, nm.init(plan, params), torch.Generator().manual_seed(args.seed))
         if args.resume:
@@ -296,6 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--guard", choices=("off", "output", "full"), default="off")
+    parser.add_argument("--momentum-dtype", choices=("float32", "bfloat16"), default="float32", help="of NorMuon's momentum")
     parser.add_argument("--tie", action="store_true", help="one matrix for the embedding and the head")
     parser.add_argument("--no-compile", action="store_true", help="everything eager")
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .foreach import ForeachResult, foreach_step_
 from .orthogonalize import orthogonalize
 from .plan import Plan, make_plan
 from .routes import Route
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "ForeachResult",
     "GraphedStep",
     "Hyper",
     "NonFiniteStepError",
@@ -24,6 +26,7 @@ __all__ = [
     "StepResult",
     "capture",
     "check",
+    "foreach_step_",
     "init",
     "make_plan",
     "orthogonalize",

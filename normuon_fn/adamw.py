@@ -20,6 +20,8 @@ class Moments(NamedTuple):
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     grads: list[Tensor]
+    rests: list[Tensor]  # with masters
+    salts: list[int]  # where parameters are rounded by chance
     hyper: tuple[Tensor, ...]  # beta1, beta2, eps, and the bias corrections
     bad: Tensor  # [2, n] bool
 
@@ -41,15 +43,22 @@ def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
         [state[f"{name}.exp_avg_sq"] for name in names],
         [run.grad(name) for name in names],
     )
+    rests = [state[name + bucket.rest] for name in names] if bucket.rest else []
+    salts = [salt for name, salt in zip(bucket.names, bucket.salts, strict=False) if name in names]
     bad = ops.adamw_flags(*lists[1:], *shared) if names else run.no_flags(2, 0)
-    return Moments(names, *lists, shared, bad)
+    return Moments(names, *lists, rests, salts, shared, bad)
 
 
 def apply_adamw(run: Run, bucket: AdamWBucket, lists: Moments, skip: Decision) -> None:
     if not lists.names:
         return
     lr, decay = run.rates(bucket, run.hyper.adamw_lr, run.hyper.adamw_weight_decay, lists.exp_avgs[0].dtype)
-    new = run.writes.adamw(*lists[1:5], lr, decay, *lists.hyper, skip)
-    for suffix, parts in zip(("", ".exp_avg", ".exp_avg_sq"), new, strict=True):
+    moments, how = (lists.exp_avgs, lists.exp_avg_sqs, lists.grads), (lr, decay, *lists.hyper, skip)
+    suffixes = ["", *([bucket.rest] if bucket.rest else []), ".exp_avg", ".exp_avg_sq"]
+    if bucket.rest:
+        new = run.writes.adamw_wide(lists.params, lists.rests, *moments, *how)
+    else:
+        new = run.writes.adamw(lists.params, *moments, *how, *run.chances(lists.salts))
+    for suffix, parts in zip(suffixes, new, strict=True):
         for name, part in zip(lists.names, parts, strict=True):
             run.new[name + suffix] = [(None, part)]

@@ -45,6 +45,7 @@ class Block:
     count: int
     param: View
     variance: View
+    salts: tuple[int, ...] = ()  # one a matrix, where parameters are rounded by chance
 
     def view(self, suffix: str) -> View:
         return self.variance if suffix == ".variance" else self.param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -54,6 +55,7 @@ class Group:
     wd_mul: float
     names: tuple[str, ...]  # of all parameters that belong to it, those included of which nothing lies here
     spread: Spread | None = None
+    rest: str = ""  # the state that makes float32 masters of the parameters: ".mantissa" or ".master"
 
     @property
     def held(self) -> bool:
@@ -100,6 +102,8 @@ class AdamWBucket:
     lr_mul: float
     wd_mul: float
     members: tuple[str, ...]
+    rest: str = ""  # as of a Group
+    salts: tuple[int, ...] = ()  # one a name, where they are rounded by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,26 +209,31 @@ def make_plan(
         spec = Spec(tuple(tensor.shape) if lies is None else tuple(n for _, n in lies.here), tensor.dtype, lies)
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         blocks: tuple[Block, ...] = ()
+        rest, chance = ("", False) if route.algorithm == "frozen" else _master(name, tensor.dtype, config)
+        if rest:
+            state[name + rest] = Spec(spec.shape, torch.int16 if rest == ".mantissa" else torch.float32, lies)
+        here_at = () if lies is None else lies.here
         if route.algorithm == "normuon":
             read = read_as_matrices(name, tensor, route)
             by_row = [per_row(config, rows, cols) for _, _, rows, cols in read]
             here, spreads = _here(name, read, lies, mesh)
             variance, views = variances(here, by_row)
-            own = [Block(name, n, view, own) for (view, n, _, _), own in zip(here, views, strict=True)]
+            salts = [_salts(config.seed, name, (here_at, view.start), n if chance else 0) for view, n, _, _ in here]
+            own = [Block(name, n, view, own, of) for (view, n, _, _), own, of in zip(here, views, salts, strict=True)]
             state[f"{name}.momentum"] = Spec(spec.shape, config.momentum_dtype or wide, lies)
             if config.normalize:
                 state[f"{name}.variance"] = Spec(
                     variance, wide, _variance_lies(name, variances(read, by_row)[0], variance, lies)
                 )
             for block, (_, _, rows, cols), spread in zip(own, read, spreads, strict=True):
-                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread)
+                key = (rows, cols, tensor.dtype, rest, route.lr_mul, route.wd_mul, spread)
                 held, names = groups.setdefault(key, ([], []))
                 held += [block] if block.count else []
                 names.append(name)
             blocks = tuple(block for block in own if block.count)
         elif route.algorithm == "adamw":
             state[f"{name}.exp_avg"] = state[f"{name}.exp_avg_sq"] = Spec(spec.shape, wide, lies)
-            held_names, names = adamw.setdefault((tensor.dtype, route.lr_mul, route.wd_mul), ([], []))
+            held_names, names = adamw.setdefault((rest, chance, tensor.dtype, route.lr_mul, route.wd_mul), ([], []))
             held_names += [] if 0 in spec.shape else [name]
             names.append(name)
         parameters.append(Parameter(name, spec, route, reason, blocks))
@@ -233,9 +242,14 @@ def make_plan(
 
     device = next(iter(params.values())).device
     buckets = _bucket(groups, config, device)
+    of = {p.name: () if p.spec.sharded is None else p.spec.sharded.here for p in parameters}
     adamw_buckets = tuple(
-        AdamWBucket(tuple(held_names), lr, wd, tuple(names)) for (_, lr, wd), (held_names, names) in adamw.items()
-    )
+        AdamWBucket(
+            tuple(held), lr, wd, tuple(names), rest,
+            tuple(salt for name in held for salt in _salts(config.seed, name, of[name], int(chance))),
+        )
+        for (rest, chance, _, lr, wd), (held, names) in adamw.items()
+    )  # fmt: skip
     columns, total = _columns(buckets, adamw_buckets)
     parameters = [replace(p, columns=tuple(columns.get(p.name, ()))) for p in parameters]
     most = max(1, *(len(p.columns) for p in parameters)) if parameters else 1
@@ -254,6 +268,26 @@ def make_plan(
         )
     sharded_at_all = any(of is not None for of in lie)
     return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, alike, sharded_at_all)
+
+
+def _master(name: str, dtype: torch.dtype, config: Config) -> tuple[str, bool]:
+    """The suffix of the state that makes a float32 master of a parameter, and whether it is rounded by chance instead."""
+    if config.master == "none" or dtype.itemsize > 2:
+        return "", False
+    if config.master == "fp32":
+        return ".master", False
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"params[{name!r}]: Config.master={config.master!r} is for bfloat16, got {dtype}: 16 more bits do not make it a "
+            "float32, whose exponents reach further; use 'fp32'"
+        )
+    return (".mantissa", False) if config.master == "mantissa" else ("", True)
+
+
+def _salts(seed: int, name: str, where: object, count: int) -> tuple[int, ...]:
+    """Numbers in [0, 2**31), one a matrix: what tells its chances from those of others. Copies on other ranks have the same."""
+    digests = (hashlib.blake2s(repr((seed, name, where, k)).encode(), digest_size=4).digest() for k in range(count))
+    return tuple(int.from_bytes(digest, "little") >> 1 for digest in digests)
 
 
 def _here(name: str, read: Sequence[Read], lies: Sharded | None, mesh: Ranks | None) -> tuple[list[Read], list[Spread | None]]:
@@ -332,13 +366,13 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
 def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, device: torch.device) -> tuple[Bucket, ...]:
     chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     buckets: dict[tuple, list[Group]] = {}
-    for (rows, cols, of, lr_mul, wd_mul, spread), (blocks, names) in groups.items():
+    for (rows, cols, of, rest, lr_mul, wd_mul, spread), (blocks, names) in groups.items():
         short, long = sorted((rows, cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
         ranks = None if spread is None else (spread.group, spread.shards, spread.copies)
         key = (short, long, form, own, ranks)
-        buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread))
+        buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread, rest))
 
     shared = balance([group for parts in buckets.values() for group in parts])
     found = []

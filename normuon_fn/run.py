@@ -56,6 +56,10 @@ class Run(NamedTuple):
         for block, part in zip(blocks, parts, strict=True):
             self.new.setdefault(block.name + suffix, []).append((block.view(suffix), part))
 
+    def chances(self, salts: Sequence[int]) -> tuple[Tensor, list[int]] | tuple[()]:
+        """What tells how to round by chance; nothing where that is not asked for."""
+        return (self.state["guard.step"], list(salts)) if salts else ()
+
     def rates(
         self, group: Group | AdamWBucket, lr: Tensor, weight_decay: Tensor, dtype: torch.dtype, power: int = 1
     ) -> tuple[Tensor, Tensor]:

@@ -26,10 +26,11 @@ from .types import Grads, Hyper, StepResult, Tensors
 
 
 def init(plan: Plan, params: Tensors) -> dict[str, Tensor]:
-    """All state of all parameters: zeros, by name, on the plan's device.
+    """All state of all parameters: zeros, by name, on the plan's device. Only a master begins as its parameter.
 
     Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one a row; heads and splits
-    their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; ``"guard.step"``, ``"guard.skipped"``,
+    their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; with `Config.master` also
+    ``"<name>.mantissa"`` (int16) or ``"<name>.master"`` (float32), as the parameter; ``"guard.step"``, ``"guard.skipped"``,
     ``"guard.consecutive"`` 0-d int32.
 
     Ranks that share the work compare their plans here: a collective.
@@ -44,6 +45,9 @@ def init(plan: Plan, params: Tensors) -> dict[str, Tensor]:
     for group in plan.shared_by:
         mesh.check_alike(plan.summary, group)
     zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device) for name, spec in plan.state.items()}
+    for name in params:
+        if f"{name}.master" in zeros:
+            zeros[f"{name}.master"].copy_(mesh.local(params[name]).detach())
     return {name: mesh.whole(tensor, plan.state[name].sharded) for name, tensor in zeros.items()}
 
 
@@ -288,7 +292,13 @@ def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
     lr, decay = run.rates(back.group, hyper.lr, hyper.weight_decay, back.factor.dtype, config.weight_decay_lr_power)
     cautious = config.weight_decay_form == "cautious"
     if back.group.held:
-        params = run.writes.apply(run.read(blocks, ""), back.update, back.factor * lr, decay, skip, cautious)
+        params, rest = run.read(blocks, ""), back.group.rest
+        how = (back.update, back.factor * lr, decay, skip, cautious)
+        if rest:
+            params, rests = run.writes.apply_wide(params, run.read(blocks, rest), *how)
+            run.put(blocks, rest, rests)
+        else:
+            params = run.writes.apply(params, *how, *run.chances([salt for block in blocks for salt in block.salts]))
         run.put(blocks, "", params)
     if back.variances is not None:
         old, new = back.variances

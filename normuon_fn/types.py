@@ -22,6 +22,7 @@ Method = Literal["auto", "standard", "gram"]
 Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
 MissingGrads = Literal["skip", "zeros"]
+Master = Literal["none", "mantissa", "fp32", "stochastic"]
 Preset = Literal["paper", "author", "dion", "modded_nanogpt", "emerging_optimizers"]
 Orthogonalizer = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
@@ -63,6 +64,12 @@ class Config:
     ``guard_scope``          ``"step"``: one bad matrix skips everything.  ``"bucket"``: only its bucket.
     ``missing_grads``        ``"skip"``: a gradient of ``None`` leaves its parameter as it is; an error for matrices that ranks
                              share.  ``"zeros"``: it counts as zeros, so that ranks may differ in what they lack.
+    ``master``               what keeps updates below the last bit of bfloat16 parameters.  ``"mantissa"``: 16 more bits
+                             each, with which they are an exact float32.  ``"fp32"``: a float32 of their own (float16
+                             too).  ``"stochastic"``: nothing, but they are rounded by chance, without bias.  Parameters
+                             of float32 and float64 need none and get none.
+    ``seed``                 of the chances of ``"stochastic"``: they depend on it, on ``"guard.step"``, the parameter's name
+                             and the entry's place; on a mesh also on how the parameter is sharded.
     =======================  ==============================================================================================
 
     Raises:
@@ -90,6 +97,8 @@ class Config:
     guard: Guard = "off"
     guard_scope: GuardScope = "step"
     missing_grads: MissingGrads = "skip"
+    master: Master = "none"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -101,6 +110,8 @@ class Config:
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
         for field, least in (("rms", 0.0), ("eps", 0.0)):
             _check_number(f"Config.{field}", getattr(self, field), least)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"Config.seed: expected an int, got {self.seed!r}")
         if self.rms == 0.0:
             raise ValueError("Config.rms: expected a number > 0, got 0")
         for field, dtypes in (("orthogonalize_dtype", COMPUTE_DTYPES), ("momentum_dtype", COMPUTE_DTYPES)):
@@ -142,6 +153,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "guard": get_args(Guard),
     "guard_scope": get_args(GuardScope),
     "missing_grads": get_args(MissingGrads),
+    "master": get_args(Master),
 }
 
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .adamw import adamw, adamw_, adamw_flags
+from .adamw import adamw, adamw_, adamw_flags, adamw_wide, adamw_wide_
 from .advance import advance, advance_, largest, lookahead, measure
-from .apply import apply, apply_
+from .apply import apply, apply_, apply_wide, apply_wide_
 from .gather import gather
 from .launch import has_kernel
 from .lists import stack, unstack, unstack_
@@ -44,7 +44,9 @@ class Writes(NamedTuple):
     apply: Callable[..., Any]
     unstack: Callable[..., Any]
     adamw: Callable[..., Any]
+    apply_wide: Callable[..., Any]  # of parameters with float32 masters
+    adamw_wide: Callable[..., Any]
 
 
-PURE = Writes(advance, apply, unstack, adamw)
-IN_PLACE = Writes(advance_, apply_, unstack_, adamw_)
+PURE = Writes(advance, apply, unstack, adamw, apply_wide, adamw_wide)
+IN_PLACE = Writes(advance_, apply_, unstack_, adamw_, apply_wide_, adamw_wide_)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .launch import at, dtype_of, jit, launch, matrix_table, tile, tl, with_kernel
+from .launch import at, dtype_of, jit, launch, matrix_table, salt_table, tile, tl, with_kernel
 from .registration import Lists, empty_like
+from .rounding_kernels import joined_with, parted, rounded_by_chance
 
 
 @jit
 def apply_kernel(
-    table, update_ptr, factor_ptr, decay_ptr, skip_ptr, rows, cols, across, tiles,
+    table, update_ptr, factor_ptr, decay_ptr, skip_ptr, salts, step_ptr, rows, cols, across, tiles,
     stride_n, stride_r, stride_c,
-    P: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, PURE: tl.constexpr,
-    PER_ROW: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, PURE: tl.constexpr,
+    PER_ROW: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr, CHANCE: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One tile. Table: old and new parameter."""
+    """One tile. Table: old and new parameter; with R, old and new rest."""
     pid = tl.program_id(0)
     matrix, where = (pid // tiles).to(tl.int64), pid % tiles
-    entry = table + matrix * 6
+    WIDE: tl.constexpr = R is not None
+    MANTISSA: tl.constexpr = tl.int16 == R
+    entry = table + matrix * (12 if WIDE else 6)
     down, along = where // across, where % across
     r, c = down * BR + tl.arange(0, BR), along * BC + tl.arange(0, BC)
     mask = (r < rows)[:, None] & (c < cols)[None, :]
@@ -38,29 +42,62 @@ def apply_kernel(
     else:
         delta = delta * tl.load(factor_ptr + matrix * cols + c, c < cols, other=0.0)[None, :]
     decay = tl.load(decay_ptr)
-    wide = old.to(tl.float32)
+    if WIDE:
+        old_rest = tl.load(at(entry + 6, r, c, R, UNIT, ALIGNED), mask, other=0)
+        wide = joined_with(old, old_rest, MANTISSA)
+    else:
+        wide = old.to(tl.float32)
     share = wide * tl.where(delta * wide >= 0, decay, 0.0) if CAUTIOUS else wide * decay
-    new = (wide - (share + delta)).to(P)
+    moved = wide - (share + delta)
+    if WIDE:
+        new, rest = parted(moved, P, MANTISSA)
+        if SKIP and PURE:
+            rest = tl.where(moves, rest, old_rest)
+        tl.store(at(entry + 9, r, c, R, UNIT, ALIGNED), rest, mask)
+    elif CHANCE:
+        index = (r[:, None] * cols + c[None, :]).to(tl.uint32)
+        salt, step = tl.load(salts + matrix).to(tl.uint32), tl.load(step_ptr).to(tl.uint32)
+        new = rounded_by_chance(moved, P, salt, index, step)
+    else:
+        new = moved.to(P)
     if SKIP and PURE:
         new = tl.where(moves, new, old)
     tl.store(at(entry + 3, r, c, P, UNIT, ALIGNED), new, mask)
 
 
 def _apply(
-    into: Lists, params: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool
-) -> None:
+    into: Lists, params: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool,
+    step: Tensor | None = None, salts: Sequence[int] = (),
+) -> None:  # fmt: skip
+    table = None if step is None else salt_table(salts, update.device)
+    _launch((params, into[0]), update, factor, decay, skip, cautious, table, step)
+
+
+def _apply_wide(
+    into: Lists, params: list[Tensor], rests: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor,
+    skip: Tensor | None, cautious: bool,
+) -> None:  # fmt: skip
+    _launch((params, into[0], rests, into[1]), update, factor, decay, skip, cautious, None, None)
+
+
+def _launch(
+    lists: Lists, update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool,
+    salts: Tensor | None, step: Tensor | None,
+) -> None:  # fmt: skip
+    """``lists``: old and new parameters; with masters, old and new rests."""
     n, rows, cols = update.shape
     if update.numel() == 0:
         return
-    places = matrix_table(params, into[0])
+    places = matrix_table(*lists)
     high, wide = tile(cols, 4096) if update.stride(2) == 1 else (64, 64)
     across = -(-cols // wide)
     tiles = across * -(-rows // high)
     launch(
-        apply_kernel, n * tiles, (places.entries, update, factor.contiguous(), decay, skip),
+        apply_kernel, n * tiles, (places.entries, update, factor.contiguous(), decay, skip, salts, step),
         (
-            rows, cols, across, tiles, *update.stride(), dtype_of(params[0]), places.unit, places.aligned,
-            into[0][0] is not params[0], factor.shape[1:] == (rows, 1), skip is not None, cautious, high, wide,
+            rows, cols, across, tiles, *update.stride(), dtype_of(lists[0][0]),
+            dtype_of(lists[2][0]) if len(lists) > 2 else None, places.unit, places.aligned, lists[1][0] is not lists[0][0],
+            factor.shape[1:] == (rows, 1), skip is not None, cautious, step is not None, high, wide,
         ),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -70,10 +107,23 @@ def _apply_fake(params: list[Tensor], *rest: Any) -> list[Tensor]:
     return empty_like(params)
 
 
+def _apply_wide_fake(params: list[Tensor], rests: list[Tensor], *more: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return empty_like(params), empty_like(rests)
+
+
+_HOW = "Tensor update, Tensor factor, Tensor decay, Tensor? skip, bool cautious"
+
 apply, apply_ = with_kernel(
     "apply",
-    "(Tensor[] params, Tensor update, Tensor factor, Tensor decay, Tensor? skip, bool cautious) -> Tensor[]",
+    f"(Tensor[] params, {_HOW}, Tensor? step=None, int[] salts=[]) -> Tensor[]",
     _apply,
     _apply_fake,
     writes=("params",),
+)
+apply_wide, apply_wide_ = with_kernel(
+    "apply_wide",
+    f"(Tensor[] params, Tensor[] rests, {_HOW}) -> (Tensor[], Tensor[])",
+    _apply_wide,
+    _apply_wide_fake,
+    writes=("params", "rests"),
 )

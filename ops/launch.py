@@ -26,7 +26,7 @@ except ImportError:
     triton = tl = None
     INTERPRETED = False
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16)  # int16: what bfloat16 lacks of a float32
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -153,6 +153,11 @@ def chunk_table(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tab
     return cached((chunk, sizes), device, make, shared=True)
 
 
+def salt_table(salts: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers on the device: see `rounding.noise`."""
+    return cached(("salts", *salts), device, lambda: ([list(salts)], True, True), shared=True).entries
+
+
 def _place(tensors: Sequence[Tensor]) -> Hashable:
     """Where the matrices of a list lie. It is asked for a hundred tensors a call: no Python for any of them."""
     first = tensors[0]
@@ -182,7 +187,11 @@ def dtype_of(x: Tensor) -> Any:
     return _TRITON[x.dtype]
 
 
-_TRITON = {} if tl is None else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON = (
+    {}
+    if tl is None
+    else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int16: tl.int16}
+)
 
 
 @jit

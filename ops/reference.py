@@ -6,13 +6,14 @@ All arithmetic is on stacks, so that Inductor fuses it and the graph grows with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .lists import count, stack
 from .reinterpret import reinterpret
+from .rounding import joined_with, noise, parted, places, rounded_by_chance
 
 Write = Callable[[list[Tensor], Tensor], list[Tensor]]
 Measures = tuple[Tensor, Tensor, Tensor]  # largest, power, squares; each [n]: see advance.py
@@ -155,14 +156,36 @@ def gather(
 
 
 def apply(
-    write: Write, params: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool
-) -> tuple[list[Tensor]]:
+    write: Write, params: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool,
+    step: Tensor | None = None, salts: Sequence[int] = (),
+) -> tuple[list[Tensor]]:  # fmt: skip
+    """``step`` and ``salts`` (one a matrix): round by chance."""
     olds = stack(params)
-    dtype = compute_dtype(olds.dtype)
-    old, delta = olds.to(dtype), update.to(dtype) * factor
-    share = torch.where(delta * old >= 0, decay, 0.0) if cautious else decay
-    new = (old - (old * share + delta)).to(olds.dtype)  # 1 - share would lose a small decay to rounding
+    new = _moved(olds.to(compute_dtype(olds.dtype)), update, factor, decay, cautious)
+    if step is not None:
+        of = torch.tensor(salts, dtype=torch.int64, device=olds.device)[:, None, None]
+        new = rounded_by_chance(new, olds.dtype, noise(of, places(olds.shape[1:], olds.device), step))
+    new = new.to(olds.dtype)
     return (write(params, new if skip is None else torch.where(skip, olds, new)),)
+
+
+def apply_wide(
+    write: Write, params: list[Tensor], rests: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor,
+    skip: Tensor | None, cautious: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The same of parameters with float32 masters: see rounding.py."""
+    olds, lacked = stack(params), stack(rests)
+    new = _moved(joined_with(olds, lacked), update, factor, decay, cautious)
+    news, lacks = parted(new, olds.dtype, lacked.dtype)
+    if skip is not None:
+        news, lacks = torch.where(skip, olds, news), torch.where(skip, lacked, lacks)
+    return write(params, news), write(rests, lacks)
+
+
+def _moved(old: Tensor, update: Tensor, factor: Tensor, decay: Tensor, cautious: bool) -> Tensor:
+    delta = update.to(old.dtype) * factor
+    share = torch.where(delta * old >= 0, decay, 0.0) if cautious else decay
+    return old - (old * share + delta)  # 1 - share would lose a small decay to rounding
 
 
 # --- AdamW, over tensors of any shapes ---
@@ -201,17 +224,42 @@ def adamw_flags(
 def adamw(
     params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
     lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
-    skip: Tensor | None,
+    skip: Tensor | None, step: Tensor | None = None, salts: Sequence[int] = (),
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, beta1, beta2, eps, correction1, correction2)
-    olds = [param.to(x.dtype) for param, x in zip(params, first, strict=True)]
+    """``step`` and ``salts`` (one a tensor): round by chance."""
+    rates = (beta1, beta2, eps, correction1, correction2)
+    updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, *rates)
+    news = _adamw_moved([param.to(x.dtype) for param, x in zip(params, first, strict=True)], updates, lr, decay)
+    if step is not None:
+        of = torch.tensor(salts, dtype=torch.int64, device=step.device).unbind(0)
+        drawn = [noise(salt, places(x.shape, x.device), step) for salt, x in zip(of, news, strict=True)]
+        news = [rounded_by_chance(x, old.dtype, bits) for x, old, bits in zip(news, params, drawn, strict=True)]
+    news = [x.to(param.dtype) for x, param in zip(news, params, strict=True)]
+    return _kept(skip, params, news), _kept(skip, exp_avgs, first), _kept(skip, exp_avg_sqs, second)
+
+
+def adamw_wide(
+    params: list[Tensor], rests: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
+    lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
+    skip: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """The same of parameters with float32 masters: see rounding.py."""
+    rates = (beta1, beta2, eps, correction1, correction2)
+    updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, *rates)
+    masters = _adamw_moved([joined_with(param, rest) for param, rest in zip(params, rests, strict=True)], updates, lr, decay)
+    new = [parted(x, param.dtype, rest.dtype) for x, param, rest in zip(masters, params, rests, strict=True)]
+    return (
+        _kept(skip, params, [param for param, _ in new]), _kept(skip, rests, [rest for _, rest in new]),
+        _kept(skip, exp_avgs, first), _kept(skip, exp_avg_sqs, second),
+    )  # fmt: skip
+
+
+def _adamw_moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor) -> list[Tensor]:
+    """New ones; ``updates`` are overwritten."""
     torch._foreach_mul_(updates, lr)
     torch._foreach_add_(updates, torch._foreach_mul(olds, decay))
-    news = [x.to(param.dtype) for x, param in zip(torch._foreach_sub(olds, updates), params, strict=True)]
-    if skip is None:
-        return news, first, second
-    kept = [
-        [torch.where(skip, x, y) for x, y in zip(old, new, strict=True)]
-        for old, new in ((params, news), (exp_avgs, first), (exp_avg_sqs, second))
-    ]
-    return kept[0], kept[1], kept[2]
+    return list(torch._foreach_sub(olds, updates))
+
+
+def _kept(skip: Tensor | None, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
+    return news if skip is None else [torch.where(skip, old, new) for old, new in zip(olds, news, strict=True)]

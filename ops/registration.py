@@ -58,7 +58,7 @@ def register(name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str
         return pure, pure
 
     takes, gives = schema.split(" -> ")
-    for letter, argument in zip("abc", writes, strict=False):
+    for letter, argument in zip("abcd", writes, strict=False):
         takes = takes.replace(f"Tensor[] {argument}", f"Tensor({letter}!)[] {argument}")
     has_rest = len(gives.split(",")) > count
 

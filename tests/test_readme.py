@@ -36,6 +36,14 @@ def test_the_routes_fit_a_model_that_has_such_names() -> None:
     assert [p.route.algorithm for p in plan.parameters] == ["normuon", "normuon", "adamw", "frozen"]
 
 
+def test_the_lists_are_stepped_as_printed() -> None:
+    printed: dict[str, Any] = {"nm": nm, "torch": torch}
+    block = next(block for block in BLOCKS if "foreach_step_" in block)
+    with torch.compiler.set_stance("force_eager"):
+        exec(compile(block, "README.md", "exec"), printed)
+    assert all(x.any() for name in ("momentums", "variances") for x in printed[name])
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
 def test_links_lead_somewhere(link: str) -> None:
     assert link.startswith("http") or (ROOT / link).exists()
