@@ -53,6 +53,7 @@ class Group:
     wd_mul: float
     names: tuple[str, ...]  # of all parameters that belong to it, those included of which nothing lies here
     spread: Spread | None = None
+    transposed: bool = False  # the outputs are the columns
 
     @property
     def held(self) -> bool:
@@ -147,7 +148,7 @@ class Plan:
             form += f", shared by {len(bucket.exchange.spreads[0].rects)} ranks" if bucket.exchange else ""
             for group in bucket.groups:
                 for block in group.blocks:
-                    how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols} {form}")
+                    how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols}{'T' * group.transposed} {form}")
         rows = [("parameter", "shape", "dtype", "route", "matrices", "why")]
         for p in self.parameters:
             rate = "".join(f" {k}={v:g}" for k, v in (("lr*", p.route.lr_mul), ("wd*", p.route.wd_mul)) if v != 1.0)
@@ -206,7 +207,7 @@ def make_plan(
         blocks: tuple[Block, ...] = ()
         if route.algorithm == "normuon":
             read = read_as_matrices(name, tensor, route)
-            by_row = [per_row(config, rows, cols) for _, _, rows, cols in read]
+            by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
             here, spreads = _here(name, read, lies, mesh)
             variance, views = variances(here, by_row)
             own = [Block(name, n, view, own) for (view, n, _, _), own in zip(here, views, strict=True)]
@@ -216,7 +217,7 @@ def make_plan(
                     variance, wide, _variance_lies(name, variances(read, by_row)[0], variance, lies)
                 )
             for block, (_, _, rows, cols), spread in zip(own, read, spreads, strict=True):
-                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread)
+                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread, route.transposed)
                 held, names = groups.setdefault(key, ([], []))
                 held += [block] if block.count else []
                 names.append(name)
@@ -331,13 +332,14 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
 def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, device: torch.device) -> tuple[Bucket, ...]:
     chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     buckets: dict[tuple, list[Group]] = {}
-    for (rows, cols, of, lr_mul, wd_mul, spread), (blocks, names) in groups.items():
+    for (rows, cols, of, lr_mul, wd_mul, spread, transposed), (blocks, names) in groups.items():
         short, long = sorted((rows, cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
         ranks = None if spread is None else (spread.group, spread.replicated)
         key = (short, long, form, own, ranks)
-        buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread))
+        own_group = Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread, transposed)
+        buckets.setdefault(key, []).append(own_group)
 
     shared = balance([group for parts in buckets.values() for group in parts])
     found = []
@@ -348,7 +350,7 @@ def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, 
             wide = torch.float64 if own == torch.float64 else torch.float32
             exchange = Exchange(
                 tuple(group.spread for group in parts if group.spread), tuple(group.tall for group in parts),
-                tuple(per_row(config, group.rows, group.cols) for group in parts), config.normalize,
+                tuple(per_row(config, group.rows, group.cols, group.transposed) for group in parts), config.normalize,
                 wide if config.orthogonalizer else form.dtype, wide, device, overlaps(parts[0].spread.group, device),
             )  # fmt: skip
         found.append(Bucket(tuple(parts), short, long, form, chosen, exchange))

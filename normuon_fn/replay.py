@@ -63,7 +63,7 @@ def capture(
                 continue
             key = (
                 f"{block.name}.input"
-                if len(block.param.base) != 2 or block.param.length is None
+                if block.param.length is None
                 else (f"{block.name}.input.{block.param.start}")
             )
             own = block.param.read(grad, writable=False)

@@ -28,7 +28,9 @@ class Route:
         flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack of its last two dimensions.
         splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a parameter of its own would.
         heads: so many equal matrices along ``dim``; with ``splits``, one number for all or one a split.
-        dim: the dimension of ``splits`` and ``heads``: 0 (outputs) or 1 (inputs).
+        dim: the dimension of ``splits`` and ``heads``: 0 (rows) or 1 (columns); of a stack [..., rows, cols] too (``splits`` only).
+        transposed: the rows are the inputs and the columns the outputs, as in the Conv1D of GPT-2: wherever the rule tells them
+            apart (variance, scale), they change places. ``dim`` counts as the tensor lies.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or value, or that has no meaning for the algorithm.
@@ -41,6 +43,7 @@ class Route:
     heads: int | tuple[int, ...] | None = None
     splits: tuple[int, ...] | None = None
     dim: int = 0
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
@@ -62,7 +65,9 @@ class Route:
                 object.__setattr__(self, field, tuple(value))
         if self.dim not in (0, 1):
             raise ValueError(f"Route.dim: expected 0 or 1, got {self.dim!r}")
-        if self.algorithm != "normuon" and (self.flatten or self.heads is not None or self.splits is not None):
+        if self.algorithm != "normuon" and (
+            self.flatten or self.heads is not None or self.splits is not None or self.transposed
+        ):
             raise ValueError(f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}")
         if self.flatten and (self.heads is not None or self.splits is not None):
             raise ValueError("Route: flatten cannot be combined with heads or splits")
@@ -113,8 +118,8 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
     shape = tuple(tensor.shape)
     if len(shape) < 2:
         raise ValueError(f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it to 'adamw'")
-    if len(shape) > 2 and (route.heads is not None or route.splits is not None):
-        raise ValueError(f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}")
+    if len(shape) > 2 and route.heads is not None:
+        raise ValueError(f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack can have splits")
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
     if len(shape) >= 4 and not route.flatten and shape[-1] == shape[-2] <= 11:
@@ -123,10 +128,12 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
             "for a convolution use Route(flatten=True)",
             stacklevel=4,
         )
-    size = shape[route.dim]
+    size = shape[len(shape) - 2 + route.dim]
     splits = route.splits
     if splits is not None and sum(splits) != size:
         raise ValueError(f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is {size}")
+    if route.flatten:
+        return _readable(name, tensor, matrices(shape, flatten=True, heads=(None,), splits=None, dim=0))
     parts = splits or (size,)
     heads: tuple[int | None, ...]
     if isinstance(route.heads, tuple):
@@ -138,7 +145,10 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
     for part, count in zip(parts, heads, strict=True):
         if count is not None and part % count:
             raise ValueError(f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} equal heads")
-    read = matrices(shape, flatten=route.flatten, heads=heads, splits=splits, dim=route.dim)
+    return _readable(name, tensor, matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim))
+
+
+def _readable(name: str, tensor: Tensor, read: list[tuple[View, int, int, int]]) -> list[tuple[View, int, int, int]]:
     try:
         for view, _, _, _ in read:
             if not isinstance(tensor, DTensor):  # whose parts are looked at where they are known
