@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from .orthogonalize import orthogonalize
 from .plan import Plan, make_plan
-from .routes import Route
+from .models import routes_for
+from .routes import Route, RouteTable
 from .step import init, step, step_, update
 from .types import Config, Hyper, StepResult
 
@@ -20,6 +21,7 @@ __all__ = [
     "NonFiniteStepError",
     "Plan",
     "Route",
+    "RouteTable",
     "SkipMonitor",
     "StepResult",
     "capture",
@@ -27,6 +29,7 @@ __all__ = [
     "init",
     "make_plan",
     "orthogonalize",
+    "routes_for",
     "step",
     "step_",
     "update",

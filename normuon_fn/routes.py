@@ -5,15 +5,16 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .layout import View, matrices
+from .table import render
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 
@@ -73,6 +74,56 @@ class Route:
             raise ValueError("Route: flatten cannot be combined with heads or splits")
 
 
+    def __str__(self) -> str:
+        """In few words, for a table."""
+        words: list[str] = [self.algorithm]
+        words += [f"{word}={value:g}" for word, value in (("lr*", self.lr_mul), ("wd*", self.wd_mul)) if value != 1.0]
+        words += [word for word, on in (("flatten", self.flatten), ("transposed", self.transposed)) if on]
+        along = "rows" if self.dim == 0 else "columns"
+        if self.splits is not None:
+            words.append(f"splits {'+'.join(map(str, self.splits))} of {along}")
+        if self.heads is not None:
+            counts = self.heads if isinstance(self.heads, tuple) else (self.heads,)
+            words.append(f"heads {'+'.join(map(str, counts))}{'' if self.splits else f' of {along}'}")
+        return " ".join(words)
+
+
+class Routed(NamedTuple):
+    """One parameter, or buffer, in a `RouteTable`."""
+
+    name: str
+    shape: tuple[int, ...]
+    module: str  # the class of the module that it belongs to
+    route: Route
+    reason: str
+
+
+class RouteTable(dict[str, Route]):
+    """What `routes_for` returns: name -> Route, for all of a model. ``str(table)`` says why.
+
+    A plan may be of fewer parameters than the table has, but not of others. Merged into a plain dict it is one.
+    """
+
+    def __init__(self, entries: Iterable[Routed]) -> None:
+        self.entries = {entry.name: entry for entry in entries}
+        super().__init__({name: entry.route for name, entry in self.entries.items()})
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "module", "route", "why")]
+        for e in self.entries.values():
+            rows.append((e.name, "x".join(map(str, e.shape)) or "scalar", e.module, str(self.get(e.name, e.route)), e.reason))
+        return render(rows)
+
+    def find(self, name: str) -> tuple[Route, str]:
+        if name not in self:
+            raise ValueError(
+                f"params[{name!r}]: routes_for() was given a model without it; it has {list(self)[:8]!r} ... Give it the module "
+                "that the names of params come from, or make a plain dict of it: {**routes_for(model)}"
+            )
+        entry = self.entries.get(name)
+        return (self[name], entry.reason) if entry is not None and entry.route == self[name] else (self[name], "routes")
+
+
 Key = str | Callable[[str, Tensor], bool]
 Routes = Mapping[str, Route] | Mapping[Key, Route]
 
@@ -80,6 +131,8 @@ Routes = Mapping[str, Route] | Mapping[Key, Route]
 def resolve_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, tuple[Route, str]]:
     if not isinstance(routes, Mapping):
         raise TypeError(f"routes: expected a dict of name, glob or predicate -> Route, got {type(routes).__name__}")
+    if isinstance(routes, RouteTable):
+        return {name: (Route("frozen"), "no entries") if t.numel() == 0 else routes.find(name) for name, t in params.items()}
     unmatched: dict[object, Route] = dict(routes.items())
     routed = {}
     for name, tensor in params.items():
