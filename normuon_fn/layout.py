@@ -192,7 +192,8 @@ def variances(blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bo
     if not any(per_row) and first.dim == 1:  # one a column, and the columns are what is split
         base = (1, first.base[1])
         return base, [
-            View(base, (1, n, c) if len(view.shape) == 3 else (1, c), 1, view.start, n * c, view.swap) for view, n, _, c in blocks
+            View(base, (1, n, c) if len(view.shape) == 3 else (1, c), 1, view.start, n * c, view.swap)
+            for view, n, _, c in blocks
         ]
     if not all(per_row):
         sizes = [n * (r if by_row else c) for (_, n, r, c), by_row in zip(blocks, per_row, strict=True)]

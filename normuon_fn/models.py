@@ -1,6 +1,6 @@
 """`routes_for`: what the modules of a model say of their parameters. Modules are told by type, class name and attributes.
 
-    named_modules -> every use of every tensor -> what each use makes of it -> one route a tensor, with the reason
+named_modules -> every use of every tensor -> what each use makes of it -> one route a tensor, with the reason
 """
 
 from __future__ import annotations

@@ -148,7 +148,9 @@ class Plan:
             form += f", shared by {len(bucket.exchange.spreads[0].rects)} ranks" if bucket.exchange else ""
             for group in bucket.groups:
                 for block in group.blocks:
-                    how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols}{'T' * group.transposed} {form}")
+                    how.setdefault(block.name, []).append(
+                        f"{block.count} x {group.rows}x{group.cols}{'T' * group.transposed} {form}"
+                    )
         rows = [("parameter", "shape", "dtype", "route", "matrices", "why")]
         for p in self.parameters:
             rate = "".join(f" {k}={v:g}" for k, v in (("lr*", p.route.lr_mul), ("wd*", p.route.wd_mul)) if v != 1.0)

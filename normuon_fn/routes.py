@@ -29,7 +29,7 @@ class Route:
         flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack of its last two dimensions.
         splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a parameter of its own would.
         heads: so many equal matrices along ``dim``; with ``splits``, one number for all or one a split.
-        dim: the dimension of ``splits`` and ``heads``: 0 (rows) or 1 (columns); of a stack [..., rows, cols] too (``splits`` only).
+        dim: the dimension of ``splits`` and ``heads``: 0 (rows) or 1 (columns). A stack can have ``splits``, not ``heads``.
         transposed: the rows are the inputs and the columns the outputs, as in the Conv1D of GPT-2: wherever the rule tells them
             apart (variance, scale), they change places. ``dim`` counts as the tensor lies.
 
@@ -72,7 +72,6 @@ class Route:
             raise ValueError(f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}")
         if self.flatten and (self.heads is not None or self.splits is not None):
             raise ValueError("Route: flatten cannot be combined with heads or splits")
-
 
     def __str__(self) -> str:
         """In few words, for a table."""
@@ -117,8 +116,8 @@ class RouteTable(dict[str, Route]):
     def find(self, name: str) -> tuple[Route, str]:
         if name not in self:
             raise ValueError(
-                f"params[{name!r}]: routes_for() was given a model without it; it has {list(self)[:8]!r} ... Give it the module "
-                "that the names of params come from, or make a plain dict of it: {**routes_for(model)}"
+                f"params[{name!r}]: routes_for() was given a model without it; it has {list(self)[:8]!r} ... Give it the "
+                "module that the names of params come from, or make a plain dict of it: {**routes_for(model)}"
             )
         entry = self.entries.get(name)
         return (self[name], entry.reason) if entry is not None and entry.route == self[name] else (self[name], "routes")
