@@ -118,8 +118,8 @@ def test_every_kind_of_module_is_told_by_type_and_each_part_steps_as_a_parameter
     table = nm.routes_for(model)
     assert_parts_step_alone(model, EVERYTHING, table)
     adamw = {"a.weight", "e.weight", "l.weight", "m.weight", "o.weight", "q.weight", "pos_embed", "r.weight"}
-    assert {name for name, route in table.items() if route.algorithm == "adamw" and not name.rpartition(".")[2].startswith("bias")
-            and "_bias" not in name and ".bias_" not in name} == adamw  # fmt: skip
+    biases = {name for name in table if "bias" in name}
+    assert {name for name, route in table.items() if route.algorithm == "adamw"} - biases == adamw
     assert {name for name, route in table.items() if route.algorithm == "frozen"} == {
         "p.weight", "p.bias", "s", "l.running_mean", "l.running_var", "l.num_batches_tracked",
     }  # fmt: skip
@@ -132,7 +132,7 @@ def test_the_table_explains_itself_and_the_plan_says_why() -> None:
         r"a.weight +20x12 +Embedding +adamw +embedding$",
         r"c.weight +8x4x3x3 +Conv2d +normuon flatten +Conv2d, flattened to 8x36$",
         r"e.weight +8x1x3x3 +Conv2d +adamw +depthwise Conv2d",
-        r"f.weight +4x6x2x2 +ConvTranspose2d +normuon flatten transposed +ConvTranspose2d, flattened to 4x24: the rows are inputs$",
+        r"f.weight +4x6x2x2 +ConvTranspose2d +normuon flatten transposed +.*flattened to 4x24: the rows are inputs$",
         r"g.in_proj_weight +36x12 +MultiheadAttention +normuon splits 12\+12\+12 of rows +fused qkv of MultiheadAttention$",
         r"h.weight_hh_l0 +32x8 +LSTM +normuon splits 8\+8\+8\+8 of rows +LSTM; 4 gates of 8$",
         r"q.weight +20x12 +Linear +adamw +output head: as many outputs as a has rows$",
@@ -224,40 +224,6 @@ def test_what_is_no_module_or_has_no_shape_yet_is_refused() -> None:
         nm.routes_for({})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0\.weight: has no shape yet"):
         nm.routes_for(nn.Sequential(nn.LazyLinear(4)))
-
-
-# ------------------------------------------------------------------------------------------------------- routes by themselves
-
-
-@pytest.mark.parametrize("preset", ["paper", "dion", "modded_nanogpt", "emerging_optimizers"])
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (3, 16, 40), (24, 24)])
-def test_a_transposed_matrix_steps_as_the_one_that_it_is_the_transpose_of(preset: str, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    config, params = nm.Config.preset(preset), {"w": torch.randn(shape)}
-    grads = gradients(params)
-    stored = stepped(params, {"w": nm.Route(transposed=True)}, config, grads)["w"]
-    plain = stepped({"w": params["w"].mT.contiguous()}, None, config, [{"w": g["w"].mT.contiguous()} for g in grads])["w"]
-    torch.testing.assert_close(stored.mT, plain, rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("preset", ["dion", "modded_nanogpt"])
-@pytest.mark.parametrize(("shape", "dim"), [((3, 24, 16), 0), ((3, 16, 24), 1), ((2, 2, 24, 16), 0), ((2, 2, 16, 24), 1)])
-def test_parts_of_a_stack_step_as_stacks_of_their_own(preset: str, shape: tuple[int, ...], dim: int) -> None:
-    torch.manual_seed(0)
-    config, params = nm.Config.preset(preset), {"w": torch.randn(shape)}
-    grads, along = gradients(params), len(shape) - 2 + dim
-    together = stepped(params, {"w": nm.Route(splits=(8, 16), dim=dim)}, config, grads)["w"]
-    for start, length in ((0, 8), (8, 16)):
-        cut = [p.narrow(along, start, length).contiguous() for p in (params["w"], grads[0]["w"], grads[1]["w"])]
-        alone = stepped({"w": cut[0]}, None, config, [{"w": cut[1]}, {"w": cut[2]}])["w"]
-        torch.testing.assert_close(together.narrow(along, start, length), alone, rtol=0, atol=TOLERANCE)
-
-
-def test_a_stack_with_heads_is_refused_and_adamw_takes_no_transposed() -> None:
-    with pytest.raises(ValueError, match="a stack can have splits"):
-        nm.make_plan({"w": torch.randn(2, 8, 8)}, routes={"w": nm.Route(heads=2)})
-    with pytest.raises(ValueError, match="for 'normuon', not for 'adamw'"):
-        nm.Route("adamw", transposed=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- torchtitan

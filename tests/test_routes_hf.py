@@ -72,7 +72,8 @@ PARTS: dict[str, dict[str, list]] = {
     },
     "gpt_oss": {
         **ATTENTION,
-        **{f"model.layers.0.mlp.experts.{x}_proj": turned([lambda w, k=k: w[k] for k in range(4)]) for x in ("gate_up", "down")},
+        "model.layers.0.mlp.experts.gate_up_proj": turned([lambda w, k=k: w[k] for k in range(4)]),
+        "model.layers.0.mlp.experts.down_proj": turned([lambda w, k=k: w[k] for k in range(4)]),
     },
     "vit": {
         "vit.embeddings.patch_embeddings.projection.weight": [lambda w: w.flatten(1)],
