@@ -20,7 +20,6 @@ class Heads:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names = {id(module): path for path, module in reversed(self.modules.items())}
         self.embeddings = {path: m for path, m in self.modules.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        self.tied = {id(m.weight): path for path, m in self.embeddings.items()}
         self.widths = {m.embedding_dim for m in self.embeddings.values()}
         if not self.widths:
             width = _first([s for s in (_get(model, "config"), model) if s is not None], _WIDTHS)
@@ -34,9 +33,6 @@ class Heads:
         """Why a weight gets AdamW as an output head, or as one of logits over experts."""
         if leaf.startswith(("weight", "original")) and id(module) in self._found:
             return self._found[id(module)]
-        tied = self.tied.get(id(_get(module, leaf)))
-        if tied is not None:
-            return f"output head, tied to {tied}"
         parts = self.names.get(id(module), "").split(".")
         if len(shape) == 2 and _ROUTER_NAMES & set(parts[-2:]) and shape[0] == self._experts(parts):
             return f"router: logits of {shape[0]} experts"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,15 @@ def test_the_names_that_come_later_are_all_there() -> None:
         assert getattr(normuon_fn, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = normuon_fn.nothing  # type: ignore[attr-defined]
+
+
+def test_the_wheel_has_the_marker_of_types_and_the_operators(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "normuon_fn", tmp_path / "normuon_fn", ignore=shutil.ignore_patterns("__pycache__"))  # ops as files
+    build = "import setuptools.build_meta as b; print(b.build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = set(zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]).namelist())
+    assert {"normuon_fn/py.typed", "normuon_fn/__main__.py", "normuon_fn/ops/launch.py"} <= names

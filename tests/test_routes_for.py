@@ -155,10 +155,14 @@ def test_tied_weights_have_one_route_under_both_names() -> None:
             self.inner.weight = self.table.weight
             self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
             self.second.weight = self.first.weight
+            self.hidden = nn.Linear(8, 6, bias=False)
+            self.lm_head = nn.Linear(8, 6, bias=False)
+            self.lm_head.weight = self.hidden.weight
 
     model = Tied()
     table = nm.routes_for(model)
-    assert [name for name, _ in model.named_parameters()] == ["inner.weight", "first.weight"]
+    assert [name for name, _ in model.named_parameters()] == ["inner.weight", "first.weight", "hidden.weight"]
+    assert table["hidden.weight"] == table["lm_head.weight"] == nm.Route("adamw")
     assert table["inner.weight"] == table["table.weight"] == nm.Route("adamw")
     assert table["first.weight"] == table["second.weight"] == nm.Route()
     assert "one tensor: inner.weight, table.weight" in str(table)
