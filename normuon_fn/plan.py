@@ -179,7 +179,7 @@ def make_plan(
         params: name -> tensor; shapes, dtypes and the device are read, never the values.
         routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that matches a parameter decides.
             Without one: matrices and stacks of matrices get NorMuon, but embeddings and output heads (by name) and everything
-            else AdamW.
+            else AdamW. Or the table of `routes_for`, which has them all.
         mesh: the ranks that hold the same plain tensors (DeviceMesh or ProcessGroup): each orthogonalizes its share. DTensors
             bring their own.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline: they may have other parameters.

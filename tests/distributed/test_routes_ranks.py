@@ -70,4 +70,4 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
 def test_shards_of_transposed_matrices_and_of_split_stacks_step_as_on_one_device(ranks: list[dict[str, float]]) -> None:
     for seen in ranks:
         assert len(seen) == len(CONFIGS) * len(DIMS) * 3 * len(SHAPES)
-        assert max(seen.values()) <= 2e-6, {key: error for key, error in seen.items() if error > 2e-6}  # seen 5e-7
+        assert max(seen.values()) <= 5e-7, {key: error for key, error in seen.items() if error > 5e-7}  # seen 0
