@@ -249,16 +249,6 @@ def test_a_torchtitan_model_is_read_by_its_names_and_sizes() -> None:
     assert reasons["layers.1.moe.experts.w1"] == "4 experts"
 
 
-def test_heads_of_attention_step_alone_where_asked() -> None:
-    torch.manual_seed(0)
-    model = Transformer()
-    table = nm.routes_for(model, per_head=True)
-    assert table["layers.0.attention.wq.weight"] == nm.Route(heads=6)
-    assert table["layers.0.attention.wk.weight"] == nm.Route(heads=2)
-    assert table["layers.1.attention.wqkv.weight"] == nm.Route(splits=(24, 8, 8), heads=(6, 2, 2))
-    assert table["layers.0.attention.wo.weight"] == nm.Route()
-
-
 def test_experts_stored_by_inputs_are_told_by_the_models_width() -> None:
     model = Transformer(by_inputs=True)
     table = nm.routes_for(model)

@@ -1,4 +1,4 @@
-"""Transposed matrices, and parts of stacks: each steps as the parameter would that it stands for."""
+"""Transposed matrices, parts of stacks, heads: each steps as the parameter would that it stands for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import normuon_fn as nm
 from normuon_fn.layout import matrices, part_of
 from tests.test_routes_for import TOLERANCE, gradients, stepped
+from tests.torchtitan_model import Transformer
 
 
 @pytest.mark.parametrize("preset", ["paper", "dion", "modded_nanogpt", "emerging_optimizers"])
@@ -60,3 +61,13 @@ def test_a_shard_of_a_stack_with_splits_knows_which_part_of_each_split_it_has(cu
             if rect.size:
                 found[first : first + n, rect.row : rect.row + rect.rows, rect.col : rect.col + rect.cols] = part
         assert torch.equal(found, view.read(whole))
+
+
+def test_heads_of_attention_step_alone_where_asked() -> None:
+    torch.manual_seed(0)
+    model = Transformer()
+    table = nm.routes_for(model, per_head=True)
+    assert table["layers.0.attention.wq.weight"] == nm.Route(heads=6)
+    assert table["layers.0.attention.wk.weight"] == nm.Route(heads=2)
+    assert table["layers.1.attention.wqkv.weight"] == nm.Route(splits=(24, 8, 8), heads=(6, 2, 2))
+    assert table["layers.0.attention.wo.weight"] == nm.Route()
