@@ -81,6 +81,8 @@ def matrices(
     dim: int,
 ) -> list[tuple[View, int, int, int]]:
     """(view, count, rows, cols) of every block of a parameter of that shape. ``heads`` has one entry a split."""
+    if len(shape) > 2 and splits is not None:
+        return _split_stack(shape, splits, dim)
     if flatten or len(shape) > 2:
         rows, cols = (shape[0], _size(shape[1:])) if flatten else shape[-2:]
         count = 1 if flatten else _size(shape[:-2])
@@ -95,6 +97,16 @@ def matrices(
         read = (rows, cols) if cut is None else (count, rows, cols) if dim == 0 else (rows, count, cols)
         view = View(shape, read, dim, start, None if whole else length, swap=cut is not None and dim == 1)
         blocks.append((view, count, rows, cols))
+        start += length
+    return blocks
+
+
+def _split_stack(shape: tuple[int, ...], splits: tuple[int, ...], dim: int) -> list[tuple[View, int, int, int]]:
+    """Of every matrix of a stack the same parts."""
+    blocks, start, count = [], 0, _size(shape[:-2])
+    for length in splits:
+        rows, cols = (length, shape[-1]) if dim == 0 else (shape[-2], length)
+        blocks.append((View(shape, (count, rows, cols), len(shape) - 2 + dim, start, length), count, rows, cols))
         start += length
     return blocks
 
@@ -133,9 +145,17 @@ def part_of(view: View, count: int, rows: int, cols: int, part: Sequence[Span]) 
         rect = Rect(*part[0], part[1][0] * each, part[1][1] * each)
         return View(here, (rect.rows, rect.cols)), count, rect
     if len(view.base) > 2:
-        rect = Rect(*part[-2], *part[-1])
-        n = _size(here[:-2])
-        return View(here, (n, rect.rows, rect.cols)), n, rect
+        spans, n = list(part[-2:]), _size(here[:-2])
+        if view.length is None:
+            rect = Rect(*spans[0], *spans[1])
+            return View(here, (n, rect.rows, rect.cols)), n, rect
+        cut = view.dim - len(here) + 2
+        (start, size) = spans[cut]
+        low, high = max(start, view.start), min(start + size, view.start + view.length)
+        kept = max(0, high - low)
+        spans[cut] = (low - view.start if kept else 0, kept)
+        rect = Rect(*spans[0], *spans[1])
+        return View(here, (n, rect.rows, rect.cols), view.dim, low - start if kept else 0, kept), n, rect
     length = view.base[view.dim] if view.length is None else view.length
     (start, size), (other, across) = part[view.dim], part[1 - view.dim]
     low, high = max(start, view.start), min(start + size, view.start + length)
@@ -168,6 +188,14 @@ def variances(blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bo
         across = (rows, 1) if per_row[0] else (1, cols)
         base = (*lead, *across)
         return base, [View(base, (count, *across) if len(first.shape) == 3 else across)]
+    if len(first.base) > 2 and len(set(per_row)) == 1:
+        return _stack_variances(blocks, per_row[0])
+    if not any(per_row) and first.dim == 1:  # one a column, and the columns are what is split
+        base = (1, first.base[1])
+        return base, [
+            View(base, (1, n, c) if len(view.shape) == 3 else (1, c), 1, view.start, n * c, view.swap)
+            for view, n, _, c in blocks
+        ]
     if not all(per_row):
         sizes = [n * (r if by_row else c) for (_, n, r, c), by_row in zip(blocks, per_row, strict=True)]
         base, views = (sum(sizes),), []
@@ -186,6 +214,20 @@ def variances(blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bo
             shape = (r, 1)
         views.append(View(base, shape, dim, start, length, swap=view.swap))
         start += length
+    return base, views
+
+
+def _stack_variances(blocks: Sequence[tuple[View, int, int, int]], per_row: bool) -> tuple[tuple[int, ...], list[View]]:
+    """Of a stack with splits: the stack's shape with the reduced axis 1, or one for every split."""
+    first = blocks[0][0]
+    lead, along = first.base[:-2], first.dim - len(first.base) + 2  # the dimension that is split
+    lengths = [(r, 1) if per_row else (1, c) for _, _, r, c in blocks]
+    total = sum(across[along] for across in lengths)
+    base = (*lead, total, lengths[0][1]) if along == 0 else (*lead, lengths[0][0], total)
+    views, start = [], 0
+    for (_, count, _, _), across in zip(blocks, lengths, strict=True):
+        views.append(View(base, (count, *across), first.dim, start, across[along]))
+        start += across[along]
     return base, views
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from .types import Config
 
 
-def per_row(config: Config, rows: int, cols: int) -> bool:
-    """Whether a matrix has one variance a row; otherwise one a column."""
+def per_row(config: Config, rows: int, cols: int, transposed: bool = False) -> bool:
+    """Whether a matrix has one variance a row; otherwise one a column. ``transposed``: its outputs are its columns."""
+    if transposed:
+        return config.reduction == "short" and cols < rows
     return config.reduction == "rows" or rows >= cols
 
 
@@ -25,13 +27,14 @@ def normalize(
     beta2: Tensor,  # 0-d
     config: Config,
     carried: float = 1.0,
+    transposed: bool = False,  # the outputs are the columns
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(factor, variance, finite)``: the step's update is ``factor * update``; ``finite`` [n] bool.
 
     Source: arXiv 2510.05491, Algorithm 1; renormalization and the axis by shape: KellerJordan/modded-nanogpt#141.
     """
     rows, cols = update.shape[-2:]
-    axis = -1 if per_row(config, rows, cols) else -2
+    axis = -1 if per_row(config, rows, cols, transposed) else -2
     compute = torch.promote_types(update.dtype, torch.float32 if variance is None else variance.dtype)
     moment = update.to(compute).square().mean(axis, keepdim=True) * carried**-2
     count = update.shape[axis]
@@ -47,7 +50,7 @@ def normalize(
     if config.scale == "paper":
         divisor = divisor * _divide(config.rms * (rows * cols) ** 0.5, normalized)
     else:
-        divisor = divisor * _shape_factor(config, rows, cols)
+        divisor = divisor * _shape_factor(config, *((cols, rows) if transposed else (rows, cols)))
         if config.renormalize:
             divisor = divisor * _divide(norm, normalized)
     finite = norm.isfinite() & normalized.isfinite()

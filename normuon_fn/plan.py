@@ -56,6 +56,7 @@ class Group:
     names: tuple[str, ...]  # of all parameters that belong to it, those included of which nothing lies here
     spread: Spread | None = None
     rest: str = ""  # the state that makes float32 masters of the parameters: ".mantissa" or ".master"
+    transposed: bool = False  # the outputs are the columns
 
     @property
     def held(self) -> bool:
@@ -152,7 +153,9 @@ class Plan:
             form += f", shared by {bucket.exchange.shards.size * bucket.exchange.copies.size} ranks" if bucket.exchange else ""
             for group in bucket.groups:
                 for block in group.blocks:
-                    how.setdefault(block.name, []).append(f"{block.count} x {group.rows}x{group.cols} {form}")
+                    how.setdefault(block.name, []).append(
+                        f"{block.count} x {group.rows}x{group.cols}{'T' * group.transposed} {form}"
+                    )
         rows = [("parameter", "shape", "dtype", "route", "matrices", "why")]
         for p in self.parameters:
             rate = "".join(f" {k}={v:g}" for k, v in (("lr*", p.route.lr_mul), ("wd*", p.route.wd_mul)) if v != 1.0)
@@ -181,7 +184,7 @@ def make_plan(
         params: name -> tensor; shapes, dtypes and the device are read, never the values.
         routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that matches a parameter decides.
             Without one: matrices and stacks of matrices get NorMuon, but embeddings and output heads (by name) and everything
-            else AdamW.
+            else AdamW. Or the table of `routes_for`, which has them all.
         mesh: the ranks that hold the same plain tensors (DeviceMesh or ProcessGroup): each orthogonalizes its share. DTensors
             bring their own.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline: they may have other parameters.
@@ -215,7 +218,7 @@ def make_plan(
         here_at = () if lies is None else lies.here
         if route.algorithm == "normuon":
             read = read_as_matrices(name, tensor, route)
-            by_row = [per_row(config, rows, cols) for _, _, rows, cols in read]
+            by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
             here, spreads = _here(name, read, lies, mesh)
             variance, views = variances(here, by_row)
             salts = [_salts(config.seed, name, (here_at, view.start), n if chance else 0) for view, n, _, _ in here]
@@ -226,7 +229,7 @@ def make_plan(
                     variance, wide, _variance_lies(name, variances(read, by_row)[0], variance, lies)
                 )
             for block, (_, _, rows, cols), spread in zip(own, read, spreads, strict=True):
-                key = (rows, cols, tensor.dtype, rest, route.lr_mul, route.wd_mul, spread)
+                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread, rest, route.transposed)
                 held, names = groups.setdefault(key, ([], []))
                 held += [block] if block.count else []
                 names.append(name)
@@ -366,13 +369,14 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
 def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, device: torch.device) -> tuple[Bucket, ...]:
     chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     buckets: dict[tuple, list[Group]] = {}
-    for (rows, cols, of, rest, lr_mul, wd_mul, spread), (blocks, names) in groups.items():
+    for (rows, cols, of, lr_mul, wd_mul, spread, *others), (blocks, names) in groups.items():
         short, long = sorted((rows, cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
         ranks = None if spread is None else (spread.group, spread.shards, spread.copies)
         key = (short, long, form, own, ranks)
-        buckets.setdefault(key, []).append(Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread, rest))
+        group = Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread, *others)
+        buckets.setdefault(key, []).append(group)
 
     shared = balance([group for parts in buckets.values() for group in parts])
     found = []
@@ -392,7 +396,7 @@ def _lanes(groups: Sequence[Group], config: Config) -> list[Lane]:
     for group in groups:
         assert group.spread is not None
         short, long = sorted((group.rows, group.cols))
-        by_row = per_row(config, group.rows, group.cols)
+        by_row = per_row(config, group.rows, group.cols, group.transposed)
         lanes.append(Lane(group.spread, short, long, group.tall, by_row, config.normalize, start))
         start += lanes[-1].count
     return lanes

@@ -61,11 +61,7 @@ def capture(
             grad = grads[block.name]
             if block.name not in bad or grad is None:
                 continue
-            key = (
-                f"{block.name}.input"
-                if len(block.param.base) != 2 or block.param.length is None
-                else (f"{block.name}.input.{block.param.start}")
-            )
+            key = f"{block.name}.input" if block.param.length is None else (f"{block.name}.input.{block.param.start}")
             own = block.param.read(grad, writable=False)
             tensors[key] = _rebuild(own, block.param.read(result.state[f"{block.name}.momentum"]), plan, hyper, held)
             blocks.append(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .layout import View, matrices
+from .table import render
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 
@@ -28,7 +29,9 @@ class Route:
         flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack of its last two dimensions.
         splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a parameter of its own would.
         heads: so many equal matrices along ``dim``; with ``splits``, one number for all or one a split.
-        dim: the dimension of ``splits`` and ``heads``: 0 (outputs) or 1 (inputs).
+        dim: the dimension of ``splits`` and ``heads``: 0 (rows) or 1 (columns). A stack can have ``splits``, not ``heads``.
+        transposed: the rows are the inputs and the columns the outputs, as in the Conv1D of GPT-2: wherever the rule tells them
+            apart (variance, scale), they change places. ``dim`` counts as the tensor lies.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or value, or that has no meaning for the algorithm.
@@ -41,6 +44,7 @@ class Route:
     heads: int | tuple[int, ...] | None = None
     splits: tuple[int, ...] | None = None
     dim: int = 0
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
@@ -62,10 +66,61 @@ class Route:
                 object.__setattr__(self, field, tuple(value))
         if self.dim not in (0, 1):
             raise ValueError(f"Route.dim: expected 0 or 1, got {self.dim!r}")
-        if self.algorithm != "normuon" and (self.flatten or self.heads is not None or self.splits is not None):
+        if self.algorithm != "normuon" and (
+            self.flatten or self.heads is not None or self.splits is not None or self.transposed
+        ):
             raise ValueError(f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}")
         if self.flatten and (self.heads is not None or self.splits is not None):
             raise ValueError("Route: flatten cannot be combined with heads or splits")
+
+    def __str__(self) -> str:
+        """In few words, for a table."""
+        words: list[str] = [self.algorithm]
+        words += [f"{word}={value:g}" for word, value in (("lr*", self.lr_mul), ("wd*", self.wd_mul)) if value != 1.0]
+        words += [word for word, on in (("flatten", self.flatten), ("transposed", self.transposed)) if on]
+        along = "rows" if self.dim == 0 else "columns"
+        if self.splits is not None:
+            words.append(f"splits {'+'.join(map(str, self.splits))} of {along}")
+        if self.heads is not None:
+            counts = self.heads if isinstance(self.heads, tuple) else (self.heads,)
+            words.append(f"heads {'+'.join(map(str, counts))}{'' if self.splits else f' of {along}'}")
+        return " ".join(words)
+
+
+class Routed(NamedTuple):
+    """One parameter, or buffer, in a `RouteTable`."""
+
+    name: str
+    shape: tuple[int, ...]
+    module: str  # the class of the module that it belongs to
+    route: Route
+    reason: str
+
+
+class RouteTable(dict[str, Route]):
+    """What `routes_for` returns: name -> Route, for all of a model. ``str(table)`` says why.
+
+    A plan may be of fewer parameters than the table has, but not of others. Merged into a plain dict it is one.
+    """
+
+    def __init__(self, entries: Iterable[Routed]) -> None:
+        self.entries = {entry.name: entry for entry in entries}
+        super().__init__({name: entry.route for name, entry in self.entries.items()})
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "module", "route", "why")]
+        for e in self.entries.values():
+            rows.append((e.name, "x".join(map(str, e.shape)) or "scalar", e.module, str(self.get(e.name, e.route)), e.reason))
+        return render(rows)
+
+    def find(self, name: str) -> tuple[Route, str]:
+        if name not in self:
+            raise ValueError(
+                f"params[{name!r}]: routes_for() was given a model without it; it has {list(self)[:8]!r} ... Give it the "
+                "module that the names of params come from, or make a plain dict of it: {**routes_for(model)}"
+            )
+        entry = self.entries.get(name)
+        return (self[name], entry.reason) if entry is not None and entry.route == self[name] else (self[name], "routes")
 
 
 Key = str | Callable[[str, Tensor], bool]
@@ -75,6 +130,8 @@ Routes = Mapping[str, Route] | Mapping[Key, Route]
 def resolve_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, tuple[Route, str]]:
     if not isinstance(routes, Mapping):
         raise TypeError(f"routes: expected a dict of name, glob or predicate -> Route, got {type(routes).__name__}")
+    if isinstance(routes, RouteTable):
+        return {name: (Route("frozen"), "no entries") if t.numel() == 0 else routes.find(name) for name, t in params.items()}
     unmatched: dict[object, Route] = dict(routes.items())
     routed = {}
     for name, tensor in params.items():
@@ -113,8 +170,8 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
     shape = tuple(tensor.shape)
     if len(shape) < 2:
         raise ValueError(f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it to 'adamw'")
-    if len(shape) > 2 and (route.heads is not None or route.splits is not None):
-        raise ValueError(f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}")
+    if len(shape) > 2 and route.heads is not None:
+        raise ValueError(f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack can have splits")
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
     if len(shape) >= 4 and not route.flatten and shape[-1] == shape[-2] <= 11:
@@ -123,10 +180,12 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
             "for a convolution use Route(flatten=True)",
             stacklevel=4,
         )
-    size = shape[route.dim]
+    size = shape[len(shape) - 2 + route.dim]
     splits = route.splits
     if splits is not None and sum(splits) != size:
         raise ValueError(f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is {size}")
+    if route.flatten:
+        return _readable(name, tensor, matrices(shape, flatten=True, heads=(None,), splits=None, dim=0))
     parts = splits or (size,)
     heads: tuple[int | None, ...]
     if isinstance(route.heads, tuple):
@@ -138,7 +197,10 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
     for part, count in zip(parts, heads, strict=True):
         if count is not None and part % count:
             raise ValueError(f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} equal heads")
-    read = matrices(shape, flatten=route.flatten, heads=heads, splits=splits, dim=route.dim)
+    return _readable(name, tensor, matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim))
+
+
+def _readable(name: str, tensor: Tensor, read: list[tuple[View, int, int, int]]) -> list[tuple[View, int, int, int]]:
     try:
         for view, _, _, _ in read:
             if not isinstance(tensor, DTensor):  # whose parts are looked at where they are known

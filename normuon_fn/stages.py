@@ -76,7 +76,7 @@ def updates_of(run: Run, bucket: Bucket, front: Front | None) -> list[Back]:
 
 def _normalized(run: Run, bucket: Bucket, group: Group, update: Tensor) -> Back:
     old = ops.stack(run.read(group.blocks, ".variance")) if run.plan.config.normalize else None
-    factor, new, finite = normalize(update, old, run.hyper.beta2, run.plan.config, carried(run, bucket))
+    factor, new, finite = normalize(update, old, run.hyper.beta2, run.plan.config, carried(run, bucket), group.transposed)
     return Back(group, update, factor, None if old is None or new is None else (old, new), finite)
 
 
