@@ -10,6 +10,7 @@ from .types import Config, Hyper, StepResult
 
 if TYPE_CHECKING:
     from .graphed import GraphedStep
+    from .optimizer import NorMuon
     from .report import NonFiniteStepError, SkipMonitor, capture, check
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "GraphedStep",
     "Hyper",
     "NonFiniteStepError",
+    "NorMuon",
     "Plan",
     "Route",
     "SkipMonitor",
@@ -39,6 +41,10 @@ def __getattr__(name: str) -> Any:
         from .graphed import GraphedStep
 
         return GraphedStep
+    if name == "NorMuon":
+        from .optimizer import NorMuon
+
+        return NorMuon
     if name in ("NonFiniteStepError", "SkipMonitor", "capture", "check"):
         from . import report
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .layout import Block, View, join
-from .plan import AdamWBucket, Group, Plan
+from .plan import AdamWBucket, Bucket, Group, Plan
 from .types import Grads, Hyper, StepResult, Tensors
 
 
@@ -30,6 +30,10 @@ class Run(NamedTuple):
     def holds_late(self) -> bool:
         """Whether only the ranks' agreement at the end of the step tells if momentum must keep its bits."""
         return self.plan.config.guard == "full" and self.plan.guard_group is not None
+
+    def hyper_of(self, of: Bucket | Group | AdamWBucket) -> Hyper:
+        """0-d tensors: its own, where the plan has several sets of hyperparameters."""
+        return self.hyper if self.plan.hypers == 0 else Hyper(*(values[of.hyper] for values in self.hyper))
 
     def grad(self, name: str) -> Tensor:
         grad = self.grads[name]

@@ -97,7 +97,7 @@ def answer(run: Run, bucket: Bucket, given: Parts) -> Answer:
         part = next(parts)
         update = part.mT if group.tall else part
         before = None if variance is None else variance.unsqueeze(2 if by_row else 1)
-        factor, new, finite = normalize(update, before, run.hyper.beta2, config, carried(run, bucket))
+        factor, new, finite = normalize(update, before, run.hyper_of(bucket).beta2, config, carried(run, bucket))
         updates.append(mesh.Update(update, factor.flatten(1), None if new is None else new.flatten(1), finite))
     return Answer(given.front, exchange.send_back(updates))
 
