@@ -110,9 +110,18 @@ def _asked(named: Mapping[str, Tensor], routes: Routes) -> dict[str, Route]:
 
 def plain(value: Any) -> Any:
     """A number for a tensor of one element or a numpy scalar: what ``torch.load(weights_only=True)`` reads."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(map(plain, value))
     return value.item() if hasattr(value, "item") else value
+
+
+def check_device(device: torch.device, expected: str) -> None:
+    if device.type != expected:
+        raise ValueError(
+            f"graphed=True: expected parameters on a {expected.upper()} device, got {device}; the step is the same without"
+        )
 
 
 def pairs(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:

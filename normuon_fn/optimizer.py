@@ -13,23 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from . import groups as groups_of
 from . import mesh as ranks_of
 from .compat import Ranks
 from .graphed import GraphedStep
-from .groups import (
-    GroupHyper,
-    check_keys,
-    check_saved,
-    check_values,
-    guarded,
-    keep,
-    looks_of,
-    names_of,
-    pairs,
-    plain,
-    route,
-    take,
-)
 from .plan import Plan, make_plan
 from .routes import Routes
 from .step import step_
@@ -38,6 +25,10 @@ from .types import Config, Guard, StepResult
 LateGradients = Literal["replan", "error"]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _COUNTERS = ("step", "skipped", "consecutive")
+_KEPT = (
+    "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_group_routes", "_counters", "_stepped",
+    "_constructed",
+)  # fmt: skip
 
 
 @dataclass
@@ -78,8 +69,8 @@ class NorMuon(torch.optim.Optimizer):
     copies into the tensors that are there.
 
     ``torch.amp.GradScaler`` works without a host sync: gradients are unscaled in place, ``found_inf`` skips the step.
-    ``torch.compile(optimizer.step)`` leaves the graph for the step, which is compiled already. `plan` and `result` are those of
-    the last step, for `check`.
+    ``torch.compile(optimizer.step)`` leaves the graph for the step, which is compiled already. ``plan`` and ``result`` are those
+    of the last step, for `check`.
 
     Args:
         lr: as for `Hyper`: of an update with RMS 0.2, so AdamW's learning rates carry over; see ``Config.scale``.
@@ -116,18 +107,17 @@ class NorMuon(torch.optim.Optimizer):
     ) -> None:
         if late_gradients not in get_args(LateGradients):
             raise ValueError(f"late_gradients: expected one of {get_args(LateGradients)}, got {late_gradients!r}")
-        self.config = guarded(config, guard, nan_guard_fallback)
+        self.config = groups_of.guarded(config, guard, nan_guard_fallback)
         self.late_gradients, self.graphed = late_gradients, graphed
         self._routes, self._mesh, self._guard_mesh = routes, mesh, guard_mesh
         self._group_routes: list[Routes] = []
         self._counters: dict[str, Tensor] = {}
-        self._stepped = False
+        self._stepped = self._constructed = False
         self._forget()
         defaults = {
             "lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "algorithm": algorithm,
             "adamw_betas": adamw_betas, "adamw_eps": adamw_eps,
         }  # fmt: skip
-        self._constructed = False
         super().__init__(params, defaults)
         self._constructed = True
         self._settle()
@@ -140,9 +130,8 @@ class NorMuon(torch.optim.Optimizer):
         self._stages: dict[tuple[bool, ...], _Stage] = {}
         self._looks: list[tuple[int, torch.device, torch.dtype]] = []
         self._had: set[str] | None = None  # who had a gradient so far
-        self._last: tuple[Plan, StepResult] | None = None
-
-    # ------------------------------------------------------------------------------------------------------------- the step
+        self.plan: Plan | None = None
+        self.result: StepResult | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the loss, if ``closure`` computes it."""
@@ -157,7 +146,7 @@ class NorMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def _advance(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
-        if self._looks != looks_of(params):
+        if self._looks != groups_of.looks_of(params):
             self._settle()
         grads = [p.grad for p in params]
         if self.config.missing_grads == "zeros":
@@ -176,7 +165,7 @@ class NorMuon(torch.optim.Optimizer):
             result = stage.graphed(stage.params, given, stage.state, self._hyper.hyper, found_inf=found_inf)
         else:
             result = step_(stage.params, given, stage.state, self._hyper.hyper, stage.plan, found_inf=found_inf)
-        self._stepped, self._last = True, (stage.plan, result)
+        self.plan, self.result, self._stepped = stage.plan, result, True
 
     def _unscale(self, grads: Mapping[str, Tensor | None]) -> Tensor | None:
         """What `torch.amp.GradScaler` left for the step. ``found_inf``, in a tensor that stays."""
@@ -186,16 +175,6 @@ class NorMuon(torch.optim.Optimizer):
             torch._foreach_mul_([ranks_of.local(grad) for grad in grads.values() if grad is not None], inverse)
         return None if found_inf is None else self._found_inf.copy_(found_inf.reshape(()), non_blocking=True)
 
-    @property
-    def plan(self) -> Plan | None:
-        """Of the last step."""
-        return self._last[0] if self._last else None
-
-    @property
-    def result(self) -> StepResult | None:
-        """Of the last step, for `check` and `SkipMonitor`."""
-        return self._last[1] if self._last else None
-
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """As every optimizer's; ``set_to_none`` is True unless the step is ``graphed``."""
         super().zero_grad(not self.graphed if set_to_none is None else set_to_none)
@@ -204,18 +183,16 @@ class NorMuon(torch.optim.Optimizer):
         """Frees captured graphs: before ``torch.distributed.destroy_process_group()``."""
         self._forget()
 
-    # ------------------------------------------------------------------------------------------------------------- the plan
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Another group, with the defaults of the constructor. The next step is planned and compiled anew."""
         if isinstance(param_group, dict):
-            check_keys(param_group)
+            groups_of.check_keys(param_group)
             routes = param_group.get("routes")
             param_group = {key: value for key, value in param_group.items() if key != "routes"}
         super().add_param_group(param_group)
         self._group_routes.append({} if routes is None else routes)
         try:
-            check_values(self.param_groups[-1])
+            groups_of.check_values(self.param_groups[-1])
             if self._constructed:
                 self._settle()
         except (TypeError, ValueError):
@@ -227,16 +204,16 @@ class NorMuon(torch.optim.Optimizer):
     def _settle(self) -> None:
         """Names, routes, hyperparameters and state of the parameters that there are now."""
         self._forget()
-        self._named, self._hyper_of = names_of(self.param_groups)
+        self._named, self._hyper_of = groups_of.names_of(self.param_groups)
         params = list(self._named.values())
-        self._routed = route(self.param_groups, self._group_routes, self._routes, self._named)
+        self._routed = groups_of.route(self.param_groups, self._group_routes, self._routes, self._named)
         device = ranks_of.local(params[0]).device if params else torch.device("cpu")
-        self._hyper = GroupHyper(1 + max(self._hyper_of.values(), default=0), device)
+        self._hyper = groups_of.GroupHyper(1 + max(self._hyper_of.values(), default=0), device)
         self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
         here = set(map(id, params))
         for p in [p for p in self.state if id(p) not in here]:
             del self.state[p]
-        self._looks = looks_of(params)
+        self._looks = groups_of.looks_of(params)
         among = tuple(p.requires_grad for p in params)
         if any(among):
             self._stages[among] = self._made(among)
@@ -252,11 +229,7 @@ class NorMuon(torch.optim.Optimizer):
             )
         stage = self._stages[among] if among in self._stages else self._made(among)
         if self.graphed:
-            if stage.plan.device.type != GraphedStep._device_type:
-                raise ValueError(
-                    f"graphed=True: expected parameters on a CUDA device, got {stage.plan.device}; leave it out, the step is "
-                    "the same"
-                )
+            groups_of.check_device(stage.plan.device, GraphedStep._device_type)
             stage.graphed = GraphedStep(stage.plan)
         self._had = names | (self._had or set())
         stage.stepped = True
@@ -278,18 +251,15 @@ class NorMuon(torch.optim.Optimizer):
         for key, spec in plan.state.items():
             name, _, kind = key.rpartition(".")
             owner = self._counters if name == "guard" and kind in _COUNTERS else self.state[params[name]]
-            state[key] = keep(owner, name, kind, spec, plan.device, self._stepped)
+            state[key] = groups_of.keep(owner, name, kind, spec, plan.device, self._stepped)
         for p in params.values():
             self.state[p].update(self._counters)
-        at = [k for k, here in enumerate(among) if here]
-        return _Stage(plan, at, params, state)
-
-    # ------------------------------------------------------------------------------------------------------------ the state
+        return _Stage(plan, [k for k, here in enumerate(among) if here], params, state)
 
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's; hyperparameters as plain numbers."""
         packed = super().state_dict()
-        packed["param_groups"] = [{key: plain(value) for key, value in group.items()} for group in packed["param_groups"]]
+        packed["param_groups"] = [*map(groups_of.plain, packed["param_groups"])]
         return packed
 
     @torch.compiler.disable
@@ -302,31 +272,26 @@ class NorMuon(torch.optim.Optimizer):
         given: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             given = before(self, given) or given
-        params = [p for group in self.param_groups for p in group["params"]]
-        if self._looks != looks_of(params):
+        if self._looks != groups_of.looks_of([p for group in self.param_groups for p in group["params"]]):
             self._settle()
         groups = given["param_groups"]
-        check_saved(self.param_groups, groups)
+        groups_of.check_saved(self.param_groups, groups)
         found = dict(zip(self._named, chain.from_iterable(group["params"] for group in groups), strict=True))
         theirs = {name: given["state"].get(key, {}) for name, key in found.items()}
         lacks = tuple(bool(theirs[name]) and not self.state.get(p) for name, p in self._named.items())
         if any(lacks):
             self._made(lacks)
-        copies = [pair for name, p in self._named.items() for pair in pairs(name, self.state.get(p, {}), theirs[name])]
+        copies = [groups_of.pairs(name, self.state.get(p, {}), theirs[name]) for name, p in self._named.items()]
         with torch.no_grad():
-            for into, value in copies:
+            for into, value in chain.from_iterable(copies):
                 into.copy_(value)
-        take(self.param_groups, groups)
+        groups_of.take(self.param_groups, groups)
         self._stepped = True
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (
-            "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_group_routes", "_counters", "_stepped",
-            "_constructed",
-        )  # fmt: skip
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

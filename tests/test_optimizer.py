@@ -24,6 +24,7 @@ from tests.test_graphed import Rehearsed
 optimizer_module = importlib.import_module("normuon_fn.optimizer")
 step_module = importlib.import_module("normuon_fn.step")
 Named = list[tuple[str, nn.Parameter]]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 COUNTERS = ("step", "skipped", "consecutive")
 
 
@@ -35,7 +36,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
 
 @pytest.fixture(autouse=True)
 def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "counter" not in request.fixturenames:
+    if "counter" not in request.fixturenames and "cuda" not in request.node.name:
         monkeypatch.setattr(optimizer_module, "step_", step_module._update_)
         monkeypatch.setattr(importlib.import_module("normuon_fn.graphed"), "step_", step_module._update_)
 
@@ -341,7 +342,9 @@ def test_a_graphed_step_follows_the_scheduler_and_is_captured_once(rehearsed: li
 
 def test_graphed_says_where_it_runs() -> None:
     model = Net()
-    with pytest.raises(ValueError, match="graphed=True: expected parameters on a CUDA device, got cpu; leave it out"):
+    with pytest.raises(
+        ValueError, match="graphed=True: expected parameters on a CUDA device, got cpu; the step is the same without"
+    ):
         train(model, nm.NorMuon(model.named_parameters(), graphed=True), range(1))
 
 
@@ -760,6 +763,49 @@ def test_a_grad_scaler_recompiles_nothing_and_leaves_a_graph_alone(
                 scaler.step(optimizer)
             scaler.update()
     assert counter.frame_count == 2 and rehearsed[0].did() == "plain capture replay replay replay"
+
+
+@needs_cuda
+def test_on_cuda_a_captured_step_follows_scheduler_and_scaler_without_a_wait() -> None:
+    results = []
+    for graphed in (False, True):
+        model = Net().cuda()
+        optimizer = nm.NorMuon(three(model), guard="full", graphed=graphed)
+        schedule = SCHEDULERS["one_cycle"](optimizer)
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
+        for k in range(8):
+            optimizer.zero_grad(set_to_none=False)
+            scaler.scale(model(batch(k).cuda()).square().mean()).backward()
+            if k == 5:
+                assert model.up.weight.grad is not None
+                model.up.weight.grad[0, 0] = float("inf")
+            if k > 2:  # compiled and captured
+                torch.cuda.set_sync_debug_mode("error")
+            scaler.step(optimizer)
+            torch.cuda.set_sync_debug_mode("default")
+            scaler.update()
+            schedule.step()
+        if graphed:
+            (stage,) = optimizer._stages.values()
+            assert stage.graphed is not None and stage.graphed.captured
+        results.append((weights(model), states(optimizer)))
+        optimizer.release()
+    assert same(results[0][0], results[1][0]) and same(results[0][1], results[1][1])
+    assert int(results[1][1]["0.skipped"]) == 1
+
+
+@needs_cuda
+def test_on_cuda_groups_and_a_tensor_lr_on_the_host_have_the_bits_of_optimizers_of_their_own() -> None:
+    model, other = Net().cuda(), Net().cuda()
+    whole = nm.NorMuon(three(model, torch.tensor(0.02)), guard="full")
+    alone = [nm.NorMuon([group], guard="full") for group in three(other)]
+    for k in range(4):
+        for net, optimizers in ((model, [whole]), (other, alone)):
+            net.zero_grad()
+            net(batch(k).cuda()).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert same(weights(model), weights(other))
 
 
 # --- errors
