@@ -69,8 +69,8 @@ class NorMuon(torch.optim.Optimizer):
     copies into the tensors that are there.
 
     ``torch.amp.GradScaler`` works without a host sync: gradients are unscaled in place, ``found_inf`` skips the step.
-    ``torch.compile(optimizer.step)`` leaves the graph for the step, which is compiled already. ``plan`` and ``result`` are those
-    of the last step, for `check`.
+    ``torch.compile(optimizer.step)`` leaves the graph for the step, which is compiled already. ``plan`` and ``result`` are
+    those of the last step, for `check`.
 
     Args:
         lr: as for `Hyper`: of an update with RMS 0.2, so AdamW's learning rates carry over; see ``Config.scale``.
