@@ -130,6 +130,23 @@ def by_hand(model: Net, plan: nm.Plan, hyper_at: Callable[[int], nm.Hyper], step
     return weights(model)
 
 
+def three_by_hand(model: nn.Module) -> tuple[nm.Plan, Callable[[list[float], float], nm.Hyper]]:
+    """The plan of `three`, and its Hyper: of the learning rates and the first group's momentum."""
+    matrices, rest = split(model)
+    params = dict(matrices + rest)
+    index = {name: min(k, 1) for k, (name, _) in enumerate(matrices)} | {name: 2 for name, _ in rest}
+    routes = {name: nm.Route("adamw") for name, _ in rest}
+
+    def hyper(lr: list[float], momentum: float) -> nm.Hyper:
+        return nm.Hyper.stack([
+            nm.Hyper.of(params, lr=lr[0], momentum=momentum, weight_decay=0.1),
+            nm.Hyper.of(params, lr=lr[1], beta2=0.5, momentum=0.95 if momentum == 0.8 else momentum),
+            nm.Hyper.of(params, lr=lr[2], adamw_betas=(0.8, 0.99), adamw_eps=1e-6),
+        ])  # fmt: skip
+
+    return nm.make_plan(params, nm.Config(nesterov=True), routes=routes, hyper_of=index), hyper
+
+
 # --- it is step_
 
 
@@ -147,17 +164,8 @@ def test_groups_have_the_bits_of_step_with_an_entry_of_hyper_for_each() -> None:
     model, other = Net(), Net()
     optimizer = nm.NorMuon(three(model), config=nm.Config(nesterov=True))
     train(model, optimizer, range(5))
-    matrices, rest = split(other)
-    params = dict(matrices + rest)
-    index = {name: min(k, 1) for k, (name, _) in enumerate(matrices)} | {name: 2 for name, _ in rest}
-    routes = {name: nm.Route("adamw") for name, _ in rest}
-    plan = nm.make_plan(params, nm.Config(nesterov=True), routes=routes, hyper_of=index)
-    hyper = nm.Hyper.stack([
-        nm.Hyper.of(params, lr=0.02, momentum=0.8, weight_decay=0.1),
-        nm.Hyper.of(params, lr=0.02, beta2=0.5),
-        nm.Hyper.of(params, lr=0.02, adamw_betas=(0.8, 0.99), adamw_eps=1e-6),
-    ])  # fmt: skip
-    assert same(weights(model), by_hand(other, plan, lambda k: hyper, range(5)))
+    plan, hyper = three_by_hand(other)
+    assert same(weights(model), by_hand(other, plan, lambda k: hyper([0.02] * 3, 0.8), range(5)))
 
 
 @pytest.mark.parametrize("guard", ["off", "full"])
@@ -304,7 +312,7 @@ def test_a_scheduler_drives_every_group_and_nothing_is_recompiled(
     scheduler: str, of: Any, counter: graphs.CompileCounter
 ) -> None:
     model, other = Net(), Net()
-    optimizer = nm.NorMuon(three(model, of(0.02)))
+    optimizer = nm.NorMuon(three(model, of(0.02)), config=nm.Config(nesterov=True))
     schedule = SCHEDULERS[scheduler](optimizer)
     rates: list[list[dict[str, Any]]] = []
     for k in range(6):
@@ -318,14 +326,9 @@ def test_a_scheduler_drives_every_group_and_nothing_is_recompiled(
     assert len({rate["lr"] for row in rates for rate in row}) > 2
     if scheduler == "one_cycle":
         assert len({row[0]["momentum"] for row in rates}) == 6
-    again = nm.NorMuon(three(other))  # whose groups are written by hand, as numbers
-    for k, row in enumerate(rates):
-        for group, rate in zip(again.param_groups, row, strict=True):
-            group.update(rate)
-        other.zero_grad()
-        backward(other, k)
-        again.step()
-    assert same(weights(model), weights(other))
+    plan, hyper = three_by_hand(other)
+    hypers = [hyper([rate["lr"] for rate in row], row[0]["momentum"]) for row in rates]
+    assert same(weights(model), by_hand(other, plan, lambda k: hypers[k], range(6)))
 
 
 def test_a_graphed_step_follows_the_scheduler_and_is_captured_once(rehearsed: list[Rehearsed]) -> None:
