@@ -170,9 +170,9 @@ def test_groups_have_the_bits_of_step_with_an_entry_of_hyper_for_each() -> None:
 
 @pytest.mark.parametrize("guard", ["off", "full"])
 def test_a_group_steps_as_an_optimizer_of_its_own_does(guard: Any) -> None:
-    model, other = Net(), Net()
-    train(model, nm.NorMuon(three(model), guard=guard), range(5))
-    alone = [nm.NorMuon([group], guard=guard) for group in three(other)]
+    model, other, config = Net(), Net(), nm.Config(nesterov=True)
+    train(model, nm.NorMuon(three(model), guard=guard, config=config), range(5))
+    alone = [nm.NorMuon([group], guard=guard, config=config) for group in three(other)]
     for k in range(5):
         other.zero_grad()
         backward(other, k)

@@ -31,7 +31,7 @@ def groups(model: nn.Module, lr: float = 0.02) -> list[dict[str, Any]]:
     named = list(model.named_parameters())
     return [
         {"params": [(n, p) for n, p in named if n == "0.weight"], "lr": lr, "momentum": 0.8},
-        {"params": [(n, p) for n, p in named if n == "2.weight"], "lr": 2 * lr},
+        {"params": [(n, p) for n, p in named if n == "2.weight"], "lr": 2 * lr, "beta2": 0.5},
         {"params": [(n, p) for n, p in named if p.ndim < 2], "lr": lr, "algorithm": "adamw"},
     ]
 
