@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint, CheckpointError, load, save
     from .converters import convert_state
     from .graphed import GraphedStep
+    from .optimizer import NorMuon
     from .report import NonFiniteStepError, SkipMonitor, capture, check
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "GraphedStep",
     "Hyper",
     "NonFiniteStepError",
+    "NorMuon",
     "Plan",
     "Route",
     "RouteTable",
@@ -55,6 +57,7 @@ _LATER = {
     "SkipMonitor": "report",
     "capture": "report",
     "check": "report",
+    "NorMuon": "optimizer",
     "convert_state": "converters",
     "load": "checkpoint",
     "save": "checkpoint",

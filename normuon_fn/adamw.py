@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
 def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
     names = tuple(name for name in bucket.names if run.grads[name] is not None)
-    hyper, state = run.hyper, run.state
+    hyper, state = run.hyper_of(bucket), run.state
     wide = run.plan.state[f"{bucket.members[0]}.exp_avg"].dtype
     # Bias correction counts accepted steps. With the guard's scope a bucket, others' skips must not count, so all steps do.
     step = state["guard.step"] + 1
@@ -52,7 +52,8 @@ def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
 def apply_adamw(run: Run, bucket: AdamWBucket, lists: Moments, skip: Decision) -> None:
     if not lists.names:
         return
-    lr, decay = run.rates(bucket, run.hyper.adamw_lr, run.hyper.adamw_weight_decay, lists.exp_avgs[0].dtype)
+    hyper = run.hyper_of(bucket)
+    lr, decay = run.rates(bucket, hyper.adamw_lr, hyper.adamw_weight_decay, lists.exp_avgs[0].dtype)
     moments, how = (lists.exp_avgs, lists.exp_avg_sqs, lists.grads), (lr, decay, *lists.hyper, skip)
     suffixes = ["", *([bucket.rest] if bucket.rest else []), ".exp_avg", ".exp_avg_sq"]
     if bucket.rest:

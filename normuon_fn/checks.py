@@ -23,9 +23,11 @@ def check_step(plan: Plan, params: Tensors, grads: Grads, state: Tensors, hyper:
     if not isinstance(hyper, Hyper):
         raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")
     for name, value in zip(Hyper._fields, hyper, strict=True):
-        if not isinstance(value, Tensor) or value.ndim != 0:
+        shape = (plan.hypers,) if plan.hypers else ()
+        if not isinstance(value, Tensor) or value.shape != shape:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"hyper.{name}: expected a 0-d tensor, got {what}; Hyper.of makes them from numbers")
+            kind = f"a tensor of shape {shape}, one value for each set of hyper_of" if shape else "a 0-d tensor"
+            raise TypeError(f"hyper.{name}: expected {kind}, got {what}; Hyper.of makes them from numbers")
     missing = [block.name for bucket in plan.buckets if bucket.exchange for block in bucket.blocks if grads[block.name] is None]
     if missing and plan.config.missing_grads == "skip":
         raise ValueError(

@@ -42,6 +42,7 @@ class Parameter:
     reason: str
     blocks: tuple[Block, ...] = ()
     columns: tuple[int, ...] = ()
+    hyper: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Group:
     spread: Spread | None = None
     rest: str = ""  # the state that makes float32 masters of the parameters: ".mantissa" or ".master"
     transposed: bool = False  # the outputs are the columns
+    hyper: int = 0
 
     @property
     def held(self) -> bool:
@@ -82,6 +84,7 @@ class Bucket:
     form: Form
     coefficients: CoefficientSet
     exchange: Exchange | None = None  # with the ranks that hold parts of the matrices, or copies
+    hyper: int = 0
 
     @property
     def blocks(self) -> list[Block]:
@@ -105,6 +108,7 @@ class AdamWBucket:
     members: tuple[str, ...]
     rest: str = ""  # as of a Group
     salts: tuple[int, ...] = ()  # one a name, where they are rounded by chance
+    hyper: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +126,7 @@ class Plan:
     guard_group: str | None = None  # the process group whose ranks decide together
     guard_alike: bool = True  # all of them have these parameters
     sharded: bool = False  # any parameter is a DTensor
+    hypers: int = 0  # sets of hyperparameters: Hyper's tensors are [hypers]; 0: one set, and they are 0-d
 
     @property
     def shared_by(self) -> list[str]:
@@ -136,7 +141,9 @@ class Plan:
         for p in self.parameters:
             lies = p.spec.sharded
             shape, placed = (p.spec.shape, "") if lies is None else (lies.shape, f" {lies.placements}")
-            lines.append(f"{p.name}: {shape} {_short(p.spec.dtype)}{placed} {p.route}")
+            lines.append(
+                f"{p.name}: {shape} {_short(p.spec.dtype)}{placed} {p.route}{f' hyper {p.hyper}' if self.hypers else ''}"
+            )
         return [
             *lines,
             *(f"Config.{f.name}: {getattr(self.config, f.name)!r}" for f in fields(self.config) if f.name != "orthogonalizer"),
@@ -177,6 +184,7 @@ def make_plan(
     routes: Routes | None = None,
     mesh: Ranks | None = None,
     guard_mesh: Ranks | None = None,
+    hyper_of: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of a step over ``params``: routes, validates, buckets. Everything here happens on the host, once.
 
@@ -189,6 +197,8 @@ def make_plan(
             bring their own.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline: they may have other parameters.
             With it, this is a collective. ``None``: all that hold a part of a parameter.
+        hyper_of: name -> which entry of `Hyper`'s tensors a parameter takes; these are then 1-d (`Hyper.stack`). For parameter
+            groups whose hyperparameters move apart: one graph and one guard. Matrices of different entries are not stacked.
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, not tensors).
@@ -204,6 +214,7 @@ def make_plan(
 
     parameters: list[Parameter] = []
     state: dict[str, Spec] = {}
+    hyper_of, hypers = _hyper_of(params, hyper_of)
     groups: dict[tuple, tuple[list[Block], list[str]]] = {}
     adamw: dict[tuple, tuple[list[str], list[str]]] = {}
     for name, tensor in params.items():
@@ -229,17 +240,19 @@ def make_plan(
                     variance, wide, _variance_lies(name, variances(read, by_row)[0], variance, lies)
                 )
             for block, (_, _, rows, cols), spread in zip(own, read, spreads, strict=True):
-                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread, rest, route.transposed)
+                others = rest, route.transposed, hyper_of[name]
+                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread, *others)
                 held, names = groups.setdefault(key, ([], []))
                 held += [block] if block.count else []
                 names.append(name)
             blocks = tuple(block for block in own if block.count)
         elif route.algorithm == "adamw":
             state[f"{name}.exp_avg"] = state[f"{name}.exp_avg_sq"] = Spec(spec.shape, wide, lies)
-            held_names, names = adamw.setdefault((rest, chance, tensor.dtype, route.lr_mul, route.wd_mul), ([], []))
+            adamw_key = (rest, chance, tensor.dtype, route.lr_mul, route.wd_mul, hyper_of[name])
+            held_names, names = adamw.setdefault(adamw_key, ([], []))
             held_names += [] if 0 in spec.shape else [name]
             names.append(name)
-        parameters.append(Parameter(name, spec, route, reason, blocks))
+        parameters.append(Parameter(name, spec, route, reason, blocks, hyper=hyper_of[name]))
     for counter in ("step", "skipped", "consecutive"):
         state[f"guard.{counter}"] = Spec((), torch.int32)
 
@@ -249,9 +262,9 @@ def make_plan(
     adamw_buckets = tuple(
         AdamWBucket(
             tuple(held), lr, wd, tuple(names), rest,
-            tuple(salt for name in held for salt in _salts(config.seed, name, of[name], int(chance))),
+            tuple(salt for name in held for salt in _salts(config.seed, name, of[name], int(chance))), hyper,
         )
-        for (rest, chance, _, lr, wd), (held, names) in adamw.items()
+        for (rest, chance, _, lr, wd, hyper), (held, names) in adamw.items()
     )  # fmt: skip
     columns, total = _columns(buckets, adamw_buckets)
     parameters = [replace(p, columns=tuple(columns.get(p.name, ()))) for p in parameters]
@@ -270,7 +283,19 @@ def make_plan(
             "guard_mesh: its ranks have other parameters, so that buckets mean nothing to them; guard_scope='step'"
         )
     sharded_at_all = any(of is not None for of in lie)
-    return Plan(config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, alike, sharded_at_all)
+    return Plan(
+        config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, alike, sharded_at_all, hypers
+    )
+
+
+def _hyper_of(params: Mapping[str, Tensor], given: Mapping[str, int] | None) -> tuple[Mapping[str, int], int]:
+    if given is None:
+        return dict.fromkeys(params, 0), 0
+    for name in params:
+        index = given.get(name)
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"hyper_of[{name!r}]: expected an int >= 0 for every parameter, got {index!r}")
+    return given, 1 + max(given.values())
 
 
 def _master(name: str, dtype: torch.dtype, config: Config) -> tuple[str, bool]:
@@ -374,20 +399,19 @@ def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, 
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
         own = of if config.orthogonalizer is not None or of == torch.float64 else None  # what a stack may not mix
         ranks = None if spread is None else (spread.group, spread.shards, spread.copies)
-        key = (short, long, form, own, ranks)
         group = Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread, *others)
-        buckets.setdefault(key, []).append(group)
+        buckets.setdefault((short, long, form, own, ranks, group.hyper), []).append(group)
 
     shared = balance([group for parts in buckets.values() for group in parts])
     found = []
-    for (short, long, form, own, _), parts in buckets.items():
+    for (short, long, form, own, _, hyper), parts in buckets.items():
         parts = [replace(group, spread=shared.get(id(group))) for group in parts]
         exchange = None
         if parts[0].spread is not None:
             wide = torch.float64 if own == torch.float64 else torch.float32
             dtype = wide if config.orthogonalizer else form.dtype
             exchange = Exchange(_lanes(parts, config), dtype, wide, device, overlaps(device))
-        found.append(Bucket(tuple(parts), short, long, form, chosen, exchange))
+        found.append(Bucket(tuple(parts), short, long, form, chosen, exchange, hyper))
     return tuple(sorted(found, key=lambda bucket: bucket.exchange is not None))  # what is here, while the rest is on its way
 
 

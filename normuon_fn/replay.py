@@ -63,7 +63,8 @@ def capture(
                 continue
             key = f"{block.name}.input" if block.param.length is None else (f"{block.name}.input.{block.param.start}")
             own = block.param.read(grad, writable=False)
-            tensors[key] = _rebuild(own, block.param.read(result.state[f"{block.name}.momentum"]), plan, hyper, held)
+            beta = hyper.momentum if plan.hypers == 0 else hyper.momentum[group.hyper]
+            tensors[key] = _rebuild(own, block.param.read(result.state[f"{block.name}.momentum"]), plan, beta, held)
             blocks.append(
                 {"tensor": key, "parameter": block.name, "method": bucket.form.method, "dtype": str(bucket.form.dtype)}
             )
@@ -158,11 +159,11 @@ def _gradient_flagged(plan: Plan, bucket: Bucket, flags: Mapping[str, list[int]]
     return any(flags[block.name][1] for group in bucket.groups for block in group.blocks)
 
 
-def _rebuild(grad: Tensor, momentum: Tensor, plan: Plan, hyper: Hyper, held: bool) -> Tensor:
+def _rebuild(grad: Tensor, momentum: Tensor, plan: Plan, beta: Tensor, held: bool) -> Tensor:
     config = plan.config
     if held:
-        momentum = reference.advanced(momentum, grad, hyper.momentum, config.momentum_form)
-    update = reference.update_of(momentum, grad, hyper.momentum, config.momentum_form, config.nesterov)
+        momentum = reference.advanced(momentum, grad, beta, config.momentum_form)
+    update = reference.update_of(momentum, grad, beta, config.momentum_form, config.nesterov)
     return update if update.ndim == 3 else update.unsqueeze(0)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .layout import Block, View, join
-from .plan import AdamWBucket, Group, Plan
+from .plan import AdamWBucket, Bucket, Group, Plan
 from .types import Grads, Hyper, StepResult, Tensors
 
 
@@ -36,6 +36,10 @@ class Run(NamedTuple):
         if plan.config.guard != "full" or plan.guard_group is None:
             return False
         return any(b.exchange is None or b.exchange.group != plan.guard_group for b in plan.buckets)
+
+    def hyper_of(self, of: Bucket | Group | AdamWBucket) -> Hyper:
+        """0-d tensors: its own, where the plan has several sets of hyperparameters."""
+        return self.hyper if self.plan.hypers == 0 else Hyper(*(values[of.hyper] for values in self.hyper))
 
     def grad(self, name: str) -> Tensor:
         grad = self.grads[name]

@@ -111,7 +111,8 @@ def answer(run: Run, bucket: Bucket, given: Parts) -> Answer:
         part = next(parts)
         before = None if variance is None else variance.unsqueeze(2 if lane.by_row else 1)
         update = part.mT if group.tall else part
-        factor, new, finite = normalize(update, before, run.hyper.beta2, config, carried(run, bucket), group.transposed)
+        beta2 = run.hyper_of(bucket).beta2
+        factor, new, finite = normalize(update, before, beta2, config, carried(run, bucket), group.transposed)
         updates.append(exchange.Update(part, factor.flatten(1), None if new is None else new.flatten(1), finite))
     sound = _sound(run, bucket, given.front) if shared.copies.size > 1 else None
     return Answer(given.front, shared.send_back(updates, sound))

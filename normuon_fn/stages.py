@@ -49,16 +49,16 @@ def momentum_of(run: Run, bucket: Bucket, hold: guard.Decision) -> Front | None:
     sizes = [len(group.blocks) for group in groups]
     how = (sizes, config.momentum_form, config.nesterov)
     if run.holds_late:
-        measures = ops.lookahead(momentums, grads, run.hyper.momentum, *how)
+        measures = ops.lookahead(momentums, grads, run.hyper_of(bucket).momentum, *how)
         return Front(groups, blocks, sizes, grads, momentums, measures)
-    momentums, measures, stacks = run.writes.advance(momentums, grads, run.hyper.momentum, hold, *how)
+    momentums, measures, stacks = run.writes.advance(momentums, grads, run.hyper_of(bucket).momentum, hold, *how)
     run.put(blocks, ".momentum", momentums)
     return Front(groups, blocks, sizes, grads, momentums, measures, stacks)
 
 
-def momentum_late(run: Run, front: Front, hold: guard.Decision) -> None:
+def momentum_late(run: Run, bucket: Bucket, front: Front, hold: guard.Decision) -> None:
     how = (front.sizes, run.plan.config.momentum_form, run.plan.config.nesterov)
-    new, *_ = run.writes.advance(front.momentums, front.grads, run.hyper.momentum, hold, *how)
+    new, *_ = run.writes.advance(front.momentums, front.grads, run.hyper_of(bucket).momentum, hold, *how)
     run.put(front.blocks, ".momentum", new)
 
 
@@ -76,7 +76,8 @@ def updates_of(run: Run, bucket: Bucket, front: Front | None) -> list[Back]:
 
 def _normalized(run: Run, bucket: Bucket, group: Group, update: Tensor) -> Back:
     old = ops.stack(run.read(group.blocks, ".variance")) if run.plan.config.normalize else None
-    factor, new, finite = normalize(update, old, run.hyper.beta2, run.plan.config, carried(run, bucket), group.transposed)
+    beta2 = run.hyper_of(bucket).beta2
+    factor, new, finite = normalize(update, old, beta2, run.plan.config, carried(run, bucket), group.transposed)
     return Back(group, update, factor, None if old is None or new is None else (old, new), finite)
 
 
@@ -94,7 +95,7 @@ def gathered(run: Run, bucket: Bucket, front: Front, power: Tensor, inverse: Ten
     config = run.plan.config
     dtype = power.dtype if config.orthogonalizer else bucket.form.dtype
     return ops.gather(
-        front.momentums, front.grads, run.hyper.momentum, power, inverse, front.sizes,
+        front.momentums, front.grads, run.hyper_of(bucket).momentum, power, inverse, front.sizes,
         config.momentum_form, config.nesterov, run.holds_late, dtype, turn, stacks=front.stacks,
     )  # fmt: skip
 

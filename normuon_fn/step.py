@@ -204,9 +204,10 @@ def _advance(
     agreed = _agreed_late(run, fronts, finite, moments, early)
     skips, skipped = guard.decide(plan.config, agreed.seen, plan.bucket_has, found_inf)
     if run.holds_late:
-        for front, hold in zip(fronts, guard.holds(plan.config, agreed.seen[1] > 0, plan.bucket_has, found_inf), strict=False):
+        late = guard.holds(plan.config, agreed.seen[1] > 0, plan.bucket_has, found_inf)
+        for bucket, front, hold in zip(plan.buckets, fronts, late, strict=False):
             if front:
-                momentum_late(run, front, hold)
+                momentum_late(run, bucket, front, hold)
     for of_bucket, skip in zip(backs, skips, strict=False):
         for back in of_bucket:
             _apply(run, back, skip)
@@ -288,7 +289,7 @@ def _by_matrix(run: Run, bad: Flags) -> Tensor:
 
 
 def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
-    config, blocks, hyper = run.plan.config, back.group.blocks, run.hyper
+    config, blocks, hyper = run.plan.config, back.group.blocks, run.hyper_of(back.group)
     lr, decay = run.rates(back.group, hyper.lr, hyper.weight_decay, back.factor.dtype, config.weight_decay_lr_power)
     cautious = config.weight_decay_form == "cautious"
     if back.group.held:

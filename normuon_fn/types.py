@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -187,7 +187,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Hyper(NamedTuple):
-    """Everything that may change from step to step: 0-d float32 tensors on the parameters' device.
+    """Everything that may change from step to step: 0-d float32 tensors on the parameters' device (1-d: see `stack`).
 
     ``hyper._replace(lr=tensor)`` changes a value without recompiling; ``hyper.lr.fill_(x)`` also under a replayed CUDA graph.
     Units: ``lr`` multiplies the update that ``Config.scale`` describes (with ``"paper"``, RMS ``rms`` per step, so AdamW's
@@ -244,6 +244,11 @@ class Hyper(NamedTuple):
             if name in ("momentum", "beta2", "adamw_beta1", "adamw_beta2") and value >= 1.0:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
         return Hyper(**{name: torch.tensor(float(v), dtype=torch.float32, device=device) for name, v in values.items()})
+
+    @staticmethod
+    def stack(hypers: Sequence[Hyper]) -> Hyper:
+        """One `Hyper` of 1-d tensors, for a plan made with ``hyper_of``: entry k is ``hypers[k]``."""
+        return Hyper(*(torch.stack(values) for values in zip(*hypers, strict=True)))
 
 
 class StepResult(NamedTuple):

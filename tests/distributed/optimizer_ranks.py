@@ -1,0 +1,127 @@
+"""What every rank of `test_optimizer_ranks` runs: `NorMuon` beside the same optimizer of one device. gloo on CPU, eagerly."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import normuon_fn as nm
+
+STEPS, BAD = 5, 3  # the step in which the last rank alone has a NaN
+
+
+def model_of(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 13), nn.Tanh(), nn.Linear(13, 6))
+
+
+def groups(model: nn.Module, lr: float = 0.02) -> list[dict[str, Any]]:
+    named = list(model.named_parameters())
+    return [
+        {"params": [(n, p) for n, p in named if n == "0.weight"], "lr": lr, "momentum": 0.8},
+        {"params": [(n, p) for n, p in named if n == "2.weight"], "lr": 2 * lr, "beta2": 0.5},
+        {"params": [(n, p) for n, p in named if p.ndim < 2], "lr": lr, "algorithm": "adamw"},
+    ]
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model: nn.Module, optimizer: nm.NorMuon, steps: range, bad: bool = False) -> list[bool]:
+    """Whether each step was skipped. Every rank has the same batch, and so the gradient of one device."""
+    skipped = []
+    for k in steps:
+        optimizer.zero_grad()
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(k))
+        model(x).square().mean().backward()
+        if bad and k == BAD:
+            grad = next(p.grad for name, p in model.named_parameters() if name == "2.weight")
+            assert grad is not None
+            local(grad).view(-1)[0] = float("nan")
+        optimizer.step()
+        assert optimizer.result is not None
+        skipped.append(bool(optimizer.result.skipped))
+    return skipped
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters()}
+
+
+def off(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in b)
+
+
+def fsdp2(last: bool) -> dict[str, Any]:
+    def sharded(seed: int) -> nn.Module:
+        model = model_of(seed)
+        for layer in (model[0], model[2], model):
+            fully_shard(layer)
+        return model
+
+    model = sharded(0)
+    optimizer = nm.NorMuon(groups(model), guard="full")
+    keys = {name: sorted(kept) for name, kept in dcp.get_optimizer_state_dict(model, optimizer)["state"].items()}
+    skipped = train(model, optimizer, range(STEPS), bad=last)
+    params = whole(model)
+    resumed = sharded(1)
+    again = nm.NorMuon(groups(resumed, lr=0.5), guard="full")
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    dcp.set_optimizer_state_dict(resumed, again, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)))
+    train(model, optimizer, range(STEPS, STEPS + 2))
+    train(resumed, again, range(STEPS, STEPS + 2))
+    return {"keys": keys, "skipped": skipped, "off": off(params, alone()), "resumed": off(whole(resumed), whole(model))}
+
+
+def ddp(last: bool) -> dict[str, Any]:
+    model = model_of()
+    optimizer = nm.NorMuon(groups(model), guard="full", mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    skipped = train(model, optimizer, range(STEPS), bad=last)
+    first = {name: p.clone() for name, p in whole(model).items()}
+    for p in first.values():
+        dist.broadcast(p, 0)
+    return {"skipped": skipped, "off": off(whole(model), alone()), "from the first rank": off(whole(model), first)}
+
+
+def unlike(last: bool) -> dict[str, Any]:
+    """Ranks whose optimizers are not alike."""
+    try:
+        nm.NorMuon(groups(model_of()), mesh=init_device_mesh("cpu", (dist.get_world_size(),)), config=nm.Config(nesterov=last))
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def alone() -> dict[str, Tensor]:
+    """One device, that never saw the bad batch."""
+    model = model_of()
+    optimizer = nm.NorMuon(groups(model), guard="full")
+    for k in range(STEPS):
+        if k != BAD:
+            train(model, optimizer, range(k, k + 1))
+    return whole(model)
+
+
+CASES: dict[str, Callable[[bool], dict[str, Any]]] = {"fsdp2": fsdp2, "ddp": ddp, "unlike": unlike}
+
+
+def rank(number: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", rank=number, world_size=world, store=store, timeout=timedelta(seconds=60))
+    seen = {name: case(number == world - 1) for name, case in CASES.items()}
+    Path(folder, f"{number}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()

@@ -1,0 +1,52 @@
+"""`NorMuon` on two ranks: FSDP2 and DDP step as one device does, and skip a step in which one rank has a NaN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import multiprocessing
+
+from tests.distributed.optimizer_ranks import BAD, STEPS, rank
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("optimizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        multiprocessing.spawn(rank, (WORLD, str(folder)), nprocs=WORLD)
+    return [json.loads(Path(folder, f"{k}.json").read_text()) for k in range(WORLD)]
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+def test_two_ranks_step_as_one_device_and_skip_together(ranks: list[dict[str, Any]], kind: str) -> None:
+    for seen in ranks:
+        assert seen[kind]["skipped"] == [k == BAD for k in range(STEPS)]
+        assert seen[kind]["off"] < 1e-6  # 9e-8 seen
+
+
+def test_replicated_parameters_have_the_same_bits_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["ddp"]["from the first rank"] for seen in ranks] == [0.0] * WORLD
+
+
+def test_sharded_state_has_the_same_keys_on_all_ranks_before_the_first_step(ranks: list[dict[str, Any]]) -> None:
+    keys = ranks[0]["fsdp2"]["keys"]
+    assert all(seen["fsdp2"]["keys"] == keys for seen in ranks)
+    assert keys["0.weight"] == ["consecutive", "momentum", "skipped", "step", "variance"]
+    assert keys["0.bias"] == ["consecutive", "exp_avg", "exp_avg_sq", "skipped", "step"]
+
+
+def test_sharded_state_goes_through_a_distributed_checkpoint_and_on_exactly(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["fsdp2"]["resumed"] for seen in ranks] == [0.0] * WORLD
+
+
+def test_ranks_whose_optimizers_are_not_alike_say_so(ranks: list[dict[str, Any]]) -> None:
+    assert all("Config.nesterov" in seen["unlike"]["error"] for seen in ranks)
