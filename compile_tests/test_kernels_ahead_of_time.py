@@ -14,8 +14,8 @@ import pytest
 from normuon_fn.ops import product_kernels, products
 
 # Not `from normuon_fn.ops import advance`: that is the operator.
-advance, apply, adamw, gather, launch = (
-    importlib.import_module(f"normuon_fn.ops.{name}") for name in ("advance", "apply", "adamw", "gather", "launch")
+advance, apply, adamw, gather, launch, repack = (
+    importlib.import_module(f"normuon_fn.ops.{name}") for name in ("advance", "apply", "adamw", "gather", "launch", "repack")
 )
 
 triton = pytest.importorskip("triton")
@@ -193,12 +193,23 @@ def low_precision_cases() -> Iterator[tuple[str, Case]]:
             yield f"{base}-chance", case._replace(constexprs=chance, signature=signature, wide=wide)
 
 
+def repack_cases() -> Iterator[tuple[str, Case]]:
+    for architecture, (name, row, even), bits in itertools.product(
+        (80, 90, 100), (("boxes", False, False), ("rows", True, False), ("pairs", True, True)), (16, 32, 64)
+    ):
+        signature = {"table": "*i64!", "source": f"*i{bits}!", "target": f"*i{bits}!"}
+        constexprs = {"ROW": row, "EVEN": even, "BLOCK": repack._BLOCK}
+        wide = 2 * repack._BLOCK * 8 // (256 * 16) if even and bits == 64 else False
+        case = case_of(repack.repack_kernel, architecture, signature, constexprs, {"num_warps": 8}, wide=wide)
+        yield f"repack-{name}-{bits}-{architecture}", case
+
+
 def accesses(elements: int, dtype: str) -> int:
     """Of 16 bytes, that each of 128 threads makes for a tile."""
     return elements * (4 if dtype == "fp32" else 2) // (128 * 16)
 
 
-CASES = {**dict(product_cases()), **dict(list_cases()), **dict(low_precision_cases())}
+CASES = {**dict(product_cases()), **dict(list_cases()), **dict(low_precision_cases()), **dict(repack_cases())}
 
 
 def compiled(case: Case) -> Any:

@@ -112,6 +112,7 @@ class Part(NamedTuple):
 
     x: Tensor  # [n, rows, cols] times `power`, in the dtype of the products
     power: Tensor  # [n]; not finite where the variance is not, inf where nothing lies here but variances
+    squares: Tensor  # [n] sum((x * power)**2), before it was rounded
     variance: Tensor | None  # [n, rows or cols]
 
 
@@ -281,7 +282,7 @@ class Exchange:
                 n, size = lane.spread.owned[owner], lane.rect(self._here).size
                 if not n or self._here not in lane.grid.places:
                     continue
-                each, copy = 1 + lane.variances(self._here), self.copies.number
+                each, copy = 2 + lane.variances(self._here), self.copies.number
                 first = lane.firsts[copy][owner] - lane.firsts[copy][0]
                 piece = self._piece(at, lane, n, self._here, each)
                 for source, to, one in ((2 * k, piece.x, size * self.dtype.itemsize),
@@ -293,7 +294,7 @@ class Exchange:
         extras: list[int] = []
         for lane in self.lanes:
             sizes.append(lane.spread.own * lane.rows * lane.cols)
-            extras.append(lane.spread.own * (len(lane.grid.places) + lane.length * self.normalize))
+            extras.append(lane.spread.own * (2 * len(lane.grid.places) + lane.length * self.normalize))
         at = 0
         for shard in self.shards.order:
             start = at
@@ -301,7 +302,7 @@ class Exchange:
                 n = lane.spread.own
                 if not n or shard not in lane.grid.places:
                     continue
-                piece = self._piece(at, lane, n, shard, 1 + lane.variances(shard))
+                piece = self._piece(at, lane, n, shard, 2 + lane.variances(shard))
                 self._place(unpack, k, lane, n, shard, piece)
                 at = piece.end
             incoming.append((at - start) // 4)
@@ -310,7 +311,7 @@ class Exchange:
         return Way(packed, unpacked, tuple(incoming), tuple(outgoing))
 
     def _place(self, unpack: Boxes, k: int, lane: Lane, n: int, shard: int, piece: _Piece) -> None:
-        """A shard's piece into the whole matrices, and what is said of them: [n, powers of all parts and variances]."""
+        """A shard's piece into the whole matrices, and [n, powers of all parts, their squares, variances]."""
         rect, size, wide = lane.rect(shard), self.dtype.itemsize, self.wide.itemsize
         row, whole_row = rect.cols * size, lane.cols * size
         unpack.add(
@@ -318,12 +319,14 @@ class Exchange:
             (rect.rows * row, row), (lane.rows * whole_row, whole_row),
         )  # fmt: skip
         places, along = lane.grid.places, lane.variances(shard)
-        each, all_ = (1 + along) * wide, (len(places) + lane.length * self.normalize) * wide
+        each, all_ = (2 + along) * wide, (2 * len(places) + lane.length * self.normalize) * wide
         target = len(self.lanes) + k
-        unpack.add(0, target, piece.extra, places[shard] * wide, (n, 1, wide), (each, each), (all_, all_))
+        for number in range(2):
+            to = (number * len(places) + places[shard]) * wide
+            unpack.add(0, target, piece.extra + number * wide, to, (n, 1, wide), (each, each), (all_, all_))
         if rect.size and (rect.col if lane.along_rows else rect.row) == 0:  # others hold the same variances
-            to = (len(places) + lane.reduced(shard)[0]) * wide
-            unpack.add(0, target, piece.extra + wide, to, (n, 1, along * wide), (each, each), (all_, all_))
+            to = (2 * len(places) + lane.reduced(shard)[0]) * wide
+            unpack.add(0, target, piece.extra + 2 * wide, to, (n, 1, along * wide), (each, each), (all_, all_))
 
     def send(self, parts: Sequence[Part | None]) -> Sent:
         """Every part of the share to the owner of its matrix; ``None`` for a group of which there is nothing here."""
@@ -331,9 +334,11 @@ class Exchange:
         nothing = torch.empty(0, dtype=self.wide, device=self.device)
         sources = []
         for part in parts:
-            extra = [] if part is None else [part.power[:, None], *([] if part.variance is None else [part.variance])]
-            sources += [nothing if part is None else part.x]
-            sources += [torch.cat([x.to(self.wide) for x in extra], 1) if extra else nothing]
+            if part is None:
+                sources += [nothing, nothing]
+                continue
+            extra = [part.power[:, None], part.squares[:, None], *([] if part.variance is None else [part.variance])]
+            sources += [part.x, torch.cat([x.to(self.wide) for x in extra], 1)]
         (words,) = ops.repack(sources, self.there.pack)
         return self._exchanged(words, self.there)
 
@@ -350,16 +355,15 @@ class Exchange:
             places, parts, rows, cols = self._grids[k]
             extra = extra.view(n, -1)
             power = extra[:, :places].amin(1)  # that of the largest entry of all; 0 or NaN where something is not finite
-            shift = (power[:, None] / extra[:, :parts]).view(n, rows, cols)
+            shift = power[:, None] / extra[:, :parts]
+            squares = (extra[:, places : places + parts] * shift.square()).sum(1)
+            shift = shift.view(n, rows, cols)
             for dim, of in enumerate(self.bands[k]):
                 shift = shift if of is None else shift.index_select(dim + 1, of)
             x = x.view(n, lane.rows, lane.cols)
-            if self.dtype == self.wide or 1 not in (rows, cols):  # the same sums as on one device
-                squares = (x.to(self.wide) * shift).square().sum((1, 2))
-            else:  # along whole rows, or columns, the powers are alike: in one pass over what arrived
-                squares = x.to(self.wide).square().sum(2 if cols == 1 else 1, keepdim=True)
-                squares = (squares * shift.square()).sum((1, 2))
-            variance = extra[:, places:] if self.normalize else None
+            if self.dtype == self.wide:  # as exact as can be: the same sums as on one device
+                squares = (x * shift).square().sum((1, 2))
+            variance = extra[:, 2 * places :] if self.normalize else None
             wholes.append(Whole(x, shift, power, squares, variance))
         return wholes
 

@@ -45,16 +45,17 @@ def send(run: Run, bucket: Bucket, hold: guard.Decision) -> Parts:
     for group, piece, lane in zip(bucket.groups, _shares(bucket, front), bucket.exchange.lanes, strict=True):
         variance = _variance(run, group) if lane.variances(lane.spread.shards.number) else None
         if piece is not None:
-            power = piece.measures[1]
+            _, power, squares = piece.measures
             stack = gathered(run, bucket, piece, power, torch.ones_like(power), [group.tall])
         elif variance is not None:
-            power, stack = variance.new_full(variance.shape[:1], float("inf")), variance.new_empty(0)
+            squares, stack = variance.new_zeros(variance.shape[:1]), variance.new_empty(0)
+            power = squares + float("inf")
         else:
             parts.append(None)
             continue
         if variance is not None:  # others may hold the same and send theirs
             power = torch.where(variance.isfinite().all(1), power, float("nan"))
-        parts.append(exchange.Part(stack, power, variance))
+        parts.append(exchange.Part(stack, power, squares, variance))
     return Parts(front, bucket.exchange.send(parts))
 
 

@@ -21,17 +21,29 @@ _BLOCK = 8192
 
 
 @jit
-def repack_kernel(table, source, target, BLOCK: tl.constexpr):
-    """One tile of a box: rows of units, one behind the other in program order."""
+def repack_kernel(table, source, target, ROW: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile of a box. ``ROW``: one row of units; ``EVEN``: of pairs of units, so that two are loaded at a time."""
     entry = table + tl.program_id(0).to(tl.int64) * 6
-    source += tl.load(entry)
-    target += tl.load(entry + 1)
-    source_stride, target_stride = tl.load(entry + 2), tl.load(entry + 3)
-    rows, cols = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+    at, to, cols = tl.load(entry), tl.load(entry + 1), tl.load(entry + 5).to(tl.int32)
+    if EVEN:
+        at, to, cols = tl.multiple_of(at, 2), tl.multiple_of(to, 2), tl.multiple_of(cols, 2)
+    source += at
+    target += to
     k = tl.arange(0, BLOCK)
-    row, mask = k // cols, k < rows * cols
-    col = k - row * cols
-    tl.store(target + row * target_stride + col, tl.load(source + row * source_stride + col, mask), mask)
+    if ROW:
+        tl.store(target + k, tl.load(source + k, k < cols), k < cols)
+    else:
+        source_stride, target_stride = tl.load(entry + 2), tl.load(entry + 3)
+        row, mask = k // cols, k < tl.load(entry + 4).to(tl.int32) * cols
+        col = k - row * cols
+        tl.store(target + row * target_stride + col, tl.load(source + row * source_stride + col, mask), mask)
+
+
+def _shape(tiles: Sequence[Sequence[int]]) -> int:
+    """0: any; 1: all of one row; 2: these of pairs of units."""
+    if any(tile[4] > 1 for tile in tiles):
+        return 0
+    return 1 if any(tile[k] % 2 for tile in tiles for k in (0, 1, 5)) else 2
 
 
 def _tiles(box: Sequence[int], block: int) -> Iterator[list[int]]:
@@ -52,7 +64,7 @@ class Moves:
     """Which boxes go where, for `repack`."""
 
     table: Tensor  # [tiles, 6] int64 on the device: a box or a part of one, in units
-    parts: tuple[int, ...]  # five numbers for every source and target: their places, bytes a unit, first tile, tiles
+    parts: tuple[int, ...]  # six numbers for every source and target: their places, bytes a unit, first tile, tiles, `_shape`
     narrow: tuple[int, ...]  # sizes of the results of one dtype
     dtype: torch.dtype
     wide: tuple[int, ...] = ()  # and of those after them, of another
@@ -103,7 +115,7 @@ class Boxes:
             for at, to, stride, to_stride, rows, cols in boxes:
                 box = (at // unit, to // unit, stride // unit, to_stride // unit, rows, cols // unit)
                 tiles += _tiles(box, block)
-            parts += [source, target, unit, first, len(tiles) - first]
+            parts += [source, target, unit, first, len(tiles) - first, _shape(tiles[first:])]
         table = torch.tensor(tiles, dtype=torch.int64, device=device).reshape(-1, 6)
         return Moves(table, tuple(parts), tuple(narrow), dtype, tuple(wide), wide_dtype)
 
@@ -124,11 +136,11 @@ def _repack(
 ) -> list[Tensor]:  # fmt: skip
     results = _repack_fake(sources, table, parts, narrow, dtype, wide, wide_dtype)
     rows = None
-    for k in range(0, len(parts), 5):
-        source, target, unit, first, count = parts[k : k + 5]
+    for k in range(0, len(parts), 6):
+        source, target, unit, first, count, shape = parts[k : k + 6]
         x, into = _units(sources[source], unit), results[target].view(UNITS[unit])
         if triton is not None and (table.is_cuda or INTERPRETED):
-            launch(repack_kernel, count, (table[first:], x, into), (_BLOCK,), num_warps=8)
+            launch(repack_kernel, count, (table[first:], x, into), (shape > 0, shape > 1, _BLOCK), num_warps=8)
             continue
         rows = table.tolist() if rows is None else rows
         for at, to, stride, to_stride, high, cols in rows[first : first + count]:

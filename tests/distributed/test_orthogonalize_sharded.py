@@ -117,7 +117,8 @@ def rounding(case: Case) -> float:
 def _main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if torch.cuda.device_count() >= world else None
-    torch.set_default_device(device)
+    if device is not None:
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "gloo" if device is None else "nccl",
         init_method=f"file://{folder}/store",
@@ -153,7 +154,9 @@ def _everything(world: int, kind: str) -> Seen:
 
 
 def _case(case: Case, mesh: DeviceMesh) -> Seen:
-    x = gaussian(*case.shape).to(case.dtype)
+    x = gaussian(*case.shape).to(mesh.device_type, case.dtype)
+    if x.is_cuda and "dtype" not in case.options and case.dtype != torch.float64:  # what a CPU chooses by itself
+        case = case._replace(options={**case.options, "dtype": torch.float32})
 
     def sharded(x: Tensor) -> DTensor:
         return _sharded(x, mesh, case.placements)
@@ -180,7 +183,7 @@ def _case(case: Case, mesh: DeviceMesh) -> Seen:
     if x.numel() == 0:
         return seen
 
-    whole = small_integers(*case.shape, seed=1).to(case.dtype)
+    whole = small_integers(*case.shape, seed=1).to(x)
     base = run(whole).to_local()
     powers = (-9, 5) if case.dtype == torch.float16 else (-110, 120)
     seen["scaled"] = [same_bits(run(times_power_of_two(whole, k)).to_local(), base) for k in powers]
@@ -221,19 +224,19 @@ def _error(local: Tensor, wanted: Tensor, want: Tensor) -> float:
 
 def _partial(mesh: DeviceMesh) -> str:
     try:
-        nm.orthogonalize(DTensor.from_local(gaussian(4, 8), mesh, [Partial()]))
+        nm.orthogonalize(DTensor.from_local(gaussian(4, 8).to(mesh.device_type), mesh, [Partial()]))
     except ValueError as error:
         return str(error)
     return ""
 
 
 def _compiled(case: Case, mesh: DeviceMesh) -> Seen:
-    options = {**case.options, "steps": 3}
+    options = {"dtype": torch.float32, **case.options, "steps": 3}
 
     def function(x: Tensor) -> Tensor:
         return nm.orthogonalize(x, **options)
 
-    x = _sharded(gaussian(*case.shape), mesh, case.placements)
+    x = _sharded(gaussian(*case.shape).to(mesh.device_type), mesh, case.placements)
     want = function(x)
     got = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")(x)
     error = _error(got.to_local(), want.to_local(), want.to_local())
@@ -242,7 +245,7 @@ def _compiled(case: Case, mesh: DeviceMesh) -> Seen:
 
 def _parameter(mesh: DeviceMesh) -> bool:
     """Whether a parameter, outside of no_grad, has the bits of a plain DTensor."""
-    x = _sharded(gaussian(16, 128), mesh, [S1])
+    x = _sharded(gaussian(16, 128).to(mesh.device_type), mesh, [S1])
     parameter = torch.nn.Parameter(x.detach().clone())
     return same_bits(nm.orthogonalize(parameter).to_local().detach(), nm.orthogonalize(x).to_local())
 
