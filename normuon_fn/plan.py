@@ -410,7 +410,7 @@ def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, 
         if parts[0].spread is not None:
             wide = torch.float64 if own == torch.float64 else torch.float32
             dtype = wide if config.orthogonalizer else form.dtype
-            exchange = Exchange(_lanes(parts, config), dtype, wide, device, overlaps(device))
+            exchange = Exchange(_lanes(parts, config), dtype, wide, device, overlaps(parts[0].spread.group, device))
         found.append(Bucket(tuple(parts), short, long, form, chosen, exchange, hyper))
     return tuple(sorted(found, key=lambda bucket: bucket.exchange is not None))  # what is here, while the rest is on its way
 

@@ -33,7 +33,7 @@ def with_spectrum(sigma: Tensor, cols: int, seed: int = 0) -> Tensor:
 
 
 def times_power_of_two(x: Tensor, k: int) -> Tensor:
-    return torch.ldexp(x.double(), torch.tensor(k)).to(x.dtype)
+    return torch.ldexp(x.double(), torch.tensor(k, device=x.device)).to(x.dtype)
 
 
 def exact(x: Tensor, rows: list[oracle.Row], norm_factor: float = 1.0, aol: bool = False) -> Tensor:
