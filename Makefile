@@ -11,9 +11,10 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
-# OMP_NUM_THREADS=1: with contended cores, 2 OpenMP threads made an eager step 20x slower.
+# OMP_NUM_THREADS=1: with contended cores, 2 OpenMP threads made an eager step 20x slower. Two processes, a file in one: files
+# share what is dear to make.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

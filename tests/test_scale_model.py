@@ -35,9 +35,9 @@ def model() -> ModuleType:
 
 
 def by_hand() -> int:
-    """Bytes of one rank's part of one matrix, in float16, on the way to its owner: extras are the power and its variances."""
+    """Bytes of one rank's part of one matrix, in float16, on the way to its owner: extras are power, squares and variances."""
     rows = SIDE // WORLD
-    extras = 1 + rows
+    extras = 2 + rows
     return 2 * rows * SIDE + 8 * -(-4 * extras // 8)
 
 
@@ -56,16 +56,17 @@ def test_one_square_matrix_a_rank_sends_seven_eighths_of_its_parts(model: Module
     assert (there.name, back.name) == ("all_to_all_single",) * 2
     assert there.sent == there.received == (by_hand(),) * WORLD
     assert back.sent == back.received == (by_hand_back(),) * WORLD
-    assert model.beyond(found, there.sent) == ((WORLD - 1) * by_hand(), 0, WORLD - 1)
+    assert model.beyond(found, there.ranks, there.sent) == ((WORLD - 1) * by_hand(), 0, WORLD - 1)
 
 
-def test_a_replica_on_another_node_gets_updates_and_sends_nothing(model: ModuleType) -> None:
+def test_a_copy_on_another_node_gets_the_updates_of_this_ones_share(model: ModuleType) -> None:
     found, plan = model.count(SQUARE, "hsdp", 2 * WORLD, 0)
-    there, back = found.collectives
-    own = model.owned(plan, 0)[0]
-    assert own == 1
-    assert sum(there.sent[WORLD:]) == sum(there.received[WORLD:]) == 0
-    assert model.beyond(found, back.sent)[1] == own * WORLD * by_hand_back()
+    there, back, relay = found.collectives
+    assert model.owned(plan, 0)[0] == 1  # half of the ranks own one, in both copies alike
+    assert there.ranks == back.ranks == tuple(range(WORLD)) and relay.ranks == (0, WORLD)
+    assert model.beyond(found, there.ranks, there.sent)[1] == model.beyond(found, back.ranks, back.sent)[1] == 0
+    flags = 4 * len(range(WORLD))  # of all matrices, in the message of every owner
+    assert model.beyond(found, relay.ranks, relay.sent)[1] == WORLD * flags + WORLD // 2 * by_hand_back()
 
 
 @pytest.mark.parametrize("rank", [0, 7])
@@ -90,7 +91,7 @@ def test_a_stack_is_counted_as_its_matrices_would_be(model: ModuleType) -> None:
     with graphs.fake_ranks(WORLD, "1-D mesh") as mesh:
         placed = {str(k): graphs.sharded(shape, mesh, [model.Shard(0)]) for k in range(WORLD)}
         plan = nm.make_plan(placed, model.CONFIG)
-        with model.Caught(WORLD) as caught:
+        with model.Caught() as caught:
             model.in_place(*model.arguments(plan, placed))
     assert tuple(caught.found) == model.count(SQUARE, "fsdp2", WORLD, 0)[0].collectives
 
