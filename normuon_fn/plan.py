@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .coefficients import CoefficientSet, resolve
 from .compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group, storage_key
-from .exchange import Exchange, Lane, Spread, balance
+from .exchange import Exchange
 from .layout import Block, View, part_of, variances
 from .mesh import Sharded, covering, local, reduced, sharded
 from .normalize import per_row
 from .orthogonalize import Form, choose
 from .routes import Route, Routes, read_as_matrices, resolve_routes
+from .spread import Lane, Spread, balance
 from .table import render
 from .types import Config
 

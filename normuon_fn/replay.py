@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .coefficients import resolve
 from .ops import reference
 from .orthogonalize import Form, choose, newton_schulz
-from .plan import Bucket, Group, Plan
+from .plan import Bucket, Group, Plan, make_plan
 from .table import render
 from .types import Hyper, StepResult
 
@@ -37,12 +38,14 @@ def capture(
     [n, rows, cols] of every block, ``"<name>.grad"`` and the state of the flagged parameters, as safetensors; and a JSON with
     names, shapes, step, rank, versions, configuration, and every tensor's norm, largest entry and number of non-finite ones.
 
+    Of DTensors whole tensors are saved, by every rank: a collective, to be called by all.
+
     Returns:
         The path of the JSON.
 
     Raises:
         ImportError: safetensors is not installed (``pip install normuon_fn[checkpoint]``).
-        ValueError: nothing was flagged.
+        ValueError: nothing was flagged; or DTensors without a guard, whose ranks do not know what the others flagged.
     """
     try:
         from safetensors.torch import save_file
@@ -52,6 +55,11 @@ def capture(
     bad = {name for name, found in flags.items() if any(found)}
     if not bad:
         raise ValueError("result: no parameter was flagged, there is nothing to capture")
+
+    if plan.sharded:
+        if plan.guard_group is None:
+            raise ValueError("plan: of DTensors, with guard='off': only with a guard all ranks know what to gather")
+        result, grads, plan = _gathered(result, grads, plan, bad)
 
     tensors: dict[str, Tensor] = {}
     blocks = []
@@ -144,6 +152,24 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m normuon_fn.report", description=replay.__doc__)
     parser.add_argument("file", help="the .json or .safetensors file that capture wrote")
     print(replay(parser.parse_args(arguments).file))
+
+
+def _gathered(
+    result: StepResult, grads: Mapping[str, Tensor | None], plan: Plan, bad: set[str]
+) -> tuple[StepResult, dict[str, Tensor | None], Plan]:
+    """What one device would have of the parameters ``bad``, and a plan for that."""
+
+    def whole(x: Any) -> Any:
+        return x.full_tensor() if isinstance(x, DTensor) else x
+
+    found = [p for p in plan.parameters if p.name in bad]
+    state = {key: whole(x) for key, x in result.state.items() if key.rpartition(".")[0] in {*bad, "guard"}}
+    lies = [(p.spec.shape if p.spec.sharded is None else p.spec.sharded.shape, p.spec.dtype) for p in found]
+    like = [torch.empty((), dtype=dtype, device=plan.device).expand(shape) for shape, dtype in lies]
+    params = {p.name: x for p, x in zip(found, like, strict=True)}
+    of = {p.name: p.hyper for p in found} if plan.hypers else None
+    alone = make_plan(params, plan.config, routes={p.name: p.route for p in found}, hyper_of=of)
+    return result._replace(state=state), {name: whole(grads[name]) for name in params}, alone
 
 
 def _groups(plan: Plan) -> Iterator[tuple[Bucket, Group]]:

@@ -55,6 +55,8 @@ def check(
     if outcome.failed and folder:
         if grads is None or hyper is None:
             logger.warning("NORMUON_CAPTURE_DIR is set, but check() was not given grads= and hyper=: nothing captured")
+        elif plan.sharded and plan.guard_group is None:
+            logger.warning("NORMUON_CAPTURE_DIR is set, but of DTensors with guard='off' nothing can be captured")
         else:
             logger.warning("captured %s", capture(result, plan, grads, folder, hyper=hyper))
     return _report(outcome, plan, max_consecutive, depth=2)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -336,7 +337,7 @@ class _Rank:
         seen: dict[str, Seen] = {"seconds": {}}
         for part in (
             self.matrix, self.conv, self.lies, self.faults, self.counts, self.errors, self.missing, self.checkpoints,
-            self.fsdp_tp, self.compiled,
+            self.fsdp_tp, self.compiled, self.captured,
         ):  # fmt: skip
             start = time.monotonic()
             seen[part.__name__] = part()
@@ -622,6 +623,29 @@ class _Rank:
             got = got.full_tensor() if isinstance(got, DTensor) else got
             errors[name] = ((got - x).double().norm() / x.double().norm().clamp(min=1e-30)).item()
         return {"placements": {name: str(p.placements) for name, p in params.items()}, "errors": errors}
+
+    def captured(self) -> Seen:
+        """What a step with a NaN on the last rank was given, beside what one device saves of it."""
+        seen, names = {}, ("uneven", "tall", "bias")
+        for kind in ("Shard(0)", "Shard(1)"):
+            layout, folder = self.layouts[kind], Path(self.folder) / f"captured-{self.world}-{kind}"
+            params = layout.place({name: tensors(0)[name] for name in names})
+            plan = layout.plan(params, config("standard", guard="full"))
+            grads, hyper = {name: tensors(1)[name].clone() for name in names}, hyper_of(params)
+            grads["tall"][-1, -1] = float("nan")
+            result = nm.update(params, layout.place(grads), nm.init(plan, params), hyper, plan)
+            path = nm.capture(result, plan, layout.place(grads), folder / f"ranks-{self.rank}", hyper=hyper)
+            whole = {name: tensors(0)[name] for name in names}
+            one = nm.make_plan(whole, config("standard", guard="full"))
+            alone = nm.update(whole, grads, nm.init(one, whole), hyper, one)
+            other = nm.capture(alone, one, grads, folder / f"alone-{self.rank}", hyper=hyper)
+            files = [load_file(file.with_suffix(".safetensors")) for file in (path, other)]
+            seen[kind] = {
+                "keys": sorted(files[0]),
+                "same": [name for name in files[1] if torch.equal(files[0][name].nan_to_num(), files[1][name].nan_to_num())],
+                "blocks": json.loads(path.read_text())["blocks"] == json.loads(other.read_text())["blocks"],
+            }
+        return seen
 
     def compiled(self) -> Seen:
         seen = {}

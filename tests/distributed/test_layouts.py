@@ -210,6 +210,13 @@ def test_compiled_it_is_close_to_eager_and_in_place_has_the_same_bits(ranks: Ran
             assert sorted(case["same"]) == sorted(case["names"]) and case["lies"], kind
 
 
+def test_a_capture_of_dtensors_holds_whole_matrices(ranks: Ranks) -> None:
+    for seen in ranks:
+        for kind, case in seen["captured"].items():
+            assert case["keys"] == ["tall.grad", "tall.input", "tall.momentum", "tall.variance"], kind
+            assert sorted(case["same"]) == case["keys"] and case["blocks"], kind
+
+
 @pytest.mark.parametrize("kind", ["ddp", "Shard(0)"])
 def test_when_a_rank_dies_the_others_get_an_error_and_do_not_hang(kind: str, tmp_path: Path) -> None:
     for seen in run_dying(kind, 3, tmp_path / "dying"):
