@@ -216,14 +216,22 @@ def test_the_guard_is_one_reduction(layout: str, guarded: str, scope: str, world
 # ------------------------------------------------------------------------------------------------------------ as it is compiled
 
 
-def test_the_compiler_sees_one_graph_and_a_users_graph_of_dtensors_has_the_same_collectives() -> None:
+def test_the_compiler_sees_one_graph() -> None:
+    with graphs.fake_ranks(8):
+        given = mixed(8, nm.Config(guard="full", **SHORT), few=True)
+        compiled = graphs.record(_update, *local(given))
+    check(compiled, **FEW, reductions=1, flags=len(given.params))
+    check_overlap(compiled, sharded=1, waits_first=0)  # the experts come first
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="dynamo of torch 2.11 fails on a DTensor made in the graph")  # type: ignore[operator]
+def test_a_users_graph_of_dtensors_has_the_same_collectives() -> None:
     with graphs.fake_ranks(8):
         given = mixed(8, nm.Config(guard="full", **SHORT), few=True)
         compiled = graphs.record(_update, *local(given))
         users = graphs.record(nm.update, *given)
-    for recorded in (compiled, users):
-        check(recorded, **FEW, reductions=1, flags=len(given.params))
-        check_overlap(recorded, sharded=1, waits_first=0)  # the experts come first
+    check(users, **FEW, reductions=1, flags=len(given.params))
+    check_overlap(users, sharded=1, waits_first=0)
     assert list(map(str, users.collectives)) == list(map(str, compiled.collectives))
     for parameter in given.plan.parameters:
         new = users.result.params[parameter.name]

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from compile_tests import graphs
 from normuon_fn.ops import PURE, reference
+from normuon_fn.ops.repack import Boxes
 
 ROWS, COLS = 4, 6
 PRODUCTS = {"symmetric_matmul", "symmetric_addmm", "addmm"}  # on stacks: tests/test_products.py
@@ -53,12 +54,22 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "orientation": (update @ update.mT,),
         "orient": (update @ scale.expand_as(update).mT, torch.tensor([0, 1, 2], dtype=torch.int32), dtype, None, None),
         "stack": (first,),
+        "repack": ([update, scale], *repacked()),
         "reinterpret": (first[0], torch.int32),
         "adamw_flags": (first, second, grads, *betas),
         "adamw": (params, first, second, grads, rate, rate, *betas, skip),
         "adamw_wide": (params, rests, first, second, grads, rate, rate, *betas, skip),
     }
     return given[name.removesuffix("_members").removesuffix("_")]
+
+
+def repacked() -> tuple[Any, ...]:
+    """A part of the first source, and all of the second."""
+    boxes = Boxes()
+    boxes.add(0, 0, 8, 0, (3, ROWS, 8), (4 * ROWS * COLS, 4 * COLS), (8 * ROWS, 8))
+    boxes.row(1, 1, 0, 0, 12 * ROWS)
+    moves = boxes.moves(torch.device("cpu"), [6 * ROWS], torch.int32, [3 * ROWS], torch.float32)
+    return moves.table, list(moves.parts), list(moves.narrow), moves.dtype, list(moves.wide), moves.wide_dtype
 
 
 def check(name: str, given: tuple[Any, ...]) -> None:

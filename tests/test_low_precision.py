@@ -313,7 +313,7 @@ def test_chances_of_a_parameter_do_not_depend_on_the_others() -> None:
 def test_an_ensemble_is_its_members(master: str) -> None:
     members = []
     for seed in (0, 40):
-        _, state, hyper, plan = setup(master, lr=0.01)
+        _, state, hyper, plan = setup(master, lr=0.01, orthogonalize_dtype=torch.float32)
         given = tensors(seed), tensors(seed + 20), state
         members.append((nm.update(*given, hyper, plan), given))
     stacked = [{name: torch.stack([given[k][name] for _, given in members]) for name in members[0][1][k]} for k in range(3)]

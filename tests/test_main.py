@@ -44,7 +44,7 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
     "planted",
     [
         "import normuon_fn.normalize as n; n.per_row = lambda *_: False",
-        "import normuon_fn.stages as s; s.carried = lambda *_: 1.001",
+        "import normuon_fn.stages as s; s.carried = lambda *_: 1.1",
         "import normuon_fn.stages as s, torch\ndef broken(*_): raise RuntimeError('no kernel image')\ns.iterate = broken",
         "import normuon_fn.stages as s; s.iterate = lambda x, *_: x * float('nan')",
     ],

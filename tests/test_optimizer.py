@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
@@ -633,7 +634,7 @@ def matrices_only(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def clipped_run(coefficient: float, steps: int, alternate: bool = False) -> dict[str, Tensor]:
     model = Net()
     named = matrices_only(model)
-    optimizer = nm.NorMuon(named, lr=0.02, weight_decay=0.1)
+    optimizer = nm.NorMuon(named, lr=0.02, weight_decay=0.1, config=nm.Config(orthogonalize_dtype=torch.float32))
     params = [p for _, p in named]
     for k in range(steps):
         generator = torch.Generator().manual_seed(k)
@@ -777,6 +778,7 @@ def test_inductor_compiles_the_groups_that_eager_steps(monkeypatch: pytest.Monke
 
 
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_on_cuda_a_captured_step_follows_scheduler_and_scaler_without_a_wait() -> None:
     results = []
     for graphed in (False, True):
@@ -871,7 +873,8 @@ def test_fully_sharded_parameters_are_stepped_saved_and_resumed(alone: None) -> 
     from torch.distributed.checkpoint import state_dict as dcp
 
     model, other = Net(), Net()
-    fully_shard(model)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh)
     optimizer, plain = nm.NorMuon(three(model), guard="full"), nm.NorMuon(three(other), guard="full")
     train(model, optimizer, range(3))
     train(other, plain, range(3))
@@ -881,7 +884,7 @@ def test_fully_sharded_parameters_are_stepped_saved_and_resumed(alone: None) -> 
     saved = dcp.get_optimizer_state_dict(model, optimizer)
     assert sorted(saved["state"]["up.weight"]) == ["consecutive", "momentum", "skipped", "step", "variance"]
     resumed = Net(seed=1)
-    fully_shard(resumed)
+    fully_shard(resumed, mesh=mesh)
     again = nm.NorMuon(three(resumed, lr=0.5), guard="full")
     resumed.load_state_dict(model.state_dict())
     dcp.set_optimizer_state_dict(resumed, again, copy.deepcopy(saved))

@@ -69,7 +69,7 @@ def fsdp2(last: bool) -> dict[str, Any]:
     def sharded(seed: int) -> nn.Module:
         model = model_of(seed)
         for layer in (model[0], model[2], model):
-            fully_shard(layer)
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         return model
 
     model = sharded(0)

@@ -155,7 +155,7 @@ def _everything(world: int, kind: str) -> Seen:
 
 def _case(case: Case, mesh: DeviceMesh) -> Seen:
     x = gaussian(*case.shape).to(mesh.device_type, case.dtype)
-    if x.is_cuda and "dtype" not in case.options and case.dtype != torch.float64:  # what a CPU chooses by itself
+    if "dtype" not in case.options and case.dtype != torch.float64:  # what a CPU without bfloat16 units chooses by itself
         case = case._replace(options={**case.options, "dtype": torch.float32})
 
     def sharded(x: Tensor) -> DTensor:

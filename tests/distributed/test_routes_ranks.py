@@ -22,7 +22,10 @@ ROUTES = {
     "gate_up": nm.Route(splits=(5, 7)),
     "gate_up.turned": nm.Route(transposed=True, splits=(5, 7), dim=1),
 }
-CONFIGS = {"paper": nm.Config(), "dion": nm.Config.preset("dion")}
+CONFIGS = {
+    "paper": nm.Config(orthogonalize_dtype=torch.float32),
+    "dion": nm.Config.preset("dion", orthogonalize_dtype=torch.float32),
+}
 DIMS = (0, 1, 2)
 
 
