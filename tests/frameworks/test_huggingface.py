@@ -84,3 +84,63 @@ def test_the_trainer_learns_clips_schedules_and_resumes_exactly(tmp_path: Path, 
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert problem.same(problem.bits(again.model, resumed), problem.bits(trainer.model, optimizer))
     assert late.rates == seen.rates[4:] and int(resumed.state[again.model.lm_head.weight]["step"]) == STEPS
+
+
+# --- Accelerate
+
+
+@pytest.fixture
+def forgotten() -> Any:
+    """Accelerate keeps its state for the whole process."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def accelerated(seed: int, lr: float, **options: Any) -> tuple[Any, ...]:
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    accelerator = accelerate.Accelerator(cpu=True, **options)
+    model = problem.Net(seed)
+    optimizer = problem.optimizer_of(model, lr)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return accelerator, *accelerator.prepare(model, optimizer, schedule)
+
+
+def go_on(accelerator: Any, model: Any, optimizer: Any, schedule: Any, batches: range) -> list[float]:
+    losses = []
+    for k in batches:
+        with accelerator.accumulate(model):
+            loss = model(problem.batch(k))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerate_has_the_bits_of_the_plain_loop_and_resumes_exactly(
+    tmp_path: Path, forgotten: None, accumulate: int, mixed_precision: str
+) -> None:
+    options = {"gradient_accumulation_steps": accumulate, "mixed_precision": mixed_precision}
+    accelerator, *made = accelerated(0, 0.05, **options)
+    losses = go_on(accelerator, *made, range(4 * accumulate))
+    accelerator.save_state(str(tmp_path / "state"))
+    losses += go_on(accelerator, *made, range(4 * accumulate, STEPS * accumulate))
+    ended = problem.bits(*made[:2])
+    expected, its_losses = problem.by_hand(
+        STEPS, clip=0.5, accumulate=accumulate, autocast=mixed_precision == "bf16",
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+    )  # fmt: skip
+    assert problem.same(ended, expected) and losses == its_losses and losses[-1] < 0.8 * losses[0]
+
+    accelerator, *again = accelerated(1, 0.7, **options)
+    accelerator.load_state(str(tmp_path / "state"))
+    go_on(accelerator, *again, range(4 * accumulate, STEPS * accumulate))
+    assert problem.same(problem.bits(*again[:2]), ended)
+    assert again[1].param_groups[0]["lr"] == pytest.approx(0.05 * 0.9**STEPS)
