@@ -5,6 +5,7 @@ param_groups -> names, routes, one Hyper entry a group -> a plan of what has gra
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -83,8 +84,6 @@ class NorMuon(torch.optim.Optimizer):
         TypeError, ValueError: as `make_plan` and `Hyper.of`, at construction and from `add_param_group`.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then leaves `grad_scale` and `found_inf` to the step
-
     def __init__(
         self,
         params: Params,
@@ -121,6 +120,15 @@ class NorMuon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._constructed = True
         self._settle()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True for a GradScaler that asks: it leaves `grad_scale` and `found_inf` to the step, and does not wait.
+
+        False for anybody else: Lightning refuses to clip where it is True, in bf16-mixed too. Where not, it has the gradients
+        unscaled, clips them, and steps through its GradScaler.
+        """
+        return isinstance(sys._getframe(1).f_locals.get("self"), torch.amp.GradScaler)
 
     def _forget(self) -> None:
         """What follows from parameters, groups and state, and is made again at the next step."""

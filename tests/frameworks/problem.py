@@ -66,24 +66,36 @@ def by_hand(
     steps: int,
     *,
     clip: float | None = None,
+    in_groups: bool = False,  # the norm is added up in the order of the groups
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     accumulate: int = 1,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
+    backward_inside: bool = False,  # of autocast
+    scale: float | None = None,
+    parameters: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The plain loop: what it ends with, and its losses."""
-    model = Net()
-    optimizer = optimizer_of(model)
+    model = Net().to(parameters)
+    optimizer = optimizer_of(model, **options)
+    scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
     schedule = None if scheduler is None else scheduler(optimizer)
     losses = []
     for k in range(steps):
         for i in range(accumulate):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = model(batch(k * accumulate + i))
-            (loss / accumulate).backward()
+                if backward_inside:
+                    scaler.scale(loss / accumulate).backward()
+            if not backward_inside:
+                scaler.scale(loss / accumulate).backward()
             losses.append(float(loss.detach()))
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+            scaler.unscale_(optimizer)
+            grouped = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(grouped if in_groups else model.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         if schedule is not None:
             schedule.step()

@@ -134,7 +134,7 @@ def test_accelerate_has_the_bits_of_the_plain_loop_and_resumes_exactly(
     losses += go_on(accelerator, *made, range(4 * accumulate, STEPS * accumulate))
     ended = problem.bits(*made[:2])
     expected, its_losses = problem.by_hand(
-        STEPS, clip=0.5, accumulate=accumulate, autocast=mixed_precision == "bf16",
+        STEPS, clip=0.5, accumulate=accumulate, autocast=torch.bfloat16 if mixed_precision == "bf16" else None,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
     )  # fmt: skip
     assert problem.same(ended, expected) and losses == its_losses and losses[-1] < 0.8 * losses[0]
