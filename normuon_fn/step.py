@@ -75,6 +75,7 @@ def _update(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
 ) -> StepResult:
     """`update`, whose result is what lies on this rank."""
+    check_step(plan, params, grads, state, hyper, found_inf)
     with torch.no_grad(), without_autocast(plan.device):
         return _advance(params, grads, state, hyper, plan, found_inf, ops.PURE)
 
@@ -82,6 +83,7 @@ def _update(
 def _update_(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
 ) -> StepResult:
+    check_step(plan, params, grads, state, hyper, found_inf)
     with torch.no_grad(), without_autocast(plan.device):
         return _advance(params, grads, state, hyper, plan, found_inf, ops.IN_PLACE)
 
@@ -170,7 +172,6 @@ def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
 def _advance(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, found_inf: Tensor | None, writes: ops.Writes
 ) -> StepResult:
-    check_step(plan, params, grads, state, hyper, found_inf)
     if plan.config.missing_grads == "zeros":
         grads = {name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in grads.items()}
     params, grads, state = mesh.local_of(params), mesh.local_of(grads), mesh.local_of(state)
