@@ -58,7 +58,7 @@ def not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Dtypes are as they were chosen, also in a region of the caller's that has others: float16 products of float32 are wrong."""
+    """Keeps the dtypes that were chosen, in a region of the caller's that has others."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
