@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from . import mesh
 from .plan import Spec
-from .routes import Route, Routes, resolve_routes
+from .routes import Route, Routes, RouteTable, resolve_routes
 from .types import Config, Guard, Hyper, _check_number
 
 Groups = Sequence[Mapping[str, Any]]
@@ -105,7 +105,10 @@ def route(groups: Groups, of_groups: Sequence[Routes], of_all: Routes | None, na
 
 
 def _asked(named: Mapping[str, Tensor], routes: Routes) -> dict[str, Route]:
-    return {name: route for name, (route, why) in resolve_routes(named, routes).items() if why.startswith("routes[")}
+    is_table = isinstance(routes, RouteTable)  # which decides about everything
+    return {
+        name: route for name, (route, why) in resolve_routes(named, routes).items() if is_table or why.startswith("routes[")
+    }
 
 
 def plain(value: Any) -> Any:
