@@ -42,6 +42,16 @@ def test_fsdp2_in_bfloat16_steps_float32_parameters_and_resumes_exactly(ranks: l
         assert seen["fsdp2, mixed"]["off"] < 1e-6 and seen["fsdp2, mixed"]["resumed"] == 0.0
 
 
+@pytest.mark.parametrize("master", ["mantissa", "fp32"])
+def test_shards_in_bfloat16_with_masters_follow_what_is_loaded_and_resume_exactly(
+    ranks: list[dict[str, Any]], master: str
+) -> None:
+    for seen in ranks:
+        found = seen["fsdp2, masters"][master]
+        assert found["off"] <= 2**-8 < 2**-6 < found["moved"]  # a bit of bfloat16 at 1, of shards summed in another order
+        assert found["resumed"] == 0.0
+
+
 def test_parameters_that_are_sharded_after_the_construction_are_stepped_and_their_state_is_saved(
     ranks: list[dict[str, Any]],
 ) -> None:

@@ -170,6 +170,39 @@ def mixed() -> dict[str, Any]:
     return {"dtypes": sorted(dtypes), "off": off(whole(model), whole(single)), "resumed": off(whole(again), whole(model))}
 
 
+def masters() -> dict[str, Any]:
+    """bfloat16 shards with float32 behind them. The models are loaded after their optimizers were made."""
+    seen = {}
+    for master in ("mantissa", "fp32"):
+        config = nm.Config(master=master, orthogonalize_dtype=torch.float32)  # type: ignore[arg-type]
+
+        def run(model: nn.Module, optimizer: nm.NorMuon, steps: range) -> None:
+            for k in steps:
+                loss_of(model, batch(k, 0, 0).bfloat16()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def made(seed: int, lr: float, config: nm.Config = config) -> tuple[nn.Module, nm.NorMuon]:
+            model = model_of(seed).bfloat16()
+            fully_shard(model)
+            return model, optimizer_of(model, lr, config=config)
+
+        model, optimizer = made(1, 0.01)
+        model.load_state_dict(made(0, 0.01)[0].state_dict())
+        run(model, optimizer, range(3))
+        again, resumed = made(2, 0.5)
+        again.load_state_dict(copy.deepcopy(model.state_dict()))
+        dcp.set_optimizer_state_dict(again, resumed, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)))
+        run(model, optimizer, range(3, STEPS))
+        run(again, resumed, range(3, STEPS))
+
+        single = model_of().bfloat16()
+        run(single, optimizer_of(single, 0.01, config=config), range(STEPS))
+        seen[master] = {"off": off(whole(model), whole(single)), "resumed": off(whole(again), whole(model))}
+        seen[master]["moved"] = off(whole(model), whole(model_of().bfloat16()))
+    return seen
+
+
 def switched() -> dict[str, Any]:
     """The optimizer is there before the parameters are sharded, and gets them put in: so Accelerate prepares FSDP2."""
     model, other = model_of(), sharded(0, MixedPrecisionPolicy())
@@ -199,7 +232,7 @@ def rank(number: int, world: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (world,))
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "ddp": lambda: ddp({}), "ddp, work shared": lambda: ddp({"mesh": mesh}), "fsdp2, mixed": mixed,
-        "fsdp2, switched": switched,
+        "fsdp2, switched": switched, "fsdp2, masters": masters,
     }  # fmt: skip
     try:
         import accelerate  # noqa: F401

@@ -116,3 +116,37 @@ def test_lightning_has_the_bits_of_the_plain_loop_and_resumes_exactly(
     resumed = fitted(tmp_path / "again", precision, manual, clip, 1, 0.7, ckpt_path=str(tmp_path / "four.ckpt"))
     assert len(resumed.losses) == STEPS - 4 and resumed.losses == whole.losses[4:] and resumed.rates == whole.rates[4:]
     assert problem.same(problem.bits(resumed.net, resumed.own), ended)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_fabric_has_the_bits_of_the_plain_loop_and_resumes_exactly(tmp_path: Path, precision: str) -> None:
+    """The same loop in one's own hands."""
+
+    def made(seed: int, lr: float) -> tuple[Any, Any, Any]:
+        how: dict[str, Any] = {"precision": precision}
+        if precision == "16-mixed":
+            scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+            how = {"plugins": lightning.fabric.plugins.MixedPrecision("16-mixed", "cpu", scaler)}
+        fabric = lightning.Fabric(accelerator="cpu", devices=1, **how)
+        model = problem.Net(seed)
+        return fabric, *fabric.setup(model, problem.optimizer_of(model, lr))
+
+    def run(fabric: Any, model: Any, optimizer: Any, steps: range) -> None:
+        for k in steps:
+            fabric.backward(model(problem.batch(k)))
+            fabric.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first, again = made(0, 0.05), made(1, 0.7)
+    run(*first, range(4))
+    first[0].save(tmp_path / "four", {"model": first[1], "optimizer": first[2]})
+    again[0].load(tmp_path / "four", {"model": again[1], "optimizer": again[2]})
+    run(*first, range(4, STEPS))
+    run(*again, range(4, STEPS))
+    how: dict[str, Any] = {"32-true": {}, "bf16-mixed": {"autocast": torch.bfloat16}}.get(
+        precision, {"autocast": torch.float16, "scale": SCALE}
+    )
+    expected, _ = problem.by_hand(STEPS, clip=0.5, in_groups=True, **how)
+    assert problem.same(problem.bits(first[1].module, first[2].optimizer), expected)
+    assert problem.same(problem.bits(again[1].module, again[2].optimizer), expected)
