@@ -54,7 +54,7 @@ def test_routes_for_a_model_and_its_checkpoints_run_as_printed(tmp_path: Path, m
     params = {name: p.detach() for name, p in model.named_parameters()}
     printed: dict[str, Any] = {"nm": nm, "torch": torch, "model": torch.nn.ModuleDict({"h": model})}
     printed["params"] = {f"h.{name}": p for name, p in params.items()}
-    exec(compile(block_with("nm.routes_for(model"), "README.md", "exec"), printed)
+    exec(compile(block_with("nm.routes_for(model, {"), "README.md", "exec"), printed)
     assert printed["routes"]["h.in_proj_weight"] == nm.Route(splits=(8, 8, 8))
     assert printed["plan"].parameters[2].route == nm.Route(lr_mul=0.5)
 
