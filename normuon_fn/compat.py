@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import types
@@ -54,6 +55,13 @@ def not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
     A name is ``L['plan'].x``, ``plan.x``, or one of these in calls: ``type(plan.x)``, ``dict(type(plan.x)...``.
     """
     return [re.match(r"(\w+\()*(L\['plan'\]|plan\b)", guard.name) is None for guard in guards]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Keeps the dtypes that were chosen, in a region of the caller's that has others."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @functools.cache

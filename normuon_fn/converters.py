@@ -60,6 +60,7 @@ def convert_state(
     source_momentum: MomentumForm | None = None,
     step: int | None = None,
     missing: Literal["error", "zeros"] = "error",
+    params: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The state with which a plan goes on where another optimizer stopped: ``init``'s keys, shapes and dtypes.
 
@@ -72,6 +73,8 @@ def convert_state(
         step: how many steps AdamW has made (its bias correction); ``None``: as the source says.
         missing: what a parameter gets that the source has no state for, or one of the other algorithm, or a variance that is
             none of the plan's.
+        params: the parameters as they are now, from which float32 masters begin: for a plan of ``Config(master="fp32")``. A
+            mantissa begins as zeros.
 
     A variance that the source never had starts at zero, as at the first step. With several values of momentum behind it, a sum
     has no exact ema: the present one counts.
@@ -106,9 +109,18 @@ def convert_state(
         raise ValueError(f"source: no state for {'; '.join(unused[:8])}. missing='zeros' starts these anew")
     counted = _steps(plan, found) if step is None else step
     state["guard.step"] = torch.tensor(counted, dtype=torch.int32, device=plan.device)
+    state |= _masters(plan, params)
     result = {name: state[name] if name in state else _zeros(spec, plan) for name, spec in plan.state.items()}
     check_tensors(plan, "state", result, plan.state)
     return result
+
+
+def _masters(plan: Plan, params: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    names = [p.name for p in plan.parameters if f"{p.name}.master" in plan.state]
+    missing = [name for name in names if params is None or name not in params]
+    if missing:
+        raise ValueError(f"params: {missing[:8]} have float32 masters, which begin as they are; give them with params=")
+    return {f"{name}.master": _as(params[name], plan, name, "master") for name in names} if params is not None else {}
 
 
 def _zeros(spec: Spec, plan: Plan) -> Tensor:

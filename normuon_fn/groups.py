@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from . import mesh
 from .plan import Spec
-from .routes import Route, Routes, resolve_routes
+from .routes import Route, Routes, RouteTable, resolve_routes
 from .types import Config, Guard, Hyper, _check_number
 
 Groups = Sequence[Mapping[str, Any]]
@@ -105,7 +105,10 @@ def route(groups: Groups, of_groups: Sequence[Routes], of_all: Routes | None, na
 
 
 def _asked(named: Mapping[str, Tensor], routes: Routes) -> dict[str, Route]:
-    return {name: route for name, (route, why) in resolve_routes(named, routes).items() if why.startswith("routes[")}
+    is_table = isinstance(routes, RouteTable)  # which decides about everything
+    return {
+        name: route for name, (route, why) in resolve_routes(named, routes).items() if is_table or why.startswith("routes[")
+    }
 
 
 def plain(value: Any) -> Any:
@@ -157,8 +160,10 @@ def names_of(groups: Groups) -> tuple[dict[str, Tensor], dict[str, int]]:
     )
 
 
-def keep(owner: dict[str, Tensor], name: str, kind: str, spec: Spec, device: torch.device, stepped: bool) -> Tensor:
-    """The tensor of one kind of state: what ``owner`` has, brought to ``device``, or zeros that it has from here on."""
+def keep(
+    owner: dict[str, Tensor], name: str, kind: str, spec: Spec, device: torch.device, stepped: bool, param: Tensor | None
+) -> Tensor:
+    """The tensor of one kind of state: what ``owner`` has, brought to ``device``, or one that it has from here on."""
     own = owner.get(kind)
     if own is not None:
         here = mesh.local(own)
@@ -167,8 +172,18 @@ def keep(owner: dict[str, Tensor], name: str, kind: str, spec: Spec, device: tor
             return owner[kind]
         if stepped:
             raise ValueError(f"{name}: has another shape, dtype or placement than its {kind}; make a new optimizer")
-    owner[kind] = mesh.whole(torch.zeros(spec.shape, dtype=spec.dtype, device=device), spec.sharded)
+    new = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    if kind == "master" and param is not None:
+        new.copy_(mesh.local(param).detach())
+    owner[kind] = mesh.whole(new, spec.sharded)
     return owner[kind]
+
+
+def refresh(params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Masters as the parameters are now."""
+    for name, p in params.items():
+        if f"{name}.master" in state:
+            mesh.local(state[f"{name}.master"]).copy_(mesh.local(p))
 
 
 def check_saved(groups: Groups, saved: Groups) -> None:

@@ -5,6 +5,7 @@ param_groups -> names, routes, one Hyper entry a group -> a plan of what has gra
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -39,6 +40,7 @@ class _Stage:
     at: list[int]  # where its parameters are among all
     params: dict[str, Tensor]
     state: dict[str, Tensor]
+    kept: list[tuple[Tensor, str, Tensor]]  # of which parameter, and under which key, each tensor of the state is
     stepped: bool = False
     graphed: GraphedStep | None = None
 
@@ -61,16 +63,19 @@ class NorMuon(torch.optim.Optimizer):
     **Gradients.** A step is planned for the parameters that have one, at the first step and whenever others have: each such set
     of parameters is compiled once (and captured once). A parameter without gradient keeps its values and state. With
     ``late_gradients="error"`` a parameter whose first gradient comes later is refused. Where ranks share parameters, they must
-    have the same gradients; with ``Config(missing_grads="zeros")`` a missing one counts as zeros and all is one plan.
+    have the same gradients; with ``Config(missing_grads="zeros")`` a missing one counts as zeros and all is one plan. Planning
+    is a collective of the ranks of ``mesh`` and ``guard_mesh``: a gradient that comes late on one of them alone makes them wait
+    for each other. ``missing_grads="zeros"`` plans once; ``late_gradients="error"`` raises on the rank that has it.
 
     **State** exists from construction for all that requires a gradient: ``momentum``, ``variance`` or ``exp_avg``,
     ``exp_avg_sq``, in the dtypes of `init`, and for every parameter the guard's counters ``step``, ``skipped``, ``consecutive``
-    (the same three tensors). AdamW's bias correction counts ``step``, also for a parameter added later. `load_state_dict`
-    copies into the tensors that are there.
+    (the same three tensors). With ``Config.master`` also ``mantissa`` or ``master``, which follows its parameter until the
+    first step. AdamW's bias correction counts ``step``, also for a parameter added later. `load_state_dict` copies into the
+    tensors that are there; others that somebody puts in their place in ``optimizer.state`` are taken at the next step.
 
     ``torch.amp.GradScaler`` works without a host sync: gradients are unscaled in place, ``found_inf`` skips the step.
-    ``torch.compile(optimizer.step)`` leaves the graph for the step, which is compiled already. ``plan`` and ``result`` are
-    those of the last step, for `check`.
+    ``torch.compile(optimizer.step)`` leaves the graph for the step, which is compiled already; ``fullgraph=True`` raises.
+    ``plan`` and ``result`` are those of the last step, for `check`.
 
     Args:
         lr: as for `Hyper`: of an update with RMS 0.2, so AdamW's learning rates carry over; see ``Config.scale``.
@@ -82,8 +87,6 @@ class NorMuon(torch.optim.Optimizer):
     Raises:
         TypeError, ValueError: as `make_plan` and `Hyper.of`, at construction and from `add_param_group`.
     """
-
-    _step_supports_amp_scaling = True  # GradScaler then leaves `grad_scale` and `found_inf` to the step
 
     def __init__(
         self,
@@ -122,6 +125,15 @@ class NorMuon(torch.optim.Optimizer):
         self._constructed = True
         self._settle()
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True for a GradScaler that asks: it leaves `grad_scale` and `found_inf` to the step, and does not wait.
+
+        False for anybody else: Lightning refuses to clip where it is True, in bf16-mixed too. Where not, it has the gradients
+        unscaled, clips them, and steps through its GradScaler.
+        """
+        return isinstance(sys._getframe(1).f_locals.get("self"), torch.amp.GradScaler)
+
     def _forget(self) -> None:
         """What follows from parameters, groups and state, and is made again at the next step."""
         for stage in getattr(self, "_stages", {}).values():
@@ -142,12 +154,13 @@ class NorMuon(torch.optim.Optimizer):
         self._advance()
         return loss
 
-    @torch.compiler.disable(reason="the step is one compiled graph already")
+    @torch.compiler.disable(
+        reason="NorMuon.step is one compiled graph already: call it outside of torch.compile, or without fullgraph=True. "
+        "For a graph of your own there is normuon_fn.update"
+    )
     @torch.no_grad()
     def _advance(self) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        if self._looks != groups_of.looks_of(params):
-            self._settle()
+        params = self._resettle()
         grads = [p.grad for p in params]
         if self.config.missing_grads == "zeros":
             among = tuple(p.requires_grad for p in params)
@@ -158,6 +171,8 @@ class NorMuon(torch.optim.Optimizer):
         stage = self._stages.get(among)
         if stage is None or not stage.stepped:
             stage = self._first(among)
+        elif any([self.state[p].get(kind) is not own for p, kind, own in stage.kept]):  # noqa: C419 - a list is faster
+            self._adopt(stage)
         self._hyper.follow(self.param_groups)
         given = dict(zip(stage.params, [grads[k] for k in stage.at], strict=True))
         found_inf = self._unscale(given)
@@ -218,6 +233,13 @@ class NorMuon(torch.optim.Optimizer):
         if any(among):
             self._stages[among] = self._made(among)
 
+    def _resettle(self) -> list[Tensor]:
+        """All parameters; settled again if they are not those that were."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._looks != groups_of.looks_of(params):
+            self._settle()
+        return params
+
     def _first(self, among: tuple[bool, ...]) -> _Stage:
         """The stage of a set of parameters that has not been stepped before."""
         names = {name for name, here in zip(self._named, among, strict=True) if here}
@@ -228,6 +250,8 @@ class NorMuon(torch.optim.Optimizer):
                 "Give zeros from the start, freeze it (requires_grad_(False)), or take late_gradients='replan'"
             )
         stage = self._stages[among] if among in self._stages else self._made(among)
+        if not self._stepped:  # until here they follow the parameters, which may have been loaded meanwhile
+            groups_of.refresh(stage.params, stage.state)
         if self.graphed:
             groups_of.check_device(stage.plan.device, GraphedStep._device_type)
             stage.graphed = GraphedStep(stage.plan)
@@ -247,17 +271,26 @@ class NorMuon(torch.optim.Optimizer):
         )  # fmt: skip
         for group in plan.shared_by:
             ranks_of.check_alike(plan.summary, group)
-        state = {}
-        for key, spec in plan.state.items():
+        stage = _Stage(plan, [k for k, here in enumerate(among) if here], params, {}, [])
+        self._adopt(stage)
+        return stage
+
+    def _adopt(self, stage: _Stage) -> None:
+        """Takes a stage's state from where everybody sees it: frameworks move it to the host, and back as other tensors."""
+        for key, spec in stage.plan.state.items():
             name, _, kind = key.rpartition(".")
-            owner = self._counters if name == "guard" and kind in _COUNTERS else self.state[params[name]]
-            state[key] = groups_of.keep(owner, name, kind, spec, plan.device, self._stepped)
-        for p in params.values():
+            param = None if name == "guard" and kind in _COUNTERS else stage.params[name]
+            owner = self._counters if param is None else self.state[param]
+            stage.state[key] = groups_of.keep(owner, name, kind, spec, stage.plan.device, self._stepped, param)
+        for p in stage.params.values():
             self.state[p].update(self._counters)
-        return _Stage(plan, [k for k, here in enumerate(among) if here], params, state)
+        stage.kept = [
+            (p, kind, own) for p in stage.params.values() for kind, own in self.state[p].items() if kind not in _COUNTERS
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's; hyperparameters as plain numbers."""
+        self._resettle()
         packed = super().state_dict()
         packed["param_groups"] = [*map(groups_of.plain, packed["param_groups"])]
         return packed
@@ -272,8 +305,7 @@ class NorMuon(torch.optim.Optimizer):
         given: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             given = before(self, given) or given
-        if self._looks != groups_of.looks_of([p for group in self.param_groups for p in group["params"]]):
-            self._settle()
+        self._resettle()
         groups = given["param_groups"]
         groups_of.check_saved(self.param_groups, groups)
         found = dict(zip(self._named, chain.from_iterable(group["params"] for group in groups), strict=True))
@@ -286,7 +318,7 @@ class NorMuon(torch.optim.Optimizer):
             for into, value in chain.from_iterable(copies):
                 into.copy_(value)
         groups_of.take(self.param_groups, groups)
-        self._stepped = True
+        self._stepped = self._stepped or bool(self._counters and self._counters["step"] > 0)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

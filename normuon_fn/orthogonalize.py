@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .coefficients import Coefficients, CoefficientSet, gram_restarts, resolve
-from .compat import has_bfloat16_matrix_unit
+from .compat import has_bfloat16_matrix_unit, without_autocast
 from .types import COMPUTE_DTYPES, Method
 
 # float16 has 5 bits of exponent: a matrix of Frobenius norm 1 is carried as 2^7 X, so that small rows stay normal numbers.
@@ -58,11 +58,12 @@ def orthogonalize(
         raise ValueError(f"x: expected [..., rows, cols], got shape {tuple(x.shape)}")
     rows, cols = sorted(x.shape[-2:])
     chosen, form = _decide(coefficients, steps, safety_factor, method, dtype, rows, cols, x.device.type, x.dtype)
-    if isinstance(x, DTensor):
-        from .orthogonalize_sharded import orthogonalize_sharded  # which imports this file
+    with without_autocast(x.device):
+        if isinstance(x, DTensor):
+            from .orthogonalize_sharded import orthogonalize_sharded  # which imports this file
 
-        return orthogonalize_sharded(x, chosen, form)
-    return orthogonalize_whole(x, chosen, form)
+            return orthogonalize_sharded(x, chosen, form)
+        return orthogonalize_whole(x, chosen, form)
 
 
 def orthogonalize_whole(x: Tensor, chosen: CoefficientSet, form: Form) -> Tensor:

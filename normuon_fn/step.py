@@ -18,7 +18,7 @@ from torch import Tensor
 from . import guard, mesh, ops, share
 from .adamw import Moments, apply_adamw, read_moments
 from .checks import check_lies, check_step, check_tensors
-from .compat import compile_whole
+from .compat import compile_whole, without_autocast
 from .plan import Bucket, Plan, make_plan
 from .run import Run
 from .stages import Back, Front, momentum_late, momentum_of, updates_of
@@ -75,14 +75,16 @@ def _update(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
 ) -> StepResult:
     """`update`, whose result is what lies on this rank."""
-    with torch.no_grad():
+    check_step(plan, params, grads, state, hyper, found_inf)
+    with torch.no_grad(), without_autocast(plan.device):
         return _advance(params, grads, state, hyper, plan, found_inf, ops.PURE)
 
 
 def _update_(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
 ) -> StepResult:
-    with torch.no_grad():
+    check_step(plan, params, grads, state, hyper, found_inf)
+    with torch.no_grad(), without_autocast(plan.device):
         return _advance(params, grads, state, hyper, plan, found_inf, ops.IN_PLACE)
 
 
@@ -145,7 +147,8 @@ def _compiled(
         if plan.sharded:
             check_lies(plan, *given)
             params, grads, state = map(mesh.local_of, given)
-        return own[function](params, grads, state, hyper, plan, found_inf=found_inf)
+        with without_autocast(plan.device):
+            return own[function](params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception:
         check_step(plan, *given, hyper, found_inf)  # tracing stumbled over it: say it in plain words
         raise
@@ -169,7 +172,6 @@ def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
 def _advance(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, found_inf: Tensor | None, writes: ops.Writes
 ) -> StepResult:
-    check_step(plan, params, grads, state, hyper, found_inf)
     if plan.config.missing_grads == "zeros":
         grads = {name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in grads.items()}
     params, grads, state = mesh.local_of(params), mesh.local_of(grads), mesh.local_of(state)

@@ -59,6 +59,28 @@ def test_a_run_goes_on_with_the_same_bits_and_the_same_order_of_keys(tmp_path: P
     assert os.listdir(tmp_path) == ["run.safetensors"]
 
 
+@pytest.mark.parametrize(("master", "key", "dtype"), [("mantissa", "mantissa", torch.int16), ("fp32", "master", torch.float32)])
+def test_masters_are_saved_and_the_run_goes_on_exactly(tmp_path: Path, master: Any, key: str, dtype: torch.dtype) -> None:
+    plan, params, state = problem(nm.Config(master=master))
+    assert state[f"half.{key}"].dtype == dtype and state[f"half.{key}"].any() and f"bias.{key}" not in state
+    nm.save(tmp_path / "run", params, state, plan=plan)
+    found = nm.load(tmp_path / "run", plan)
+    assert same(found.params, params) and same(found.state, state)
+    for got, want in zip(advance(plan, found.params, found.state), advance(plan, params, state), strict=True):
+        assert same(got, want)
+    into = problem(nm.Config(master=master), steps=0)[1:]
+    nm.load(tmp_path / "run", plan, params=into[0], state=into[1])
+    assert same(into[0], params) and same(into[1], state)
+    before = problem(steps=1)
+    kept = copies(before[1]), copies(before[2])
+    with (
+        pytest.warns(UserWarning, match=f"Config.master was '{master}', is 'none'"),
+        pytest.raises(nm.CheckpointError, match=rf"unexpected \['state/half.{key}'\]"),
+    ):
+        nm.load(tmp_path / "run", before[0], params=before[1], state=before[2])
+    assert same(before[1], kept[0]) and same(before[2], kept[1])
+
+
 def test_without_a_plan_it_comes_as_it_was_saved(tmp_path: Path) -> None:
     plan, params, state = problem()
     nm.save(tmp_path / "run", params, state, plan=plan)

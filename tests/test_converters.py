@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import normuon_fn as nm
 from normuon_fn.converters import names_in
+from normuon_fn.ops.rounding import joined_with
 from tests import oracle
 
 Tensors = dict[str, Tensor]
@@ -290,3 +291,28 @@ def test_counters_that_differ_and_unknown_states_are_refused() -> None:
         nm.convert_state({"state": {0: {"sum": torch.zeros(4)}}, "param_groups": [{"params": [0]}]}, plan, ["b"])
     with pytest.raises(TypeError, match=r"expected an optimizer's state_dict\(\)"):
         nm.convert_state({"w": torch.zeros(4)}, plan, ["b"])
+
+
+@pytest.mark.parametrize("master", ["mantissa", "fp32"])
+def test_masters_begin_as_the_parameters_that_the_other_optimizer_left(master: Any) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(12, 8, bias=False, dtype=torch.bfloat16)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.02)
+    for k in range(2):
+        model.weight.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(k)).bfloat16()
+        optimizer.step()
+    params = {"weight": model.weight.detach()}
+    source, wide = optimizer.state_dict(), {"weight": params["weight"].float()}
+    moved = []
+    for given, config in ((params, nm.Config(normalize=False, master=master)), (wide, nm.Config(normalize=False))):
+        plan = nm.make_plan(given, config)
+        state = nm.convert_state(source, plan, ["weight"], params=given)
+        grads = {"weight": torch.ones(8, 12, dtype=given["weight"].dtype)}
+        result = nm.update(given, grads, state, nm.Hyper.of(given, lr=1e-4), plan)
+        key = {"mantissa": "weight.mantissa", "fp32": "weight.master"}[master]
+        x = result.params["weight"]
+        moved.append(joined_with(x, result.state[key]) if given is params else x)
+    assert torch.equal(*moved) and not torch.equal(moved[0], wide["weight"])
+    if master == "fp32":
+        with pytest.raises(ValueError, match=r"params: \['weight'\] have float32 masters"):
+            nm.convert_state(source, nm.make_plan(params, nm.Config(normalize=False, master=master)), ["weight"])

@@ -99,6 +99,23 @@ def test_compiled_it_is_step_bit_for_bit_and_other_lists_of_these_shapes_do_not_
     assert len(foreach._plans) == plans
 
 
+@pytest.mark.parametrize("case", ["plain", "mantissa"])
+def test_a_call_for_every_group_is_the_step_whose_hyper_has_an_entry_for_each(case: str) -> None:
+    config, dtype = CASES[case]
+    given = lists(config, dtype)
+    expected = copies(given)
+    named, grads, state, _, _ = by_name(expected, config)
+    group_of = dict(zip(named, (0, 1, 1, 0), strict=True))
+    hypers = [HYPER, {"lr": 0.5, "momentum": 0.8, "beta2": 0.5, "weight_decay": 0.0}]
+    plan = nm.make_plan(named, config, hyper_of=group_of)
+    for _ in range(2):
+        _update_(named, grads, state, nm.Hyper.stack([nm.Hyper.of(named, **hyper) for hyper in hypers]), plan)
+        for k, hyper in enumerate(hypers):
+            own = [[x for x, group in zip(part, group_of.values(), strict=False) if group == k] for part in given]
+            nm.foreach_step_(*own, **hyper, config=config, compiled=False)
+    assert same(given, expected) and not same(given, lists(config, dtype))
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_inside_a_graph_of_your_own(known: bool) -> None:
     config = nm.Config(**SHORT, guard="full", rms=0.25 if known else 0.125)  # of no other test: the plan is not there yet

@@ -89,9 +89,11 @@ class Rehearsed(GraphedStep):
 class Case:
     """A problem and its shadow: after every step, `agrees` says whether plain in-place steps led to the same bits."""
 
-    def __init__(self, guard: str = "off", device: str = "cpu", scale: int = 1) -> None:
-        self.params, self.grads = random(device, 0, scale), random(device, 1, scale)
-        self.plan = nm.make_plan(self.params, nm.Config(guard=guard))  # type: ignore[arg-type]
+    def __init__(
+        self, guard: Any = "off", device: str = "cpu", scale: int = 1, master: Any = "none", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.params, self.grads = ({name: x.to(dtype) for name, x in random(device, seed, scale).items()} for seed in (0, 1))
+        self.plan = nm.make_plan(self.params, nm.Config(guard=guard, master=master))
         self.state = nm.init(self.plan, self.params)
         self.hyper = nm.Hyper.of(self.params, lr=0.02, weight_decay=0.1)
         self.expected: Dicts = clones(self.params, self.state)
@@ -124,6 +126,27 @@ def settle(case: Case, graphed: GraphedStep, calls: int = 2) -> None:
 
 
 # --- the order of things
+
+
+@pytest.mark.parametrize(("master", "key"), [("mantissa", "mantissa"), ("fp32", "master"), ("stochastic", None)])
+def test_masters_of_bfloat16_parameters_are_watched_as_all_state_is(eager: None, master: str, key: str | None) -> None:
+    case = Case("full", master=master, dtype=torch.bfloat16)
+    graphed = Rehearsed(case.plan)
+    before = clones(case.params)[0]
+    settle(case, graphed, 3)
+    assert graphed.did() == "plain capture replay replay" and case.agrees() and not same(case.params, before)
+    case.grads["tall"][0, 0] = math.nan
+    settle(case, graphed, 1)
+    refill(case.grads, 5)
+    settle(case, graphed, 1)
+    assert case.agrees() and int(case.state["guard.skipped"]) == 1
+    if key is not None:
+        name = f"tall.{key}"
+        case.state[name] = case.state[name].clone()
+        with pytest.warns(RuntimeWarning, match=rf"state\['{name}'\] moved to another address"):
+            settle(case, graphed, 1)
+        settle(case, graphed, 1)
+        assert graphed.did() == "replay replay free plain capture replay" and case.agrees()
 
 
 def test_the_first_call_is_plain_the_second_captures_later_ones_replay(rehearsal: tuple[Case, Rehearsed]) -> None:

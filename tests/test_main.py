@@ -20,13 +20,13 @@ from tests import oracle
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, before: str = "", warnings: str = "error", seconds: int = 120) -> subprocess.CompletedProcess[str]:
     code = (
         f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}\n{before}\nrunpy.run_module('normuon_fn', run_name='__main__')"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-W", warnings, "-c", code], capture_output=True, text=True, env=environment, timeout=seconds
     )
 
 
@@ -38,6 +38,14 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
     assert re.search(
         r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed .* \d+\.\d\d +pass$", lines[-1]
     )
+
+
+def test_compiled_it_passes_too() -> None:
+    shows = "import torch._dynamo.utils as u, atexit; atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
+    done = run("--device", "cpu", "--compile", before=shows, warnings="ignore", seconds=600)  # Inductor's own
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, row, compiled = done.stdout.splitlines()
+    assert row.endswith("pass") and compiled == "1"
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,20 @@ def test_routes_of_a_group_go_before_its_algorithm_and_that_before_those_of_all(
         nm.NorMuon([{"params": matrices, "routes": {"embed*": nm.Route("adamw")}}, {"params": rest}])
 
 
+def test_a_table_of_routes_for_is_followed_and_a_group_goes_before_it() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(6, 6), nn.MultiheadAttention(6, 2), nn.Linear(6, 4))
+    table = nm.routes_for(model, {"4.weight": nm.Route("adamw")})
+    optimizer = nm.NorMuon(model.named_parameters(), routes=table)
+    (stage,) = optimizer._stages.values()
+    assert {p.name: p.route for p in stage.plan.parameters} == dict(table)
+    assert table["0.weight"] == nm.Route(flatten=True) and table["3.in_proj_weight"] == nm.Route(splits=(6, 6, 6))
+    named = list(model.named_parameters())
+    groups = [{"params": named[:2], "algorithm": "adamw"}, {"params": named[2:], "routes": {"2.weight": nm.Route(lr_mul=2.0)}}]
+    (stage,) = nm.NorMuon(groups, routes=table)._stages.values()
+    own = {"0.weight": nm.Route("adamw"), "2.weight": nm.Route(lr_mul=2.0)}
+    assert {p.name: p.route for p in stage.plan.parameters} == dict(table) | own
+
+
 def test_the_closure_is_differentiated_and_its_loss_returned() -> None:
     model, other = Net(), Net()
     optimizer = nm.NorMuon(model.named_parameters(), lr=0.02)
@@ -377,6 +391,15 @@ def test_a_compiled_step_has_the_same_bits_and_is_compiled_once(counter: graphs.
     assert counter.frame_count == 1
     train(other, nm.NorMuon(other.named_parameters(), lr=0.02), range(4))
     assert same(weights(model), weights(other))
+
+
+def test_a_step_inside_a_whole_graph_says_what_to_do() -> None:
+    model = Net()
+    optimizer = nm.NorMuon(model.named_parameters())
+    backward(model, 0)
+    with pytest.raises(Exception, match=r"call it outside of torch\.compile, or without fullgraph=True"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    assert same(weights(model), weights(Net()))
 
 
 # --- gradients that come late

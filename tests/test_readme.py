@@ -54,7 +54,7 @@ def test_routes_for_a_model_and_its_checkpoints_run_as_printed(tmp_path: Path, m
     params = {name: p.detach() for name, p in model.named_parameters()}
     printed: dict[str, Any] = {"nm": nm, "torch": torch, "model": torch.nn.ModuleDict({"h": model})}
     printed["params"] = {f"h.{name}": p for name, p in params.items()}
-    exec(compile(block_with("nm.routes_for(model"), "README.md", "exec"), printed)
+    exec(compile(block_with("nm.routes_for(model, {"), "README.md", "exec"), printed)
     assert printed["routes"]["h.in_proj_weight"] == nm.Route(splits=(8, 8, 8))
     assert printed["plan"].parameters[2].route == nm.Route(lr_mul=0.5)
 
@@ -77,6 +77,69 @@ def test_the_conversion_runs_as_printed() -> None:
     printed: dict[str, Any] = {"nm": nm, "model": model, "optimizer": optimizer, "plan": plan}
     exec(compile(block_with("nm.convert_state("), "README.md", "exec"), printed)
     assert torch.equal(printed["state"]["weight.momentum"], optimizer.state[model.weight]["momentum_buffer"])
+
+
+def llama() -> Any:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, num_key_value_heads=1, **sizes))
+
+
+ROWS = [{"input_ids": row, "labels": row} for row in (torch.arange(24)[:, None] + 3 * torch.arange(8)) % 16]
+
+
+def test_the_trainer_runs_as_printed(tmp_path: Path) -> None:
+    import transformers
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=False, logging_steps=1,
+    )  # fmt: skip
+    printed: dict[str, Any] = {"nm": nm, "transformers": transformers, "model": llama(), "arguments": arguments, "data": ROWS}
+    with torch.compiler.set_stance("force_eager"):
+        exec(compile(block_with("transformers.Trainer("), "README.md", "exec"), printed)
+    losses = [entry["loss"] for entry in printed["trainer"].state.log_history if "loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_lightning_module_runs_as_printed(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", minversion="2.5")
+    printed: dict[str, Any] = {"nm": nm, "torch": torch, "lightning": lightning}
+    exec(compile(block_with("lightning.LightningModule"), "README.md", "exec"), printed)
+    module = printed["Module"](llama())
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(tmp_path), gradient_clip_val=1.0,
+    )  # fmt: skip
+    with torch.compiler.set_stance("force_eager"):
+        trainer.fit(module, torch.utils.data.DataLoader(ROWS, batch_size=8))
+    (optimizer,) = trainer.optimizers
+    assert int(optimizer.state[module.model.lm_head.weight]["step"]) == 3
+
+
+def test_accelerate_is_prepared_as_printed() -> None:
+    accelerate = pytest.importorskip("accelerate", minversion="1")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    data = torch.utils.data.DataLoader(ROWS, batch_size=8)
+    printed: dict[str, Any] = {"nm": nm, "accelerate": accelerate, "model": llama(), "data": data}
+    exec(compile(block_with("accelerator.prepare("), "README.md", "exec"), printed)
+    model, optimizer = printed["model"], printed["optimizer"]
+    with torch.compiler.set_stance("force_eager"):
+        for batch in printed["data"]:
+            printed["accelerator"].backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert isinstance(optimizer.optimizer, nm.NorMuon) and int(optimizer.state[model.lm_head.weight]["step"]) == 3
+
+
+@pytest.mark.parametrize("version", re.findall(r"(transformers|Accelerate|Lightning) (\d+\.\d+\.\d+)", README))
+def test_the_versions_of_the_frameworks_are_those_that_are_installed_for_the_tests(version: tuple[str, str]) -> None:
+    pinned = [line.partition(";")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    assert f"{version[0].lower()}=={version[1]}" in pinned
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import normuon_fn as nm
+from compile_tests import graphs
 from normuon_fn.compat import compile_whole
 from normuon_fn.step import _update_
 
@@ -167,3 +168,22 @@ def test_parameters_that_require_grad_are_written_in_place_without_a_graph() -> 
     model(torch.randn(4, 8)).sum().backward()
     nm.step_(params, {name: p.grad for name, p in params.items()}, state, hyper, plan)
     assert not torch.equal(model.weight, before) and model.weight.requires_grad and model.weight.grad_fn is None
+
+
+def test_inside_autocast_the_step_and_orthogonalize_have_the_bits_that_they_have_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter = graphs.counting(monkeypatch)
+    params, grads = ({name: given[name] for name in ("up", "bias")} for given in problem())
+    plan = nm.make_plan(params, nm.Config(orthogonalize_dtype=torch.float32, steps=1))
+    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02)
+    own = torch.compile(nm.update, backend="aot_eager", fullgraph=True)
+    alone = grads["up"]
+    found = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=inside):
+            assert ((alone @ alone.mT).dtype == torch.float16) == inside
+            results = [run(params, grads, state, hyper, plan) for run in (nm.update, nm.step, own)]
+            found.append([result.params | result.state for result in results])
+            found[-1].append({"x": nm.orthogonalize(alone, dtype=torch.float32)})
+    assert all(same(a, b) for a, b in zip(*found, strict=True)) and counter.frame_count == 1
