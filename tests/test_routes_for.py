@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def named(model: nn.Module) -> Tensors:
 
 
 def stepped(params: Tensors, routes: dict[str, nm.Route] | None, config: nm.Config, grads: list[Tensors]) -> Tensors:
-    plan = nm.make_plan(params, config, routes=routes)
+    plan = nm.make_plan(params, replace(config, orthogonalize_dtype=torch.float32), routes=routes)
     state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02, weight_decay=0.1)
     for grad in grads:
         params, state, _, _ = nm.update(params, grad, state, hyper, plan)

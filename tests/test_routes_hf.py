@@ -161,7 +161,7 @@ def test_a_real_model_learns_with_its_routes() -> None:
     model = build("mixtral")
     tokens = torch.randint(3, 50, (4, 8), generator=torch.Generator().manual_seed(0))
     params = {name: p.detach() for name, p in model.named_parameters()}
-    plan = nm.make_plan(params, nm.Config(guard="full", orthogonalize_dtype=torch.float32), routes=nm.routes_for(model))
+    plan = nm.make_plan(params, nm.Config(guard="full"), routes=nm.routes_for(model))
     state, hyper, losses = nm.init(plan, params), nm.Hyper.of(params, lr=0.02), []
     for _ in range(8):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss

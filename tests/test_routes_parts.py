@@ -15,7 +15,7 @@ from tests.torchtitan_model import Transformer
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (3, 16, 40), (24, 24)])
 def test_a_transposed_matrix_steps_as_the_one_that_it_is_the_transpose_of(preset: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    config, params = nm.Config.preset(preset, orthogonalize_dtype=torch.float32), {"w": torch.randn(shape)}
+    config, params = nm.Config.preset(preset), {"w": torch.randn(shape)}
     grads = gradients(params)
     stored = stepped(params, {"w": nm.Route(transposed=True)}, config, grads)["w"]
     plain = stepped({"w": params["w"].mT.contiguous()}, None, config, [{"w": g["w"].mT.contiguous()} for g in grads])["w"]
@@ -26,7 +26,7 @@ def test_a_transposed_matrix_steps_as_the_one_that_it_is_the_transpose_of(preset
 @pytest.mark.parametrize(("shape", "dim"), [((3, 24, 16), 0), ((3, 16, 24), 1), ((2, 2, 24, 16), 0), ((2, 2, 16, 24), 1)])
 def test_parts_of_a_stack_step_as_stacks_of_their_own(preset: str, shape: tuple[int, ...], dim: int) -> None:
     torch.manual_seed(0)
-    config, params = nm.Config.preset(preset, orthogonalize_dtype=torch.float32), {"w": torch.randn(shape)}
+    config, params = nm.Config.preset(preset), {"w": torch.randn(shape)}
     grads, along = gradients(params), len(shape) - 2 + dim
     together = stepped(params, {"w": nm.Route(splits=(8, 16), dim=dim)}, config, grads)["w"]
     for start, length in ((0, 8), (8, 16)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.distributed.layouts import (
@@ -33,6 +34,7 @@ Ranks = list[dict[str, Seen]]
 LAYOUTS = ("ddp", "group", "Shard(0)", "Shard(1)", "Replicate", "HSDP", "2-D", "0 and 0", "strided")
 ON_FOUR = ("HSDP", "2-D", "0 and 0", "strided")
 CLOSE = 1e-6  # relative, per tensor, in float32
+CLOSE_ON_CUDA = 1e-5  # where products of another number of matrices are added up in another order
 ROUNDED = 1e-1  # the same with bfloat16 products; 0.058 was seen, in the variance of matrices of 3 columns
 COMPILED_CLOSE = 2e-5  # of eager; 1.5e-6 was seen after 10 steps, in a variance
 
@@ -56,7 +58,8 @@ def errors(cases: list[Seen]) -> dict[str, float]:
     return {name: sum(seen["errors"][name] ** 2 for seen in cases) ** 0.5 for name in cases[0]["errors"]}
 
 
-def far(cases: list[Seen], bound: float) -> dict[str, float]:
+def far(cases: list[Seen], bound: float = CLOSE) -> dict[str, float]:
+    bound = max(bound, CLOSE_ON_CUDA) if torch.cuda.device_count() >= len(cases) else bound
     return {name: error for name, error in errors(cases).items() if not error <= bound}
 
 
@@ -71,7 +74,7 @@ def test_every_layout_gives_what_one_device_gives(ranks: Ranks, form: str, recor
             if far(cases, bound):
                 wrong.append((kind, guard, far(cases, bound)))
     record_property("largest error", most)  # type: ignore[operator]
-    assert not wrong
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("form", ["standard", "gram", "modded_nanogpt", "muon"])
@@ -79,7 +82,7 @@ def test_a_flattened_convolution_gives_what_one_device_gives(ranks: Ranks, form:
     for kind in on(ranks):
         cases = [seen["conv"][f"{kind} {form}"] for seen in ranks]
         assert [seen["error"] for seen in cases if "error" in seen] == [], kind
-        assert not far(cases, CLOSE), kind
+        assert not far(cases), (kind, far(cases))
 
 
 def test_the_state_lies_as_its_parameter_and_whole_where_its_dimension_is_one(ranks: Ranks) -> None:
@@ -191,7 +194,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_at_two_and_at_one_as_if_nothing_had_
     for saved in SAVED:
         for kind in (saved,) if len(ranks) == 4 else LOADED:
             cases = [seen["checkpoints"][f"{saved} {kind}"] for seen in ranks]
-            assert not far(cases, CLOSE), (saved, kind)
+            assert not far(cases), (saved, kind, far(cases))
             if len(ranks) < 4:
                 assert all(seen["counters"] == [6, 0, 0] for seen in cases) and len(COUNTERS) == 3
 

@@ -132,7 +132,7 @@ def accelerated(folder: str) -> dict[str, Any]:
 def sharded(seed: int, policy: MixedPrecisionPolicy) -> nn.Module:
     model = model_of(seed)
     for layer in (model[0], model[2], model):
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
     return model
 
 
@@ -184,7 +184,7 @@ def masters() -> dict[str, Any]:
 
         def made(seed: int, lr: float, config: nm.Config = config) -> tuple[nn.Module, nm.NorMuon]:
             model = model_of(seed).bfloat16()
-            fully_shard(model)
+            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
             return model, optimizer_of(model, lr, config=config)
 
         model, optimizer = made(1, 0.01)
@@ -256,7 +256,7 @@ def compiled_rank(number: int, world: int, folder: str) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         model = nn.Linear(6, 7, bias=False)
-        fully_shard(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         optimizer = nm.NorMuon(model.named_parameters(), lr=0.02, guard="full", config=config)
         for k in range(3):
             model(batch(k, 0, 0)).square().mean().backward()
