@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from .foreach import ForeachResult, foreach_step_
 from .models import routes_for
 from .orthogonalize import orthogonalize
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .routes import Route, RouteTable
 from .step import init, step, step_, update
 from .types import Config, Hyper, StepResult

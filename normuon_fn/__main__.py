@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .step import init, step, update
 from .table import render
 from .types import Config, Hyper

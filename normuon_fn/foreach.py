@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .routes import Route
 from .step import _update_, step_
 from .types import Config, Hyper, StepResult

@@ -18,7 +18,8 @@ from . import groups as groups_of
 from . import mesh as ranks_of
 from .compat import Ranks
 from .graphed import GraphedStep
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .routes import Routes
 from .step import step_
 from .types import Config, Guard, StepResult

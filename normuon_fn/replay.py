@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from .coefficients import resolve
 from .ops import reference
 from .orthogonalize import Form, choose, newton_schulz
-from .plan import Bucket, Group, Plan, make_plan
+from .plan import Bucket, Group, Plan
+from .planner import make_plan
 from .table import render
 from .types import Hyper, StepResult
 
@@ -57,8 +58,8 @@ def capture(
         raise ValueError("result: no parameter was flagged, there is nothing to capture")
 
     if plan.sharded:
-        if plan.guard_group is None:
-            raise ValueError("plan: of DTensors, with guard='off': only with a guard all ranks know what to gather")
+        if not gathers(plan):
+            raise ValueError("plan: of DTensors, without a guard over ranks of the same parameters: who flagged what?")
         result, grads, plan = _gathered(result, grads, plan, bad)
 
     tensors: dict[str, Tensor] = {}
@@ -152,6 +153,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m normuon_fn.report", description=replay.__doc__)
     parser.add_argument("file", help="the .json or .safetensors file that capture wrote")
     print(replay(parser.parse_args(arguments).file))
+
+
+def gathers(plan: Plan) -> bool:
+    """Whether the ranks that share DTensors have the same flags, so that all of them gather the same tensors."""
+    return plan.config.guard != "off" and plan.guard_alike
 
 
 def _gathered(

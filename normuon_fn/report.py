@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .plan import Plan
-from .replay import capture, main
+from .replay import capture, gathers, main
 from .table import render
 from .types import Hyper, StepResult
 
@@ -55,8 +55,8 @@ def check(
     if outcome.failed and folder:
         if grads is None or hyper is None:
             logger.warning("NORMUON_CAPTURE_DIR is set, but check() was not given grads= and hyper=: nothing captured")
-        elif plan.sharded and plan.guard_group is None:
-            logger.warning("NORMUON_CAPTURE_DIR is set, but of DTensors with guard='off' nothing can be captured")
+        elif plan.sharded and not gathers(plan):
+            logger.warning("NORMUON_CAPTURE_DIR is set, but of DTensors nothing is captured without a guard of all their ranks")
         else:
             logger.warning("captured %s", capture(result, plan, grads, folder, hyper=hyper))
     return _report(outcome, plan, max_consecutive, depth=2)

@@ -19,7 +19,8 @@ from . import guard, mesh, ops, share
 from .adamw import Moments, apply_adamw, read_moments
 from .checks import check_lies, check_step, check_tensors
 from .compat import compile_whole, without_autocast
-from .plan import Bucket, Plan, make_plan
+from .plan import Bucket, Plan
+from .planner import make_plan
 from .run import Run
 from .stages import Back, Front, momentum_late, momentum_of, updates_of
 from .types import Grads, Hyper, StepResult, Tensors
