@@ -155,7 +155,8 @@ def overlaps(group: str, device: torch.device) -> bool:
     """Whether several collectives of a group may be on their way at once.
 
     Not on the CPU: with several in flight some runs of 2 and of 4 ranks died of a corrupted heap (gloo, torch 2.11.0 and
-    2.13.0, 2026-11-23), and none that waited for each at once. The cause is not known. The fake backend sends nothing.
+    2.13.0, 2026-11-23), and no run of the same tests that waited for each at once. The cause is not known. The fake backend
+    sends nothing.
     """
     ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type, unused-ignore]
     return device.type != "cpu" or dist.get_backend(ranks) == "fake"
