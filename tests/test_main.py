@@ -52,7 +52,7 @@ def test_compiled_it_passes_too() -> None:
     "planted",
     [
         "import normuon_fn.normalize as n; n.per_row = lambda *_: False",
-        "import normuon_fn.stages as s; s.carried = lambda *_: 1.1",
+        "import normuon_fn.stages as s; s.carried = lambda *_: 1.5",
         "import normuon_fn.stages as s, torch\ndef broken(*_): raise RuntimeError('no kernel image')\ns.iterate = broken",
         "import normuon_fn.stages as s; s.iterate = lambda x, *_: x * float('nan')",
     ],

@@ -105,6 +105,7 @@ def test_the_trainer_runs_as_printed(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_the_lightning_module_runs_as_printed(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", minversion="2.5")
     printed: dict[str, Any] = {"nm": nm, "torch": torch, "lightning": lightning}

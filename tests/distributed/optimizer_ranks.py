@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 import normuon_fn as nm
 
 STEPS, BAD = 5, 3  # the step in which the last rank alone has a NaN
+EXACT = nm.Config(orthogonalize_dtype=torch.float32)  # else CPUs that have bfloat16 units multiply in bfloat16
 
 
 def model_of(seed: int = 0) -> nn.Sequential:
@@ -73,12 +74,12 @@ def fsdp2(last: bool) -> dict[str, Any]:
         return model
 
     model = sharded(0)
-    optimizer = nm.NorMuon(groups(model), guard="full")
+    optimizer = nm.NorMuon(groups(model), guard="full", config=EXACT)
     keys = {name: sorted(kept) for name, kept in dcp.get_optimizer_state_dict(model, optimizer)["state"].items()}
     skipped = train(model, optimizer, range(STEPS), bad=last)
     params = whole(model)
     resumed = sharded(1)
-    again = nm.NorMuon(groups(resumed, lr=0.5), guard="full")
+    again = nm.NorMuon(groups(resumed, lr=0.5), guard="full", config=EXACT)
     resumed.load_state_dict(copy.deepcopy(model.state_dict()))
     dcp.set_optimizer_state_dict(resumed, again, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)))
     train(model, optimizer, range(STEPS, STEPS + 2))
@@ -88,7 +89,7 @@ def fsdp2(last: bool) -> dict[str, Any]:
 
 def ddp(last: bool) -> dict[str, Any]:
     model = model_of()
-    optimizer = nm.NorMuon(groups(model), guard="full", mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = nm.NorMuon(groups(model), guard="full", config=EXACT, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     skipped = train(model, optimizer, range(STEPS), bad=last)
     first = {name: p.clone() for name, p in whole(model).items()}
     for p in first.values():
@@ -108,7 +109,7 @@ def unlike(last: bool) -> dict[str, Any]:
 def alone() -> dict[str, Tensor]:
     """One device, that never saw the bad batch."""
     model = model_of()
-    optimizer = nm.NorMuon(groups(model), guard="full")
+    optimizer = nm.NorMuon(groups(model), guard="full", config=EXACT)
     for k in range(STEPS):
         if k != BAD:
             train(model, optimizer, range(k, k + 1))

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normuon_fn as nm
 from normuon_fn.step import _update_
-from tests.distributed.optimizer_ranks import local, model_of, off, whole
+from tests.distributed.optimizer_ranks import EXACT, local, model_of, off, whole
 
 STEPS, MICRO, WORLD, CLIP = 6, 2, 2, 0.05
 
@@ -37,6 +37,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 def optimizer_of(model: nn.Module, lr: float = 0.02, **options: Any) -> nm.NorMuon:
     matrices = [(n, p) for n, p in model.named_parameters() if p.ndim > 1]
     vectors = [(n, p) for n, p in model.named_parameters() if p.ndim < 2]
+    options = {"config": EXACT, **options}
     return nm.NorMuon([{"params": matrices}, {"params": vectors, "algorithm": "adamw"}], lr=lr, guard="full", **options)
 
 

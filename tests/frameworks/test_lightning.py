@@ -21,6 +21,7 @@ schedule_of = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch"),
 ]
 
