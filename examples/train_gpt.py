@@ -49,44 +49,60 @@ LR = {"normuon": 1e-2, "adamw": 5e-3}
 Tensors = dict[str, Tensor]
 
 
+def angles(time: int, features: int) -> Tensor:  # [2, time, features / 2]: cosines and sines
+    """By how far a position turns each pair of features. Source: arXiv 2104.09864, eq. 15."""
+    turns = torch.arange(time)[:, None] * 10000.0 ** (-torch.arange(features // 2) / (features // 2))
+    return torch.stack([turns.cos(), turns.sin()])
+
+
 def rotary(
     x: Tensor,  # [batch, heads, time, features]
+    turns: Tensor,  # of `angles`
 ) -> Tensor:
     """x with each pair of features turned by an angle that grows with its position. Source: arXiv 2104.09864, eq. 34."""
-    half = x.shape[-1] // 2
-    speed = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * speed
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = turns[:, : x.shape[-2]].to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm_attention, self.norm_mlp = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.proj = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
-        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(
         self,
         x: Tensor,  # [batch, time, width]
+        turns: Tensor,
     ) -> Tensor:
-        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.norm_attention(x)).chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm_attention(x)).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(rotary(q, turns), rotary(k, turns), v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
 
 class GPT(nn.Module):
-    def __init__(self, vocabulary: int, *, tie: bool) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        tie: bool,
+        width: int = WIDTH,
+        layers: int = LAYERS,
+        heads: int = HEADS,
+        context: int = CONTEXT,
+    ) -> None:
         super().__init__()
-        self.wte = nn.Embedding(vocabulary, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
+        self.register_buffer("turns", angles(context, width // heads), persistent=False)  # in the graph: anew an entry
+        self.wte = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:  # what writes to the residual stream starts at zero: every block starts as the identity
                 nn.init.normal_(p, std=0.0 if name.endswith(("proj.weight", "down.weight")) else p.shape[1] ** -0.5)
@@ -99,7 +115,7 @@ class GPT(nn.Module):
     ) -> Tensor:  # [batch, time, vocabulary]
         x = self.wte(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, self.turns)
         return self.head(self.norm(x))
 
 

@@ -1,0 +1,129 @@
+"""What bad batches cost: a NaN in one gradient at 0.1 % and at 1 % of the steps, with the guard and without.
+
+    python -m examples.study.corpus --out runs/corpus.npz
+    python -m examples.study.batch_skip --corpus runs/corpus.npz --lr 4e-3      # the best of examples.study.training
+    python -m examples.study.batch_skip --from-csv                              # table and figure once more, without training
+
+One entry of one gradient is NaN, as a flipped bit or a bad kernel leaves it. With `Config(guard="full")` such a step changes
+nothing, so that what it costs is its batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from examples.study.common import FOLDER, markdown, read_csv, write_csv, write_section
+from examples.study.corpus import Corpus
+from examples.study.runs import FULL, TINY, Job, Options, Result, run_all
+
+RATES = (0.001, 0.01)
+SEEDS = (0, 1, 2)
+
+
+def jobs(lr: float) -> dict[str, list[Job]]:
+    """By row of the table."""
+    guarded = {rate: [Job("NorMuon, guard", lr, seed, faults=rate) for seed in SEEDS] for rate in RATES}
+    return {
+        "no faults": [Job("NorMuon, guard", lr, seed) for seed in SEEDS],
+        **{f"{rate:.1%} of the steps, guard full": found for rate, found in guarded.items()},
+        f"{RATES[0]:.1%} of the steps, guard off": [Job("NorMuon", lr, seed, faults=RATES[0]) for seed in SEEDS],
+    }
+
+
+def study(found: dict[str, list[Result]], corpus: str, lr: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    clean = statistics.mean(r.loss for r in found["no faults"])
+    rows = []
+    for name, results in found.items():
+        losses = [r.loss for r in results]
+        alive = all(map(math.isfinite, losses))
+        rows.append({
+            "faults": name, "loss": f"{statistics.mean(losses):.4f}" if alive else "dead",
+            "seeds": " ".join(f"{loss:.4f}" for loss in losses), "spread": f"{max(losses) - min(losses):.4f}" if alive else "-",
+            "to the clean runs": f"{statistics.mean(losses) - clean:+.4f}" if alive else "-",
+            "NaNs": " ".join(str(r.faults) for r in results), "skipped": " ".join(str(r.skipped) for r in results),
+        })  # fmt: skip
+    first = found["no faults"][0]
+    about = {"on": first.on, "corpus": corpus, "lr": lr, "steps": first.steps, "rows": rows}
+    curves = [
+        {"faults": name, "seed": r.job.seed, "step": step, "loss": f"{loss:.5f}"}
+        for name, results in found.items()
+        for r in results
+        for step, loss in r.val
+    ]
+    return about, curves
+
+
+def section(about: dict[str, Any]) -> str:
+    return f"""
+## Skipped batches
+
+`python -m examples.study.batch_skip --corpus runs/corpus.npz --lr {about["lr"]:g}`
+
+{about["on"]}. {about["corpus"]}. {about["steps"]} steps of the training study's NorMuon, with a NaN in one gradient at some of
+them.
+
+![validation loss with and without faults](batch_skip.png)
+
+{markdown(about["rows"])}
+"""
+
+
+def plot(curves: list[dict[str, str]], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for k, name in enumerate(dict.fromkeys(c["faults"] for c in curves)):
+        for seed in SEEDS:
+            points = [(int(c["step"]), float(c["loss"])) for c in curves if c["faults"] == name and int(c["seed"]) == seed]
+            alive = [point for point in points if math.isfinite(point[1])]
+            label = name if seed == 0 else None
+            axes.plot(*zip(*alive, strict=True), color=f"C{k}", linewidth=1, label=label) if alive else None
+            if len(alive) < len(points):  # dead from here
+                place = alive[-1] if alive else (0, math.nan)
+                axes.plot(*place, "x", color=f"C{k}", markersize=10, markeredgewidth=3, label=None if alive else label)
+    axes.set(xlabel="step", ylabel="validation loss, nats a token", yscale="log", title="A NaN in one gradient, now and then")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("runs") / "corpus.npz")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs") / "study", help="a file a run; what is there is not run again"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="batch_skip.csv, batch_skip.json, batch_skip.png and RESULTS.md"
+    )
+    parser.add_argument("--steps", type=int, help="instead of the whole corpus")
+    parser.add_argument("--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command")
+    parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.from_csv:
+        options = Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
+        wanted = jobs(args.lr)
+        results = run_all([job for some in wanted.values() for job in some], options)
+        found = {name: [results[job] for job in some] for name, some in wanted.items()}
+        about, curves = study(found, str(Corpus.load(args.corpus)), args.lr)
+        write_csv(args.out / "batch_skip.csv", curves)
+        (args.out / "batch_skip.json").write_text(json.dumps(about, indent=1) + "\n")
+    about = json.loads((args.out / "batch_skip.json").read_text())
+    plot(read_csv(args.out / "batch_skip.csv"), args.out / "batch_skip.png")
+    write_section(args.out / "RESULTS.md", "batch skip", section(about))
+    print(section(about))
+
+
+if __name__ == "__main__":
+    main()

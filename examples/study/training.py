@@ -1,0 +1,190 @@
+"""AdamW, Muon and NorMuon on one corpus: the loss they reach, how many tokens and how much time it takes them.
+
+    python -m examples.study.corpus --out runs/corpus.npz
+    python -m examples.study.training --corpus runs/corpus.npz      # 46 runs; on several GPUs they are shared out
+    python -m examples.study.training --from-csv                    # table and figure once more, without training
+
+First every optimizer at every learning rate of one grid, with seed 0; then, each at its best, three seeds; NorMuon also in
+other forms, at NorMuon's best, and over less text. One epoch; a run over less text sees the first part of it. The spread of a
+row is the largest difference between its seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from examples.study.common import FOLDER, markdown, read_csv, write_csv, write_section
+from examples.study.corpus import Corpus
+from examples.study.runs import FULL, TINY, Job, Options, Result, run_all
+
+GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+MAIN = ("AdamW", "Muon", "NorMuon")
+FORMS = ("NorMuon, Gram", "NorMuon, standard", "NorMuon, guard", "NorMuon, bfloat16 + mantissa", "NorMuon, bfloat16 alone")
+SHORTER = (0.7, 0.8)
+SEEDS = (0, 1, 2)
+COMMAND = "python -m examples.study.training --corpus runs/corpus.npz"
+
+
+def name_of(job: Job) -> str:
+    return job.variant if job.length == 1 else f"{job.variant}, {job.length:.0%} of the text"
+
+
+def grid_jobs() -> list[Job]:
+    return [Job(variant, lr, 0) for variant in MAIN for lr in GRID]
+
+
+def best_of(grid: dict[Job, Result]) -> dict[str, float]:
+    """The learning rate with the lowest loss, by optimizer."""
+    return {v: min((r for j, r in grid.items() if j.variant == v), key=lambda r: r.loss).job.lr for v in MAIN}
+
+
+def seed_jobs(best: dict[str, float]) -> list[Job]:
+    jobs = [Job(variant, best[variant], seed) for variant in MAIN for seed in SEEDS]
+    jobs += [Job("NorMuon", best["NorMuon"], seed, length) for length in SHORTER for seed in SEEDS]
+    return jobs + [Job(variant, best["NorMuon"], seed) for variant in FORMS for seed in SEEDS]
+
+
+def step_of(loss: float, val: list[tuple[int, float]]) -> float | None:
+    """The step at which the validation loss first is ``loss``, on a straight line between two looks; None if never."""
+    for (before, high), (after, low) in pairwise(val):
+        if low <= loss:
+            return before if high <= loss else before + (after - before) * (high - loss) / (high - low)
+    return None
+
+
+def study(grid: dict[Job, Result], seeds: dict[Job, Result], corpus: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the tables say, and the rows of the curves."""
+    by_name: dict[str, list[Result]] = {}
+    for job, result in seeds.items():
+        by_name.setdefault(name_of(job), []).append(result)
+    mean = {name: statistics.mean(r.loss for r in results) for name, results in by_name.items()}
+    goal, base = mean["AdamW"], by_name["AdamW"]
+    adamw_seconds = statistics.mean(r.seconds for r in base)
+    rows = []
+    for name, results in by_name.items():
+        losses = sorted(r.loss for r in results)
+        reached = [step_of(goal, r.val) for r in results]
+        at = None if None in reached else statistics.mean(s for s in reached if s is not None)
+        seconds = statistics.mean(r.seconds / r.steps for r in results)
+        rows.append({
+            "run": name, "lr": results[0].job.lr, "loss": f"{mean[name]:.4f}",
+            "seeds": " ".join(f"{r.loss:.4f}" for r in results), "spread": f"{losses[-1] - losses[0]:.4f}",
+            "to AdamW": f"{mean[name] - goal:+.4f}",
+            "beyond the seeds": "-" if name == "AdamW" else "yes" if _apart(results, base) else "no",
+            "tokens to AdamW's loss": "-" if at is None else f"{at / base[0].steps:.1%}",
+            "time to AdamW's loss": "-" if at is None else f"{at * seconds / adamw_seconds:.1%}",
+            "ms a step": f"{statistics.median(r.step_ms for r in results):.2f}",
+            "optimizer": f"{statistics.median(r.optimizer_ms / r.step_ms for r in results):.1%}",
+        })  # fmt: skip
+    lrs = [{"lr": lr, **{v: f"{grid[Job(v, lr, 0)].loss:.4f}" for v in MAIN}} for lr in GRID]
+    plain, guarded = by_name["NorMuon"], by_name["NorMuon, guard"]
+    gram, standard = by_name["NorMuon, Gram"], by_name["NorMuon, standard"]
+    about = {
+        "on": base[0].on, "corpus": corpus, "parameters": base[0].parameters, "steps": base[0].steps,
+        "tokens a step": base[0].tokens, "rows": rows, "grid": lrs,
+        "guard keeps the bits": all(a.digest == b.digest for a, b in zip(plain, guarded, strict=True)),
+        "Gram and standard apart": _apart(gram, standard),
+    }  # fmt: skip
+    curves = [
+        {"run": name, "lr": r.job.lr, "seed": r.job.seed, "step": step, "loss": f"{loss:.5f}"}
+        for name, results in {**by_name, **{f"grid {j.variant}": [r] for j, r in grid.items()}}.items()
+        for r in results
+        for step, loss in r.val
+    ]
+    return about, curves
+
+
+def _apart(a: list[Result], b: list[Result]) -> bool:
+    """Whether every seed of one is on the same side of every seed of the other."""
+    a_losses, b_losses = [r.loss for r in a], [r.loss for r in b]
+    return max(a_losses) < min(b_losses) or max(b_losses) < min(a_losses)
+
+
+def section(about: dict[str, Any]) -> str:
+    forms = "further apart than their seeds" if about["Gram and standard apart"] else "no further apart than their seeds"
+    same = "have" if about["guard keeps the bits"] else "do NOT have"
+    return f"""
+## Training
+
+`{COMMAND}`
+
+{about["on"]}. {about["corpus"]}. GPT of {about["parameters"] / 1e6:.1f} million parameters, {about["steps"]} steps of
+{about["tokens a step"]:,} tokens, one epoch, bfloat16 autocast. Losses are on validation text, nats a token.
+
+![validation loss by tokens](training.png)
+
+{markdown(about["rows"])}
+
+`loss` is the mean of three seeds, `spread` the largest difference between them; `beyond the seeds`: all seeds of this row are
+on one side of all of AdamW's. `tokens to AdamW's loss`: where the validation loss, on the way down with its own schedule, first
+is AdamW's at the end, in parts of AdamW's tokens; `time` the same with each one's time a step. `optimizer`: its part of a step,
+on the device. Runs with the guard {same} the bits of those without, all parameters of all seeds. Gram and standard
+Newton-Schulz are {forms}.
+
+The grid, seed 0; the best of each column is used above, NorMuon's for all of its forms:
+
+{markdown(about["grid"])}
+"""
+
+
+def plot(curves: list[dict[str, str]], about: dict[str, Any], file: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    shown = [*MAIN, *(name_of(Job("NorMuon", 0.0, 0, length)) for length in SHORTER)]
+    for k, name in enumerate(shown):
+        for seed in SEEDS:
+            points = [(int(c["step"]), float(c["loss"])) for c in curves if c["run"] == name and int(c["seed"]) == seed]
+            tokens, losses = [step * about["tokens a step"] / 1e6 for step, _ in points], [loss for _, loss in points]
+            axes[0].plot(tokens, losses, color=f"C{k}", linewidth=1, label=name if seed == 0 else None)
+    goal = next(float(row["loss"]) for row in about["rows"] if row["run"] == "AdamW")
+    axes[0].axhline(goal, color="gray", linestyle=":", linewidth=1, label="AdamW at the end")
+    axes[0].set(xlabel="tokens, millions", ylabel="validation loss, nats a token", title="Three seeds each", yscale="log")
+    for k, variant in enumerate(MAIN):
+        axes[1].plot([row["lr"] for row in about["grid"]], [float(row[variant]) for row in about["grid"]], "o-", color=f"C{k}",
+                     label=variant)  # fmt: skip
+    axes[1].set(xlabel="peak learning rate", ylabel="validation loss at the end", title="The grid, seed 0", xscale="log")
+    low = min(float(row["loss"]) for row in about["rows"])
+    axes[0].set_ylim(top=max(low * 1.8, goal * 1.5))
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("runs") / "corpus.npz")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs") / "study", help="a file a run; what is there is not run again"
+    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="training.csv, training.json, training.png and RESULTS.md")
+    parser.add_argument("--steps", type=int, help="instead of the whole corpus")
+    parser.add_argument("--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command")
+    parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.from_csv:
+        options = Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
+        grid = run_all(grid_jobs(), options)
+        seeds = run_all(seed_jobs(best_of(grid)), options)
+        about, curves = study(grid, seeds, str(Corpus.load(args.corpus)))
+        write_csv(args.out / "training.csv", curves)
+        (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    about = json.loads((args.out / "training.json").read_text())
+    plot(read_csv(args.out / "training.csv"), about, args.out / "training.png")
+    write_section(args.out / "RESULTS.md", "training", section(about))
+    print(section(about))
+
+
+if __name__ == "__main__":
+    main()
