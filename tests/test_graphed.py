@@ -465,6 +465,18 @@ def test_a_new_gradient_where_the_old_one_lay_is_replayed_rightly(case: Case) ->
 
 
 @needs_cuda
+def test_one_after_another_they_take_no_more_memory(case: Case) -> None:
+    """cuBLAS keeps a workspace for every stream: they share one."""
+    left = []
+    for _ in range(4):
+        graphed = GraphedStep(case.plan)
+        settle(case, graphed, 3)
+        graphed.release()
+        left.append(torch.cuda.memory_allocated())
+    assert left[1:] == left[:1] * 3
+
+
+@needs_cuda
 def test_release_gives_the_memory_back_and_the_object_can_be_used_again(case: Case) -> None:
     graphed = GraphedStep(case.plan)
     settle(case, graphed, 1)  # what is allocated once, is now

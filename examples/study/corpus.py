@@ -61,9 +61,11 @@ def files_of(packages: list[str]) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for package in packages:
         spec = importlib.util.find_spec(MODULES.get(package, package))
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"{package}: not installed; pip install -e '.[dev]' has all that the corpus wants")
-        for file in Path(spec.origin).parent.rglob("*.py"):
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"{package}: not an installed package; pip install -e '.[dev]' has all that is wanted here"
+            )
+        for file in Path(spec.submodule_search_locations[0]).rglob("*.py"):
             content = file.read_bytes()
             try:
                 text = content.decode()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class Result:
     seconds: float  # of training: neither compiling nor validation
     step_ms: float  # on the device, of the last steps
     optimizer_ms: float
+    captured: bool  # the optimizer's step in a CUDA graph
     faults: int
     skipped: int
     digest: str  # SHA-256 of the parameters at the end
@@ -203,6 +204,8 @@ class Trainer:
         plan = self.plan(job.variant, params)
         state = nm.init(plan, params)
         hyper = nm.Hyper.of(params, lr=job.lr, weight_decay=WEIGHT_DECAY)
+        buffers = {name: torch.zeros_like(p) for name, p in params.items()}  # of gradients: a captured step wants them in place
+        captured = nm.GraphedStep(plan) if self.device.type == "cuda" and self.options.compiled else None
 
         windows = (len(self.train) - 1) // size.context
         epoch = self.options.steps or windows // size.batch
@@ -210,39 +213,45 @@ class Trainer:
         order = torch.randperm(windows, generator=torch.Generator().manual_seed(job.seed)).to(self.device) * size.context
         rise = max(1, round(steps * WARMUP))
         shape = [min((i + 1) / rise, (steps - i) / (steps - rise + 1)) for i in range(steps)]
-        schedule = torch.tensor(shape, device=self.device)
+        schedule = job.lr * torch.tensor(shape, device=self.device)
         broken = torch.rand(steps, generator=torch.Generator().manual_seed(1000 + job.seed)) < job.faults
         names = sorted(params)
 
-        def train_step(i: int, params: Tensors, state: Tensors) -> list[Any]:
+        def train_step(i: int, params: Tensors, state: Tensors, step: Callable[..., Any]) -> list[Any]:
             marks = [self.mark()]
             grads, _ = self.loss_and_grad(params, self.windows(self.train, order[i * size.batch : (i + 1) * size.batch]))
             if broken[i]:  # as a flipped bit or a bad kernel leaves it
                 victim = grads[names[i % len(names)]].view(-1)
                 victim[i % len(victim)] = float("nan")
             marks.append(self.mark())
-            now = hyper._replace(lr=hyper.lr * schedule[i], adamw_lr=hyper.adamw_lr * schedule[i])
-            nm.step_(params, grads, state, now, plan)
+            torch._foreach_copy_(list(buffers.values()), [grads[name] for name in buffers])
+            hyper.lr.copy_(schedule[i])
+            hyper.adamw_lr.copy_(schedule[i])
+            step(params, buffers, state, hyper)
             return [*marks, self.mark()]
 
+        plain = functools.partial(nm.step_, plan=plan)
         for i in range(2):  # compiles; what it steps is thrown away
-            train_step(i, *({name: x.clone() for name, x in tensors.items()} for tensors in (params, state)))
+            train_step(i, *({name: x.clone() for name, x in tensors.items()} for tensors in (params, state)), plain)
         self.validation_loss_sync(params)
 
         val, marks, seconds, started = [], [], 0.0, self.now_sync()
         every = max(1, steps // size.evaluations)
         for i in trange(steps, desc=str(job.key), unit="step", mininterval=5):
-            marks.append(train_step(i, params, state))
+            marks.append(train_step(i, params, state, captured or plain))
             if (i + 1) % every == 0 or i + 1 == steps:
                 seconds += self.now_sync() - started
                 val.append((i + 1, self.validation_loss_sync(params)))
                 started = self.now_sync()
         step_ms, optimizer_ms = self.milliseconds(marks[-TIMED:])
+        if captured:
+            captured.release()
         digest = hashlib.sha256()
         for name in names:
             digest.update(params[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return Result(
             job, sum(p.numel() for p in params.values()), size.batch * size.context, steps, val, seconds, step_ms, optimizer_ms,
+            captured is not None,
             int(broken.sum()), int(state["guard.skipped"]), digest.hexdigest(), measured_on(self.device),
         )  # fmt: skip
 
