@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,70 @@ def test_the_versions_of_the_frameworks_are_those_that_are_installed_for_the_tes
     assert f"{version[0].lower()}=={version[1]}" in pinned
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
-def test_links_lead_somewhere(link: str) -> None:
-    assert link.startswith("http") or (ROOT / link).exists()
-
-
 @pytest.mark.parametrize(("file", "name"), re.findall(r"\]\((\S+?\.py)\) `(test_\w+)`", README))
 def test_tests_that_are_named_exist(file: str, name: str) -> None:
     assert f"def {name}(" in (ROOT / file).read_text()
+
+
+def table(pages: str, *, after: str, first: str) -> list[list[str]]:
+    """The cells of the first table behind ``after`` whose head begins with ``first``, without the rule under the head."""
+    start = pages.index(f"| {first}", pages.index(after))
+    lines = pages[start:].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for k, line in enumerate(lines) if k != 1]
+
+
+STUDY = json.loads((ROOT / "examples" / "study" / "training.json").read_text())
+RUNS = {row["run"]: row for row in STUDY["rows"]}
+MEASURED = (ROOT / "examples" / "benchmarks" / "RESULTS.md").read_text()
+
+
+def test_the_first_table_is_the_studys() -> None:
+    main = ("AdamW", "Muon", "NorMuon")
+    head, *rows = table(README, after="# normuon_fn", first="a GPT of")
+    tokens = STUDY["steps"] * STUDY["tokens a step"]
+    assert head[0] == f"a GPT of {STUDY['parameters'] / 1e6:.1f} million parameters, {tokens / 1e6:.0f} million tokens"
+    assert head[1:] == [*main]
+    columns = ("loss", "spread", "tokens to AdamW's loss", "time to AdamW's loss", "ms a step", "optimizer, ms")
+    expected = [["100 %" if RUNS[name][c] == "-" else RUNS[name][c].replace("%", " %") for name in main] for c in columns]
+    assert [row[1:] for row in rows] == expected
+
+
+def test_the_claims_under_it_are_what_the_seeds_say() -> None:
+    assert all(float(off) < 0 for off in RUNS["NorMuon"]["to Muon, by seed"].split())
+    short = RUNS["NorMuon, 70% of the text"]
+    assert abs(float(short["to AdamW"])) < float(short["spread"])
+    batches = {row["faults"]: row for row in json.loads((ROOT / "examples/study/batch_skip.json").read_text())["rows"]}
+    faulty, clean = batches["1.0% of the steps, guard full"], batches["no faults"]
+    more = faulty["to the clean runs"].removeprefix("+")
+    assert f"ended {more} above the clean runs' {clean['loss']}" in README.replace("\n", " ")
+    assert float(more) < float(clean["spread"]) and batches["0.1% of the steps, guard off"]["loss"] == "dead"
+
+
+def test_the_speeds_are_those_of_the_results() -> None:
+    _, gpt2, large, guarded = table(README, after="## Speed", first="matrices")
+    found = []
+    for name in ("gpt2", "1.3b"):
+        rows = {row[0]: row for row in table(MEASURED, after=f"#### {name} fp32", first="row")}
+        row = [rows[k] for k in ("normuon_fn graph, guard off", "torch Muon", "torch AdamW fused")]
+        found.append([f"{float(x):.3g}" for x in (row[0][1], row[0][6], row[1][1], row[2][1])])
+        full = rows["normuon_fn graph, guard full"][1] if name == "1.3b" else ""
+    assert [gpt2[1:], large[1:]] == found and guarded[1] == f"{float(full):.3g}"
+    assert f"{found[1][0]}\n  to {found[1][3]} with 1.3 billion" in README and "7 to 9 ms" in README
+    sharded = {row[0]: float(row[1]) for row in table(MEASURED, after="## Two H200", first="row")[1:]}
+    fsdp2, ddp, one = (sharded[k] for k in ("2 GPUs, FSDP2, guard off", "2 GPUs, DDP, guard off", "1 GPU, guard off"))
+    assert f"FSDP2 {fsdp2:.1f}, DDP {ddp:.1f}, one GPU {one:.1f}" in README
+    ours, adamw = RUNS["NorMuon"]["optimizer, ms"], RUNS["AdamW"]["optimizer, ms"]
+    assert f"{ours} ms to {adamw} with {STUDY['parameters'] / 1e6:.1f} million parameters" in README
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "examples/README.md", "examples/study/RESULTS.md", "examples/benchmarks/RESULTS.md"]
+)
+def test_every_link_leads_somewhere(page: str) -> None:
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        file = folder / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, anchor
