@@ -411,10 +411,14 @@ def generated(function: Function, *args: Any, **kwargs: Any) -> Generated:
     wrapper = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call")
     shapes = {}
     for node in ast.walk(wrapper):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "assert_size_stride":
-            name = ast.unparse(node.args[0])
-            if re.match(r"arg\d+_1$", name):
-                shapes[int(name[3:-2])] = ast.literal_eval(node.args[1])
+        checks = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if checks not in ("assert_size_stride", "assert_size_stride_grouped"):  # torch 2.14 asks for several at once
+            continue
+        given, sizes = node.args[:2]
+        several = isinstance(given, ast.Tuple)
+        for x, size in zip(given.elts, sizes.elts, strict=True) if several else [(given, sizes)]:
+            if re.match(r"arg\d+_1$", name := ast.unparse(x)):
+                shapes[int(name[3:-2])] = ast.literal_eval(size)
     return Generated(wrapper, tuple(shapes[k] for k in range(len(shapes))))
 
 

@@ -362,9 +362,9 @@ def test_a_run_goes_on_from_what_torch_and_safetensors_saved(tmp_path) -> None:
 def test_on_two_ranks_masters_lie_like_parameters_and_are_float32_and_copies_stay_alike(tmp_path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without torch.distributed")
-    from tests.distributed.low_precision import run_ranks
+    from tests.distributed.low_precision import run
 
-    ranks = run_ranks(tmp_path)
+    ranks = run(tmp_path)
     for seen in ranks:
         wrong = [(kind, claim) for kind, claims in seen.items() for claim, held in claims.items() if not held]
         assert not wrong and set(seen) == {"Shard(0)", "Shard(1)", "Replicate", "plain"}

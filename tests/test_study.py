@@ -113,12 +113,13 @@ def test_the_tables_say_what_the_runs_say(results: dict[Job, Result], tmp_path: 
     best = training.best_of(grid)
     assert all(grid[Job(v, best[v], 0)].loss == min(grid[Job(v, lr, 0)].loss for lr in training.GRID) for v in training.MAIN)
     seeds = {job: results[job] for job in training.seed_jobs(dict.fromkeys(training.MAIN, 2e-3))}
-    about, curves = training.study(grid, seeds, "text")
+    about, curves = training.study(grid, seeds, "text", 64)
     rows = {row["run"]: row for row in about["rows"]}
     mean = sum(results[Job("Muon", 2e-3, seed)].loss for seed in training.SEEDS) / 3
+    assert {(c["run"], c["lr"]) for c in curves if "grid" in c["run"]} == {(f"grid {j.variant}", j.lr) for j in grid}
     assert rows["Muon"]["loss"] == f"{mean:.4f}" and about["guard keeps the bits"] is True
     broken = {job: dataclasses.replace(r, digest=job.variant) for job, r in seeds.items()}
-    assert "do NOT have" in training.section(training.study(grid, broken, "text")[0])
+    assert "do NOT have" in training.section(training.study(grid, broken, "text", 64)[0])
     training.plot([{k: str(v) for k, v in c.items()} for c in curves], about, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 

@@ -41,7 +41,8 @@ def jobs(lr: float) -> dict[str, list[Job]]:
 
 
 def study(found: dict[str, list[Result]], corpus: str, lr: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    clean = statistics.mean(r.loss for r in found["no faults"])
+    by_seed = {r.job.seed: r.loss for r in found["no faults"]}
+    clean = statistics.mean(by_seed.values())
     rows = []
     for name, results in found.items():
         losses = [r.loss for r in results]
@@ -50,6 +51,7 @@ def study(found: dict[str, list[Result]], corpus: str, lr: float) -> tuple[dict[
             "faults": name, "loss": f"{statistics.mean(losses):.4f}" if alive else "dead",
             "seeds": " ".join(f"{loss:.4f}" for loss in losses), "spread": f"{max(losses) - min(losses):.4f}" if alive else "-",
             "to the clean runs": f"{statistics.mean(losses) - clean:+.4f}" if alive else "-",
+            "by seed": " ".join(f"{r.loss - by_seed[r.job.seed]:+.4f}" for r in results) if alive else "-",
             "NaNs": " ".join(str(r.faults) for r in results), "skipped": " ".join(str(r.skipped) for r in results),
         })  # fmt: skip
     first = found["no faults"][0]
@@ -71,8 +73,10 @@ def section(about: dict[str, Any]) -> str:
 
 {about["on"]}.
 
-{about["corpus"]}. {about["steps"]} steps of the training study's NorMuon, with a NaN in one gradient at some of
-them.
+{about["corpus"]}.
+
+{about["steps"]} steps of the training study's NorMuon, with a NaN in one gradient at some of them, drawn step by step. `by
+seed`: less the clean run with the same seed.
 
 ![validation loss with and without faults](batch_skip.png)
 
@@ -81,19 +85,25 @@ them.
 
 
 def plot(curves: list[dict[str, str]], file: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for k, name in enumerate(dict.fromkeys(c["faults"] for c in curves)):
-        for seed in dict.fromkeys(int(c["seed"]) for c in curves if c["faults"] == name):
-            points = [(int(c["step"]), float(c["loss"])) for c in curves if c["faults"] == name and int(c["seed"]) == seed]
-            alive = [point for point in points if math.isfinite(point[1])]
-            label = name if seed == 0 else None
-            axes.plot(*zip(*alive, strict=True), color=f"C{k}", linewidth=1, label=label) if alive else None
-            if len(alive) < len(points):  # dead from here
-                place = alive[-1] if alive else (0, math.nan)
-                axes.plot(*place, "x", color=f"C{k}", markersize=10, markeredgewidth=3, label=None if alive else label)
-    axes.set(xlabel="step", ylabel="validation loss, nats a token", title="A NaN in one gradient, now and then")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, axes = plt.subplots(2, figsize=(8, 7), sharex=True, layout="constrained", height_ratios=(3, 2))
+    points: dict[tuple[str, str], dict[int, float]] = {}
+    for c in curves:
+        points.setdefault((c["faults"], c["seed"]), {})[int(c["step"])] = float(c["loss"])
+    names = list(dict.fromkeys(name for name, _ in points))
+    for (name, seed), losses in points.items():
+        color, label = f"C{names.index(name)}", name if seed == "0" else None
+        alive = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+        axes[0].plot(list(alive), list(alive.values()), color=color, linewidth=1, label=label)
+        clean = points["no faults", seed]
+        axes[1].plot(list(alive), [loss - clean[step] for step, loss in alive.items()], color=color, linewidth=1)
+        if len(alive) < len(losses):
+            step = max(alive, default=0)
+            axes[0].plot(step, alive.get(step, math.nan), "x", color=color, markersize=10, markeredgewidth=3)
+    axes[0].set(ylabel="validation loss, nats a token", title="A NaN in one gradient, now and then; x: the last finite look")
+    axes[1].set(xlabel="step", ylabel="less the clean run\nof the same seed")
+    axes[0].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -1,6 +1,6 @@
 """The small-gradient study: what is left of a Muon update when gradients are tiny.
 
-    python -m examples.study.small_gradients                # 4 minutes on 2 CPU cores
+    python -m examples.study.small_gradients                # 3 minutes on 2 CPU cores
     python -m examples.study.small_gradients --from-csv     # table and figure once more, without training
 
 In NVIDIA/Megatron-LM#5394 a few layers have huge gradients, and the global clip multiplies everybody's by 2e-8; a small loss

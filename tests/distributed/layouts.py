@@ -13,7 +13,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -30,6 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
+from tests.distributed.processes import run_ranks
 
 TIMEOUT = 60  # seconds, of one collective
 DEADLINE = 300  # seconds, of one world: 4 ranks took 100 on two busy cores
@@ -235,66 +235,24 @@ def reduced(placements: tuple[Any, ...], shape: tuple[int, ...], param: tuple[in
 
 def run_worlds(folder: Path) -> dict[int, list[dict[str, Seen]]]:
     """What all ranks of 4, 2 and 1 saw. In this order: the first saves what the others load."""
-    return {world: run_ranks(world, folder) for world in (4, 2, 1)}
-
-
-def run_ranks(world: int, folder: Path) -> list[dict[str, Seen]]:
-    _spawn(_main, world, folder, DEADLINE)
-    return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    main = functools.partial(_main, folder)
+    return {world: run_ranks(main, world, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True) for world in (4, 2, 1)}
 
 
 def run_dying(kind: str, world: int, folder: Path) -> list[Seen]:
     """What the survivors saw of a step whose last rank has died."""
     folder.mkdir()
-    _spawn(functools.partial(_dying, kind), world, folder, 90)
-    return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world - 1)]
+    main = functools.partial(_dying, kind)
+    return run_ranks(main, world, folder, deadline=90, timeout=DYING_TIMEOUT, devices=True, dying=1)
 
 
-def _spawn(main: Callable[..., None], world: int, folder: Path, deadline: float) -> None:
-    context = multiprocessing.start_processes(main, (world, str(folder)), nprocs=world, join=False, start_method="spawn")
-    assert context is not None
-    end = time.monotonic() + deadline
-    while not context.join(timeout=0.5):  # raises what a rank raised
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{world} ranks did not end within {deadline} s: some of them hang")
-
-
-def _start(rank: int, world: int, folder: str, timeout: float) -> None:
-    torch.set_num_threads(1)
+def _main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str, Seen]:
     torch._inductor.config.compile_threads = 1
-    device = torch.device("cuda", rank) if torch.cuda.device_count() >= world else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "gloo" if device is None else "nccl",
-        init_method=f"file://{folder}/store-{world}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=timeout),
-        device_id=device,
-    )
+    return _Rank(rank, world, str(folder)).everything()
 
 
-def _write(folder: str, world: int, rank: int, seen: Seen) -> None:
-    partial = Path(folder) / f"{world}-{rank}.partial"
-    partial.write_text(json.dumps(seen))
-    os.replace(partial, Path(folder) / f"{world}-{rank}.json")
-
-
-def _main(rank: int, world: int, folder: str) -> None:
-    _start(rank, world, folder, TIMEOUT)
-    try:
-        seen = _Rank(rank, world, folder).everything()
-    finally:
-        dist.destroy_process_group()
-    _write(folder, world, rank, seen)
-
-
-def _dying(kind: str, rank: int, world: int, folder: str) -> None:
+def _dying(kind: str, rank: int, world: int, device: torch.device) -> Seen:
     """One good step, then a step that the last rank never begins."""
-    _start(rank, world, folder, DYING_TIMEOUT)
     layout = layouts(world)[kind]
     params = layout.place({name: tensors(0)[name] for name in SMALL})
     plan = layout.plan(params, config("standard", guard="full"))
@@ -310,8 +268,7 @@ def _dying(kind: str, rank: int, world: int, folder: str) -> None:
     except Exception as error:
         seen["error"] = f"{type(error).__name__}: {error}"
     seen["seconds"] = time.monotonic() - start
-    _write(folder, world, rank, seen)
-    os._exit(0)  # nothing to take leave of
+    return seen
 
 
 class Collectives(TorchDispatchMode):

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import normuon_fn as nm
 from normuon_fn.ops.rounding import joined_with
 from normuon_fn.step import _update_
+from tests.distributed.processes import run_ranks
 
 SHAPES = {"uneven": (7, 10), "qkv": (12, 6), "experts": (3, 4, 6), "bias": (5,), "embed.weight": (6, 4)}
 ROUTES = {"qkv": nm.Route(splits=(4, 4, 4))}
 LAYOUTS = {"Shard(0)": Shard(0), "Replicate": Replicate(), "Shard(1)": Shard(1)}
 
 
-def run_ranks(folder: Path) -> list[dict[str, Any]]:
-    multiprocessing.start_processes(_main, (str(folder),), nprocs=2, start_method="spawn")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+def run(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(_main, 2, folder, deadline=120)
 
 
-def _main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        seen = {kind: _layout(mesh, kind) for kind in [*LAYOUTS, "plain"]}
-        seen["Shard(0)"]["foreach_step_ is the step by name"] = _by_lists(mesh)
-    finally:
-        dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
+def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (world,))
+    seen = {kind: _layout(mesh, kind) for kind in [*LAYOUTS, "plain"]}
+    seen["Shard(0)"]["foreach_step_ is the step by name"] = _by_lists(mesh)
+    return seen
 
 
 def _tensors(seed: int, dtype: torch.dtype, mesh: DeviceMesh, kind: str) -> dict[str, Tensor]:

@@ -6,25 +6,22 @@ gloo on CPU; NCCL and a device a rank where there are GPUs enough. Every rank wr
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
 import random
-import time
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import normuon_fn as nm
 from normuon_fn.compat import compile_whole
 from normuon_fn.step import _update_
+from tests.distributed.processes import run_ranks
 from tests.faults import COUNTERS, NAN, ROUTES, SHAPES, STAGES, VALUES, VICTIMS, bits, brittle, hyper_of, plant, tensors
 
 TIMEOUT = 60  # seconds, of one collective
@@ -44,40 +41,13 @@ def fault(stage: str, rank: int) -> tuple[str, str, str]:
     return stage, what, name
 
 
-def run_ranks(world: int, folder: Path) -> list[dict[str, Seen]]:
+def run(world: int, folder: Path) -> list[dict[str, Seen]]:
     """case -> what it saw, for every rank."""
-    context = multiprocessing.start_processes(_main, (world, str(folder)), nprocs=world, join=False, start_method="spawn")
-    assert context is not None
-    end = time.monotonic() + DEADLINE
-    while not context.join(timeout=1.0):  # raises what a rank raised
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{world} ranks did not end within {DEADLINE} s: some of them hang")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return run_ranks(_main, world, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True)
 
 
-def _main(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    cuda = torch.cuda.device_count() >= world
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=TIMEOUT),
-        device_id=device if cuda else None,
-    )
-    try:
-        seen = _Rank(rank, world, device).everything()
-    finally:
-        dist.destroy_process_group()
-    partial = Path(folder) / f"{rank}.partial"
-    partial.write_text(json.dumps(seen))
-    os.replace(partial, Path(folder) / f"{rank}.json")
+def _main(rank: int, world: int, device: torch.device) -> dict[str, Seen]:
+    return _Rank(rank, world, device).everything()
 
 
 class _Rank:

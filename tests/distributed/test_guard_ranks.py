@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.ranks import ON, Seen, fault, key, run_ranks
+from tests.distributed.ranks import ON, Seen, fault, key, run
 from tests.faults import COUNTERS, SHAPES, STAGES, expected_flags, keeps_its_bits
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -20,7 +20,7 @@ KINDS[4] = [*KINDS[2], "2-D"]
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return run_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    return run(request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def of_case(ranks: Ranks, kind: str, guard: str, scope: str, stage: str, faulty: int) -> list[Seen]:

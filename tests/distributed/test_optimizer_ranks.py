@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch import multiprocessing
 
-from tests.distributed.optimizer_ranks import BAD, STEPS, rank
+from tests.distributed.optimizer_ranks import BAD, STEPS, main
+from tests.distributed.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -19,11 +17,9 @@ WORLD = 2
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("optimizer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        multiprocessing.spawn(rank, (WORLD, str(folder)), nprocs=WORLD)
-    return [json.loads(Path(folder, f"{k}.json").read_text()) for k in range(WORLD)]
+        return run_ranks(main, WORLD, tmp_path_factory.mktemp("optimizer"), deadline=120)
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])

@@ -6,24 +6,21 @@ gate (2 and 4 ranks, torch 2.13, CPU).
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import normuon_fn as nm
 from normuon_fn.orthogonalize_sharded import _packed, _unpacked
+from tests.distributed.processes import run_ranks
 from tests.inputs import gaussian, same_bits, small_integers, times_power_of_two
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -114,24 +111,8 @@ def rounding(case: Case) -> float:
 # ------------------------------------------------------------------------------------------------------------- on every rank
 
 
-def _main(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    device = torch.device("cuda", rank) if torch.cuda.device_count() >= world else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "gloo" if device is None else "nccl",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=TIMEOUT),
-        device_id=device,
-    )
-    try:
-        seen = _everything(world, "cpu" if device is None else "cuda")
-    finally:
-        dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
+def _main(rank: int, world: int, device: torch.device) -> Seen:
+    return _everything(world, device.type)
 
 
 def _sharded(x: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTensor:
@@ -253,21 +234,10 @@ def _parameter(mesh: DeviceMesh) -> bool:
 # ------------------------------------------------------------------------------------------------------------------- the tests
 
 
-def run_ranks(world: int, folder: Path) -> list[Seen]:
-    context = multiprocessing.start_processes(_main, (world, str(folder)), nprocs=world, join=False, start_method="spawn")
-    assert context is not None
-    end = time.monotonic() + DEADLINE
-    while not context.join(timeout=0.5):  # raises what a rank raised
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{world} ranks did not end within {DEADLINE} s: some of them hang")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Seen]]:
-    return {world: run_ranks(world, tmp_path_factory.mktemp(f"ranks{world}")) for world in WORLDS}
+    folder = tmp_path_factory.mktemp("ranks")
+    return {w: run_ranks(_main, w, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True) for w in WORLDS}
 
 
 EVERY_CASE = pytest.mark.parametrize(

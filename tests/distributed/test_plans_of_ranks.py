@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 import normuon_fn as nm
+from tests.distributed.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -22,28 +19,11 @@ DEADLINE = 90  # seconds, of everything
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("plans")
-    context = multiprocessing.start_processes(_main, (2, str(folder)), nprocs=2, join=False, start_method="spawn")
-    assert context is not None
-    end = time.monotonic() + DEADLINE
-    while not context.join(timeout=1.0):
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"2 ranks did not end within {DEADLINE} s")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return run_ranks(_main, 2, tmp_path_factory.mktemp("plans"), deadline=DEADLINE, timeout=30)
 
 
-def _main(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=30)
-    )
-    try:
-        found = {"mistakes": _mistakes(rank), **{guard: _stages(rank, guard) for guard in ("output", "full")}}
-    finally:
-        dist.destroy_process_group()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
+    return {"mistakes": _mistakes(rank), **{guard: _stages(rank, guard) for guard in ("output", "full")}}
 
 
 def _mistakes(rank: int) -> list[str]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import normuon_fn as nm
+from tests.distributed.processes import run_ranks
 
 SHAPES = {"turned": (10, 24), "c_attn": (10, 24), "gate_up": (3, 12, 8), "gate_up.turned": (4, 8, 12)}
 ROUTES = {
@@ -42,11 +38,8 @@ def stepped(params: dict[str, Tensor], grads: list[dict[str, Tensor]], config: n
     return {**params, **{name: tensor for name, tensor in state.items() if not name.startswith("guard")}}
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=60))
-    mesh = init_device_mesh("cpu", (2,))
+def _main(rank: int, world: int, device: torch.device) -> dict[str, float]:
+    mesh = init_device_mesh("cpu", (world,))
     seen = {}
     for name, config in CONFIGS.items():
         alone = stepped(tensors(0), [tensors(1), tensors(2)], config)
@@ -59,15 +52,12 @@ def _rank(rank: int, folder: str) -> None:
             for key, tensor in ours.items():
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 seen[f"{name} Shard({dim}) {key}"] = float((whole - alone[key]).abs().max())
-    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(_rank, (str(folder),), nprocs=2, start_method="spawn")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return run_ranks(_main, 2, tmp_path_factory.mktemp("ranks"), deadline=120)
 
 
 def test_shards_of_transposed_matrices_and_of_split_stacks_step_as_on_one_device(ranks: list[dict[str, float]]) -> None:

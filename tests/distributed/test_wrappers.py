@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch import multiprocessing
 
-from tests.distributed.wrapper_ranks import WORLD, compiled_rank, rank
+from tests.distributed.processes import run_ranks
+from tests.distributed.wrapper_ranks import WORLD, compiled, main
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-
-
-def run(function: Callable[..., None], folder: Path) -> list[dict[str, Any]]:
-    multiprocessing.spawn(function, (WORLD, str(folder)), nprocs=WORLD)
-    return [json.loads(Path(folder, f"{k}.json").read_text()) for k in range(WORLD)]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return run(rank, tmp_path_factory.mktemp("wrappers"))
+        folder = tmp_path_factory.mktemp("wrappers")
+        return run_ranks(partial(main, folder), WORLD, folder, deadline=200)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp, work shared"])
@@ -68,6 +63,6 @@ def test_accelerate_on_two_ranks_is_ddp_and_resumes_exactly(ranks: list[dict[str
 
 
 def test_inductor_compiles_the_steps_of_two_ranks_once_and_they_skip_together(tmp_path: Path) -> None:
-    for seen in run(compiled_rank, tmp_path):
+    for seen in run_ranks(compiled, WORLD, tmp_path, deadline=300, timeout=120):
         assert seen["off"] < 1e-6 < 0.01 < seen["moved"]
         assert seen["skipped"] == [False, True, False] * 2

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +220,9 @@ def switched() -> dict[str, Any]:
     return {"keys": before, "off": off(whole(other), whole(model))}
 
 
-def rank(number: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    of_accelerate = {"WORLD_SIZE": world, "RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
-    os.environ |= {
-        key: str(value) for key, value in of_accelerate.items()
-    }  # it asks for them, and takes the group that is there
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", rank=number, world_size=world, store=store, timeout=timedelta(seconds=60))
+def main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str, Any]:
+    asked = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    os.environ |= {key: str(value) for key, value in asked.items()}  # by Accelerate, which takes the group that is there
     mesh = init_device_mesh("cpu", (world,))
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "ddp": lambda: ddp({}), "ddp, work shared": lambda: ddp({"mesh": mesh}), "fsdp2, mixed": mixed,
@@ -240,17 +233,12 @@ def rank(number: int, world: int, folder: str) -> None:
     except ImportError:
         pass
     else:
-        cases["accelerate"] = lambda: accelerated(folder)
-    seen = {name: case() for name, case in cases.items()}
-    Path(folder, f"{number}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+        cases["accelerate"] = lambda: accelerated(str(folder))
+    return {name: case() for name, case in cases.items()}
 
 
-def compiled_rank(number: int, world: int, folder: str) -> None:
+def compiled(rank: int, world: int, device: torch.device) -> dict[str, Any]:
     """One matrix through Inductor, and the same operation by operation."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", rank=number, world_size=world, store=store, timeout=timedelta(seconds=120))
     config = nm.Config(steps=1, method="standard", orthogonalize_dtype=torch.float32)
     results, skipped = [], []
     module = __import__("normuon_fn.optimizer", fromlist=["step_"])
@@ -261,7 +249,7 @@ def compiled_rank(number: int, world: int, folder: str) -> None:
         optimizer = nm.NorMuon(model.named_parameters(), lr=0.02, guard="full", config=config)
         for k in range(3):
             model(batch(k, 0, 0)).square().mean().backward()
-            if k == 1 and number == world - 1:
+            if k == 1 and rank == world - 1:
                 assert model.weight.grad is not None
                 local(model.weight.grad).view(-1)[0] = float("nan")
             with nullcontext() if k == 0 else torch._dynamo.config.patch(error_on_recompile=True):
@@ -273,6 +261,4 @@ def compiled_rank(number: int, world: int, folder: str) -> None:
         module.step_ = _update_
     torch.manual_seed(0)
     start = whole(nn.Linear(6, 7, bias=False))
-    seen = {"off": off(*results), "moved": off(results[0], start), "skipped": skipped}
-    Path(folder, f"{number}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    return {"off": off(*results), "moved": off(results[0], start), "skipped": skipped}
