@@ -9,6 +9,7 @@ DDP averages the gradients; the step gathers the updates. All ranks end up with 
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,15 +84,16 @@ def load(path: Path, params: dict[str, torch.Tensor], state: dict[str, torch.Ten
     return saved["step"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(train: Callable[[argparse.Namespace, torch.device], None], about: str | None) -> None:
+    """Options, and a process group around ``train``: of train_fsdp2.py too."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
     parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoints; one is written at the end")
     parser.add_argument("--save-every", type=int, help="and one every so many steps")
-    parser.add_argument("--resume", type=Path, help="a checkpoint, run/step-50.pt, to go on from")
+    parser.add_argument("--resume", type=Path, help="a checkpoint in that folder, to go on from")
     parser.add_argument("--nan-at", type=int, help="make the last rank's loss NaN at this step: all ranks skip it")
     parser.add_argument("--show-plan", action="store_true", help="print what each parameter gets and why")
     args = parser.parse_args()
@@ -108,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(train, __doc__)

@@ -8,8 +8,6 @@ A checkpoint says where every shard belongs: whoever resumes reads its own part 
 """
 
 import argparse
-import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from train_ddp import main
 from train_gpt import BATCH, GPT, WIDTH, Text
 
 import normuon_fn as nm
@@ -71,29 +70,5 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             dcp.save({**saved, "step": step}, checkpoint_id=args.checkpoint / f"step-{step}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
-    parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoints; one is written at the end")
-    parser.add_argument("--save-every", type=int, help="and one every so many steps")
-    parser.add_argument("--resume", type=Path, help="a checkpoint, run/step-50, to go on from")
-    parser.add_argument("--nan-at", type=int, help="make the last rank's loss NaN at this step: all ranks skip it")
-    parser.add_argument("--show-plan", action="store_true", help="print what each parameter gets and why")
-    args = parser.parse_args()
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    try:
-        train(args, device)
-    finally:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    main(train, __doc__)

@@ -10,7 +10,6 @@ nothing, so that what it costs is its batch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -22,9 +21,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from examples.study.common import FOLDER, markdown, read_csv, write_csv, write_section
+from examples.study.common import markdown, read_csv, write_csv, write_section
 from examples.study.corpus import Corpus
-from examples.study.runs import FULL, TINY, Job, Options, Result, run_all
+from examples.study.runs import Job, Result, arguments, options_of, run_all
 
 RATES = (0.001, 0.01)
 SEEDS = (0, 1, 2)
@@ -109,22 +108,12 @@ def plot(curves: list[dict[str, str]], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("runs") / "corpus.npz")
+    parser = arguments(__doc__)
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs") / "study", help="a file a run; what is there is not run again"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=FOLDER, help="batch_skip.csv, batch_skip.json, batch_skip.png and RESULTS.md"
-    )
-    parser.add_argument("--steps", type=int, help="instead of the whole corpus")
-    parser.add_argument("--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command")
-    parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.from_csv:
-        options = Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
+        options = options_of(args)
         wanted = jobs(args.lr)
         results = run_all([job for some in wanted.values() for job in some], options)
         found = {name: [results[job] for job in some] for name, some in wanted.items()}

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,7 @@ from torch import Tensor, multiprocessing
 from tqdm import trange
 
 import normuon_fn as nm
-from examples.study.common import measured_on
+from examples.study.common import FOLDER, measured_on
 from examples.study.corpus import Corpus
 from examples.train_gpt import GPT
 
@@ -122,6 +123,24 @@ class Options:
     size: Size
     steps: int | None = None  # None: the whole corpus once
     compiled: bool = True
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """The options that studies of such runs have in common."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("runs") / "corpus.npz")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs") / "study", help="a file a run; what is there is not run again"
+    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where CSV, JSON, figure and RESULTS.md go")
+    parser.add_argument("--steps", type=int, help="instead of the whole corpus")
+    parser.add_argument("--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command")
+    parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
+    return parser
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    return Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
 
 
 def run_all(jobs: Sequence[Job], options: Options) -> dict[Job, Result]:

@@ -11,7 +11,6 @@ spread of a row is the largest difference between its seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from itertools import pairwise
@@ -23,9 +22,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from examples.study.common import FOLDER, markdown, read_csv, write_csv, write_section
+from examples.study.common import markdown, read_csv, write_csv, write_section
 from examples.study.corpus import Corpus
-from examples.study.runs import FULL, TINY, Job, Options, Result, run_all
+from examples.study.runs import Job, Result, arguments, options_of, run_all
 
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
 MAIN = ("AdamW", "Muon", "NorMuon")
@@ -198,19 +197,10 @@ def plot(curves: list[dict[str, str]], about: dict[str, Any], file: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("runs") / "corpus.npz")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs") / "study", help="a file a run; what is there is not run again"
-    )
-    parser.add_argument("--out", type=Path, default=FOLDER, help="training.csv, training.json, training.png and RESULTS.md")
-    parser.add_argument("--steps", type=int, help="instead of the whole corpus")
-    parser.add_argument("--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command")
-    parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.from_csv:
-        options = Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
+        options = options_of(args)
         grid = run_all(grid_jobs(), options)
         seeds = run_all(seed_jobs(best_of(grid)), options)
         about, curves = study(grid, seeds, str(Corpus.load(args.corpus)), options.size.windows * options.size.context)
