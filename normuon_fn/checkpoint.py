@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .checks import check_tensors
 from .plan import Plan
 from .types import Config, Tensors
 
@@ -30,6 +31,10 @@ FORMAT = 1
 _META = "normuon_fn"
 # What gives the state another meaning, or another layout of the same shape: a state of another one is not continued.
 _CONFIG_OF_STATE = ("momentum_form", "reduction")
+_DTYPES = (  # of safetensors
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+)  # fmt: skip
 _ROUTE_OF_STATE = ("algorithm", "flatten", "heads", "splits", "dim", "transposed")
 
 
@@ -59,26 +64,22 @@ def save(
 
     Raises:
         ImportError: safetensors is not installed (``pip install normuon_fn[checkpoint]``).
-        TypeError: DTensors, or an ``extra`` that is neither tensor nor JSON.
-        ValueError: ``params`` or ``state`` are not the plan's.
+        TypeError: a plan of DTensors, or an ``extra`` that would not come back as it is: no JSON (tuples, keys that are no
+            strings), or a tensor that is no plain dense one or of a dtype that safetensors lacks.
+        ValueError: ``params`` or ``state`` are not the plan's, in names, shapes or dtypes. They may lie on any device.
     """
     _safetensors()
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    _check_names("params", params, plan.names)
-    _check_names("state", state, plan.state)
-    plain: dict[str, Any] = {}
-    for name, value in (extra or {}).items():
-        if isinstance(value, Tensor):
-            tensors[f"extra/{name}"] = value
-        else:
-            plain[name] = value
+    _check_given(plan, params, state)
+    extra = {} if extra is None else extra
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"extra: expected a dict of tensors and JSON values, got {type(extra).__name__}")
+    _check_extra("extra", dict(extra))
+    plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+    tensors = {f"extra/{name}": value for name, value in extra.items() if isinstance(value, Tensor)}
     tensors |= {f"params/{name}": tensor for name, tensor in params.items()}
     tensors |= {f"state/{name}": tensor for name, tensor in state.items()}
-    for key, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            raise TypeError(f"{key}: a DTensor; save it with torch.distributed.checkpoint, that knows of shards")
     host = _on_host(tensors)
     meta = {
         "format": FORMAT,
@@ -130,30 +131,20 @@ def load(
         ImportError: safetensors is not installed.
         OSError: no such file.
         TypeError: a plan of DTensors.
+        ValueError: ``params`` or ``state`` are not the plan's.
         CheckpointError (a ValueError): damaged or truncated, of another format, or not of this plan: which names are missing
             or too many, which shapes or dtypes are others, which options give the state another meaning.
     """
     if plan is None and not (params is None and state is None):
         raise ValueError("params, state: to be written in place they need plan=")
-    if plan is not None and plan.sharded:
-        raise TypeError("plan: of DTensors; load them with torch.distributed.checkpoint, that knows of shards")
+    if plan is not None:
+        _check_given(plan, params, state)
     meta, found = _read(Path(path))
     if plan is not None:
         _check_plan(path, meta, plan)
         want = {f"params/{p.name}": (p.spec.shape, p.spec.dtype) for p in plan.parameters}
         want |= {f"state/{name}": (spec.shape, spec.dtype) for name, spec in plan.state.items()}
         _check_tensors(path, {k: t for k, t in found.items() if not k.startswith("extra/")}, want)
-        if params is not None:
-            _check_names("params", params, plan.names)
-        if state is not None:
-            _check_names("state", state, plan.state)
-    for what, given in (("params", params), ("state", state)):
-        for name, tensor in (given or {}).items():
-            source = found[f"{what}/{name}"]
-            if isinstance(tensor, DTensor) or (tensor.shape, tensor.dtype) != (source.shape, source.dtype):
-                raise CheckpointError(
-                    f"{what}[{name!r}]: expected a plain {source.dtype} tensor of shape {tuple(source.shape)}"
-                )
 
     by_part: dict[str, dict[str, Any]] = {"params": {}, "state": {}, "extra": dict(meta["extra"])}
     with torch.no_grad():
@@ -238,10 +229,32 @@ def _check_tensors(
             )
 
 
-def _check_names(what: str, given: Mapping[str, Tensor], names: Any) -> None:
-    missing, extra = [k for k in names if k not in given], [k for k in given if k not in names]
-    if missing or extra:
-        raise ValueError(f"{what}: missing {missing[:8]}, not in the plan {extra[:8]}")
+def _check_given(plan: Plan, params: Tensors | None, state: Tensors | None) -> None:
+    if plan.sharded:
+        raise TypeError("plan: of DTensors; save and load them with torch.distributed.checkpoint, that knows of shards")
+    specs = {p.name: p.spec for p in plan.parameters}
+    for what, given, of in (("params", params, specs), ("state", state, plan.state)):
+        if given is not None:
+            check_tensors(plan, what, given, of, anywhere=True)
+
+
+def _check_extra(what: str, value: Any) -> None:
+    """That it comes back as it is. What else JSON does not have, ``json.dumps`` says."""
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and not (value.is_nested or value.is_meta or isinstance(value, DTensor))
+        if not dense or value.dtype not in _DTYPES:
+            found = f"{type(value).__name__} of {value.dtype}, {value.layout}, on {value.device}"
+            raise TypeError(f"{what}: expected a dense tensor, with data, of a dtype that safetensors has, got a {found}")
+    elif isinstance(value, tuple):
+        raise TypeError(f"{what}: a tuple would come back as a list; give a list")
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{what}: expected strings as keys, got {key!r}, which would come back as one")
+            _check_extra(f"{what}[{key!r}]", each)
+    elif isinstance(value, list):
+        for k, each in enumerate(value):
+            _check_extra(f"{what}[{k}]", each)
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

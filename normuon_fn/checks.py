@@ -20,6 +20,8 @@ def check_step(plan: Plan, params: Tensors, grads: Grads, state: Tensors, hyper:
     check_tensors(plan, "params", params, specs)
     check_tensors(plan, "grads", grads, specs, optional=True)
     check_tensors(plan, "state", state, plan.state)
+    if not torch.compiler.is_compiling():  # a view that fails ends a trace, whatever would catch it
+        _check_readable(plan, params, state)
     if not isinstance(hyper, Hyper):
         raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")
     for name, value in zip(Hyper._fields, hyper, strict=True):
@@ -53,7 +55,24 @@ def _check_lies(what: str, tensor: Tensor, spec: Spec) -> None:
         raise ValueError(f"{what}: expected {expected}, got {describe(tensor)}; redistribute it")
 
 
-def check_tensors(plan: Plan, what: str, given: Grads, specs: Mapping[str, Spec], optional: bool = False) -> None:
+def _check_readable(plan: Plan, params: Tensors, state: Tensors) -> None:
+    """That views of what is written are its matrices: ``model.to(memory_format=...)`` changes strides after `make_plan`."""
+    for block in [block for p in plan.parameters for block in p.blocks]:
+        for suffix in ("", ".momentum", ".variance", ".mantissa", ".master"):
+            what, given = ("state", state) if suffix else ("params", params)
+            name, view = block.name + suffix, block.view(suffix)
+            if name not in given or local(given[name]).is_contiguous():
+                continue
+            try:
+                view.read(local(given[name]))
+            except RuntimeError as error:
+                found = f"strides {given[name].stride()} do not let it be read as {view.shape}"
+                raise ValueError(f"{what}[{name!r}]: {found}; make it contiguous()") from error
+
+
+def check_tensors(
+    plan: Plan, what: str, given: Grads, specs: Mapping[str, Spec], optional: bool = False, anywhere: bool = False
+) -> None:
     if not isinstance(given, Mapping):
         raise TypeError(f"{what}: expected a dict of name -> tensor, got {type(given).__name__}")
     missing, extra = [k for k in specs if k not in given], [k for k in given if k not in specs]
@@ -72,5 +91,5 @@ def check_tensors(plan: Plan, what: str, given: Grads, specs: Mapping[str, Spec]
             raise ValueError(f"{what}[{name!r}]: expected shape {spec.shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != spec.dtype or tensor.layout != torch.strided:
             raise ValueError(f"{what}[{name!r}]: expected dense {spec.dtype}, got {tensor.dtype} {tensor.layout}")
-        if tensor.device != plan.device:
+        if tensor.device != plan.device and not anywhere:
             raise ValueError(f"{what}[{name!r}]: expected device {plan.device}, got {tensor.device}")

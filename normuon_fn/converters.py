@@ -14,7 +14,7 @@ torch 2.13.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .plan import Parameter, Plan, Spec
 from .types import MomentumForm
 
 StateDict = Mapping[str, Any]
+_NOT_MUONS = {"dampening": "SGD", "alpha": "RMSprop"}  # whose momentum_buffer is a sum, or of other gradients
 
 
 class _Found(NamedTuple):
@@ -81,10 +82,15 @@ def convert_state(
 
     Raises:
         TypeError: something that is not a state dict.
-        ValueError: names that do not fit, parameters without state, shapes that are not the plan's, counters that differ.
+        ValueError: names that do not fit, parameters without state, shapes that are not the plan's, counters that differ, a
+            state whose momentum is of another kind (SGD, RMSprop) or that is `NorMuon`'s own.
     """
     if missing not in ("error", "zeros"):
         raise ValueError(f"missing: expected 'error' or 'zeros', got {missing!r}")
+    if source_momentum not in (None, *get_args(MomentumForm)):
+        raise ValueError(f"source_momentum: expected None or one of {get_args(MomentumForm)}, got {source_momentum!r}")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**31):
+        raise ValueError(f"step: expected None or an int >= 0 that fits int32, got {step!r}")
     sources = [source] if isinstance(source, Mapping) else list(source)
     several = bool(names) and not isinstance(names[0], str)  # type: ignore[index]
     of_source: list[Any] = [None] * len(sources) if names is None else list(names) if several else [names]
@@ -149,7 +155,9 @@ def _entries(source: StateDict, names: Sequence[str] | None, form: MomentumForm 
 def _found(name: str, own: Mapping[str, Any], group: Mapping[str, Any], form: MomentumForm | None) -> _Found:
     steps = own.get("step", group.get("step"))
     count = None if steps is None else int(steps)
-    if "exp_avg" in own:
+    if "consecutive" in own:
+        raise ValueError(f"source: {name!r} was of normuon_fn.NorMuon, whose load_state_dict reads it as it is")
+    if "exp_avg" in own and "exp_avg_sq" in own:
         return _Found("adam", own["exp_avg"], own["exp_avg_sq"], "ema", None, count)
     if "momentum" in own and group.get("algorithm") == "lion":
         raise ValueError(f"source: {name!r} was of Lion, which has no counterpart; leave it out")
@@ -158,6 +166,10 @@ def _found(name: str, own: Mapping[str, Any], group: Mapping[str, Any], form: Mo
     if "momentum" in own:
         return _Found("matrix", own["momentum"], own.get("variance_neuron"), form or "sum", group.get("mu"), count)
     if "momentum_buffer" in own:
+        for option, theirs in _NOT_MUONS.items():
+            if option in group:
+                hint = "leave it out, and missing='zeros' starts it anew"
+                raise ValueError(f"source: {name!r} was of torch.optim.{theirs}, whose momentum is none of Muon's; {hint}")
         variance = own.get("second_momentum_buffer")
         return _Found("matrix", own["momentum_buffer"], variance, form or "ema", group.get("momentum"), count)
     raise ValueError(f"source: {name!r} has {sorted(own)}, the state of no optimizer that is known here")
@@ -193,6 +205,8 @@ def _of_parameter(parameter: Parameter, found: _Found | None, plan: Plan) -> dic
 
 
 def _as(tensor: Tensor, plan: Plan, name: str, suffix: str, factor: float = 1.0) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"source: {name!r}: expected a tensor as {suffix}, got {type(tensor).__name__}")
     spec = plan.state[f"{name}.{suffix}"]
     wide = torch.promote_types(spec.dtype, torch.float32)
     moved = tensor.detach().to(plan.device)

@@ -5,7 +5,6 @@ lists -> a plan, by shapes, cached -> step_
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import fields
@@ -20,7 +19,7 @@ from .plan import Plan
 from .planner import make_plan
 from .routes import Route
 from .step import _update_, step_
-from .types import Config, Hyper, StepResult
+from .types import LARGEST, ONE, Config, Hyper, StepResult
 
 
 class ForeachResult(NamedTuple):
@@ -64,7 +63,7 @@ def foreach_step_(
             count ``skipped`` yourself.
         compiled: as one graph, like `step_`; ``False``: operation by operation. Inside ``torch.compile``: part of that graph.
 
-    Raises (at the first call with such tensors):
+    Raises (what depends on shapes, dtypes and devices only at the first call with such tensors):
         TypeError, ValueError: naming the argument and the place in it.
     """
     config = Config() if config is None else config
@@ -87,6 +86,7 @@ def foreach_step_(
         plan = _plans[_plan_number(looks, values, of_routes)]
     else:
         plan = _plans[_find(looks, config, chosen, params)]
+        _check_distinct({"params": params, "momentums": momentums, "variances": variances, "masters": masters})
 
     device = plan.device
     if step is None and config.master == "stochastic" and any(x.dtype == torch.bfloat16 for x in params):
@@ -105,7 +105,7 @@ def foreach_step_(
     state |= {"guard.step": zeros[0] if step is None else step, "guard.skipped": zeros[1], "guard.consecutive": zeros[2]}
     rate = _scalar("lr", lr, device)
     hyper = Hyper(
-        rate, _scalar("momentum", momentum, device, 1.0), _scalar("beta2", beta2, device, 1.0),
+        rate, _scalar("momentum", momentum, device, ONE), _scalar("beta2", beta2, device, ONE),
         _scalar("weight_decay", weight_decay, device), rate, rate, rate, rate, rate,
     )  # fmt: skip
     named, gradients = ({str(k): x for k, x in enumerate(tensors)} for tensors in (params, grads))
@@ -201,6 +201,18 @@ def _check_list(what: str, given: Sequence[Tensor | None], length: int, *, optio
             raise TypeError(f"{what}[{k}]: expected a Tensor, got {type(x).__name__}{hint}")
 
 
+def _check_distinct(written: dict[str, Sequence[Tensor | None]]) -> None:
+    """That nothing is written twice. Not inside a graph: there are no objects to compare."""
+    ids = [id(x) for given in written.values() for x in given if x is not None]
+    if len(set(ids)) == len(ids):
+        return
+    seen: dict[int, str] = {}
+    for place, x in [(f"{what}[{k}]", x) for what, given in written.items() for k, x in enumerate(given) if x is not None]:
+        if id(x) in seen:
+            raise ValueError(f"{place}: is the tensor of {seen[id(x)]}, and would be written twice; pass tied weights once")
+        seen[id(x)] = place
+
+
 def _check_routes(routes: tuple[Route, ...], length: int) -> None:
     if len(routes) != length:
         raise ValueError(f"routes: expected as many as params, {length}, got {len(routes)}")
@@ -209,7 +221,7 @@ def _check_routes(routes: tuple[Route, ...], length: int) -> None:
             raise ValueError(f"routes[{k}]: expected a Route('normuon', ...), got {route!r}; AdamW is torch.optim's")
 
 
-def _scalar(name: str, value: float | Tensor, device: torch.device, below: float = math.inf) -> Tensor:
+def _scalar(name: str, value: float | Tensor, device: torch.device, below: float = LARGEST) -> Tensor:
     """0-d float32; a float by a fill, for a copy to the device would wait."""
     if isinstance(value, Tensor):
         if value.ndim != 0:
@@ -218,5 +230,5 @@ def _scalar(name: str, value: float | Tensor, device: torch.device, below: float
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float or a 0-d tensor, got {type(value).__name__}")
     if not 0.0 <= value < below:
-        raise ValueError(f"{name}: expected a number in [0, {below:g}), got {value!r}")
+        raise ValueError(f"{name}: expected a number in [0, {below:g}), got {value!r} as float32")
     return torch.full((), value, dtype=torch.float32, device=device)

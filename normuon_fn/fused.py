@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 _HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "num_q_heads", "n_q_heads")
@@ -76,8 +77,8 @@ def attention(owners: Sequence[nn.Module]) -> Attention:
 
 
 def _qkv(own: str, owners: Sequence[nn.Module], known: Attention, outputs: int, inputs: int, per_head: bool) -> Cut:
-    where = type(owners[0]).__name__ if owners else ""
-    for name in (type(owner).__name__ for owner in owners[:2]):
+    where = kind_of(owners[0]) if owners else ""
+    for name in map(kind_of, owners[:2]):
         if name.startswith(_TAKE_TURNS) and not _contiguous(owners, known):
             blocks = "" if known.heads is None else f"; heads={3 * known.heads} would give every head's q, k and v its own"
             return Cut(None, None, f"fused qkv, left whole: in {name} q, k and v take turns head by head{blocks}")
@@ -115,7 +116,7 @@ def _halves(own: str, known: Attention, outputs: int, inputs: int) -> bool:
 
 
 def _gate_up(owners: Sequence[nn.Module], outputs: int) -> Cut:
-    where = type(owners[0]).__name__ if owners else ""
+    where = kind_of(owners[0]) if owners else ""
     if _get(owners[0], "is_concatenated") is False or where.startswith("GptOss"):
         return Cut(None, None, f"gate and up, left whole: in {where} they take turns row by row")
     if outputs % 2:
@@ -142,6 +143,27 @@ def _first(sources: Sequence[Any], names: Sequence[str]) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None
+
+
+def kind_of(module: nn.Module) -> str:
+    """The class's name; of a TorchScript module or a parametrized one, that of what it was made of."""
+    name = _get(module, "original_name") if isinstance(module, torch.jit.ScriptModule) else None
+    return str(name or type(module).__name__).removeprefix("Parametrized")
+
+
+def is_a(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """``isinstance``, of a TorchScript module too if its class is torch's."""
+    if isinstance(module, torch.jit.ScriptModule):
+        own = getattr(nn, kind_of(module), None)
+        return isinstance(own, type) and issubclass(own, types)
+    return isinstance(module, types)
+
+
+def says_nothing(module: nn.Module) -> bool:
+    """Whether the class is one that torch.fx, torch.export or TorchScript puts in the place of any, or `nn.Module` itself."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return not hasattr(nn, kind_of(module))
+    return type(module) is nn.Module or type(module).__module__.startswith(("torch.fx.", "torch.export."))
 
 
 def _get(source: Any, name: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .fused import _first, _get
+from .fused import _first, _get, is_a, kind_of
 
 _HEAD_NAMES = frozenset({"lm_head", "head", "heads", "classifier", "cls_head", "unembed", "unembedding", "embed_out"})
+# These count where they are parts of the model itself: layers inside of blocks have such names too.
 _LAYER_NAMES = frozenset({"output", "out", "decoder", "logits", "score", "fc", "qa_outputs", "generator", "proj_out"})
 _ROUTER_NAMES = frozenset({"gate", "router"})
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts", "num_routed_experts")
@@ -19,8 +20,8 @@ class Heads:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names = {id(module): path for path, module in reversed(self.modules.items())}
-        self.embeddings = {path: m for path, m in self.modules.items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        self.widths = {m.embedding_dim for m in self.embeddings.values()}
+        self.embeddings = {path: m for path, m in self.modules.items() if is_a(m, nn.Embedding, nn.EmbeddingBag)}
+        self.widths = {_table(m)[1] for m in self.embeddings.values()}
         if not self.widths:
             width = _first([s for s in (_get(model, "config"), model) if s is not None], _WIDTHS)
             self.widths = set() if width is None else {width}
@@ -46,8 +47,8 @@ class Heads:
             if count is not None:
                 return count
             experts = _get(owner, "experts")
-            if isinstance(experts, nn.ModuleList):
-                return len(experts)
+            if isinstance(experts, nn.Module) and is_a(experts, nn.ModuleList):
+                return len(list(experts.children()))
             if isinstance(experts, nn.Module):
                 return next((p.shape[0] for p in experts.parameters() if p.ndim == 3), None)
         return None
@@ -65,22 +66,33 @@ class Heads:
                     self._found.setdefault(id(found), f"output head, by get_output_embeddings() of {path or 'the model'}")
 
     def _by_name(self) -> None:
-        said = bool(self._found)
+        said, top = bool(self._found), self._top()
         for path, module in self.modules.items():
-            name = path.rpartition(".")[2]
-            if not path or self._repeated(path):
+            owner, _, name = path.rpartition(".")
+            if self._repeated(path) or not (name in _HEAD_NAMES or (name in _LAYER_NAMES and owner == top)):
                 continue
             layers = [m for m in module.modules() if _is_layer(m)]
             itself = bool(layers) and layers[0] is module
-            if layers and (itself if said or name in _LAYER_NAMES else True) and name in _HEAD_NAMES | _LAYER_NAMES:
+            if layers and (itself if said or name in _LAYER_NAMES else True):
                 self._found.setdefault(id(layers[-1]), "output head, by name")
+
+    def _top(self) -> str:
+        """The path of the model inside of what only wraps it: of the first module whose parameters are not all one child's."""
+        path = ""
+        while not any(p is not None for _, p in self.modules[path]._parameters.items()):
+            children = self.modules[path].named_children()
+            parts = [name for name, child in children if next(child.parameters(), None) is not None]
+            if len(parts) != 1:
+                break
+            path = f"{path}.{parts[0]}" if path else parts[0]
+        return path
 
     def _by_vocabulary(self) -> None:
         """A Linear behind the embedding of the most rows, that has its shape, outside of all repeated blocks."""
         if not self.embeddings:
             return
-        path, largest = max(self.embeddings.items(), key=lambda entry: entry[1].num_embeddings)
-        shape = largest.num_embeddings, largest.embedding_dim
+        path, largest = max(self.embeddings.items(), key=lambda entry: _table(entry[1])[0])
+        shape = _table(largest)
         behind = list(self.modules)[list(self.modules).index(path) + 1 :]
         for other in behind:
             module = self.modules[other]
@@ -92,15 +104,21 @@ class Heads:
         parts = path.split(".")
         for k in range(1, len(parts)):
             owner = self.modules[".".join(parts[:k])]
-            if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
+            if is_a(owner, nn.ModuleList, nn.ModuleDict):
                 return True
-            if isinstance(owner, nn.Sequential) and parts[k - 1] not in _HEAD_NAMES:
+            if is_a(owner, nn.Sequential) and parts[k - 1] not in _HEAD_NAMES:
                 return True
         return False
 
 
 def _is_layer(module: nn.Module) -> bool:
     weight = _get(module, "weight")
-    return isinstance(module, nn.modules.conv._ConvNd) or (
-        "Linear" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.ndim == 2
+    return is_a(module, nn.modules.conv._ConvNd) or (
+        "Linear" in kind_of(module) and isinstance(weight, nn.Parameter) and weight.ndim == 2
     )
+
+
+def _table(embedding: nn.Module) -> tuple[int, int]:
+    """How many rows of how many entries; a traced module has its weight alone."""
+    rows, width = _get(embedding, "num_embeddings"), _get(embedding, "embedding_dim")
+    return (rows, width) if rows and width else tuple(embedding.weight.shape)  # type: ignore[arg-type]

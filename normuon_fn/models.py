@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from . import fused
+from .fused import _get, is_a, kind_of, says_nothing
 from .heads import Heads
-from .routes import Route, Routed, RouteTable
+from .routes import Route, Routed, RouteTable, _default_route
 
 Decision = tuple[Route, str]
 
@@ -29,7 +30,10 @@ _LOOKUPS = re.compile(
     r"(^|_)(pos(ition(al)?)?_?emb(ed(ding)?s?)?|pos_embed|embeddings?|token|tokens|class_embedding|latents|prompt)(_|$)|bias|A_logs?$",
     re.IGNORECASE,
 )
+_NORM = re.compile(r"Norm(\dd)?$")  # and neither LayerNormLinear nor NormalizedLinear, which have matrices
+_PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)\.original\d*$")
 _TOWARDS_WIDTH = re.compile(r"^(w2|down_proj|down|c_proj|output_linear|wo|fc2)$")
+_GATES = {"LSTM": 4, "GRU": 3}
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,13 @@ class Use:
 
     @property
     def module(self) -> nn.Module:
-        return next((m for m in self.owners if type(m).__name__ not in ("ParametrizationList", "ModuleDict")), self.owners[0])
+        return next((m for m in self.owners if kind_of(m) not in ("ParametrizationList", "ModuleDict")), self.owners[0])
 
     @property
     def leaf(self) -> str:
-        return self.name.rpartition(".")[2]
+        """What its module calls it."""
+        found = _PARAMETRIZED.search(self.name)
+        return found[1] if found else self.name.rpartition(".")[2]
 
     @property
     def own(self) -> str:
@@ -72,7 +78,8 @@ def routes_for(
         plan = nm.make_plan(params, config, routes=nm.routes_for(model))
 
     Linear layers, convolutions (flattened), experts and adapters get NorMuon; embeddings, output heads, routers of experts,
-    norms, biases and other vectors AdamW; what needs no gradient and buffers are frozen. Projections fused in one matrix are
+    norms, biases and other vectors AdamW; what needs no gradient and buffers are frozen, the former only in plans of tensors
+    that do not require one: `NorMuon` trains what is unfrozen later (``Route.unfrozen``). Projections fused in one matrix are
     split where their sizes are known from the modules or their configuration; where not, they are left whole, and the reason
     says so. A weight with several names has one route under each of them.
 
@@ -83,7 +90,7 @@ def routes_for(
 
     Raises:
         TypeError: not a module, or an override that is not a Route.
-        ValueError: parameters without a shape yet (lazy modules), or an override that matches nothing.
+        ValueError: parameters or buffers without a shape yet (lazy modules), or an override that matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -106,7 +113,9 @@ def routes_for(
             route, reason = _joint(same, [seen.decide(use) for use in same])
             if not decay_vectors and route.algorithm == "adamw" and _is_vector(same[0].shape):
                 route = Route("adamw", wd_mul=0.0)
-        entries += [Routed(use.name, use.shape, type(use.module).__name__, route, reason) for use in same]
+            if route.algorithm != "frozen" and not same[0].tensor.requires_grad:
+                route, reason = Route("frozen", unfrozen=route), "requires_grad=False"
+        entries += [Routed(use.name, use.shape, kind_of(use.module), route, reason) for use in same]
     if len(matched) < len(given):
         raise ValueError(f"overrides: {[key for key in given if key not in matched]!r} match no parameter")
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
@@ -124,7 +133,7 @@ def _uses(model: nn.Module) -> Iterator[Use]:
             if tensor is None:
                 continue
             full = f"{path}.{name}" if path else name
-            if isinstance(tensor, UninitializedParameter):
+            if is_lazy(tensor):
                 raise ValueError(f"{full}: has no shape yet (a lazy module); run the model once before routes_for()")
             yield Use(full, tensor, owners, buffer)
 
@@ -155,39 +164,41 @@ class Seen:
 
     def decide(self, use: Use) -> Decision:
         module, shape = use.module, use.shape
-        kind = type(module).__name__
+        kind = kind_of(module)
         if use.buffer:
             return Route("frozen"), "buffer"
-        if not use.tensor.requires_grad:
-            return Route("frozen"), "requires_grad=False"
         if not use.tensor.dtype.is_floating_point:
             return Route("frozen"), f"{use.tensor.dtype}"
         if _is_vector(shape):
-            return Route("adamw"), "norm" if "Norm" in kind else "bias" if use.leaf.startswith("bias") else "vector"
+            return Route("adamw"), "norm" if _is_norm(module) else "bias" if use.leaf.startswith("bias") else "vector"
         adapter = _ADAPTER.search(use.name)
         if adapter:
             return _adapter(adapter[2])
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or (kind.endswith("Embedding") and use.leaf == "weight"):
+        if is_a(module, nn.Embedding, nn.EmbeddingBag) or (kind.endswith("Embedding") and use.leaf == "weight"):
             return Route("adamw"), "embedding"
-        if "Norm" in kind:
+        if _is_norm(module):
             return Route("adamw"), "norm"
         head = self.heads.reason(module, use.leaf, shape)
         if head is not None:
             return Route("adamw"), head
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if is_a(module, nn.modules.conv._ConvNd):
             return _convolution(module, shape)
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and len(shape) == 2:
-            return _with(fused.recurrent(use.leaf, int(module.hidden_size), shape[0]), kind)
-        if isinstance(module, nn.MultiheadAttention) and use.leaf == "in_proj_weight":
-            each = shape[1]
-            heads = (module.num_heads,) * 3 if self.per_head else None
+        if is_a(module, nn.RNNBase, nn.RNNCellBase) and len(shape) == 2:
+            hidden = _get(module, "hidden_size") or shape[0] // _GATES.get(kind.removesuffix("Cell"), 1)
+            return _with(fused.recurrent(use.leaf, int(hidden), shape[0]), kind)
+        if is_a(module, nn.MultiheadAttention) and use.leaf == "in_proj_weight":
+            each, count = shape[1], _get(module, "num_heads")
+            heads = (count,) * 3 if self.per_head and count else None
             return Route(splits=(each,) * 3, heads=heads), "fused qkv of MultiheadAttention"
-        if isinstance(module, nn.Bilinear):
+        if is_a(module, nn.Bilinear):
             return Route(flatten=True), "Bilinear, flattened"
         transposed = kind == "Conv1D" and hasattr(module, "nf") and use.leaf == "weight"
-        raw = not (isinstance(module, nn.Linear) or "Linear" in kind or transposed)
+        raw = not (is_a(module, nn.Linear) or "Linear" in kind or transposed)
         if raw and (_LOOKUPS.search(use.leaf) or (len(shape) == 3 and 1 in shape[:-1] and shape[0] == 1)):
             return Route("adamw"), "table of vectors, by name"
+        by_name = _default_route(use.name, use.tensor)
+        if raw and says_nothing(module) and by_name[0].algorithm == "adamw":
+            return by_name
         if len(shape) == 3:
             return self._stack(use)
         if len(shape) > 3:
@@ -200,7 +211,7 @@ class Seen:
     def _stack(self, use: Use) -> Decision:
         """[n, rows, cols]: experts, mostly."""
         transposed = self._stored_by_inputs(use)
-        is_experts = any("expert" in text.lower() for text in (use.name, type(use.module).__name__))
+        is_experts = any("expert" in text.lower() for text in (use.name, kind_of(use.module)))
         what = f"{use.shape[0]} {'experts' if is_experts else 'matrices'}"
         if transposed is None:
             transposed, what = False, f"{what}, taken as [outputs, inputs]"
@@ -212,7 +223,7 @@ class Seen:
 
     def _stored_by_inputs(self, use: Use) -> bool | None:
         """Which dimension is the model's width tells how an expert lies; ``None``: both or neither are."""
-        known = fused._get(use.module, "is_transposed")
+        known = _get(use.module, "is_transposed")
         if isinstance(known, bool):
             return known
         widths = {size in self.heads.widths for size in use.shape[1:]}
@@ -222,20 +233,28 @@ class Seen:
         return width_first != bool(_TOWARDS_WIDTH.match(use.own))
 
 
+def _is_norm(module: nn.Module) -> bool:
+    if is_a(module, nn.Linear, nn.modules.conv._ConvNd):
+        return False
+    return is_a(module, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase) or bool(
+        _NORM.search(kind_of(module))
+    )
+
+
 def _adapter(which: str) -> Decision:
     if "embedding" in which.lower():
         return Route("adamw"), "LoRA of an embedding"
     return Route(), f"LoRA {which[-1].upper()}: each factor is a matrix of its own"
 
 
-def _convolution(module: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> Decision:
-    kind = type(module).__name__
-    if module.groups > 1 and shape[1] == 1:
+def _convolution(module: nn.Module, shape: tuple[int, ...]) -> Decision:
+    kind, groups = kind_of(module), _get(module, "groups")  # which a traced module does not have
+    if groups != 1 and shape[1] == 1:
         return Route("adamw"), f"depthwise {kind}: every filter sees one channel"
     what = f"{kind}, flattened to {shape[0]}x{torch.Size(shape[1:]).numel()}"
-    if module.transposed:
+    if is_a(module, nn.modules.conv._ConvTransposeNd) or _get(module, "transposed"):
         return Route(flatten=True, transposed=True), f"{what}: the rows are inputs"
-    return Route(flatten=True), what if module.groups == 1 else f"{what}: its {module.groups} groups together"
+    return Route(flatten=True), what if groups in (None, 1) else f"{what}: its {groups} groups together"
 
 
 def _with(cut: fused.Cut | None, what: str, transposed: bool = False) -> Decision:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +28,7 @@ LateGradients = Literal["replan", "error"]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _COUNTERS = ("step", "skipped", "consecutive")
 _KEPT = (
-    "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_group_routes", "_counters", "_stepped",
+    "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_counters", "_stepped",
     "_constructed",
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ class _Stage:
     at: list[int]  # where its parameters are among all
     params: dict[str, Tensor]
     state: dict[str, Tensor]
-    kept: list[tuple[Tensor, str, Tensor]]  # of which parameter, and under which key, each tensor of the state is
+    kept: list[tuple[Tensor, list[tuple[str, Tensor]]]]  # the tensors of the state of each parameter
     stepped: bool = False
     graphed: GraphedStep | None = None
 
@@ -71,8 +71,13 @@ class NorMuon(torch.optim.Optimizer):
     **State** exists from construction for all that requires a gradient: ``momentum``, ``variance`` or ``exp_avg``,
     ``exp_avg_sq``, in the dtypes of `init`, and for every parameter the guard's counters ``step``, ``skipped``, ``consecutive``
     (the same three tensors). With ``Config.master`` also ``mantissa`` or ``master``, which follows its parameter until the
-    first step. AdamW's bias correction counts ``step``, also for a parameter added later. `load_state_dict` copies into the
-    tensors that are there; others that somebody puts in their place in ``optimizer.state`` are taken at the next step.
+    first step of it. `load_state_dict` copies into the tensors that are there; others that somebody puts in their place in
+    ``optimizer.state``, counters too, are taken at the next step; what was taken out starts anew.
+
+    AdamW's bias correction counts ``step``, also for a parameter whose own first step comes later or that starts anew. After
+    many steps nothing corrects its zero moments: with a constant gradient its n-th step is (1 - beta1^n) / sqrt(1 - beta2^n)
+    times ``lr``. With (0.9, 0.95) that is 0.45 at first and never more than 1.1; with (0.9, 0.999) 3.2 and up to 6.6: give such
+    a group a lower ``lr``, or an optimizer of its own.
 
     ``torch.amp.GradScaler`` works without a host sync: gradients are unscaled in place, ``found_inf`` skips the step.
     ``torch.compile(optimizer.step)`` leaves the graph for the step, which is compiled already; ``fullgraph=True`` raises.
@@ -114,9 +119,10 @@ class NorMuon(torch.optim.Optimizer):
         self.config = groups_of.guarded(config, guard, nan_guard_fallback)
         self.late_gradients, self.graphed = late_gradients, graphed
         self._routes, self._mesh, self._guard_mesh = routes, mesh, guard_mesh
-        self._group_routes: list[Routes] = []
+        self._added: list[groups_of.Added] = []
         self._counters: dict[str, Tensor] = {}
-        self._stepped = self._constructed = False
+        self._stepped: set[str] = set()  # whose masters no longer follow their parameters
+        self._constructed = False
         self._forget()
         defaults = {
             "lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "algorithm": algorithm,
@@ -141,7 +147,7 @@ class NorMuon(torch.optim.Optimizer):
             if stage.graphed is not None:
                 stage.graphed.release()
         self._stages: dict[tuple[bool, ...], _Stage] = {}
-        self._looks: list[tuple[int, torch.device, torch.dtype]] = []
+        self._looks: list[Any] = []
         self._had: set[str] | None = None  # who had a gradient so far
         self.plan: Plan | None = None
         self.result: StepResult | None = None
@@ -172,8 +178,13 @@ class NorMuon(torch.optim.Optimizer):
         stage = self._stages.get(among)
         if stage is None or not stage.stepped:
             stage = self._first(among)
-        elif any([self.state[p].get(kind) is not own for p, kind, own in stage.kept]):  # noqa: C419 - a list is faster
-            self._adopt(stage)
+        else:
+            held = [(self.state[p], kept) for p, kept in stage.kept]
+            if any([now.get(kind) is not own for now, kept in held for kind, own in kept]):  # noqa: C419 - a list is faster
+                self._adopt(stage)
+        fresh = stage.params.keys() - self._stepped
+        if fresh:  # their masters follow them until here: they may have been loaded meanwhile
+            groups_of.refresh({name: stage.params[name] for name in fresh}, stage.state)
         self._hyper.follow(self.param_groups)
         given = dict(zip(stage.params, [grads[k] for k in stage.at], strict=True))
         found_inf = self._unscale(given)
@@ -181,7 +192,8 @@ class NorMuon(torch.optim.Optimizer):
             result = stage.graphed(stage.params, given, stage.state, self._hyper.hyper, found_inf=found_inf)
         else:
             result = step_(stage.params, given, stage.state, self._hyper.hyper, stage.plan, found_inf=found_inf)
-        self.plan, self.result, self._stepped = stage.plan, result, True
+        self.plan, self.result, stage.stepped = stage.plan, result, True
+        self._stepped |= fresh
 
     def _unscale(self, grads: Mapping[str, Tensor | None]) -> Tensor | None:
         """What `torch.amp.GradScaler` left for the step. ``found_inf``, in a tensor that stays."""
@@ -202,44 +214,44 @@ class NorMuon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Another group, with the defaults of the constructor. The next step is planned and compiled anew."""
         if isinstance(param_group, dict):
-            groups_of.check_keys(param_group)
+            groups_of.check_keys(param_group, self.defaults)
             routes = param_group.get("routes")
             param_group = {key: value for key, value in param_group.items() if key != "routes"}
         super().add_param_group(param_group)
-        self._group_routes.append({} if routes is None else routes)
+        self._added.append(groups_of.added(self.param_groups, {} if routes is None else routes))
         try:
-            groups_of.check_values(self.param_groups[-1])
+            groups_of.settle_values(self.param_groups[-1])
             if self._constructed:
                 self._settle()
-        except (TypeError, ValueError):
+        except BaseException:
             self.param_groups.pop()
-            self._group_routes.pop()
+            self._added.pop()
             self._forget()
             raise
 
     def _settle(self) -> None:
         """Names, routes, hyperparameters and state of the parameters that there are now."""
         self._forget()
-        self._named, self._hyper_of = groups_of.names_of(self.param_groups)
+        self._added = groups_of.named_again(self.param_groups, self._added)
+        self._named, self._hyper_of = groups_of.names_of(self._added)
         params = list(self._named.values())
-        self._routed = groups_of.route(self.param_groups, self._group_routes, self._routes, self._named)
+        self._routed = groups_of.route(self._added, self._routes, self._named)
         device = ranks_of.local(params[0]).device if params else torch.device("cpu")
         self._hyper = groups_of.GroupHyper(1 + max(self._hyper_of.values(), default=0), device)
         self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
         here = set(map(id, params))
         for p in [p for p in self.state if id(p) not in here]:
             del self.state[p]
-        self._looks = groups_of.looks_of(params)
+        self._looks = groups_of.looks_of(self.param_groups)
         among = tuple(p.requires_grad for p in params)
         if any(among):
             self._stages[among] = self._made(among)
 
     def _resettle(self) -> list[Tensor]:
         """All parameters; settled again if they are not those that were."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        if self._looks != groups_of.looks_of(params):
+        if self._looks != groups_of.looks_of(self.param_groups):
             self._settle()
-        return params
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _first(self, among: tuple[bool, ...]) -> _Stage:
         """The stage of a set of parameters that has not been stepped before."""
@@ -250,14 +262,15 @@ class NorMuon(torch.optim.Optimizer):
                 f"{late[:8]}: first gradient after the first step, which means another plan and another compilation. "
                 "Give zeros from the start, freeze it (requires_grad_(False)), or take late_gradients='replan'"
             )
-        stage = self._stages[among] if among in self._stages else self._made(among)
-        if not self._stepped:  # until here they follow the parameters, which may have been loaded meanwhile
-            groups_of.refresh(stage.params, stage.state)
+        if among in self._stages:
+            stage = self._stages[among]
+            self._adopt(stage)
+        else:
+            stage = self._made(among)
         if self.graphed:
             groups_of.check_device(stage.plan.device, GraphedStep._device_type)
             stage.graphed = GraphedStep(stage.plan)
         self._had = names | (self._had or set())
-        stage.stepped = True
         self._stages[among] = stage
         return stage
 
@@ -278,48 +291,74 @@ class NorMuon(torch.optim.Optimizer):
 
     def _adopt(self, stage: _Stage) -> None:
         """Takes a stage's state from where everybody sees it: frameworks move it to the host, and back as other tensors."""
+        self._recount()
         for key, spec in stage.plan.state.items():
             name, _, kind = key.rpartition(".")
             param = None if name == "guard" and kind in _COUNTERS else stage.params[name]
             owner = self._counters if param is None else self.state[param]
-            stage.state[key] = groups_of.keep(owner, name, kind, spec, stage.plan.device, self._stepped, param)
-        for p in stage.params.values():
+            stage.state[key] = groups_of.keep(owner, name, kind, spec, stage.plan.device, name in self._stepped, param)
+        for name, p in stage.params.items():
+            for kind in {"mantissa", "master"} & self.state[p].keys():
+                if f"{name}.{kind}" not in stage.plan.state:  # of a parameter that was bfloat16
+                    del self.state[p][kind]
+        for p in [*stage.params.values(), *(p for p, kept in self.state.items() if kept)]:
             self.state[p].update(self._counters)
-        stage.kept = [
-            (p, kind, own) for p in stage.params.values() for kind, own in self.state[p].items() if kind not in _COUNTERS
-        ]
+        stage.kept = [(p, [*self.state[p].items()]) for p in stage.params.values()]
+
+    def _recount(self) -> None:
+        """The counters of all parameters are the same tensors: what somebody put in their place is copied into them."""
+        for kind, own in self._counters.items():
+            seen = [kept[kind] for kept in self.state.values() if kind in kept]
+            if not seen:
+                own.zero_()
+            for other in [x for x in seen if x is not own][:1]:
+                own.copy_(torch.as_tensor(other).reshape(()))
 
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's; hyperparameters as plain numbers."""
         self._resettle()
         packed = super().state_dict()
-        packed["param_groups"] = [*map(groups_of.plain, packed["param_groups"])]
+        if "param_groups" in packed:  # unless a hook made something else of it
+            packed["param_groups"] = [*map(groups_of.plain, packed["param_groups"])]
         return packed
 
     @torch.compiler.disable
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies a `state_dict` into this optimizer's tensors, whose dtypes stay. Nothing is written if anything does not fit.
 
+        A parameter that has no state in it, because it was frozen, starts anew.
+
         Raises:
-            ValueError, TypeError: other groups or algorithms, or a state of another kind or shape; by the parameter's name.
+            ValueError, TypeError: other groups, algorithms or values, or a state of another kind or shape; by the name of the
+                parameter or the group.
         """
         given: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             given = before(self, given) or given
         self._resettle()
-        groups = given["param_groups"]
-        groups_of.check_saved(self.param_groups, groups)
-        found = dict(zip(self._named, chain.from_iterable(group["params"] for group in groups), strict=True))
-        theirs = {name: given["state"].get(key, {}) for name, key in found.items()}
+        self._recount()
+        groups = groups_of.saved_groups(self.param_groups, given)
+        keys = chain.from_iterable(group["params"] for group in given["param_groups"])
+        theirs = {name: given["state"].get(key) or {} for name, key in zip(self._named, keys, strict=True)}
         lacks = tuple(bool(theirs[name]) and not self.state.get(p) for name, p in self._named.items())
-        if any(lacks):
-            self._made(lacks)
-        copies = [groups_of.pairs(name, self.state.get(p, {}), theirs[name]) for name, p in self._named.items()]
+        try:
+            if any(lacks):
+                self._made(lacks)
+            copies = [groups_of.pairs(name, self.state[p], theirs[name]) for name, p in self._named.items() if theirs[name]]
+        except BaseException:
+            for p in compress(self._named.values(), lacks):
+                self.state.pop(p, None)
+            raise
         with torch.no_grad():
             for into, value in chain.from_iterable(copies):
                 into.copy_(value)
+            for p in [p for name, p in self._named.items() if not theirs[name] and p in self.state]:
+                del self.state[p]
+            for stage in self._stages.values():
+                self._adopt(stage)
         groups_of.take(self.param_groups, groups)
-        self._stepped = self._stepped or bool(self._counters and self._counters["step"] > 0)
+        begun = self._named.keys() if self._counters and self._counters["step"] > 0 else self._stepped
+        self._stepped = {name for name in begun if theirs.get(name)}
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

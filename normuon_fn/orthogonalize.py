@@ -3,7 +3,8 @@
     x [n, rows, cols]  -prescale->  largest entry in [2, 4)  -to_unit_norm->  Frobenius norm 1  -iterate->  polar factor
 
 Prescaling divides by a power of two taken from the largest entry's exponent, which is exact. Everything after it sees the
-same bits for ``x`` and ``2**k * x``, so no eps and no floor is needed anywhere, and zero maps to zero.
+same bits for ``x`` and ``2**k * x``, as long as all non-zero entries of both are normal numbers: no eps and no floor is needed
+anywhere, and zero maps to zero.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def make_plan(
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, not tensors).
-        ValueError: an empty dict, parameters that share storage or lie on several devices, a route that matches nothing or
+        ValueError: an empty dict, parameters that share memory or lie on several devices, a route that matches nothing or
             does not fit its parameter. Each names the parameter.
     """
     config = Config() if config is None else config
@@ -66,6 +67,9 @@ def make_plan(
     adamw: dict[tuple, tuple[list[str], list[str]]] = {}
     for name, tensor in params.items():
         route, reason = routed[name]
+        if route.unfrozen is not None and tensor.requires_grad:
+            route, reason = route.unfrozen, "requires a gradient by now"
+        route = replace(route, unfrozen=None)
         lies = sharded(name, tensor)
         spec = Spec(tuple(tensor.shape) if lies is None else tuple(n for _, n in lies.here), tensor.dtype, lies)
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -218,7 +222,7 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
         raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
     if not params:
         raise ValueError("params: expected at least one parameter, got an empty dict")
-    owner: dict[object, str] = {}
+    held: dict[object, list[tuple[int, int, str]]] = {}
     device, first = None, ""
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -232,10 +236,15 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
         if device is not None and tensor.device != device:
             raise ValueError(f"params[{name!r}]: on {tensor.device}, but {first!r} is on {device}; make one plan a device")
         device, first = tensor.device, first or name
-        key = storage_key(tensor)
-        if key in owner:
-            raise ValueError(f"params[{name!r}]: shares storage with {owner[key]!r}; pass tied weights once, clone() slices")
-        owner[key] = name
+        if tensor.numel():
+            reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start, end = (int(tensor.storage_offset() + at) * tensor.itemsize for at in (0, reach))
+            held.setdefault(storage_key(tensor), []).append((start, end, name))
+    for views in held.values():  # of one storage, as cuDNN keeps the weights of an LSTM
+        views.sort(key=lambda view: view[0])
+        for (_, end, name), (start, _, other) in pairwise(views):
+            if start < end:
+                raise ValueError(f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, clone() slices")
 
 
 def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, device: torch.device) -> tuple[Bucket, ...]:

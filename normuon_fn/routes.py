@@ -6,7 +6,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -32,6 +32,8 @@ class Route:
         dim: the dimension of ``splits`` and ``heads``: 0 (rows) or 1 (columns). A stack can have ``splits``, not ``heads``.
         transposed: the rows are the inputs and the columns the outputs, as in the Conv1D of GPT-2: wherever the rule tells them
             apart (variance, scale), they change places. ``dim`` counts as the tensor lies.
+        unfrozen: of ``"frozen"``: what it is instead in a plan of a tensor that requires a gradient. Routes that differ in it
+            alone are equal.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or value, or that has no meaning for the algorithm.
@@ -45,25 +47,26 @@ class Route:
     splits: tuple[int, ...] | None = None
     dim: int = 0
     transposed: bool = False
+    unfrozen: Route | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
             raise ValueError(f"Route.algorithm: expected one of {get_args(Algorithm)}, got {self.algorithm!r}")
-        for field in ("lr_mul", "wd_mul"):
-            value = getattr(self, field)
+        for name in ("lr_mul", "wd_mul"):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"Route.{field}: expected a number, got {value!r}")
+                raise TypeError(f"Route.{name}: expected a number, got {value!r}")
             if not 0.0 <= value < float("inf"):
-                raise ValueError(f"Route.{field}: expected a finite number >= 0, got {value!r}")
-        for field in ("heads", "splits"):
-            value = getattr(self, field)
+                raise ValueError(f"Route.{name}: expected a finite number >= 0, got {value!r}")
+        for name in ("heads", "splits"):
+            value = getattr(self, name)
             sizes = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
-            if field == "splits" and value is not None and not isinstance(value, (tuple, list)):
+            if name == "splits" and value is not None and not isinstance(value, (tuple, list)):
                 raise TypeError(f"Route.splits: expected a tuple of sizes, got {value!r}")
             if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes) or (value is not None and not sizes):
-                raise ValueError(f"Route.{field}: expected ints >= 1, got {value!r}")
+                raise ValueError(f"Route.{name}: expected ints >= 1, got {value!r}")
             if isinstance(value, list):
-                object.__setattr__(self, field, tuple(value))
+                object.__setattr__(self, name, tuple(value))
         if self.dim not in (0, 1):
             raise ValueError(f"Route.dim: expected 0 or 1, got {self.dim!r}")
         if self.algorithm != "normuon" and (
@@ -72,6 +75,10 @@ class Route:
             raise ValueError(f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}")
         if self.flatten and (self.heads is not None or self.splits is not None):
             raise ValueError("Route: flatten cannot be combined with heads or splits")
+        if self.unfrozen is not None and (self.algorithm != "frozen" or not isinstance(self.unfrozen, Route)):
+            raise ValueError(
+                f"Route.unfrozen: expected a Route, for 'frozen' alone, got {self.unfrozen!r} for {self.algorithm!r}"
+            )
 
     def __str__(self) -> str:
         """In few words, for a table."""

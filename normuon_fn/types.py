@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,6 +27,8 @@ Orthogonalizer = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 Grads = Mapping[str, Tensor | None]
 
+ONE = 1.0 - 2.0**-25  # rounded to float32 it is 1, and with it all numbers from there on
+LARGEST = torch.finfo(torch.float32).max
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -221,7 +222,7 @@ class Hyper(NamedTuple):
 
         Raises:
             TypeError: a value that is not a number, or ``params`` without a tensor.
-            ValueError: a negative or non-finite value, or a momentum or beta outside [0, 1).
+            ValueError: a negative or non-finite value, or a momentum or beta outside [0, 1), as float32 has them.
         """
         if not isinstance(params, Mapping) or not params:
             raise ValueError("params: expected a non-empty dict of tensors, to know the device")
@@ -241,8 +242,8 @@ class Hyper(NamedTuple):
         }
         for name, value in values.items():
             _check_number(name, value, 0.0)
-            if name in ("momentum", "beta2", "adamw_beta1", "adamw_beta2") and value >= 1.0:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+            if name in ("momentum", "beta2", "adamw_beta1", "adamw_beta2") and value >= ONE:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r} as float32")
         return Hyper(**{name: torch.tensor(float(v), dtype=torch.float32, device=device) for name, v in values.items()})
 
     @staticmethod
@@ -263,5 +264,5 @@ class StepResult(NamedTuple):
 def _check_number(name: str, value: object, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a Python number, got {type(value).__name__} ({value!r})")
-    if not math.isfinite(value) or value < least:
-        raise ValueError(f"{name}: expected a finite number >= {least:g}, got {value!r}")
+    if not least <= value <= LARGEST:
+        raise ValueError(f"{name}: expected a finite number >= {least:g}, got {value!r} as float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -186,6 +187,8 @@ def test_arguments_that_make_no_sense_are_refused_and_leave_no_file(tmp_path: Pa
         (({"z.w": params["z.w"]}, state, {}), ValueError, "params: missing"),
         ((params, {}, {}), ValueError, "state: missing"),
         ((params, state, {"model": object()}), TypeError, "extra: expected tensors and JSON values"),
+        ((params, state, [1]), TypeError, "extra: expected a dict of tensors and JSON values, got list"),
+        ((params, state, {1: torch.zeros(2)}), TypeError, "extra: expected strings as keys, got 1"),
     ):
         with pytest.raises(error, match=message):
             nm.save(tmp_path / "run", broken[0], broken[1], plan=plan, extra=broken[2])
@@ -195,6 +198,49 @@ def test_arguments_that_make_no_sense_are_refused_and_leave_no_file(tmp_path: Pa
         nm.load(tmp_path / "run")
     with pytest.raises(ValueError, match="they need plan="):
         nm.load(tmp_path / "run", params=params)
+    assert os.listdir(tmp_path) == []
+
+
+def test_tensors_on_another_device_than_the_plans_are_saved_and_loaded_into(tmp_path: Path) -> None:
+    plan, params, state = problem()
+    elsewhere = dataclasses.replace(plan, device=torch.device("cuda", 7))
+    nm.save(tmp_path / "run", params, state, plan=elsewhere)
+    _, here, there = problem(steps=0)
+    nm.load(tmp_path / "run", elsewhere, params=here, state=there)
+    assert same(here, params) and same(there, state)
+
+
+KEPT = [
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+]  # fmt: skip
+
+
+def test_tensors_of_every_dtype_that_is_taken_come_back_as_they_were(tmp_path: Path) -> None:
+    plan, params, state = problem()
+    extra = {str(dtype): torch.arange(4).to(dtype) for dtype in KEPT}
+    extra |= {"conjugate": torch.tensor([1 + 2j]).conj(), "empty": torch.empty(0, 3)}
+    nm.save(tmp_path / "run", params, state, plan=plan, extra=extra)
+    assert same(nm.load(tmp_path / "run").extra, extra)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "complex128": (torch.zeros(2, dtype=torch.complex128), r"extra\['x'\]: expected a dense tensor, .* torch.complex128"),
+    "sparse": (torch.eye(2).to_sparse(), r"extra\['x'\]: expected a dense tensor, .* torch.sparse_coo"),
+    "meta": (torch.empty(2, device="meta"), r"extra\['x'\]: expected a dense tensor, .* on meta"),
+    "tuple": ((1.5, 2.5), r"extra\['x'\]: a tuple would come back as a list"),
+    "a tuple inside": ({"betas": [(0.9, 0.95)]}, r"extra\['x'\]\['betas'\]\[0\]: a tuple would come back as a list"),
+    "numbers as keys": ({1: "a"}, r"extra\['x'\]: expected strings as keys, got 1"),
+    "a tensor inside": ([torch.zeros(2)], "extra: expected tensors and JSON values"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_extra_that_would_not_come_back_as_it_is_is_refused(tmp_path: Path, case: str) -> None:
+    plan, params, state = problem()
+    value, message = REFUSED[case]
+    with pytest.raises(TypeError, match=message):
+        nm.save(tmp_path / "run", params, state, plan=plan, extra={"x": value})
     assert os.listdir(tmp_path) == []
 
 

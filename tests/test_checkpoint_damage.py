@@ -97,6 +97,32 @@ def test_another_format_and_other_files_are_refused(saved: tuple[Path, nm.Plan, 
         nm.load(path, plan)
 
 
+@pytest.mark.parametrize(
+    ("what", "name", "changed"),
+    [
+        ("params", "z.w", lambda x: x.bfloat16()),
+        ("params", "z.w", lambda x: x.T),
+        ("params", "z.w", lambda x: x.to_sparse()),
+        ("params", "z.w", lambda x: x.tolist()),
+        ("state", "qkv.momentum", lambda x: x.double()),
+        ("state", "guard.step", lambda x: x.reshape(1)),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved_or_written_and_the_old_file_stays(
+    tmp_path: Path, what: str, name: str, changed: Any
+) -> None:
+    plan, params, state = problem()
+    nm.save(tmp_path / "run", params, state, plan=plan)
+    given = {"params": dict(params), "state": dict(state)}
+    given[what][name] = changed(given[what][name])
+    with pytest.raises((TypeError, ValueError), match=rf"{what}\['{name}'\]: expected"):
+        nm.save(tmp_path / "run", **given, plan=plan)
+    found = nm.load(tmp_path / "run", plan)
+    assert same(found.params, params) and same(found.state, state) and os.listdir(tmp_path) == ["run"]
+    with pytest.raises((TypeError, ValueError), match=rf"{what}\['{name}'\]: expected"):
+        nm.load(tmp_path / "run", plan, **given)
+
+
 # ----------------------------------------------------------------------------------------------------------- death while saving
 
 WRITER = """

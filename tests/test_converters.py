@@ -293,6 +293,44 @@ def test_counters_that_differ_and_unknown_states_are_refused() -> None:
         nm.convert_state({"w": torch.zeros(4)}, plan, ["b"])
 
 
+def run_of(optimizer: type[torch.optim.Optimizer], **options: Any) -> tuple[dict[str, Any], nm.Plan]:
+    w = nn.Parameter(torch.ones(8, 12))
+    made = optimizer([w], lr=0.1, **options)
+    w.grad = torch.ones(8, 12)
+    made.step()
+    return made.state_dict(), nm.make_plan({"w": w.detach()}, nm.Config(**MUON))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, "'w' was of torch.optim.SGD, whose momentum is none of Muon's"),
+        (torch.optim.RMSprop, {"momentum": 0.9}, "'w' was of torch.optim.RMSprop, whose momentum is none of Muon's"),
+        (torch.optim.Adamax, {}, r"'w' has \['exp_avg', 'exp_inf', 'step'\], the state of no optimizer that is known here"),
+        (nm.NorMuon, {}, "'w' was of normuon_fn.NorMuon, whose load_state_dict reads it"),
+        (nm.NorMuon, {"algorithm": "adamw"}, "'w' was of normuon_fn.NorMuon, whose load_state_dict reads it"),
+    ],
+)
+def test_a_state_of_another_meaning_is_told_by_its_optimizer(
+    optimizer: type[torch.optim.Optimizer], options: dict[str, Any], message: str
+) -> None:
+    source, plan = run_of(optimizer, **options)
+    with pytest.raises(ValueError, match=message):
+        nm.convert_state(source, plan, ["w"])
+
+
+def test_options_that_make_no_sense_are_refused() -> None:
+    source, plan = run_of(torch.optim.Muon)
+    with pytest.raises(ValueError, match=r"source_momentum: expected None or one of \('ema', 'sum'\), got 'summ'"):
+        nm.convert_state(source, plan, ["w"], source_momentum="summ")  # type: ignore[arg-type]
+    for step in (-3, 2**31, 1.5, True):
+        with pytest.raises(ValueError, match=f"step: expected None or an int >= 0 that fits int32, got {step}"):
+            nm.convert_state(source, plan, ["w"], step=step)  # type: ignore[arg-type]
+    source["state"][0]["momentum_buffer"] = None
+    with pytest.raises(ValueError, match="source: 'w': expected a tensor as momentum, got NoneType"):
+        nm.convert_state(source, plan, ["w"])
+
+
 @pytest.mark.parametrize("master", ["mantissa", "fp32"])
 def test_masters_begin_as_the_parameters_that_the_other_optimizer_left(master: Any) -> None:
     torch.manual_seed(0)

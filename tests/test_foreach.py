@@ -217,8 +217,10 @@ ERRORS = {
     "masters.0.: expected nothing": {"masters": lambda x: [torch.zeros(4, 6), None, None, None]},
     "lr: expected a float or a 0-d tensor, got str": {"lr": "0.1"},
     "lr: expected a float or a 0-d tensor, got shape": {"lr": torch.zeros(1)},
-    "momentum: expected a number in .0, 1.": {"momentum": 1.0},
-    "weight_decay: expected a number in .0, inf": {"weight_decay": float("nan")},
+    "momentum: expected a number in .0, 1., got 1.0": {"momentum": 1.0},
+    "beta2: expected a number in .0, 1., got 0.99999999 as float32": {"beta2": 0.99999999},
+    "weight_decay: expected a number in .0, 3.40282e.38., got nan": {"weight_decay": float("nan")},
+    "lr: expected a number in .0, 3.40282e.38., got 1e.39 as float32": {"lr": 1e39},
     "config: expected a Config": {"config": "paper"},
     "routes: expected as many": {"routes": [nm.Route()]},
     "routes.1.: expected a Route.'normuon'": {"routes": [nm.Route(), nm.Route("adamw"), nm.Route(), nm.Route()]},
@@ -241,6 +243,41 @@ def test_what_is_wrong_is_said_by_its_name_and_nothing_is_written(message: str) 
     with pytest.raises((TypeError, ValueError), match=message):
         nm.foreach_step_(**{**HYPER, "config": config, **given}, compiled=False)
     assert same(made, before)
+
+
+LISTS = ("params", "grads", "momentums", "variances", "masters")
+
+
+@pytest.mark.parametrize(("into", "of"), [(0, 0), (2, 2), (3, 3), (4, 4), (2, 0), (2, 4)], ids=lambda k: LISTS[k])
+def test_a_tensor_that_would_be_written_twice_is_refused_at_every_call(into: int, of: int) -> None:
+    config = nm.Config(**SHORT, master="fp32", momentum_dtype=torch.bfloat16 if (into, of) == (2, 0) else None)
+    given = lists(config, torch.bfloat16)
+    given = (*given[:2], [x.to(config.momentum_dtype or x.dtype) for x in given[2]], *given[3:])
+    nm.foreach_step_(*given, **HYPER, config=config, compiled=False)  # the plan is known now
+    nm.foreach_step_(
+        given[0], [given[1][0], given[1][1], given[1][0], given[1][3]], *given[2:], **HYPER, config=config, compiled=False
+    )
+    given[into][2] = given[of][0]
+    before = copies(given)
+    with pytest.raises(
+        ValueError, match=rf"{LISTS[max(into, of)]}\[.\]: is the tensor of {LISTS[min(into, of)]}\[.\], and would be"
+    ):
+        nm.foreach_step_(*given, **HYPER, config=config, compiled=False)
+    assert same(given, before)
+
+
+def test_a_parameter_that_lies_otherwise_than_at_the_first_call_is_refused_by_its_place() -> None:
+    params, grads, momentums, variances = ([gaussian(*shape, seed=k)] for k, shape in enumerate([(6, 4, 3, 3)] * 3 + [(6, 1)]))
+    given: dict[str, Any] = {"routes": [nm.Route(flatten=True)], "config": nm.Config(**SHORT), **HYPER}
+    nm.foreach_step_(params, grads, momentums, variances, **given, compiled=False)
+    params = [params[0].to(memory_format=torch.channels_last)]
+    before = copies((params, momentums, variances))
+    for compiled in (False, True):
+        with pytest.raises(
+            ValueError, match=r"params\['0'\]: strides .* do not let it be read as \(6, 36\); make it contiguous"
+        ):
+            nm.foreach_step_(params, grads, momentums, variances, **given, compiled=compiled)
+    assert same((params, momentums, variances), before)
 
 
 def test_vectors_and_tensors_without_entries_are_refused() -> None:

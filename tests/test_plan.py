@@ -84,14 +84,44 @@ W = torch.randn(8, 8)
         ({"ids": torch.zeros(4, 4, dtype=torch.int64)}, TypeError, r"params\['ids'\]: expected a dense .* got torch.int64"),
         ({"z": torch.zeros(4, 4, dtype=torch.complex64)}, TypeError, r"params\['z'\]: .* got torch.complex64"),
         ({"s": torch.eye(4).to_sparse()}, TypeError, r"params\['s'\]: .* torch.sparse_coo"),
-        ({"a": W, "b": W}, ValueError, r"params\['b'\]: shares storage with 'a'"),
-        ({"a": W, "b": W[:4]}, ValueError, r"params\['b'\]: shares storage with 'a'"),
+        ({"a": W, "b": W}, ValueError, r"params\['b'\]: shares memory with 'a'"),
+        ({"a": W, "b": W[:4]}, ValueError, r"params\['b'\]: shares memory with 'a'"),
+        ({"a": W[4:], "b": W[:4], "c": W[3:5]}, ValueError, r"params\['c'\]: shares memory with 'b'"),
+        ({"a": W[:, :4], "b": W[:, 4:]}, ValueError, r"params\['b'\]: shares memory with 'a'"),  # row by row: told by ranges
         ({"a": W, "b": torch.empty(4, 4, device="meta")}, ValueError, r"params\['b'\]: on meta, but 'a' is on cpu"),
     ],
 )
 def test_parameters_that_cannot_be_optimized_are_refused_by_name(params: object, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         nm.make_plan(params)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(dtype: torch.dtype, compiled: bool) -> None:
+    """As cuDNN and FSDP keep them. Nothing is aligned, and what lies between is not touched."""
+    shapes = {"a": (5, 4), "b": (5, 4), "c": (3, 7), "bias": (5,), "gain": (3,)}
+    flat = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views, at = {}, 1
+    for name, shape in shapes.items():
+        views[name] = flat[at : at + torch.Size(shape).numel()].view(shape)
+        at += views[name].numel() + (name == "b")
+    own, before, between = {name: view.clone() for name, view in views.items()}, flat.clone(), [0, 41, *range(at, 100)]
+    step_ = nm.step_ if compiled else importlib.import_module("normuon_fn.step")._update_
+    for params in (views, own):
+        plan = nm.make_plan(params, nm.Config(guard="full"))
+        state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.1, weight_decay=0.1)
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            step_(
+                params,
+                {name: torch.randn(p.shape, generator=generator).to(dtype) for name, p in own.items()},
+                state,
+                hyper,
+                plan,
+            )
+    assert all(torch.equal(views[name], own[name]) for name in shapes)
+    assert torch.equal(flat[between], before[between]) and (flat != before).sum() > 50
 
 
 @pytest.mark.parametrize(
@@ -145,6 +175,7 @@ def test_a_convolution_read_as_kernels_warns_and_strides_that_cannot_be_read_are
         ({"splits": (4, 0)}, ValueError, "Route.splits: expected ints >= 1"),
         ({"heads": 0}, ValueError, "Route.heads: expected ints >= 1"),
         ({"dim": 2}, ValueError, "Route.dim: expected 0 or 1"),
+        ({"unfrozen": nm.Route()}, ValueError, "Route.unfrozen: expected a Route, for 'frozen' alone"),
         ({"algorithm": "adamw", "heads": 2}, ValueError, "flatten, heads and splits are for 'normuon'"),
         ({"flatten": True, "heads": 2}, ValueError, "flatten cannot be combined"),
     ],

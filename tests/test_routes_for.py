@@ -229,6 +229,8 @@ def test_what_is_no_module_or_has_no_shape_yet_is_refused() -> None:
         nm.routes_for({})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0\.weight: has no shape yet"):
         nm.routes_for(nn.Sequential(nn.LazyLinear(4)))
+    with pytest.raises(ValueError, match=r"0\.running_mean: has no shape yet"):
+        nm.routes_for(nn.Sequential(nn.LazyBatchNorm1d(affine=False)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- torchtitan

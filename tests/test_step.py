@@ -170,6 +170,63 @@ def test_parameters_that_require_grad_are_written_in_place_without_a_graph() -> 
     assert not torch.equal(model.weight, before) and model.weight.requires_grad and model.weight.grad_fn is None
 
 
+@pytest.mark.parametrize("where", ["params", "state"])
+def test_a_tensor_whose_strides_no_longer_allow_a_view_is_refused_by_name_and_nothing_is_written(where: str) -> None:
+    params, grads, state, hyper, plan = setup()
+    given = {"params": params, "state": state}
+    name = {"params": "conv", "state": "conv.momentum"}[where]
+    given[where][name] = given[where][name].to(memory_format=torch.channels_last)
+    before = copies(params), copies(state)
+    for step in (nm.update, _update_, nm.step, nm.step_):
+        with pytest.raises(ValueError, match=rf"{where}\['{name}'\]: strides .* do not let it be read as \(6, 36\); make it"):
+            step(params, grads, state, hyper, plan)
+    assert same(params, before[0]) and same(state, before[1])
+    grads["conv"] = grads["conv"].to(memory_format=torch.channels_last)  # which is only read
+    given[where][name] = given[where][name].contiguous()
+    nm.update(params, grads, state, hyper, plan)
+
+
+def test_a_model_that_becomes_channels_last_after_construction_is_told_so_at_the_step() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3))
+    optimizer = nm.NorMuon(model.named_parameters(), lr=0.02, routes={"0.weight": nm.Route(flatten=True)})
+    model.to(memory_format=torch.channels_last)
+    model(torch.ones(1, 4, 5, 5)).sum().backward()
+    before = copies(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"params\['0.weight'\]: strides .* do not let it be read as \(6, 36\); make it contig"
+    ):
+        optimizer.step()
+    assert same(dict(model.state_dict()), before)
+
+
+@pytest.mark.parametrize("share", ["momentum", "beta2", "adamw_beta1", "adamw_beta2"])
+def test_a_share_that_float32_rounds_to_one_is_refused_and_the_largest_below_leaves_everything_finite(share: str) -> None:
+    params, grads = problem()
+    plan = nm.make_plan(params, routes=ROUTES)
+    below = 1 - 2.0**-25 - 2.0**-50
+
+    def of(value: float) -> nm.Hyper:
+        betas = {"adamw_beta1": (value, 0.95), "adamw_beta2": (0.9, value)}.get(share)
+        return nm.Hyper.of(params, lr=0.02, **({share: value} if betas is None else {"adamw_betas": betas}))
+
+    for value in (1 - 2.0**-25, 0.99999999, 1.0):
+        with pytest.raises(ValueError, match=rf"{share}: expected a number in \[0, 1\), got {value!r} as float32"):
+            of(value)
+    result = nm.update(params, grads, nm.init(plan, params), of(below), plan)
+    assert getattr(of(below), share) == 1 - 2.0**-24
+    assert all(x.isfinite().all() for x in (*result.params.values(), *result.state.values()))
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "adamw_lr", "adamw_eps"])
+def test_a_number_that_is_infinite_in_float32_is_refused(name: str) -> None:
+    params, _ = problem()
+    for value in (1e39, float("inf"), float("nan")):
+        with pytest.raises(
+            ValueError, match=rf"{name}: expected a finite number >= 0, got {value!r} as float32".replace("+", ".")
+        ):
+            nm.Hyper.of(params, **{"lr": 0.1, name: value})
+
+
 def test_inside_autocast_the_step_and_orthogonalize_have_the_bits_that_they_have_outside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
