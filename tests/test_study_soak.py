@@ -100,12 +100,19 @@ def test_every_other_defect_is_noticed() -> None:
     assert planted(of_row={"loss": float("nan")}) == ["uninterrupted: loss went down"]
 
 
-def test_the_first_tenth_of_a_piece_and_a_step_between_pieces_do_not_count() -> None:
+def test_the_first_tenth_of_a_piece_does_not_count() -> None:
     rows, facts = steady()
-    for row in rows[10:40]:
-        row["allocated"] += 5.0  # a new captured graph, at the first restart
     rows[40]["allocated"] = 0.0
     assert failed(rows, facts, "cuda") == []
+
+
+def test_memory_that_a_restart_leaves_behind_counts_on_cuda_and_is_reported_on_the_cpu() -> None:
+    rows, facts = steady()
+    for row in rows[10:40]:
+        row["allocated"] += 5.0
+        row["rss"] += 5.0
+    assert failed(rows, facts, "cuda") == ["resumed: allocated memory, most - least over all pieces"]
+    assert failed(rows, facts, "cpu") == []
 
 
 def test_bits_are_compared_not_values() -> None:
