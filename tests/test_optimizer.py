@@ -42,9 +42,8 @@ def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(importlib.import_module("normuon_fn.graphed"), "step_", step_module._update_)
 
 
-@pytest.fixture
-def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
-    """Every GraphedStep that an optimizer makes, with a stand-in for CUDA."""
+def rehearse(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
+    """Every GraphedStep that an optimizer makes from here on, with a stand-in for CUDA."""
     made: list[Rehearsed] = []
 
     class Recorded(Rehearsed):
@@ -55,6 +54,11 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
     monkeypatch.setattr(optimizer_module, "GraphedStep", Recorded)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return made
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
+    return rehearse(monkeypatch)
 
 
 class Net(nn.Module):

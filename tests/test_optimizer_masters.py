@@ -13,7 +13,7 @@ from torch import Tensor
 
 import normuon_fn as nm
 from normuon_fn.ops.rounding import joined_with
-from tests.test_optimizer import Net, Rehearsed, backward, same, states, three, train, weights, with_nan
+from tests.test_optimizer import Net, backward, rehearse, same, states, three, train, weights, with_nan
 
 optimizer_module = importlib.import_module("normuon_fn.optimizer")
 step_module = importlib.import_module("normuon_fn.step")
@@ -149,14 +149,7 @@ def test_a_bad_gradient_keeps_parameters_and_masters_and_the_next_step_goes_on(m
 
 @pytest.mark.parametrize("master", MASTERS)
 def test_a_graphed_step_is_the_same_and_captured_once(master: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded: list[Rehearsed] = []
-
-    class Recorded(Rehearsed):
-        def __init__(self, plan: nm.Plan) -> None:
-            super().__init__(plan)
-            recorded.append(self)
-
-    monkeypatch.setattr(optimizer_module, "GraphedStep", Recorded)
+    recorded = rehearse(monkeypatch)
     results = []
     for graphed in (False, True):
         model, optimizer = made(master, guard="full", graphed=graphed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import normuon_fn as nm
-from tests.test_optimizer import Net, Rehearsed, backward, same, states, three, train, weights
+from tests.test_optimizer import Net, backward, rehearse, same, states, three, train, weights
 
 optimizer_module = importlib.import_module("normuon_fn.optimizer")
 step_module = importlib.import_module("normuon_fn.step")
@@ -128,14 +128,7 @@ def test_a_state_that_was_put_there_before_the_first_step_is_the_one_that_is_ste
 
 
 def test_a_graph_that_was_captured_goes_on_with_counters_that_were_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Rehearsed] = []
-
-    class Recorded(Rehearsed):
-        def __init__(self, plan: nm.Plan) -> None:
-            super().__init__(plan)
-            made.append(self)
-
-    monkeypatch.setattr(optimizer_module, "GraphedStep", Recorded)
+    made = rehearse(monkeypatch)
     model = Net()
     optimizer = nm.NorMuon(three(model), graphed=True)
     train(model, optimizer, range(3))
