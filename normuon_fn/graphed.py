@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from . import mesh
+from . import mesh, streams
 from .checks import check_step
 from .plan import Plan
 from .step import step_
@@ -79,6 +77,7 @@ class GraphedStep:
         self._replays = 0
         self._short_lived = 0  # changes in a row, each before the graph had settled
         self._stays_plain = False
+        self._stream: torch.cuda.Stream | None = None  # what it is captured on, until release
 
     @property
     def captured(self) -> bool:
@@ -113,6 +112,8 @@ class GraphedStep:
 
         check_step(self.plan, params, grads, state, hyper, found_inf)
         self._check_scalars(hyper, found_inf)
+        if streams.is_capturing(self.plan.device):
+            raise RuntimeError("GraphedStep inside another capture: put step_ itself into that graph")
         call = functools.partial(step_, params, grads, state, hyper, self.plan, found_inf=found_inf)
         if same:
             self._graph = self._capture(call)
@@ -120,9 +121,10 @@ class GraphedStep:
             self._replays = 1
             return self._graph.result
         given = _Inputs(keys, values, [f"{kind}[{name!r}]" for kind, name in _names(params, grads, state)])
-        gives_up = self._inputs is not None and self._moved(self._inputs.difference(given))
+        if self._inputs is not None:
+            self._moved(self._inputs.difference(given))
         self._drop()
-        result = call() if gives_up else self._warm_up(call)
+        result = self._plain(call)
         self._inputs = given
         return result
 
@@ -131,6 +133,9 @@ class GraphedStep:
         self._drop()
         self._replays = self._short_lived = 0
         self._stays_plain = False
+        if self._stream is not None:
+            self._gives_back()
+            self._stream = None
         torch.cuda.empty_cache()  # a private pool's memory serves nobody else before it went back to the device
 
     def __enter__(self) -> GraphedStep:
@@ -144,8 +149,8 @@ class GraphedStep:
         if graph is not None:
             graph.free()
 
-    def _moved(self, what: str) -> bool:
-        """Warns; whether it was one change too many."""
+    def _moved(self, what: str) -> None:
+        """Warns; after one change too many it stays with plain steps."""
         self._short_lived = 1 if self._replays >= _SETTLED else self._short_lived + 1
         self._replays = 0
         self._stays_plain = self._short_lived >= _PATIENCE
@@ -159,7 +164,6 @@ class GraphedStep:
         # Without a registry: the caller's filters hold, but Python's "once per place" does not swallow the second change.
         frame = sys._getframe(2)
         warnings.warn_explicit(f"{what}. {fate}", RuntimeWarning, frame.f_code.co_filename, frame.f_lineno)
-        return self._stays_plain
 
     def _check_scalars(self, hyper: Hyper, found_inf: Tensor | None) -> None:
         """A 0-d tensor on the host goes into a kernel's arguments, and a graph would repeat the value that it had."""
@@ -170,36 +174,28 @@ class GraphedStep:
                     f"{name}: expected a tensor on {self.plan.device}, got {value.device}: a graph would not see it change"
                 )
 
-    def _warm_up(self, call: Callable[[], StepResult]) -> StepResult:
-        with self._aside():
-            return call()
+    def _plain(self, call: Callable[[], StepResult]) -> StepResult:
+        return call()
 
     def _capture(self, call: Callable[[], StepResult]) -> _Replayable:
         """`call` as a graph, without executing it."""
-        with self._aside() as stream:
-            graph = torch.cuda.CUDAGraph()
-            # "thread_local": a data loader's thread that pins memory meanwhile must not end the capture.
-            pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                result = call()
-        return _Graph(graph, result, self.plan.device)
-
-    @contextmanager
-    def _aside(self) -> Iterator[torch.cuda.Stream]:
-        """On a stream beside, in the order of the current one.
-
-        Plain calls run there too, so that what cuBLAS allocates once a stream is not allocated inside the graph's pool. The
-        outer context also brings the current stream back when a capture fails, which ``torch.cuda.graph`` does not.
-        """
-        current = torch.cuda.current_stream(self.plan.device)
-        with torch.cuda.stream(current):  # the plan's device, which need not be the current one
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("GraphedStep inside another capture: put step_ itself into that graph")
-        side = _side_stream(self.plan.device, threading.get_ident())
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            yield side
-        current.wait_stream(side)
+        device = self.plan.device
+        if self._stream is None:
+            self._stream = streams.borrow(device)
+            self._gives_back = weakref.finalize(self, streams.give_back, device, self._stream)
+        current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        # The outer context brings the current stream back when a capture fails, which torch.cuda.graph does not.
+        # "thread_local": a data loader's thread that pins memory meanwhile must not end the capture.
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.graph(
+                graph, pool=torch.cuda.graph_pool_handle(), stream=self._stream, capture_error_mode="thread_local"
+            ),
+        ):
+            result = call()
+        current.wait_stream(self._stream)
+        return _Graph(graph, result, device)
 
 
 class _Replayable(Protocol):
@@ -262,15 +258,6 @@ class _Inputs:
                 what = "moved to another address" if old != new else "has other strides"
             return f"GraphedStep: {name} {what}; {_advice(name)}"
         return "GraphedStep: a tensor was replaced"
-
-
-@functools.cache
-def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One for all GraphedSteps of a thread: cuBLAS keeps workspaces for every stream that it has seen.
-
-    64 MiB each were seen (H200, torch 2.11, CUBLAS_WORKSPACE_CONFIG=:4096:8, 2026-11-23).
-    """
-    return torch.cuda.Stream(device)
 
 
 def _addresses(values: list[Tensor | None]) -> list[int | None]:

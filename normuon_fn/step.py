@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import guard, mesh, ops, share
+from . import guard, mesh, ops, share, streams
 from .adamw import Moments, apply_adamw, read_moments
 from .checks import check_lies, check_step, check_tensors
 from .compat import compile_whole, without_autocast
@@ -139,9 +139,9 @@ def _compiled(
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     own = _cache.setdefault(plan, {})
     if function not in own:
-        if not own and plan.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        if not own and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, params, grads, state, hyper, found_inf)
-            threading.Thread(target=_compile_kernels, args=(plan, function), daemon=True).start()
+            threading.Thread(target=_compile_kernels, args=(plan, function), name="normuon_fn kernels", daemon=True).start()
         own[function] = compile_whole(function, overlap=any(bucket.exchange for bucket in plan.buckets))
     given = params, grads, state
     try:
@@ -163,7 +163,7 @@ def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
     with (
         contextlib.suppress(Exception),  # whatever is wrong shows in the step itself
         torch.cuda.device(plan.device),
-        torch.cuda.stream(torch.cuda.Stream(plan.device)),
+        torch.cuda.stream(streams.beside(plan.device)),
     ):
         params = {p.name: torch.zeros(p.spec.shape, dtype=p.spec.dtype, device=plan.device) for p in kinds.values()}
         few = make_plan(params, plan.config, routes={p.name: p.route for p in kinds.values()})
