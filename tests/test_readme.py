@@ -162,9 +162,12 @@ def test_the_first_table_is_the_studys() -> None:
 
 
 def test_the_claims_under_it_are_what_the_seeds_say() -> None:
-    assert all(float(off) < 0 for off in RUNS["NorMuon"]["to Muon, by seed"].split())
-    short = RUNS["NorMuon, 70% of the text"]
-    assert abs(float(short["to AdamW"])) < float(short["spread"])
+    loss, spread, best = ({name: float(row[c]) for name, row in RUNS.items()} for c in ("loss", "spread", "lr"))
+    assert RUNS["Muon"]["apart from AdamW"] == RUNS["NorMuon"]["apart from AdamW"] == "yes"
+    assert abs(loss["NorMuon"] - loss["Muon"]) < spread["NorMuon"]
+    assert abs(loss["NorMuon, 75% of the text"] - loss["AdamW"]) < spread["NorMuon, 75% of the text"]
+    assert STUDY["baseline"] == "AdamW" and loss["AdamW, clipped"] > loss["AdamW"]
+    assert len(STUDY["grid"]) == 6 and 2.7 < best["NorMuon"] / best["AdamW"] < 3
     batches = {row["faults"]: row for row in json.loads((ROOT / "examples/study/batch_skip.json").read_text())["rows"]}
     text = README.replace("\n", " ")
     for faults, sentence in (

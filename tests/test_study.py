@@ -94,8 +94,9 @@ def test_a_run_is_exact_and_is_not_run_twice(results: dict[Job, Result], corpus:
 def test_seeds_lengths_and_learning_rates_are_in_force(results: dict[Job, Result]) -> None:
     base = results[Job("NorMuon", 2e-3, 0)]
     others = (Job("NorMuon", 2e-3, 1), Job("NorMuon", 4e-3, 0), Job("Muon", 2e-3, 0), Job("AdamW", 2e-3, 0))
-    assert len({base.digest, *(results[job].digest for job in others)}) == 5
-    assert results[Job("NorMuon", 2e-3, 0, 0.6)].steps == 12 and base.steps == 20 and base.tokens == TINY.batch * TINY.context
+    clipped = results[Job("AdamW, clipped", 2e-3, 0)]
+    assert len({base.digest, clipped.digest, *(results[job].digest for job in others)}) == 6
+    assert results[Job("NorMuon", 2e-3, 0, 0.75)].steps == 15 and base.steps == 20 and base.tokens == TINY.batch * TINY.context
     assert base.val[0][1] > base.loss and base.val[-1][0] == 20
     assert 0 < base.optimizer_ms < base.step_ms < 1e3 * base.seconds
 
@@ -117,6 +118,8 @@ def test_the_tables_say_what_the_runs_say(results: dict[Job, Result], tmp_path: 
     rows = {row["run"]: row for row in about["rows"]}
     mean = sum(results[Job("Muon", 2e-3, seed)].loss for seed in training.SEEDS) / 3
     assert {(c["run"], c["lr"]) for c in curves if "grid" in c["run"]} == {(f"grid {j.variant}", j.lr) for j in grid}
+    assert about["baseline"] == min(training.BASELINES, key=lambda name: float(rows[name]["loss"]))
+    assert rows[about["baseline"]]["to AdamW"] == "+0.0000" and rows[about["baseline"]]["apart from AdamW"] == "-"
     assert rows["Muon"]["loss"] == f"{mean:.4f}" and about["guard keeps the bits"] is True
     broken = {job: dataclasses.replace(r, digest=job.variant) for job, r in seeds.items()}
     assert "do NOT have" in training.section(training.study(grid, broken, "text", 64)[0])

@@ -57,10 +57,12 @@ class Variant:
     algorithm: str = "normuon"  # of the matrices
     dtype: torch.dtype = torch.float32  # of all parameters
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clip: float | None = None  # the norm that all gradients together have at most
 
 
 VARIANTS = {
     "AdamW": Variant("adamw"),
+    "AdamW, clipped": Variant("adamw", clip=1.0),
     "Muon": Variant(config={"normalize": False}),
     "NorMuon": Variant(),
     "NorMuon, Gram": Variant(config={"method": "gram"}),
@@ -218,8 +220,8 @@ class Trainer:
         return self.plans.setdefault(name, nm.make_plan(params, nm.Config(**variant.config), routes=routes))
 
     def run(self, job: Job) -> Result:
-        size, dtype = self.options.size, VARIANTS[job.variant].dtype
-        params = {name: p.detach().to(dtype) for name, p in self.model(job.seed).named_parameters()}
+        size, variant = self.options.size, VARIANTS[job.variant]
+        params = {name: p.detach().to(variant.dtype) for name, p in self.model(job.seed).named_parameters()}
         plan = self.plan(job.variant, params)
         state = nm.init(plan, params)
         hyper = nm.Hyper.of(params, lr=job.lr, weight_decay=WEIGHT_DECAY)
@@ -242,6 +244,9 @@ class Trainer:
             if broken[i]:  # as a flipped bit or a bad kernel leaves it
                 victim = grads[names[i % len(names)]].view(-1)
                 victim[i % len(victim)] = float("nan")
+            if variant.clip is not None:
+                norm = torch.nn.utils.get_total_norm(list(grads.values()))
+                torch._foreach_mul_(list(grads.values()), (variant.clip / (norm + 1e-6)).clamp(max=1.0))
             marks.append(self.mark())
             torch._foreach_copy_(list(buffers.values()), [grads[name] for name in buffers])
             hyper.lr.copy_(schedule[i])

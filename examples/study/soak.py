@@ -34,10 +34,11 @@ from tqdm import trange
 
 import normuon_fn as nm
 from examples.study.common import FOLDER, Row, markdown, measured_on, read_csv, write_csv, write_section
-from examples.train_gpt import BATCH, CONTEXT, GPT, LR, WIDTH, Text
+from examples.train_gpt import CONTEXT, GPT, LR, WIDTH, Text
 
 Tensors = dict[str, Tensor]
 STEPS = {"cuda": 2000, "cpu": 500}
+BATCHES = {"cuda": 256, "cpu": 16}  # so large that a GPU is never done before the host: its clock is what is read
 ROUTES = {"*norm*": nm.Route("adamw", wd_mul=0.0), "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH))}
 SETTLED = 0.1  # of every piece is warm-up: compilation, capture, the allocators' first blocks
 MEMORY_BAR, TIME_BAR = 1.0, 5.0  # MB between the least and the most; % of the mean over the whole run
@@ -95,61 +96,79 @@ def memory_mb(device: torch.device) -> Row:
     return sizes
 
 
-def train(
-    args: argparse.Namespace, text: Text, faults: dict[int, list[float]], run: str, first: int, last: int, checkpoint: Path
-) -> tuple[list[Row], Tensors]:
-    """Steps ``first`` to ``last`` of a run, everything made afresh; where it was is read from the checkpoint.
+class Trainer:
+    """What all pieces of all runs have in common: the text, the faults, the compiled gradients of the model."""
 
-    Returns a row for every window of steps, and parameters and state at the end, on the CPU.
-    """
-    device = torch.device(args.device)
-    torch.manual_seed(args.seed)
-    model = GPT(len(text.characters), tie=False).to(device)
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    grads = {name: torch.zeros_like(p) for name, p in params.items()}
-    for name, p in model.named_parameters():
-        p.grad = grads[name]  # backward adds to it: its address stays
-    plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES)
-    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=LR["normuon"], weight_decay=0.1)
-    generator = torch.Generator().manual_seed(args.seed)
-    if first:
-        saved = nm.load(checkpoint, plan, params=params, state=state)
-        generator.set_state(saved.extra["generator"])
-    graphed = nm.GraphedStep(plan) if device.type == "cuda" and not args.no_compile else None
-    step_ = graphed or functools.partial(nm.step_, plan=plan)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device)
+        text = Text(args.data)
+        self.train, self.characters = text.train.to(self.device), len(text.characters)
+        self.faults = draw_faults(args)
+        self.template = self.model()
+        self.loss_and_grad = torch.compile(torch.func.grad_and_value(self.loss), fullgraph=True, dynamic=False)
 
-    rows, warm_up, clock = [], max(1, args.steps // 10), Clock(device)
-    losses, seen = torch.zeros(args.log_every, device=device), 0  # of this window
-    clock.mark()
-    for step in trange(first, last, desc=run, unit="step"):
-        starts = torch.randint(len(text.train) - CONTEXT, (args.batch, 1), generator=generator)
-        tokens = text.train[starts + torch.arange(CONTEXT + 1)].to(device, non_blocking=True)
-        torch._foreach_zero_(list(grads.values()))
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        if step in faults:
-            which, entry, kind = faults[step]
-            grad = list(grads.values())[int(which * len(grads))].view(-1)
-            grad[int(entry * len(grad))].fill_(math.nan if kind < 0.5 else math.inf)
-        lr = LR["normuon"] * min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1))
-        hyper.lr.fill_(lr)
-        hyper.adamw_lr.fill_(lr)
-        step_(params, grads, state, hyper)
-        losses[seen].copy_(loss.detach())
+    def model(self) -> GPT:
+        torch.manual_seed(self.args.seed)
+        return GPT(self.characters, tie=False).to(self.device)
+
+    def loss(self, params: Tensors, tokens: Tensor) -> Tensor:
+        logits = torch.func.functional_call(self.template, params, (tokens[:, :-1],))
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    def tokens(self, generator: torch.Generator) -> Tensor:  # [batch, context + 1] int64
+        starts = torch.randint(len(self.train) - CONTEXT, (self.args.batch, 1), generator=generator).to(self.device)
+        return self.train[starts + torch.arange(CONTEXT + 1, device=self.device)]
+
+    def warm_up(self) -> None:
+        params = {name: p.detach() for name, p in self.model().named_parameters()}
+        self.loss_and_grad(params, self.tokens(torch.Generator()))
+
+    def piece(self, run: str, first: int, last: int, checkpoint: Path) -> tuple[list[Row], Tensors]:
+        """Steps ``first`` to ``last`` of a run, everything made afresh; where it was is read from the checkpoint.
+
+        Returns a row for every window of steps, and parameters and state at the end, on the CPU.
+        """
+        args, device = self.args, self.device
+        params = {name: p.detach() for name, p in self.model().named_parameters()}
+        grads = {name: torch.zeros_like(p) for name, p in params.items()}  # where a captured step looks for them
+        plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES)
+        state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=LR["normuon"], weight_decay=0.1)
+        generator = torch.Generator().manual_seed(args.seed)
+        if first:
+            saved = nm.load(checkpoint, plan, params=params, state=state)
+            generator.set_state(saved.extra["generator"])
+        graphed = nm.GraphedStep(plan) if device.type == "cuda" and not args.no_compile else None
+        step_ = graphed or functools.partial(nm.step_, plan=plan)
+
+        rows, warm_up, clock = [], max(1, args.steps // 10), Clock(device)
+        losses, seen = torch.zeros(args.log_every, device=device), 0  # of this window
         clock.mark()
-        seen += 1
-        if seen == args.log_every or step + 1 == last:
-            row = {"run": run, "step": step + 1, "ms": round(clock.median_ms_sync(), 4), **memory_mb(device)}
-            row |= {"graphs": counters["stats"]["unique_graphs"], "skipped": int(state["guard.skipped"])}
-            rows.append(row | {"loss": round(float(losses[:seen].mean()), 5)})
-            seen = 0
+        for step in trange(first, last, desc=run, unit="step"):
+            found, loss = self.loss_and_grad(params, self.tokens(generator))
+            torch._foreach_copy_(list(grads.values()), [found[name] for name in grads])
+            if step in self.faults:
+                which, entry, kind = self.faults[step]
+                grad = list(grads.values())[int(which * len(grads))].view(-1)
+                grad[int(entry * len(grad))].fill_(math.nan if kind < 0.5 else math.inf)
+            lr = LR["normuon"] * min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1))
+            hyper.lr.fill_(lr)
+            hyper.adamw_lr.fill_(lr)
+            step_(params, grads, state, hyper)
+            losses[seen].copy_(loss)
             clock.mark()
-    if last < args.steps:
-        nm.save(checkpoint, params, state, plan=plan, extra={"generator": generator.get_state()})
-    if graphed:
-        graphed.release()
-    tensors = {f"params/{k}": v for k, v in params.items()} | {f"state/{k}": v for k, v in state.items()}
-    return rows, {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+            seen += 1
+            if seen == args.log_every or step + 1 == last:
+                row = {"run": run, "step": step + 1, "ms": round(clock.median_ms_sync(), 4), **memory_mb(device)}
+                row |= {"graphs": counters["stats"]["unique_graphs"], "skipped": int(state["guard.skipped"])}
+                rows.append(row | {"loss": round(float(losses[:seen].mean()), 5)})
+                seen = 0
+                clock.mark()
+        if last < args.steps:
+            nm.save(checkpoint, params, state, plan=plan, extra={"generator": generator.get_state()})
+        if graphed:
+            graphed.release()
+        tensors = {f"params/{k}": v for k, v in params.items()} | {f"state/{k}": v for k, v in state.items()}
+        return rows, {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
 
 def same_bits(a: Tensors, b: Tensors) -> bool:
@@ -159,13 +178,14 @@ def same_bits(a: Tensors, b: Tensors) -> bool:
 
 def soak(args: argparse.Namespace) -> tuple[list[Row], Row]:
     """All rows, and what else the table needs."""
-    text, faults, rows, ends = Text(args.data), draw_faults(args), [], {}
+    trainer, rows, ends = Trainer(args), [], {}
+    trainer.warm_up()  # compiled once, and not a plan's
     cuts = {"resumed": [args.steps * k // 4 for k in range(5)], "uninterrupted": [0, args.steps]}
     for run in cuts:
         counters.clear()
         with tempfile.TemporaryDirectory() as folder:
             for first, last in pairwise(cuts[run]):
-                more, ends[run] = train(args, text, faults, run, first, last, Path(folder) / "run.safetensors")
+                more, ends[run] = trainer.piece(run, first, last, Path(folder) / "run.safetensors")
                 rows += more
     shown = ("device", "steps", "batch", "fault_rate", "seed", "log_every")
     command = ["python -m examples.study.soak", *(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown)]
@@ -173,7 +193,7 @@ def soak(args: argparse.Namespace) -> tuple[list[Row], Row]:
         "command": " ".join(command + ["--no-compile"] * args.no_compile),
         "measured_on": measured_on(torch.device(args.device)),
         "cuts": cuts,  # where the pieces of a run begin and end
-        "faults": len(faults),
+        "faults": len(trainer.faults),
         "compiled": not args.no_compile,
         "bit_exact": same_bits(ends["resumed"], ends["uninterrupted"]),
     }
@@ -255,13 +275,14 @@ def main() -> None:
     parser.add_argument("--fault-rate", type=float, default=0.02, help="probability of a fault in a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, help="steps a row (default: about steps / 20, a divisor of a piece)")
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--batch", type=int, help=f"default: {BATCHES}")
     parser.add_argument("--no-compile", action="store_true", help="everything eager, no captured graph")
     parser.add_argument("--data", type=Path, default=FOLDER.parent / "data" / "shakespeare.txt")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--from-csv", action="store_true", help="run nothing")
     args = parser.parse_args()
     args.steps = args.steps or STEPS[args.device]
+    args.batch = args.batch or BATCHES[args.device]
     args.log_every = args.log_every or math.gcd(args.steps // 4, max(1, args.steps // 20))
     if args.steps < 8:
         parser.error("--steps must be at least 8: two in every quarter")
