@@ -77,7 +77,6 @@ class GraphedStep:
         self._replays = 0
         self._short_lived = 0  # changes in a row, each before the graph had settled
         self._stays_plain = False
-        self._stream: torch.cuda.Stream | None = None  # what it is captured on, until release
 
     @property
     def captured(self) -> bool:
@@ -96,6 +95,8 @@ class GraphedStep:
         """
         if self._stays_plain:
             return step_(params, grads, state, hyper, self.plan, found_inf=found_inf)
+        if streams.is_capturing(self.plan.device):
+            raise RuntimeError("GraphedStep inside another capture: put step_ itself into that graph")
         try:
             keys = [*params, *grads, *state]
             values = [*params.values(), *grads.values(), *state.values(), *hyper, found_inf]
@@ -112,8 +113,6 @@ class GraphedStep:
 
         check_step(self.plan, params, grads, state, hyper, found_inf)
         self._check_scalars(hyper, found_inf)
-        if streams.is_capturing(self.plan.device):
-            raise RuntimeError("GraphedStep inside another capture: put step_ itself into that graph")
         call = functools.partial(step_, params, grads, state, hyper, self.plan, found_inf=found_inf)
         if same:
             self._graph = self._capture(call)
@@ -121,9 +120,10 @@ class GraphedStep:
             self._replays = 1
             return self._graph.result
         given = _Inputs(keys, values, [f"{kind}[{name!r}]" for kind, name in _names(params, grads, state)])
-        if self._inputs is not None:
-            self._moved(self._inputs.difference(given))
+        moved = self._inputs and self._inputs.difference(given)
         self._drop()
+        if moved:
+            self._moved(moved)
         result = self._plain(call)
         self._inputs = given
         return result
@@ -133,9 +133,6 @@ class GraphedStep:
         self._drop()
         self._replays = self._short_lived = 0
         self._stays_plain = False
-        if self._stream is not None:
-            self._gives_back()
-            self._stream = None
         torch.cuda.empty_cache()  # a private pool's memory serves nobody else before it went back to the device
 
     def __enter__(self) -> GraphedStep:
@@ -179,23 +176,22 @@ class GraphedStep:
 
     def _capture(self, call: Callable[[], StepResult]) -> _Replayable:
         """`call` as a graph, without executing it."""
-        device = self.plan.device
-        if self._stream is None:
-            self._stream = streams.borrow(device)
-            self._gives_back = weakref.finalize(self, streams.give_back, device, self._stream)
-        current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
-        self._stream.wait_stream(current)
-        # The outer context brings the current stream back when a capture fails, which torch.cuda.graph does not.
-        # "thread_local": a data loader's thread that pins memory meanwhile must not end the capture.
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.graph(
-                graph, pool=torch.cuda.graph_pool_handle(), stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            result = call()
-        current.wait_stream(self._stream)
-        return _Graph(graph, result, device)
+        device, graph = self.plan.device, torch.cuda.CUDAGraph()
+        lane = streams.borrow(device)
+        try:
+            # The outer context brings the current stream back when a capture fails, which torch.cuda.graph does not.
+            # "thread_local": a data loader's thread that pins memory meanwhile must not end the capture.
+            with (
+                torch.cuda.stream(lane.stream),
+                torch.cuda.graph(
+                    graph, pool=torch.cuda.graph_pool_handle(), stream=lane.stream, capture_error_mode="thread_local"
+                ),
+            ):
+                result = call()
+        except BaseException:
+            streams.give_back(device, lane)
+            raise
+        return _Graph(graph, result, device, lane)
 
 
 class _Replayable(Protocol):
@@ -207,15 +203,22 @@ class _Replayable(Protocol):
 
 
 class _Graph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, result: StepResult, device: torch.device) -> None:
-        self.graph, self.result, self.device = graph, result, device
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: StepResult, device: torch.device, lane: streams.Lane) -> None:
+        self.graph, self.result, self.device, self.lane = graph, result, device, lane
+        self._end = weakref.finalize(self, _end, graph, device, lane)  # also when nobody frees it
+        self._end.atexit = False
 
     def replay(self) -> None:
         self.graph.replay()
 
     def free(self) -> None:
         torch.cuda.synchronize(self.device)  # it may still run
-        self.graph.reset()
+        self._end()
+
+
+def _end(graph: torch.cuda.CUDAGraph, device: torch.device, lane: streams.Lane) -> None:
+    graph.reset()
+    streams.give_back(device, lane)
 
 
 class _Inputs:

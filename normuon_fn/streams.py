@@ -1,22 +1,32 @@
 """CUDA streams of our own, and why there are so few of them.
 
-cuBLAS writes to a workspace, 32 MiB on an H100, which torch keeps for every stream and thread that ever multiplied on it. A
-new stream for every plan or graph would be that much memory for good. So there are two kinds, and both are used again:
+cuBLAS writes to a workspace, 32 MiB on an H100, which torch keeps for every stream and thread that ever multiplied on it: a new
+stream for every plan or graph would be that much memory for good. And a captured graph goes on writing to the workspace that it
+met, whoever has the memory by then: Inductor gives all workspaces back when it records a graph, and torch since 2.13 those of
+a stream when any graph that was captured there goes (pytorch/pytorch#193402). So there are two kinds, both used again:
 
 - `beside`: for work that is thrown away. One for all.
-- `borrow`, `give_back`: to capture a graph on. Nothing else ever runs there, and no two live graphs have the same one. The
-  workspace then comes from the graph's own memory pool and stays the graph's, whoever clears torch's list of them: Inductor
-  does when it records a graph, and torch since 2.13 clears a stream's when any graph that was captured on it goes
-  (pytorch/pytorch#193402).
+- `borrow`, `give_back`: to capture a graph on. Of two live graphs each has its own, and its workspace lies in memory that is
+  never anybody else's. (torch hands out 32 streams in turn. Only code that makes as many meets ours.)
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
-_idle: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+@dataclass(frozen=True)
+class Lane:
+    """A stream to capture on, and where its workspace lies."""
+
+    stream: torch.cuda.Stream
+    memory: torch.cuda.MemPool
+
+
+_idle: dict[torch.device, list[Lane]] = {}
 
 
 @functools.cache
@@ -24,20 +34,25 @@ def beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def borrow(device: torch.device) -> torch.cuda.Stream:
-    try:
-        return _idle.setdefault(device, []).pop()
-    except IndexError:
-        return torch.cuda.Stream(device)
+def borrow(device: torch.device) -> Lane:
+    """One that no live graph was captured on."""
+    with torch.cuda.device(device):
+        try:
+            lane = _idle.setdefault(device, []).pop()
+        except IndexError:
+            lane = Lane(torch.cuda.Stream(device), torch.cuda.MemPool())
+        with torch.cuda.stream(lane.stream), torch.cuda.use_mem_pool(lane.memory, device):
+            torch.cuda.current_blas_handle()  # allocates the workspace here and now, if it is not there
+    return lane
 
 
-def give_back(device: torch.device, stream: torch.cuda.Stream) -> None:
-    _idle[device].append(stream)
+def give_back(device: torch.device, lane: Lane) -> None:
+    _idle[device].append(lane)
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of the device, which need not be the current device, is being captured."""
     if device.type != "cuda":
         return False
-    with torch.cuda.stream(torch.cuda.current_stream(device)):
+    with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

@@ -221,6 +221,31 @@ def test_a_change_warns_once_steps_right_and_captures_again(rehearsal: tuple[Cas
     assert case.agrees() and graphed.did() == "capture replay replay"
 
 
+def test_a_warning_that_is_an_error_comes_before_the_step_and_leaves_no_old_graph(rehearsal: tuple[Case, Rehearsed]) -> None:
+    case, graphed = rehearsal
+    settle(case, graphed, 3)
+    case.grads["wide"] = case.grads["wide"].clone()
+    with pytest.raises(RuntimeWarning, match="moved"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphed(case.params, case.grads, case.state, case.hyper)
+    assert case.agrees() and not graphed.captured
+    graphed.did()
+    settle(case, graphed, 3)
+    assert case.agrees() and graphed.did() == "plain capture replay replay"
+
+
+def test_every_call_inside_another_capture_is_refused(
+    rehearsal: tuple[Case, Rehearsed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, graphed = rehearsal
+    for calls in range(4):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="put step_ itself into that graph"):
+            patched.setattr(streams, "is_capturing", lambda device: True)
+            graphed(case.params, case.grads, case.state, case.hyper)
+        assert case.agrees() and graphed.captured == (calls >= 2)
+        settle(case, graphed, 1)
+
+
 def test_a_gradient_that_comes_is_a_change(rehearsal: tuple[Case, Rehearsed]) -> None:
     case, graphed = rehearsal
     without = case.grads | {"embed": None}
@@ -492,7 +517,7 @@ def test_one_after_another_they_take_no_more_memory(case: Case) -> None:
 
 @needs_cuda
 def test_new_plans_take_no_more_memory() -> None:
-    """What compiles their kernels ahead multiplies too, in a thread and on a stream of its own."""
+    """What compiles their kernels ahead multiplies too, in a thread of its own."""
     left = []
     for _ in range(4):
         case = Case("full", "cuda", scale=4)
@@ -504,34 +529,66 @@ def test_new_plans_take_no_more_memory() -> None:
     assert max(left[2:]) - left[1] < WORKSPACE  # the first also leaves what a process has once
 
 
+def lane(graphed: GraphedStep) -> streams.Lane:
+    assert isinstance(graphed._graph, graphed_module._Graph)
+    return graphed._graph.lane
+
+
 @needs_cuda
-def test_a_stream_is_lent_again_when_its_graph_is_gone_and_not_before() -> None:
+@pytest.mark.parametrize("ends", ["released", "moved", "collected"])
+def test_a_stream_is_lent_again_when_its_graph_is_gone_and_not_before(ends: str) -> None:
     cases = [Case("off", "cuda"), Case("off", "cuda")]
     one, two = (GraphedStep(case.plan) for case in cases)
     settle(cases[0], one)
     settle(cases[1], two)
-    first, second = one._stream, two._stream
-    assert first != second
-    one.release()
-    settle(cases[0], one)
-    assert one._stream == first
-    del two
-    gc.collect()
-    assert second in streams._idle[cases[1].plan.device]
+    first, second = lane(one), lane(two)
+    assert first is not second and first.stream != second.stream
+    if ends == "released":
+        one.release()
+    elif ends == "moved":
+        cases[0].grads["wide"] = cases[0].grads["wide"].clone()
+        with pytest.warns(RuntimeWarning, match="moved"):
+            settle(cases[0], one, 1)
+    else:
+        del one
+        gc.collect()
+    idle = streams._idle[cases[0].plan.device]
+    assert idle[-1] is first and not any(known is second for known in idle)
+    third = GraphedStep(cases[0].plan)
+    settle(cases[0], third)
+    assert lane(third) is first
 
 
-@needs_cuda
-def test_a_graph_outlives_another_and_who_clears_the_workspaces() -> None:
-    """Replays write to what is theirs, the workspaces of cuBLAS too. So long a sum is made of parts that meet in one."""
+def long_sums() -> Case:
+    """cuBLAS computes the parts of a sum of 16384 at once, and adds them up in its workspace."""
     case = Case("off", "cuda")
-    case.params = {"long": torch.randn(64, 16384, device="cuda")}
-    case.grads = {"long": torch.randn(64, 16384, device="cuda")}
+    case.params, case.grads = ({"long": torch.randn(64, 16384, device="cuda")} for _ in range(2))
     case.plan = nm.make_plan(case.params, nm.Config(orthogonalize_dtype=torch.float32))
     case.state, case.hyper = nm.init(case.plan, case.params), nm.Hyper.of(case.params, lr=0.02)
     case.expected = clones(case.params, case.state)
+    return case
+
+
+@needs_cuda
+@pytest.mark.parametrize("lent_before", [False, True])
+def test_a_graph_outlives_another_and_who_clears_the_workspaces(lent_before: bool) -> None:
+    """Replays write to what is theirs, the workspaces of cuBLAS too."""
+    case = long_sums()
     other, graphed = GraphedStep(case.plan), GraphedStep(case.plan)
-    settle(case, other)
-    settle(case, graphed)
+    for k in range(1 + lent_before):
+        settle(case, other)
+        settle(case, graphed)
+        if k < lent_before:
+            graphed.release()
+            other.release()
+    pool = lane(graphed).memory.id
+    stream = lane(graphed).stream.cuda_stream
+    lie = [
+        tuple(segment["segment_pool_id"])
+        for segment in torch.cuda.memory_snapshot()
+        if segment["stream"] == stream and segment["active_size"] >= WORKSPACE and tuple(segment["segment_pool_id"]) != (0, 0)
+    ]
+    assert tuple(pool) in lie
     other.release()
     torch._C._cuda_clearCublasWorkspaces()  # as Inductor does when it records a graph
     torch.cuda.empty_cache()
@@ -550,6 +607,7 @@ def test_release_gives_the_memory_back_and_the_object_can_be_used_again(case: Ca
     graphed = GraphedStep(case.plan)
     settle(case, graphed, 2)  # what is allocated once, is now
     graphed.release()
+    allocated_by_us_sync()
     before = torch.cuda.memory_reserved()
     for _ in range(2):
         settle(case, graphed, 2)
@@ -568,8 +626,10 @@ def test_hyperparameters_on_the_host_are_refused(case: Case) -> None:
 
 
 @needs_cuda
-def test_inside_another_capture_it_says_what_to_use(case: Case) -> None:
+@pytest.mark.parametrize("calls", [0, 3])
+def test_inside_another_capture_it_says_what_to_use(case: Case, calls: int) -> None:
     graphed = GraphedStep(case.plan)
+    settle(case, graphed, calls)
     with pytest.raises(RuntimeError, match="put step_ itself into that graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda").add_(1)  # an empty graph would warn
         graphed(case.params, case.grads, case.state, case.hyper)
