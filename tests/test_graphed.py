@@ -570,6 +570,7 @@ def long_sums() -> Case:
 
 
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # as exact as float32 is
 @pytest.mark.parametrize("lent_before", [False, True])
 def test_a_graph_outlives_another_and_who_clears_the_workspaces(lent_before: bool) -> None:
     """Replays write to what is theirs, the workspaces of cuBLAS too."""

@@ -157,7 +157,9 @@ def test_the_first_table_is_the_studys() -> None:
     assert head[0] == f"a GPT of {STUDY['parameters'] / 1e6:.1f} million parameters, {tokens / 1e6:.0f} million tokens"
     assert [cell.split(" (")[0] for cell in head[1:]] == [*main]
     columns = ("loss", "spread", "tokens to AdamW's loss", "time to AdamW's loss", "ms a step", "optimizer, ms")
-    expected = [["100 %" if RUNS[name][c] == "-" else RUNS[name][c].replace("%", " %") for name in main] for c in columns]
+    of = [[RUNS[name][c] for name in main] for c in columns]
+    whole = [["100 %" if cell == "-" else f"{float(cell.rstrip('%')):.0f} %" for cell in cells] for cells in of[2:4]]
+    expected = [*of[:2], *whole, [f"{float(cell):.1f}" for cell in of[4]], of[5]]
     assert [row[1:] for row in rows] == expected
 
 
@@ -167,15 +169,23 @@ def test_the_claims_under_it_are_what_the_seeds_say() -> None:
     assert abs(loss["NorMuon"] - loss["Muon"]) < spread["NorMuon"]
     assert abs(loss["NorMuon, 75% of the text"] - loss["AdamW"]) < spread["NorMuon, 75% of the text"]
     assert STUDY["baseline"] == "AdamW" and loss["AdamW, clipped"] > loss["AdamW"]
+    clipped = {row["lr"]: float(row["AdamW, clipped"]) < float(row["AdamW"]) for row in STUDY["grid"]}
+    assert [lr for lr, better in clipped.items() if better] == [2.8e-3, 4e-3, 8e-3]
     assert len(STUDY["grid"]) == 6 and 2.7 < best["NorMuon"] / best["AdamW"] < 3
     batches = {row["faults"]: row for row in json.loads((ROOT / "examples/study/batch_skip.json").read_text())["rows"]}
     text = README.replace("\n", " ")
     for faults, sentence in (
-        ("1.0%", "ended {} to {} above the clean run of the same seed, where seeds differ by {spread}"),
-        ("0.1%", "at 0.1 %, {} to {}."),
+        (
+            "1.0%",
+            "at {} to {} of 1970 steps (drawn at 1 %) the study's model ended {} to {} above the clean run of the same seed",
+        ),
+        ("0.1%", "at {} to {} (0.1 %), {} to {}. Seeds differ by {spread}."),
     ):
-        by_seed = sorted(off.removeprefix("+") for off in batches[f"{faults} of the steps, guard full"]["by seed"].split())
-        assert sentence.format(by_seed[0], by_seed[-1], spread=batches["no faults"]["spread"]) in text
+        row = batches[f"{faults} of the steps, guard full"]
+        faulty, by_seed = sorted(map(int, row["NaNs"].split())), sorted(off.removeprefix("+") for off in row["by seed"].split())
+        assert row["NaNs"] == row["skipped"] and STUDY["steps"] == 1970
+        spread = batches["no faults"]["spread"]
+        assert sentence.format(faulty[0], faulty[-1], by_seed[0], by_seed[-1], spread=spread) in text
     assert batches["0.1% of the steps, guard off"]["loss"] == "dead"
     small = (ROOT / "examples/study/RESULTS.md").read_text()
     assert "last update has 1.6e-12 of its RMS" in text and "at 2^-66 the last update has 1.6e-12 times the RMS" in small

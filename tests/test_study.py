@@ -84,11 +84,33 @@ def test_a_run_is_exact_and_is_not_run_twice(results: dict[Job, Result], corpus:
         f"from pathlib import *; from examples.study.runs import *; run_all([{job!r}], {options!r})",
     ]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
-    (file,) = tmp_path.glob("*.json")
+    (file,) = tmp_path.glob("NorMuon*.json")
     again = Result.load(file)
     assert again.digest == results[job].digest and again.val == results[job].val and again.job == job
     file.write_text(file.read_text().replace(again.digest, "kept"))
     assert run_all([job], options)[job].digest == "kept"
+
+
+def test_a_folder_of_runs_is_of_one_size_one_length_and_one_text(corpus: Path, tmp_path: Path) -> None:
+    options = Options(corpus, tmp_path, TINY, steps=20, compiled=False)
+    assert run_all([], options) == run_all([], options) == {}
+    for other in ({"steps": None}, {"size": dataclasses.replace(TINY, width=64)}):
+        with pytest.raises(ValueError, match="give another folder"):
+            run_all([], dataclasses.replace(options, **other))
+    (tmp_path / "study.json").write_text((tmp_path / "study.json").read_text().replace('"corpus": "', '"corpus": "0'))
+    with pytest.raises(ValueError, match="text"):
+        run_all([], options)
+
+
+def test_a_trial_says_what_it_is_and_leaves_what_is_published_alone(corpus: Path, tmp_path: Path) -> None:
+    published = (STUDY / "RESULTS.md").read_bytes()
+    options = ["--corpus", corpus, "--tiny", "--steps", "2"]
+    run("batch_skip", *options, "--runs", tmp_path)
+    assert "batch_skip --corpus runs/corpus.npz --steps 2 --tiny --lr 0.004`" in (tmp_path / "RESULTS.md").read_text()
+    assert (STUDY / "RESULTS.md").read_bytes() == published
+    command = [sys.executable, "-m", "examples.study.batch_skip", "--corpus", tmp_path / "none.npz", "--runs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 2 and "examples.study.corpus --out" in done.stderr
 
 
 def test_seeds_lengths_and_learning_rates_are_in_force(results: dict[Job, Result]) -> None:

@@ -23,9 +23,10 @@ import matplotlib.pyplot as plt
 
 from examples.study.common import markdown, read_csv, write_csv, write_section
 from examples.study.corpus import Corpus
-from examples.study.runs import Job, Result, arguments, options_of, run_all
+from examples.study.runs import Job, Result, arguments, parse, run_all
 
 RATES = (0.001, 0.01)
+COMMAND = "python -m examples.study.batch_skip --corpus runs/corpus.npz"
 SEEDS = (0, 1, 2)
 
 
@@ -39,7 +40,9 @@ def jobs(lr: float) -> dict[str, list[Job]]:
     }
 
 
-def study(found: dict[str, list[Result]], corpus: str, lr: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def study(
+    found: dict[str, list[Result]], corpus: str, lr: float, command: str = COMMAND
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     by_seed = {r.job.seed: r.loss for r in found["no faults"]}
     clean = statistics.mean(by_seed.values())
     rows = []
@@ -54,7 +57,7 @@ def study(found: dict[str, list[Result]], corpus: str, lr: float) -> tuple[dict[
             "NaNs": " ".join(str(r.faults) for r in results), "skipped": " ".join(str(r.skipped) for r in results),
         })  # fmt: skip
     first = found["no faults"][0]
-    about = {"on": first.on, "corpus": corpus, "lr": lr, "steps": first.steps, "rows": rows}
+    about = {"on": first.on, "corpus": corpus, "lr": lr, "steps": first.steps, "rows": rows, "command": command}
     curves = [
         {"faults": name, "seed": r.job.seed, "step": step, "loss": f"{loss:.5f}"}
         for name, results in found.items()
@@ -68,7 +71,7 @@ def section(about: dict[str, Any]) -> str:
     return f"""
 ## Skipped batches
 
-`python -m examples.study.batch_skip --corpus runs/corpus.npz --lr {about["lr"]:g}`
+`{about["command"]} --lr {about["lr"]:g}`
 
 {about["on"]}.
 
@@ -110,14 +113,12 @@ def plot(curves: list[dict[str, str]], file: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--lr", type=float, default=4e-3)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args, options, command = parse(parser, COMMAND)
     if not args.from_csv:
-        options = options_of(args)
         wanted = jobs(args.lr)
         results = run_all([job for some in wanted.values() for job in some], options)
         found = {name: [results[job] for job in some] for name, some in wanted.items()}
-        about, curves = study(found, str(Corpus.load(args.corpus)), args.lr)
+        about, curves = study(found, str(Corpus.load(args.corpus)), args.lr, command)
         write_csv(args.out / "batch_skip.csv", curves)
         (args.out / "batch_skip.json").write_text(json.dumps(about, indent=1) + "\n")
     about = json.loads((args.out / "batch_skip.json").read_text())

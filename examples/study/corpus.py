@@ -4,7 +4,8 @@
 
 Every ``.py`` file below 200 kB of the packages below as installed, each text once, in an order that their hashes give: every
 40th file is for validation. Larger files are tables of numbers. The vocabulary (byte-level BPE) is trained on the training
-files. What came out is named by a SHA-256: another version of a package is another corpus, so install with constraints.txt.
+files. What came out is named by a SHA-256: another version of a package, torch among them, is another corpus. So install with
+constraints.txt, in an environment of its own if need be, and copy the file to where you train.
 Files that are nearly alike may lie on both sides of the split.
 """
 

@@ -134,19 +134,29 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs") / "study", help="a file a run; what is there is not run again"
     )
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where CSV, JSON, figure and RESULTS.md go")
+    parser.add_argument("--out", type=Path, help="for CSV, JSON, figure and RESULTS.md: here; with --steps or --tiny: --runs")
     parser.add_argument("--steps", type=int, help="instead of the whole corpus")
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command")
     parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
     return parser
 
 
-def options_of(args: argparse.Namespace) -> Options:
-    return Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
+def parse(parser: argparse.ArgumentParser, command: str) -> tuple[argparse.Namespace, Options, str]:
+    """The arguments, the options that they ask for, and the command that asks for the same."""
+    args = parser.parse_args()
+    of_all = not (args.tiny or args.steps)
+    args.out = args.out or (FOLDER if of_all else args.runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    command += f" --steps {args.steps}" * bool(args.steps) + " --tiny" * args.tiny
+    options = Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
+    if not args.from_csv and not args.corpus.exists():
+        parser.error(f"--corpus: there is no {args.corpus}; python -m examples.study.corpus --out {args.corpus} makes it")
+    return args, options, command
 
 
 def run_all(jobs: Sequence[Job], options: Options) -> dict[Job, Result]:
     options.folder.mkdir(parents=True, exist_ok=True)
+    _of_one_study(options)
     missing = [job for job in jobs if not (options.folder / f"{job.key}.json").exists()]
     devices = max(1, min(torch.cuda.device_count(), len(missing)))
     if devices > 1:
@@ -154,6 +164,17 @@ def run_all(jobs: Sequence[Job], options: Options) -> dict[Job, Result]:
     elif missing:
         _run_some(0, missing, 1, options)
     return {job: Result.load(options.folder / f"{job.key}.json") for job in jobs}
+
+
+def _of_one_study(options: Options) -> None:
+    """The name of a run does not say how large its model is, or what it read: its folder does."""
+    file = options.folder / "study.json"
+    corpus = Corpus.load(options.corpus).about["sha256"]
+    study = {"corpus": corpus, "steps": options.steps, "size": dataclasses.asdict(options.size)}
+    if not file.exists():
+        file.write_text(json.dumps(study))
+    elif json.loads(file.read_text()) != study:
+        raise ValueError(f"--runs {options.folder}: has runs of another size, length or text (study.json); give another folder")
 
 
 def _run_some(k: int, jobs: Sequence[Job], devices: int, options: Options) -> None:

@@ -187,7 +187,8 @@ def section(facts: Row) -> str:
 
 {facts["measured_on"]}
 
-The matrices' gradients are multiplied by `scale`, as a gradient clip does (2e-8 in NVIDIA/Megatron-LM#5394) or a loss scale.
+The matrices' gradients are multiplied by `scale`, the same at every step; a gradient clip brought them to 2e-8 of their size in
+NVIDIA/Megatron-LM#5394. "Muon" is `Config(normalize=False, scale="rms")`: no update is brought to an RMS there.
 AdamW's parameters (embedding, head, norms) get theirs plain in every arm, because AdamW's eps is another matter. "norm + 1e-7"
 is a textbook Newton-Schulz in the place of normuon_fn's. Blocks start as the identity: where the matrices stand still, what is
 left learns which character follows which. NorMuon brings any update to RMS 0.2; whether it is orthogonal its stable rank tells.
@@ -245,6 +246,7 @@ def main() -> None:
             torch.compiler.set_stance("force_eager")
         curves, rows = study(args)
         options = " ".join(f"--{name} {getattr(args, name)}" for name in ("steps", "batch", "lr", "seed", "windows", "device"))
+        options += " --no-compile" * args.no_compile
         found = {"command": f"python -m examples.study.small_gradients {options}", "rows": rows}
         found["measured_on"] = measured_on(torch.device(args.device))
         write_csv(csv, curves)
