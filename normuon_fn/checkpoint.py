@@ -230,6 +230,8 @@ def _check_tensors(
 
 
 def _check_given(plan: Plan, params: Tensors | None, state: Tensors | None) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     if plan.sharded:
         raise TypeError("plan: of DTensors; save and load them with torch.distributed.checkpoint, that knows of shards")
     specs = {p.name: p.spec for p in plan.parameters}
@@ -238,9 +240,11 @@ def _check_given(plan: Plan, params: Tensors | None, state: Tensors | None) -> N
             check_tensors(plan, what, given, of, anywhere=True)
 
 
-def _check_extra(what: str, value: Any) -> None:
+def _check_extra(what: str, value: Any, depth: int = 0) -> None:
     """That it comes back as it is. What else JSON does not have, ``json.dumps`` says."""
     if isinstance(value, Tensor):
+        if depth > 1:
+            raise TypeError(f"{what}: a tensor inside of something; give it a key of its own in extra")
         dense = value.layout == torch.strided and not (value.is_nested or value.is_meta or isinstance(value, DTensor))
         if not dense or value.dtype not in _DTYPES:
             found = f"{type(value).__name__} of {value.dtype}, {value.layout}, on {value.device}"
@@ -251,10 +255,10 @@ def _check_extra(what: str, value: Any) -> None:
         for key, each in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"{what}: expected strings as keys, got {key!r}, which would come back as one")
-            _check_extra(f"{what}[{key!r}]", each)
+            _check_extra(f"{what}[{key!r}]", each, depth + 1)
     elif isinstance(value, list):
         for k, each in enumerate(value):
-            _check_extra(f"{what}[{k}]", each)
+            _check_extra(f"{what}[{k}]", each, depth + 1)
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

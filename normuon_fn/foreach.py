@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .mesh import local
 from .plan import Plan
 from .planner import make_plan
 from .routes import Route
@@ -203,14 +204,20 @@ def _check_list(what: str, given: Sequence[Tensor | None], length: int, *, optio
 
 def _check_distinct(written: dict[str, Sequence[Tensor | None]]) -> None:
     """That nothing is written twice. Not inside a graph: there are no objects to compare."""
-    ids = [id(x) for given in written.values() for x in given if x is not None]
-    if len(set(ids)) == len(ids):
+    at = [local(x).data_ptr() for given in written.values() for x in given if x is not None and x.numel()]
+    if len(set(at)) == len(at):
         return
     seen: dict[int, str] = {}
-    for place, x in [(f"{what}[{k}]", x) for what, given in written.items() for k, x in enumerate(given) if x is not None]:
-        if id(x) in seen:
-            raise ValueError(f"{place}: is the tensor of {seen[id(x)]}, and would be written twice; pass tied weights once")
-        seen[id(x)] = place
+    for what, given in written.items():
+        for k, x in enumerate(given):
+            if x is None or not x.numel():
+                continue
+            place, address = f"{what}[{k}]", local(x).data_ptr()
+            if address in seen and address:  # 0: a part of a DTensor with nothing in it
+                raise ValueError(
+                    f"{place}: is the tensor of {seen[address]}, and would be written twice; pass tied weights once"
+                )
+            seen[address] = place
 
 
 def _check_routes(routes: tuple[Route, ...], length: int) -> None:

@@ -57,14 +57,19 @@ class GroupHyper:
         for k, (group, written) in enumerate(zip(groups, self._written, strict=False)):
             for field, value in enumerate(_values(group)):
                 is_tensor = isinstance(value, Tensor)
-                if not is_tensor and value == written[field]:
-                    continue
+                if not is_tensor:
+                    if value == written[field]:
+                        continue
+                    _check_value(f"param_groups[{k}]: {_VALUES[field]}", value)
                 own = self.hyper[field][k] if self.several else self.hyper[field]
                 if is_tensor:  # pinned memory is read when the device gets there: by then it may hold the next value
                     own.copy_(value.detach().reshape(()), non_blocking=not value.is_pinned())
                 else:
                     own.fill_(value)
                 written[field] = None if is_tensor else value
+
+
+_VALUES = ("lr", "momentum", "beta2", "weight_decay", "lr", "adamw_betas", "adamw_betas", "adamw_eps", "weight_decay")
 
 
 def _values(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -100,16 +105,18 @@ def settle_values(group: dict[str, Any], where: str = "") -> None:
         raise TypeError(f"{where}adamw_betas: expected two numbers, got {betas!r}")
     group |= {key: _number(group[key]) for key in _NUMBERS}
     group["adamw_betas"] = [*map(_number, betas)] if isinstance(betas, list) else tuple(map(_number, betas))
-    names = ("lr", "momentum", "beta2", "weight_decay", "lr", "adamw_betas", "adamw_betas", "adamw_eps", "weight_decay")
-    for name, value in zip(names, _values(group), strict=True):
-        name = where + name
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
-            continue
-        _check_number(name, value, 0.0)
-        if name.endswith(("momentum", "beta2", "adamw_betas")) and value >= ONE:
-            raise ValueError(f"{name}: expected a number in [0, 1) in float32, got {value!r}")
+    for name, value in zip(_VALUES, _values(group), strict=True):
+        if not isinstance(value, Tensor):
+            _check_value(where + name, value)
+        elif value.numel() != 1:
+            raise ValueError(f"{where}{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+
+
+def _check_value(name: str, value: Any) -> None:
+    value = _number(value)
+    _check_number(name, value, 0.0)
+    if name.endswith(("momentum", "beta2", "adamw_betas")) and value >= ONE:
+        raise ValueError(f"{name}: expected a number in [0, 1) in float32, got {value!r}")
 
 
 def _number(value: Any) -> Any:
@@ -232,6 +239,11 @@ def names_of(added: Sequence[Added]) -> tuple[dict[str, Tensor], dict[str, int]]
     """The parameters by name, and the number of each one's group."""
     flat = [(name, p, k) for k, group in enumerate(added) for name, p in group.params]
     names = [name for name, _, _ in flat]
+    seen: set[int] = set()
+    for name, p, _ in flat:
+        if id(p) in seen:
+            raise ValueError(f"params: the tensor {name!r} is there twice; pass tied weights once")
+        seen.add(id(p))
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"params: {twice[:8]} are names of more than one parameter; give each module a prefix")
@@ -292,6 +304,6 @@ def take(groups: Sequence[dict[str, Any]], saved: Groups) -> None:
         for key, value in other.items():
             into, number = own.get(key), plain(value)
             if isinstance(into, Tensor) and into.numel() == 1 and isinstance(number, (int, float)):
-                into.fill_(number)
+                into.detach().fill_(number)
             else:
                 own[key] = value

@@ -59,7 +59,9 @@ class NorMuon(torch.optim.Optimizer):
     **One step is one graph and one decision of the guard**, whatever the groups: each has an entry of its own in `Hyper`'s
     tensors. A bad matrix in one group skips all (``guard_scope="step"``), or with ``"bucket"`` only the matrices of one shape
     in one group. Matrices of different groups are not orthogonalized as one stack: prefer few groups. Values of a group may be
-    floats or tensors of one element; a scheduler changes them without a recompile. All parameters lie on one device.
+    floats or tensors of one element (of a tensor that several groups are given, each after the first has a clone); a scheduler
+    changes them without a recompile, and a value that cannot be stepped with raises at the step. All parameters lie on one
+    device.
 
     **Gradients.** A step is planned for the parameters that have one, at the first step and whenever others have: each such set
     of parameters is compiled once (and captured once). A parameter without gradient keeps its values and state. With
@@ -338,8 +340,12 @@ class NorMuon(torch.optim.Optimizer):
         self._resettle()
         self._recount()
         groups = groups_of.saved_groups(self.param_groups, given)
-        keys = chain.from_iterable(group["params"] for group in given["param_groups"])
-        theirs = {name: given["state"].get(key) or {} for name, key in zip(self._named, keys, strict=True)}
+        keys = [key for group in given["param_groups"] for key in group["params"]]
+        names = [name for group in given["param_groups"] for name in group.get("param_names", ())]
+        if set(names) != self._named.keys():  # without names, or of a wrapped model: in the order that they are in
+            names = [*self._named]
+        found = {name: given["state"].get(key) or {} for name, key in zip(names, keys, strict=True)}
+        theirs = {name: found[name] for name in self._named}
         lacks = tuple(bool(theirs[name]) and not self.state.get(p) for name, p in self._named.items())
         try:
             if any(lacks):

@@ -39,8 +39,8 @@ def orthogonalize(
 
     Bit for bit, ``orthogonalize(2**k * x) == orthogonalize(x)`` as long as all non-zero entries stay normal numbers, and
     ``orthogonalize(x.mT) == orthogonalize(x).mT`` (tested on the CPU; on CUDA the norm is summed in float64 in another order).
-    A non-finite entry makes its whole matrix non-finite. Of a DTensor the result is one of the same placements: see
-    orthogonalize_sharded.py.
+    A non-finite entry makes its whole matrix non-finite. It has no derivative. Of a DTensor the result is one of the same
+    placements: see orthogonalize_sharded.py.
 
     Args:
         method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides by aspect ratio.
@@ -48,17 +48,25 @@ def orthogonalize(
 
     Raises:
         TypeError: ``x`` is not a real floating-point tensor.
-        ValueError: fewer than two dimensions, or an unknown method, dtype, coefficient set or number of steps.
+        ValueError: fewer than two dimensions, ``x`` requires a gradient, or an unknown method, dtype, coefficient set or number
+            of steps.
 
     Source: Keller Jordan, Muon (2024); arXiv 2505.16932 (Polar Express); Gram Newton-Schulz (Dao-AILab).
     """
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or x.layout != torch.strided:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or x.dtype.itemsize < 2 or x.layout != torch.strided:
         what = f"{x.dtype} {x.layout}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a dense real floating-point tensor, got {what}")
     if x.ndim < 2:
         raise ValueError(f"x: expected [..., rows, cols], got shape {tuple(x.shape)}")
-    rows, cols = sorted(x.shape[-2:])
-    chosen, form = _decide(coefficients, steps, safety_factor, method, dtype, rows, cols, x.device.type, x.dtype)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x: requires a gradient, and orthogonalize has no derivative; give x.detach(), or call it under no_grad"
+        )
+    rows, cols = (x.shape[-2], x.shape[-1]) if x.shape[-2] <= x.shape[-1] else (x.shape[-1], x.shape[-2])
+    # Of the shape only what decides anything: a graph with symbolic sizes has as many guards.
+    short = _SYMMETRIC_FROM if rows >= _SYMMETRIC_FROM else _FEW if rows >= _FEW else 1
+    long = 2 * short if cols >= _WIDE * rows else short
+    chosen, form = _decide(coefficients, steps, safety_factor, method, dtype, short, long, x.device.type, x.dtype)
     with without_autocast(x.device):
         if isinstance(x, DTensor):
             from .orthogonalize_sharded import orthogonalize_sharded  # which imports this file
@@ -115,7 +123,7 @@ def choose(
     if dtype is not None and dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype: expected None or one of {COMPUTE_DTYPES}, got {dtype!r}")
     half = has_bfloat16_matrix_unit(device) and of != torch.float64
-    wide = cols >= 1.5 * rows
+    wide = cols >= _WIDE * rows
     if method == "auto":
         safe = dtype != torch.bfloat16 and not (dtype is None and half and device.type != "cuda")
         pays = safe and wide and len(gram_restarts(chosen.rows)) <= 1 + len(chosen.rows) // 5
@@ -125,12 +133,14 @@ def choose(
             dtype = torch.float16 if method == "gram" else torch.bfloat16
         else:
             dtype = torch.float64 if of == torch.float64 else torch.float32
-    restarts = () if method == "standard" else gram_restarts(chosen.rows, careful=rows < 64 or not wide)
+    restarts = () if method == "standard" else gram_restarts(chosen.rows, careful=rows < _FEW or not wide)
     pays = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and rows >= _SYMMETRIC_FROM
     return Form(method, dtype, restarts, "symmetric" if pays else "library")
 
 
 _SYMMETRIC_FROM = 512  # rows: below, half of the tiles of so few is little
+_FEW = 64  # rows: of so few the Gram form restarts more often
+_WIDE = 1.5  # columns a row, from where the Gram form pays
 
 
 def newton_schulz(x: Tensor, chosen: CoefficientSet, form: Form, dtype: torch.dtype, which: Tensor | None = None) -> Tensor:

@@ -106,6 +106,8 @@ def make_plan(
         parameters.append(Parameter(name, spec, route, reason, blocks, hyper=hyper_of[name]))
     for counter in ("step", "skipped", "consecutive"):
         state[f"guard.{counter}"] = Spec((), torch.int32)
+    for name in params.keys() & state.keys():
+        raise ValueError(f"params[{name!r}]: is the name of a tensor of the state too; give this parameter another one")
 
     device = next(iter(params.values())).device
     buckets = _bucket(groups, config, device)
@@ -142,6 +144,8 @@ def make_plan(
 def _hyper_of(params: Mapping[str, Tensor], given: Mapping[str, int] | None) -> tuple[Mapping[str, int], int]:
     if given is None:
         return dict.fromkeys(params, 0), 0
+    if not isinstance(given, Mapping):
+        raise TypeError(f"hyper_of: expected a dict of parameter name -> int, got {type(given).__name__}")
     for name in params:
         index = given.get(name)
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:

@@ -47,6 +47,7 @@ def check(
 
     Raises:
         NonFiniteStepError: ``max_consecutive`` steps in a row were skipped. Every rank raises: all have the same flags.
+        TypeError: no StepResult, or no Plan.
         ValueError: ``max_consecutive`` < 1, or a result of another plan.
     """
     _check_arguments(result, plan, max_consecutive)
@@ -70,15 +71,22 @@ class SkipMonitor:
     """
 
     def __init__(self, plan: Plan, *, max_consecutive: int | None = None) -> None:
+        _check_plan(plan)
         self.plan, self.max_consecutive = plan, max_consecutive
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[Plan, Tensor, torch.cuda.Event | None]] = deque()
 
-    def __call__(self, result: StepResult) -> int:
+    def __call__(self, result: StepResult, plan: Plan | None = None) -> int:
         """How many of the steps that became known now were skipped.
 
+        Args:
+            plan: from this step on, where it is another: ``monitor(optimizer.result, optimizer.plan)``.
+
         Raises:
-            NonFiniteStepError, ValueError: as `check`.
+            NonFiniteStepError, TypeError, ValueError: as `check`.
         """
+        if plan is not None:
+            _check_plan(plan)
+            self.plan = plan
         _check_arguments(result, self.plan, self.max_consecutive)
         packed = _packed(result)
         if packed.device.type == "cuda":
@@ -86,9 +94,9 @@ class SkipMonitor:
             pinned.copy_(packed, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-            self._pending.append((pinned, arrived))
+            self._pending.append((self.plan, pinned, arrived))
         else:
-            self._pending.append((packed, None))
+            self._pending.append((self.plan, packed, None))
         return self._look(wait=False)
 
     def wait(self) -> int:
@@ -98,14 +106,14 @@ class SkipMonitor:
     def _look(self, *, wait: bool) -> int:
         skips = 0
         while self._pending:
-            packed, arrived = self._pending[0]
+            plan, packed, arrived = self._pending[0]
             if arrived is not None:
                 if wait:
                     arrived.synchronize()
                 elif not arrived.query():
                     break
             self._pending.popleft()
-            skips += _report(_Outcome.of(self.plan, packed.tolist()), self.plan, self.max_consecutive, depth=3)
+            skips += _report(_Outcome.of(plan, packed.tolist()), plan, self.max_consecutive, depth=3)
         return skips
 
 
@@ -142,8 +150,19 @@ def _packed(result: StepResult) -> Tensor:
 def _check_arguments(result: StepResult, plan: Plan, max_consecutive: int | None) -> None:
     if max_consecutive is not None and (not isinstance(max_consecutive, int) or max_consecutive < 1):
         raise ValueError(f"max_consecutive: expected None or an int >= 1, got {max_consecutive!r}")
-    if result.flags.shape[-1] != len(plan.names):
-        raise ValueError(f"result: flags for {result.flags.shape[-1]} parameters, the plan has {len(plan.names)}")
+    _check_plan(plan)
+    if not isinstance(result, StepResult):
+        raise TypeError(
+            f"result: expected a StepResult, got {type(result).__name__}; an optimizer has one after its first step"
+        )
+    if result.params.keys() != set(plan.names):
+        other = sorted(result.params.keys() ^ set(plan.names))[:8]
+        raise ValueError(f"result: of another plan, which differs in {other}; NorMuon has the one of its last step as .plan")
+
+
+def _check_plan(plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}; an optimizer has one after its first step")
 
 
 def _report(outcome: _Outcome, plan: Plan, max_consecutive: int | None, *, depth: int) -> bool:

@@ -168,7 +168,7 @@ _LOOKUP = re.compile(r"(^|[._])(embed\w*|\w*_emb|emb|wte|wpe|lm_head|head|unembe
 def _default_route(name: str, tensor: Tensor) -> tuple[Route, str]:
     if tensor.ndim < 2:
         return Route("adamw"), f"{tensor.ndim}-D"
-    if tensor.ndim == 2 and _LOOKUP.search(name):
+    if (tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[0] == 1)) and _LOOKUP.search(name):
         return Route("adamw"), "embedding or output head, by name"
     return Route("normuon"), "matrix" if tensor.ndim == 2 else "stack of matrices"
 
@@ -181,10 +181,15 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
         raise ValueError(f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack can have splits")
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
-    if len(shape) >= 4 and not route.flatten and shape[-1] == shape[-2] <= 11:
+    high, wide = shape[-2:]
+    if len(shape) >= 4:  # an image has one channel or three, and patches of 14 or 16
+        is_window = high == wide <= (32 if shape[-3] in (1, 3) else 11) or min(high, wide) == 1
+    else:
+        is_window = len(shape) == 3 and wide in (1, 3, 5, 7)
+    if is_window and not route.flatten:
         warnings.warn(
             f"params[{name!r}]: shape {shape} is read as {torch.Size(shape[:-2]).numel()} matrices of {shape[-2]}x{shape[-1]}; "
-            "for a convolution use Route(flatten=True)",
+            "for a convolution use Route(flatten=True), or routes=nm.routes_for(model), which sees what it is",
             stacklevel=4,
         )
     size = shape[len(shape) - 2 + route.dim]

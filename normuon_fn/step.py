@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,7 +63,8 @@ def update(
 ) -> StepResult:
     """One NorMuon step, pure: new parameters and state, the old ones untouched. Not compiled: for your own ``torch.compile``.
 
-    A gradient of ``None`` leaves that parameter and its state as they are; which ones are ``None`` is static.
+    A gradient of ``None`` leaves that parameter and its state as they are; which ones are ``None`` is static. The step has no
+    derivative.
 
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
@@ -94,7 +95,8 @@ def step(
 ) -> StepResult:
     """`update` as one compiled graph (``torch.compile(fullgraph=True, dynamic=False)``), compiled once for every plan.
 
-    Pass detached parameters: a result fed back then meets the graph it came from.
+    Pass detached parameters: a result fed back then meets the graph it came from. Each set of gradients that are None is
+    compiled once; with ``Config(missing_grads="zeros")`` there is only one.
     """
     if torch.compiler.is_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
@@ -123,7 +125,8 @@ def _whole(result: StepResult, params: Tensors, plan: Plan) -> StepResult:
     )
 
 
-_cache: WeakKeyDictionary[Plan, dict[Callable[..., StepResult], Callable[..., StepResult]]] = WeakKeyDictionary()
+Form = tuple[Callable[..., StepResult], tuple[bool, ...]]  # what is compiled: a function, and which gradients it is without
+_cache: WeakKeyDictionary[Plan, dict[Form, Callable[..., StepResult]]] = WeakKeyDictionary()
 
 
 def _compiled(
@@ -138,21 +141,34 @@ def _compiled(
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     own = _cache.setdefault(plan, {})
-    if function not in own:
+    zeros = plan.config.missing_grads == "zeros"
+    form = function, () if zeros or not isinstance(grads, Mapping) else tuple([grad is None for grad in grads.values()])
+    if form not in own:
         if not own and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, params, grads, state, hyper, found_inf)
             threading.Thread(target=_compile_kernels, args=(plan, function), name="normuon_fn kernels", daemon=True).start()
-        own[function] = compile_whole(function, overlap=any(bucket.exchange for bucket in plan.buckets))
+        own[form] = compile_whole(function, overlap=any(bucket.exchange for bucket in plan.buckets))
     given = params, grads, state
     try:
         if plan.sharded:
             check_lies(plan, *given)
             params, grads, state = map(mesh.local_of, given)
+        if zeros:
+            grads = zeros_for_none(params, grads)
         with without_autocast(plan.device):
-            return own[function](params, grads, state, hyper, plan, found_inf=found_inf)
-    except Exception:
+            return own[form](params, grads, state, hyper, plan, found_inf=found_inf)
+    except Exception as error:
         check_step(plan, *given, hyper, found_inf)  # tracing stumbled over it: say it in plain words
+        if type(error).__name__ == "FailOnRecompileLimitHit":
+            raise RuntimeError(
+                "step: compiled for many forms of its arguments already. Keep them alike from step to step: the order of the "
+                "keys, the strides of the gradients, requires_grad, and whether gradients are recorded"
+            ) from error
         raise
+
+
+def zeros_for_none(params: Tensors, grads: Grads) -> Grads:
+    return {name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in grads.items()}
 
 
 def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
@@ -173,9 +189,9 @@ def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
 def _advance(
     params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, found_inf: Tensor | None, writes: ops.Writes
 ) -> StepResult:
-    if plan.config.missing_grads == "zeros":
-        grads = {name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in grads.items()}
     params, grads, state = mesh.local_of(params), mesh.local_of(grads), mesh.local_of(state)
+    if plan.config.missing_grads == "zeros":
+        grads = zeros_for_none(params, grads)
     run = Run(params, grads, state, hyper, plan, found_inf, writes, {})
 
     moments = [read_moments(run, bucket) for bucket in plan.adamw]
@@ -238,8 +254,19 @@ def _bad_early(run: Run, moments: list[Moments]) -> Flags:
         groups = [group for group in bucket.with_grad(run.grads) if group.held]
         grads = [run.read(group.blocks, ".grad") for group in groups]
         found = ops.largest([grad for part in grads for grad in part], [*map(len, grads)]) if groups else None
-        bad.append(None if found is None else _of_all(run, bucket, ~found.isfinite()).expand(2, -1))
+        bad.append(None if found is None else _of_all(run, bucket, ~_fits(run, bucket, found)).expand(2, -1))
     return bad + [lists.bad if lists.names else None for lists in moments]
+
+
+def _fits(run: Run, bucket: Bucket, largest: Tensor) -> Tensor:
+    """Whether gradients with those largest entries keep the momentum finite: one that is not would be so for good."""
+    config = run.plan.config
+    if config.momentum_dtype is None and config.momentum_form == "ema":
+        return largest.isfinite()
+    limit = min(torch.finfo(dtype).max for dtype in (config.momentum_dtype or largest.dtype, largest.dtype))
+    if config.momentum_form == "ema":
+        return largest <= limit
+    return largest <= limit * (1.0 - run.hyper_of(bucket).momentum.to(largest.dtype))
 
 
 def _agreed_late(
@@ -252,7 +279,7 @@ def _agreed_late(
         if update is None or front is None or early is not None:
             bad.append(None if update is None else torch.stack([update, torch.zeros_like(update)]))
         else:
-            grad = _of_all(run, bucket, ~front.measures[0].isfinite())
+            grad = _of_all(run, bucket, ~_fits(run, bucket, front.measures[0]))
             bad.append(torch.stack([update | grad, grad]))
     if early is None:
         return _agreed(run, bad + [lists.bad if lists.names else None for lists in moments])

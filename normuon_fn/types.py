@@ -121,7 +121,10 @@ class Config:
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
             raise TypeError(f"Config.orthogonalizer: expected a callable [n, rows, cols] -> same, got {self.orthogonalizer!r}")
         if not isinstance(self.coefficients, str):
-            object.__setattr__(self, "coefficients", tuple(tuple(row) for row in self.coefficients))
+            rows = self.coefficients
+            if not isinstance(rows, Sequence) or not all(isinstance(row, Sequence) for row in rows):
+                raise TypeError(f"Config.coefficients: expected a name or a tuple of (a, b, c) rows, got {rows!r}")
+            object.__setattr__(self, "coefficients", tuple(tuple(row) for row in rows))
         resolve(self.coefficients, self.steps, self.safety_factor)
 
     @staticmethod
@@ -249,6 +252,8 @@ class Hyper(NamedTuple):
     @staticmethod
     def stack(hypers: Sequence[Hyper]) -> Hyper:
         """One `Hyper` of 1-d tensors, for a plan made with ``hyper_of``: entry k is ``hypers[k]``."""
+        if not hypers:
+            raise ValueError("hypers: expected at least one Hyper, got none")
         return Hyper(*(torch.stack(values) for values in zip(*hypers, strict=True)))
 
 

@@ -22,6 +22,7 @@ def test_a_transposed_matrix_steps_as_the_one_that_it_is_the_transpose_of(preset
     torch.testing.assert_close(stored.mT, plain, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:params.* is read as")  # a part of 16x16 could be a convolution's window
 @pytest.mark.parametrize("preset", ["dion", "modded_nanogpt"])
 @pytest.mark.parametrize(("shape", "dim"), [((3, 24, 16), 0), ((3, 16, 24), 1), ((2, 2, 24, 16), 0), ((2, 2, 16, 24), 1)])
 def test_parts_of_a_stack_step_as_stacks_of_their_own(preset: str, shape: tuple[int, ...], dim: int) -> None:
