@@ -90,6 +90,20 @@ def storage_key(tensor: Tensor) -> Hashable:
     return tensor.untyped_storage()._cdata
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether `torch.func.grad` or the like is to differentiate by it. Not asked for inside a graph."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """The same memory with a storage of its own, for parameters that are parts of one.
+
+    torch 2.11 compiles a step that writes to several parts of a storage wrongly: some parameters get what happens to lie in
+    memory (CPU, 2026-11-23; 2.13 and 2.14 do not).
+    """
+    return torch.utils.dlpack.from_dlpack(tensor.detach()) if tensor.numel() else tensor
+
+
 def has_bfloat16_matrix_unit(device: torch.device) -> bool:
     """Whether bfloat16 products are faster than float32 ones: CUDA, and CPUs with AMX."""
     return _HAS_AMX if device.type == "cpu" else device.type == "cuda"

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from . import ops
 from .coefficients import Coefficients, CoefficientSet, gram_restarts, resolve
-from .compat import has_bfloat16_matrix_unit, without_autocast
+from .compat import has_bfloat16_matrix_unit, has_tangent, without_autocast
 from .types import COMPUTE_DTYPES, Method
 
 # float16 has 5 bits of exponent: a matrix of Frobenius norm 1 is carried as 2^7 X, so that small rows stay normal numbers.
@@ -39,8 +39,8 @@ def orthogonalize(
 
     Bit for bit, ``orthogonalize(2**k * x) == orthogonalize(x)`` as long as all non-zero entries stay normal numbers, and
     ``orthogonalize(x.mT) == orthogonalize(x).mT`` (tested on the CPU; on CUDA the norm is summed in float64 in another order).
-    A non-finite entry makes its whole matrix non-finite. It has no derivative. Of a DTensor the result is one of the same
-    placements: see orthogonalize_sharded.py.
+    A non-finite entry makes its whole matrix non-finite. It has no derivative: the result requires none. Of a DTensor the
+    result is one of the same placements: see orthogonalize_sharded.py.
 
     Args:
         method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides by aspect ratio.
@@ -48,8 +48,8 @@ def orthogonalize(
 
     Raises:
         TypeError: ``x`` is not a real floating-point tensor.
-        ValueError: fewer than two dimensions, ``x`` requires a gradient, or an unknown method, dtype, coefficient set or number
-            of steps.
+        ValueError: fewer than two dimensions, `torch.func` differentiates by ``x``, or an unknown method, dtype, coefficients
+            or number of steps.
 
     Source: Keller Jordan, Muon (2024); arXiv 2505.16932 (Polar Express); Gram Newton-Schulz (Dao-AILab).
     """
@@ -58,16 +58,14 @@ def orthogonalize(
         raise TypeError(f"x: expected a dense real floating-point tensor, got {what}")
     if x.ndim < 2:
         raise ValueError(f"x: expected [..., rows, cols], got shape {tuple(x.shape)}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "x: requires a gradient, and orthogonalize has no derivative; give x.detach(), or call it under no_grad"
-        )
+    if has_tangent(x):
+        raise ValueError("x: torch.func is to differentiate by it, and orthogonalize has no derivative; give x.detach()")
     rows, cols = (x.shape[-2], x.shape[-1]) if x.shape[-2] <= x.shape[-1] else (x.shape[-1], x.shape[-2])
     # Of the shape only what decides anything: a graph with symbolic sizes has as many guards.
     short = _SYMMETRIC_FROM if rows >= _SYMMETRIC_FROM else _FEW if rows >= _FEW else 1
     long = 2 * short if cols >= _WIDE * rows else short
     chosen, form = _decide(coefficients, steps, safety_factor, method, dtype, short, long, x.device.type, x.dtype)
-    with without_autocast(x.device):
+    with without_autocast(x.device), torch.no_grad():
         if isinstance(x, DTensor):
             from .orthogonalize_sharded import orthogonalize_sharded  # which imports this file
 

@@ -122,6 +122,7 @@ class Plan:
     guard_group: str | None = None  # the process group whose ranks decide together
     guard_alike: bool = True  # all of them have these parameters
     sharded: bool = False  # any parameter is a DTensor
+    one_storage: bool = False  # some parameters are parts of one storage
     hypers: int = 0  # sets of hyperparameters: Hyper's tensors are [hypers]; 0: one set, and they are 0-d
 
     @property

@@ -56,7 +56,7 @@ def make_plan(
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
-    _check_params(params)
+    one_storage = _check_params(params)
     prepare_inductor()
     routed = resolve_routes(params, {} if routes is None else routes)
 
@@ -137,8 +137,9 @@ def make_plan(
         )
     sharded_at_all = any(of is not None for of in lie)
     return Plan(
-        config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, alike, sharded_at_all, hypers
-    )
+        config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, alike, sharded_at_all,
+        one_storage, hypers,
+    )  # fmt: skip
 
 
 def _hyper_of(params: Mapping[str, Tensor], given: Mapping[str, int] | None) -> tuple[Mapping[str, int], int]:
@@ -221,7 +222,8 @@ def _guard_group(config: Config, lie: Sequence[Sharded | None], mesh: Ranks | No
     return covering(lie)
 
 
-def _check_params(params: Mapping[str, Tensor]) -> None:
+def _check_params(params: Mapping[str, Tensor]) -> bool:
+    """Whether some are parts of one storage."""
     if not isinstance(params, Mapping):
         raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
     if not params:
@@ -249,6 +251,7 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
         for (_, end, name), (start, _, other) in pairwise(views):
             if start < end:
                 raise ValueError(f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, clone() slices")
+    return any(len(views) > 1 for views in held.values())
 
 
 def _bucket(groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, device: torch.device) -> tuple[Bucket, ...]:

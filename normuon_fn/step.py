@@ -18,7 +18,7 @@ from torch import Tensor
 from . import guard, mesh, ops, share, streams
 from .adamw import Moments, apply_adamw, read_moments
 from .checks import check_lies, check_step, check_tensors
-from .compat import compile_whole, without_autocast
+from .compat import apart, compile_whole, without_autocast
 from .plan import Bucket, Plan
 from .planner import make_plan
 from .run import Run
@@ -142,7 +142,8 @@ def _compiled(
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     own = _cache.setdefault(plan, {})
     zeros = plan.config.missing_grads == "zeros"
-    form = function, () if zeros or not isinstance(grads, Mapping) else tuple([grad is None for grad in grads.values()])
+    without = () if zeros or not isinstance(grads, Mapping) else tuple([grad is None for grad in grads.values()])
+    form = function, without
     if form not in own:
         if not own and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, params, grads, state, hyper, found_inf)
@@ -155,8 +156,10 @@ def _compiled(
             params, grads, state = map(mesh.local_of, given)
         if zeros:
             grads = zeros_for_none(params, grads)
+        if plan.one_storage:
+            params = {name: apart(p) for name, p in params.items()}
         with without_autocast(plan.device):
-            return own[form](params, grads, state, hyper, plan, found_inf=found_inf)
+            result = own[form](params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception as error:
         check_step(plan, *given, hyper, found_inf)  # tracing stumbled over it: say it in plain words
         if type(error).__name__ == "FailOnRecompileLimitHit":
@@ -165,6 +168,9 @@ def _compiled(
                 "keys, the strides of the gradients, requires_grad, and whether gradients are recorded"
             ) from error
         raise
+    if plan.one_storage and function is _update_:
+        torch.autograd.graph.increment_version([mesh.local(p) for p in given[0].values()])
+    return result
 
 
 def zeros_for_none(params: Tensors, grads: Grads) -> Grads:

@@ -107,6 +107,7 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(d
         views[name] = flat[at : at + torch.Size(shape).numel()].view(shape)
         at += views[name].numel() + (name == "b")
     own, before, between = {name: view.clone() for name, view in views.items()}, flat.clone(), [0, 41, *range(at, 100)]
+    version = flat._version
     step_ = nm.step_ if compiled else importlib.import_module("normuon_fn.step")._update_
     for params in (views, own):
         plan = nm.make_plan(params, nm.Config(guard="full"))
@@ -122,6 +123,7 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(d
             )
     assert all(torch.equal(views[name], own[name]) for name in shapes)
     assert torch.equal(flat[between], before[between]) and (flat != before).sum() > 50
+    assert flat._version > version  # a backward that still needs the old values has to know
 
 
 @pytest.mark.parametrize(

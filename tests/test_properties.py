@@ -14,6 +14,8 @@ from torch import Tensor
 import normuon_fn as nm
 from normuon_fn.step import _update_
 
+pytestmark = pytest.mark.filterwarnings("ignore:params.* is read as")  # any shape may look like a convolution's
+
 Tensors = dict[str, Tensor]
 
 examples = settings(max_examples=60, deadline=None, derandomize=True)
