@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,17 @@ def test_the_claims_under_it_are_what_the_seeds_say() -> None:
     assert batches["0.1% of the steps, guard off"]["loss"] == "dead"
     small = (ROOT / "examples/study/RESULTS.md").read_text()
     assert "last update has 1.6e-12 of its RMS" in text and "at 2^-66 the last update has 1.6e-12 times the RMS" in small
+
+
+def test_what_a_restart_leaves_is_what_the_soaks_saw() -> None:
+    left = []
+    for device in ("cpu", "cuda"):
+        with (ROOT / "examples" / "study" / f"soak-{device}.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["run"] == "resumed"]
+        cuts = json.loads((ROOT / "examples" / "study" / f"soak-{device}.json").read_text())["cuts"]["resumed"]
+        at = {int(row["step"]): float(row["rss"]) for row in rows}
+        left += [at[b] - at[a] for a, b in pairwise(cuts[1:])]
+    assert f"a restart leaves {min(left):.0f} to {max(left):.0f} MB of the compiler's on the host" in README
 
 
 def test_the_speeds_are_those_of_the_results() -> None:
