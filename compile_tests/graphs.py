@@ -10,7 +10,6 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
-import importlib
 import math
 import re
 import time
@@ -38,6 +37,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
+from normuon_fn import compiled
 from normuon_fn.compat import compile_whole
 
 __all__ = [
@@ -485,6 +485,5 @@ def _base(expression: ast.expr) -> str:
 def counting(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
     found = CompileCounter()
-    module = importlib.import_module("normuon_fn.step")  # the package names the function the same
-    monkeypatch.setattr(module, "compile_whole", lambda function, **_: compile_whole(function, found))
+    monkeypatch.setattr(compiled, "compile_whole", lambda function, **_: compile_whole(function, found))
     return found
