@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 try:  # public from torch 2.15 on
     import torch.distributed.functional_collectives as collectives  # type: ignore[import-not-found, unused-ignore]
@@ -101,7 +102,7 @@ def apart(tensor: Tensor) -> Tensor:
     torch 2.11 compiles a step that writes to several parts of a storage wrongly: some parameters get what happens to lie in
     memory (CPU, 2026-11-23; 2.13 and 2.14 do not).
     """
-    return torch.utils.dlpack.from_dlpack(tensor.detach()) if tensor.numel() else tensor
+    return from_dlpack(to_dlpack(tensor.detach())) if tensor.numel() else tensor
 
 
 def has_bfloat16_matrix_unit(device: torch.device) -> bool:
