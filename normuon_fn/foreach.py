@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .compat import storage_key
 from .mesh import local
 from .plan import Plan
 from .planner import make_plan
@@ -204,20 +205,15 @@ def _check_list(what: str, given: Sequence[Tensor | None], length: int, *, optio
 
 def _check_distinct(written: dict[str, Sequence[Tensor | None]]) -> None:
     """That nothing is written twice. Not inside a graph: there are no objects to compare."""
-    at = [local(x).data_ptr() for given in written.values() for x in given if x is not None and x.numel()]
-    if len(set(at)) == len(at):
+    here = [(what, k, local(x)) for what, given in written.items() for k, x in enumerate(given) if x is not None]
+    places = [(what, k, (storage_key(x), x.storage_offset())) for what, k, x in here if x.numel()]
+    if len({place for _, _, place in places}) == len(places):
         return
-    seen: dict[int, str] = {}
-    for what, given in written.items():
-        for k, x in enumerate(given):
-            if x is None or not x.numel():
-                continue
-            place, address = f"{what}[{k}]", local(x).data_ptr()
-            if address in seen and address:  # 0: a part of a DTensor with nothing in it
-                raise ValueError(
-                    f"{place}: is the tensor of {seen[address]}, and would be written twice; pass tied weights once"
-                )
-            seen[address] = place
+    seen: dict[Hashable, str] = {}
+    for what, k, place in places:
+        if place in seen:
+            raise ValueError(f"{what}[{k}]: is the tensor of {seen[place]}, and would be written twice; pass tied weights once")
+        seen[place] = f"{what}[{k}]"
 
 
 def _check_routes(routes: tuple[Route, ...], length: int) -> None:

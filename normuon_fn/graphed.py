@@ -129,7 +129,10 @@ class GraphedStep:
         return result
 
     def release(self) -> None:
-        """Waits for the device; frees the graph and its memory pool. The next call starts afresh, as the first did."""
+        """Waits for the device; frees the graph and its memory pool. The next call starts afresh, as the first did.
+
+        The stream that it was captured on stays for another, on older torch with its cuBLAS workspace (32 MiB on an H100).
+        """
         self._drop()
         self._replays = self._short_lived = 0
         self._stays_plain = False
@@ -177,21 +180,21 @@ class GraphedStep:
     def _capture(self, call: Callable[[], StepResult]) -> _Replayable:
         """`call` as a graph, without executing it."""
         device, graph = self.plan.device, torch.cuda.CUDAGraph()
-        lane = streams.borrow(device)
+        lent = streams.borrow(device)
         try:
             # The outer context brings the current stream back when a capture fails, which torch.cuda.graph does not.
             # "thread_local": a data loader's thread that pins memory meanwhile must not end the capture.
             with (
-                torch.cuda.stream(lane.stream),
+                torch.cuda.stream(lent.stream),
                 torch.cuda.graph(
-                    graph, pool=torch.cuda.graph_pool_handle(), stream=lane.stream, capture_error_mode="thread_local"
+                    graph, pool=torch.cuda.graph_pool_handle(), stream=lent.stream, capture_error_mode="thread_local"
                 ),
             ):
                 result = call()
         except BaseException:
-            streams.give_back(device, lane)
+            streams.give_back(device, lent)
             raise
-        return _Graph(graph, result, device, lane)
+        return _Graph(graph, result, device, lent)
 
 
 class _Replayable(Protocol):
@@ -203,9 +206,11 @@ class _Replayable(Protocol):
 
 
 class _Graph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, result: StepResult, device: torch.device, lane: streams.Lane) -> None:
-        self.graph, self.result, self.device, self.lane = graph, result, device, lane
-        self._end = weakref.finalize(self, _end, graph, device, lane)  # also when nobody frees it
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, result: StepResult, device: torch.device, lent: streams.CaptureStream
+    ) -> None:
+        self.graph, self.result, self.device, self.lent = graph, result, device, lent
+        self._end = weakref.finalize(self, _end, graph, device, lent)  # also when nobody frees it
         self._end.atexit = False
 
     def replay(self) -> None:
@@ -216,9 +221,9 @@ class _Graph:
         self._end()
 
 
-def _end(graph: torch.cuda.CUDAGraph, device: torch.device, lane: streams.Lane) -> None:
+def _end(graph: torch.cuda.CUDAGraph, device: torch.device, lent: streams.CaptureStream) -> None:
     graph.reset()
-    streams.give_back(device, lane)
+    streams.give_back(device, lent)
 
 
 class _Inputs:

@@ -2,8 +2,9 @@
 
 cuBLAS writes to a workspace, 32 MiB on an H100, which torch keeps for every stream and thread that ever multiplied on it: a new
 stream for every plan or graph would be that much memory for good. And a captured graph goes on writing to the workspace that it
-met, whoever has the memory by then: Inductor gives all workspaces back when it records a graph, and torch since 2.13 those of
-a stream when any graph that was captured there goes (pytorch/pytorch#193402). So there are two kinds, both used again:
+met, whoever has the memory by then: Inductor gives all workspaces back when it records a graph, and newer torch (2.13, not
+2.11) those of a stream when any graph that was captured there goes (pytorch/pytorch#193402). So there are two kinds, both used
+again:
 
 - `beside`: for work that is thrown away. One for all.
 - `borrow`, `give_back`: to capture a graph on. Of two live graphs each has its own, and its workspace lies in memory that is
@@ -19,14 +20,14 @@ import torch
 
 
 @dataclass(frozen=True)
-class Lane:
+class CaptureStream:
     """A stream to capture on, and where its workspace lies."""
 
     stream: torch.cuda.Stream
     memory: torch.cuda.MemPool
 
 
-_idle: dict[torch.device, list[Lane]] = {}
+_idle: dict[torch.device, list[CaptureStream]] = {}
 
 
 @functools.cache
@@ -34,20 +35,20 @@ def beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def borrow(device: torch.device) -> Lane:
+def borrow(device: torch.device) -> CaptureStream:
     """One that no live graph was captured on."""
     with torch.cuda.device(device):
         try:
-            lane = _idle.setdefault(device, []).pop()
+            lent = _idle.setdefault(device, []).pop()
         except IndexError:
-            lane = Lane(torch.cuda.Stream(device), torch.cuda.MemPool())
-        with torch.cuda.stream(lane.stream), torch.cuda.use_mem_pool(lane.memory, device):
+            lent = CaptureStream(torch.cuda.Stream(device), torch.cuda.MemPool())
+        with torch.cuda.stream(lent.stream), torch.cuda.use_mem_pool(lent.memory, device):
             torch.cuda.current_blas_handle()  # allocates the workspace here and now, if it is not there
-    return lane
+    return lent
 
 
-def give_back(device: torch.device, lane: Lane) -> None:
-    _idle[device].append(lane)
+def give_back(device: torch.device, lent: CaptureStream) -> None:
+    _idle[device].append(lent)
 
 
 def is_capturing(device: torch.device) -> bool:

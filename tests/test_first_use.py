@@ -39,7 +39,7 @@ def test_any_set_of_gradients_may_be_missing(missing: str) -> None:
             nm.step_(params, grads, state, hyper, plan)
             new = nm.update(expected, grads, expected_state, hyper, plan)
             expected, expected_state = new.params, new.state
-            torch.testing.assert_close(params, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(params, expected, rtol=0, atol=1e-5)  # 2.4e-7 seen
 
 
 def test_an_optimizer_that_counts_missing_gradients_as_zeros_compiles_once() -> None:
@@ -76,7 +76,7 @@ def test_orthogonalize_in_a_graph_of_ones_own_takes_any_shape() -> None:
     compiled = torch.compile(nm.orthogonalize, fullgraph=True, backend="aot_eager")
     for shape in ((8, 12), (16, 12), (2, 9, 9), (70, 80), (12, 8)):
         x = torch.randn(shape)
-        torch.testing.assert_close(compiled(x), nm.orthogonalize(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled(x), nm.orthogonalize(x), rtol=0, atol=1e-5)  # 0 seen
 
 
 @pytest.mark.parametrize(

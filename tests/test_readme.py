@@ -201,7 +201,7 @@ def test_what_a_restart_leaves_is_what_the_soaks_saw() -> None:
         cuts = json.loads((ROOT / "examples" / "study" / f"soak-{device}.json").read_text())["cuts"]["resumed"]
         at = {int(row["step"]): float(row["rss"]) for row in rows}
         left += [at[b] - at[a] for a, b in pairwise(cuts[1:])]
-    assert f"a restart leaves {min(left):.0f} to {max(left):.0f} MB of the compiler's on the host" in README
+    assert f"a restart leaves {min(left):.0f} to {max(left):.0f} MB on the host, none on the device" in README
 
 
 def test_the_speeds_are_those_of_the_results() -> None:

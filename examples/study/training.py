@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 from examples.study.common import markdown, read_csv, write_csv, write_section
 from examples.study.corpus import Corpus
-from examples.study.runs import Job, Result, arguments, parse, run_all
+from examples.study.runs import FULL, Job, Result, arguments, parse, run_all
 
 GRID = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 8e-3)
 BASELINES = ("AdamW", "AdamW, clipped")
@@ -157,8 +157,8 @@ all; "guard" is `guard="full"`; "bfloat16" has all parameters in bfloat16, "+ ma
   same seed; `apart from AdamW`: all seeds of this row are on one side of all of AdamW's. In this and the next columns AdamW
   is the better of its two rows, "{about["baseline"]}".
 - `tokens to AdamW's loss`: where the validation loss, on the way down with its own schedule, first is AdamW's at the end,
-  in parts of AdamW's tokens, on a line between two looks (one in 82 steps); `time` the same with each one's time a step.
-  `-`: not reached by every seed.
+  in parts of AdamW's tokens, on a line between two looks (one in {about["steps"] // FULL.evaluations} steps); `time` the
+  same with each one's time a step. `-`: not reached by every seed.
 - `ms a step` is the device's, the median of a run's last 100 steps, of the fastest run of this optimizer at any rate with
   its step in a captured graph; `optimizer` its part, with the copy of all gradients to where the graph reads them. Less than
   1 % between two rows is noise.

@@ -60,8 +60,8 @@ def _rank(rank: int, main: Main, world: int, folder: str, timeout: float, device
     partial = Path(folder) / f"{world}-{rank}.partial"
     partial.write_text(json.dumps(seen))
     os.replace(partial, Path(folder) / f"{world}-{rank}.json")
-    # Without the interpreter's end, which is not what is tested: a rank in some hundred starts ended with "terminate called
-    # without an active exception", which is what threads of C++ do there that still want the interpreter.
+    # Without the interpreter's end, which is not what is tested: of some hundred starts one rank ended with "terminate called
+    # without an active exception". That it happened there is a guess: threads of C++ that want the interpreter then say so.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
