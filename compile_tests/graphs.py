@@ -37,8 +37,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
-from normuon_fn import compiled
 from normuon_fn.compat import compile_whole
+from normuon_fn.runtime import compiled
 
 __all__ = [
     "CompileCounter",
@@ -61,10 +61,19 @@ __all__ = [
 Function = Callable[..., Any]
 
 # Ops whose result the host has to wait for. Shapes that depend on values are found by their symbols instead.
-HOST_SYNCS = {"aten._local_scalar_dense", "aten.item", "aten.equal", "aten.is_nonzero", "aten.nonzero", "aten.masked_select"}
+HOST_SYNCS = {
+    "aten._local_scalar_dense",
+    "aten.item",
+    "aten.equal",
+    "aten.is_nonzero",
+    "aten.nonzero",
+    "aten.masked_select",
+}
 PRODUCTS = ("bmm", "baddbmm", "mm", "addmm", "matmul")
 # What a listing names; everything else is elementwise, a reduction or a view.
-NAMED = re.compile(rf"^(normuon_fn\.\w+|_c10d_functional\.(?!wait_tensor)\w+|aten\.({'|'.join(PRODUCTS)}|copy_))$")
+NAMED = re.compile(
+    rf"^(normuon_fn\.\w+|_c10d_functional\.(?!wait_tensor)\w+|aten\.({'|'.join(PRODUCTS)}|copy_))$"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,10 @@ class Recorded:
         found = []
         for node in self.calls:
             namespace, _, name = _name(node).partition(".")
-            if namespace in ("_c10d_functional", "c10d", "c10d_functional") and name != "wait_tensor":
+            if (
+                namespace in ("_c10d_functional", "c10d", "c10d_functional")
+                and name != "wait_tensor"
+            ):
                 value = _tensors(node.args)[0]
                 found.append(Collective(name, tuple(value.shape), value.dtype))
         return found
@@ -112,7 +124,9 @@ class Recorded:
     @property
     def groups(self) -> list[str]:
         """The names of the process groups that are reduced over."""
-        return [str(node.args[2]) for node in self.calls if _name(node) == "_c10d_functional.all_reduce"]
+        return [
+            str(node.args[2]) for node in self.calls if _name(node) == "_c10d_functional.all_reduce"
+        ]
 
     @property
     def devices(self) -> set[str]:
@@ -120,7 +134,9 @@ class Recorded:
         return {value.device.type for node in self.nodes for value in _values(node)}
 
     def dtypes_of(self, name: str) -> set[torch.dtype]:
-        return {value.dtype for node in self.calls if _name(node) == name for value in _values(node)}
+        return {
+            value.dtype for node in self.calls if _name(node) == name for value in _values(node)
+        }
 
     @property
     def listing(self) -> str:
@@ -130,7 +146,9 @@ class Recorded:
 
         def close() -> None:
             if run:
-                lines.append(", ".join(f"{name} {run[name]}" for name in (*PRODUCTS, "copy_") if run[name]))
+                lines.append(
+                    ", ".join(f"{name} {run[name]}" for name in (*PRODUCTS, "copy_") if run[name])
+                )
                 run.clear()
 
         for node in self.calls:
@@ -163,18 +181,26 @@ class Recorded:
         Raises:
             AssertionError: naming what was found.
         """
-        assert self.graphs == 1 and not self.break_reasons, f"{self.graphs} graphs: {self.break_reasons}"
+        assert self.graphs == 1 and not self.break_reasons, (
+            f"{self.graphs} graphs: {self.break_reasons}"
+        )
         assert not self.host_syncs, f"the host waits for {self.host_syncs}"
         assert self.devices == {device}, f"tensors on {self.devices}, expected {device}"
         names = [collective.name for collective in self.collectives]
-        assert names == ["all_reduce"] * reductions, f"{reductions} all_reduce expected, found {names}"
+        assert names == ["all_reduce"] * reductions, (
+            f"{reductions} all_reduce expected, found {names}"
+        )
         for found in self.collectives:
-            assert found.dtype == torch.int32 and math.prod(found.shape) <= largest, f"{found}: more than {largest} int32"
+            assert found.dtype == torch.int32 and math.prod(found.shape) <= largest, (
+                f"{found}: more than {largest} int32"
+            )
 
     def check_size(self, *, parameters: int, buckets: int) -> None:
         """The graph grows with buckets, hardly with parameters (DESIGN: the form that did not took 260 s to compile)."""
         allowed = 6 * parameters + 150 * buckets
-        assert len(self.calls) <= allowed, f"{len(self.calls)} nodes, {allowed} allowed: {self.ops.most_common(5)}"
+        assert len(self.calls) <= allowed, (
+            f"{len(self.calls)} nodes, {allowed} allowed: {self.ops.most_common(5)}"
+        )
 
 
 def record(function: Function, *args: Any, **kwargs: Any) -> Recorded:
@@ -182,12 +208,20 @@ def record(function: Function, *args: Any, **kwargs: Any) -> Recorded:
     torch._dynamo.reset()
     recorder = AotEagerAndRecordGraphs()
     explained = ExplainWithBackend(recorder)
-    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+    with torch._dynamo.config.patch(
+        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+    ):
         compiled = torch.compile(function, backend=explained, dynamic=False)
         result = compiled(*args, **kwargs)
     output = explained.output()
     reasons = tuple(str(reason.reason) for reason in output.break_reasons)
-    return Recorded(output.graph_count, reasons, _all_nodes(recorder.fw_graphs + recorder.bw_graphs), result, compiled)
+    return Recorded(
+        output.graph_count,
+        reasons,
+        _all_nodes(recorder.fw_graphs + recorder.bw_graphs),
+        result,
+        compiled,
+    )
 
 
 def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
@@ -206,7 +240,9 @@ def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
         if run:
             return functorch.compile.make_boxed_func(graph.forward)
         outputs = _tensors(graph.graph.output_node().args)
-        return functorch.compile.make_boxed_func(lambda *_: [torch.empty(x.shape, dtype=x.dtype) for x in outputs])
+        return functorch.compile.make_boxed_func(
+            lambda *_: [torch.empty(x.shape, dtype=x.dtype) for x in outputs]
+        )
 
     moves = [way for bucket in plan.buckets if bucket.exchange for way in bucket.exchange.moves]
     exchanges = [bucket.exchange for bucket in plan.buckets if bucket.exchange]
@@ -217,11 +253,18 @@ def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
             for thing, value in zip(held, values, strict=True):
                 object.__setattr__(thing, field, value)
 
-    def on_tensors(held: dict[str, Tensor], shared: tuple[list[Any], list[Any]], *others: Any) -> Any:
+    def on_tensors(
+        held: dict[str, Tensor], shared: tuple[list[Any], list[Any]], *others: Any
+    ) -> Any:
         given = iter(others)
         put(shared)
         try:
-            return function(*(dataclasses.replace(plan, **held) if value is plan else next(given) for value in args))
+            return function(
+                *(
+                    dataclasses.replace(plan, **held) if value is plan else next(given)
+                    for value in args
+                )
+            )
         finally:
             put(tables)
 
@@ -242,7 +285,9 @@ def no_recompile() -> Iterator[None]:
 
 
 class _NoHostSync(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         assert str(function.overloadpacket) not in HOST_SYNCS, f"the host waits for {function}"
         return function(*args, **(kwargs or {}))
 
@@ -256,7 +301,9 @@ def no_host_sync() -> TorchDispatchMode:
 
 
 @contextlib.contextmanager
-def fake_ranks(world: int, kind: str = "group", rank: int = 0) -> Iterator[dist.ProcessGroup | DeviceMesh | None]:
+def fake_ranks(
+    world: int, kind: str = "group", rank: int = 0
+) -> Iterator[dist.ProcessGroup | DeviceMesh | None]:
     """``world`` ranks in one process, which is ``rank``: collectives trace, their values mean nothing. Nothing at all for 1."""
     if world == 1:
         yield None
@@ -273,7 +320,9 @@ def fake_ranks(world: int, kind: str = "group", rank: int = 0) -> Iterator[dist.
         dist.destroy_process_group()
 
 
-def sharded(shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Any], strided: int | None = None) -> DTensor:
+def sharded(
+    shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Any], strided: int | None = None
+) -> DTensor:
     """A parameter as it lies on ``mesh``, of random values.
 
     ``strided``: a first placement Shard(0) is one of what so many ranks have sharded already, as FSDP2 makes it.
@@ -283,7 +332,9 @@ def sharded(shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Any],
         placements[0] = _StridedShard(placements[0].dim, split_factor=strided)
     part, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(torch.randn(part), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(
+        torch.randn(part), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def name_of(node: Node) -> str:
@@ -312,7 +363,9 @@ def fake_cuda() -> Iterator[None]:
 def _cuda_guarded_as_meta() -> Iterator[None]:
     cuda, meta = 1, 14  # c10::DeviceType
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
-    registry = (ctypes.c_void_p * (meta + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    registry = (ctypes.c_void_p * (meta + 1)).in_dll(
+        library, "_ZN3c104impl26device_guard_impl_registryE"
+    )
     registry[cuda] = registry[meta]
     try:
         with FakeTensorMode():
@@ -358,13 +411,21 @@ class Generated:
     @property
     def buffers(self) -> list[tuple[int, ...]]:
         """The shapes of the buffers that are allocated, in order."""
-        made = [call for call in self._calls() if re.match(r"empty_strided_(cpu|cuda)$", ast.unparse(call.func))]
+        made = [
+            call
+            for call in self._calls()
+            if re.match(r"empty_strided_(cpu|cuda)$", ast.unparse(call.func))
+        ]
         return [ast.literal_eval(call.args[0]) for call in made]
 
     @property
     def copies(self) -> list[str]:
         """Calls that do nothing but copy."""
-        return [ast.unparse(call) for call in self._calls() if re.search(r"\b(copy_|clone|copy)\b", ast.unparse(call.func))]
+        return [
+            ast.unparse(call)
+            for call in self._calls()
+            if re.search(r"\b(copy_|clone|copy)\b", ast.unparse(call.func))
+        ]
 
     @property
     def written(self) -> list[str]:
@@ -382,7 +443,11 @@ class Generated:
     @property
     def in_kernels(self) -> set[str]:
         """Names of inputs and buffers that Inductor's own kernels read or write."""
-        calls = [call for call in self._calls() if re.match(r"(cpp|triton)_\w+(\.run)?$", ast.unparse(call.func))]
+        calls = [
+            call
+            for call in self._calls()
+            if re.match(r"(cpp|triton)_\w+(\.run)?$", ast.unparse(call.func))
+        ]
         return {_base(argument) for call in calls for argument in call.args}
 
     def check_in_place(self, least: int) -> None:
@@ -396,7 +461,9 @@ class Generated:
         buffers = [name for name in self.written if not name.startswith("arg")]
         assert not buffers, f"written in the place of inputs: {buffers}"
         assert not self.copies, f"copied: {self.copies}"
-        assert not large & self.in_kernels, f"Inductor's own kernels touch {large & self.in_kernels}"
+        assert not large & self.in_kernels, (
+            f"Inductor's own kernels touch {large & self.in_kernels}"
+        )
 
     def _calls(self) -> list[ast.Call]:
         found = [node for node in ast.walk(self.wrapper) if isinstance(node, ast.Call)]
@@ -405,14 +472,21 @@ class Generated:
 
 def generated(function: Function, *args: Any, **kwargs: Any) -> Generated:
     """Inductor's code for ``function``."""
-    _, sources = run_and_get_code(torch.compile(function, fullgraph=True, dynamic=False), *args, **kwargs)
+    _, sources = run_and_get_code(
+        torch.compile(function, fullgraph=True, dynamic=False), *args, **kwargs
+    )
     assert len(sources) == 1, f"{len(sources)} graphs"
     tree = ast.parse(sources[0])
-    wrapper = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call")
+    wrapper = next(
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"
+    )
     shapes = {}
     for node in ast.walk(wrapper):
         checks = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        if checks not in ("assert_size_stride", "assert_size_stride_grouped"):  # torch 2.14 asks for several at once
+        if checks not in (
+            "assert_size_stride",
+            "assert_size_stride_grouped",
+        ):  # torch 2.14 asks for several at once
             continue
         given, sizes = node.args[:2]
         several = isinstance(given, ast.Tuple)
@@ -424,19 +498,29 @@ def generated(function: Function, *args: Any, **kwargs: Any) -> Generated:
 
 def registered_ops() -> set[str]:
     """Every operator of the package, whether used or not."""
-    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("normuon_fn::")}
-    return {name.partition(".")[0] for name in names} - {"reinterpret"}  # compat's, on torch 2.11 alone
+    names = {
+        name.partition("::")[2]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("normuon_fn::")
+    }
+    return {name.partition(".")[0] for name in names} - {
+        "reinterpret"
+    }  # compat's, on torch 2.11 alone
 
 
 def _all_nodes(graphs: list[GraphModule]) -> tuple[Node, ...]:
-    inner = [module for graph in graphs for module in graph.modules() if isinstance(module, GraphModule)]
+    inner = [
+        module for graph in graphs for module in graph.modules() if isinstance(module, GraphModule)
+    ]
     return tuple(node for module in inner for node in module.graph.nodes)
 
 
 def _name(node: Node) -> str:
     """``aten.bmm``; ``normuon_fn.apply_`` where functionalization has wrapped it."""
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name().startswith("auto_functionalized"):
+    if isinstance(target, torch._ops.HigherOrderOperator) and target.name().startswith(
+        "auto_functionalized"
+    ):
         target = node.args[0]
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket)
@@ -448,7 +532,9 @@ def _length(node: Node) -> int:
     lengths = [value for key, value in node.kwargs.items() if re.match(r"_\w+_length$", key)]
     if lengths:
         return lengths[0]
-    arguments = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, (list, tuple))]
+    arguments = [
+        value for value in (*node.args, *node.kwargs.values()) if isinstance(value, (list, tuple))
+    ]
     return len(arguments[0])
 
 
@@ -469,7 +555,9 @@ def _waits(node: Node) -> bool:
         return True
     symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
     value = node.meta.get("val")
-    if isinstance(value, symbolic) or any(isinstance(n, symbolic) for x in _values(node) for n in x.shape):
+    if isinstance(value, symbolic) or any(
+        isinstance(n, symbolic) for x in _values(node) for n in x.shape
+    ):
         return True
     to_cpu = any(x.device.type == "cpu" for x in _values(node))
     return to_cpu and any(x.device.type != "cpu" for x in _tensors((node.args, node.kwargs)))
@@ -485,5 +573,7 @@ def _base(expression: ast.expr) -> str:
 def counting(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
     found = CompileCounter()
-    monkeypatch.setattr(compiled, "compile_whole", lambda function, **_: compile_whole(function, found))
+    monkeypatch.setattr(
+        compiled, "compile_whole", lambda function, **_: compile_whole(function, found)
+    )
     return found

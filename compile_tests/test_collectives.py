@@ -19,9 +19,12 @@ from torch.distributed.tensor import Replicate, Shard
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import SHORT, Problem, Shapes
-from normuon_fn import exchange, guard, mesh, share
+from normuon_fn.algorithm import guard
 from normuon_fn.compat import all_gather, all_reduce_max, all_to_all, wait
-from normuon_fn.step import _update, _update_
+from normuon_fn.distributed import messages as exchange
+from normuon_fn.distributed import placements as mesh
+from normuon_fn.distributed import share
+from normuon_fn.step import local_update, local_update_
 
 TENSOR_PARALLEL = 4
 # Two buckets, of two groups and of one. From 25 ranks on there are some that hold nothing and own nothing.
@@ -69,20 +72,27 @@ def meshes(world: int) -> dict[str, DeviceMesh]:
     return {**found, "row": found["plane"]["tensor"]}
 
 
-def laid_out(layout: str, world: int, config: nm.Config, shapes: Shapes = MATRICES, *, stacked: bool = False) -> Problem:
+def laid_out(
+    layout: str, world: int, config: nm.Config, shapes: Shapes = MATRICES, *, stacked: bool = False
+) -> Problem:
     """``stacked``: the shapes are of stacks of matrices, which stay whole."""
     mesh, placements, strided = SHARDED[layout]
     on = meshes(world)[mesh]
     placements = [Shard(p.dim + 1) if stacked and isinstance(p, Shard) else p for p in placements]
-    return of_tensors({name: graphs.sharded(shape, on, placements, strided) for name, shape in shapes.items()}, config)
+    return of_tensors(
+        {name: graphs.sharded(shape, on, placements, strided) for name, shape in shapes.items()},
+        config,
+    )
 
 
 def local(given: Problem) -> Problem:
     """What `step` compiles."""
-    return given._replace(**{name: mesh.local_of(getattr(given, name)) for name in ("params", "grads", "state")})
+    return given._replace(
+        **{name: mesh.local_of(getattr(given, name)) for name in ("params", "grads", "state")}
+    )
 
 
-def seen(given: Problem, function: Callable = _update) -> graphs.Recorded:
+def seen(given: Problem, function: Callable = local_update) -> graphs.Recorded:
     return graphs.captured(function, *local(given), run=False)
 
 
@@ -95,7 +105,10 @@ def mixed(world: int, config: nm.Config, *, few: bool = False) -> Problem:
     rows, cols = Shard(len(n)), Shard(len(n) + 1)
     on = meshes(world)
     of = graphs.sharded
-    whole = {"experts": of((world, 8, 4), on["line"], [Shard(0)]), "qkv": of((4 * world, 8), on["line"], [Shard(0)])}
+    whole = {
+        "experts": of((world, 8, 4), on["line"], [Shard(0)]),
+        "qkv": of((4 * world, 8), on["line"], [Shard(0)]),
+    }
     parts = {
         "up": of((*n, 32, 16), on["plane"], [rows, rows], TENSOR_PARALLEL),
         "down": of((*n, 16, 32), on["plane"], [rows, cols]),
@@ -119,18 +132,31 @@ def mixed(world: int, config: nm.Config, *, few: bool = False) -> Problem:
 MIXED, FEW = {"sharded": 4, "gathered": 3}, {"sharded": 1, "gathered": 1}
 
 
-def check(recorded: graphs.Recorded, *, sharded: int = 0, gathered: int = 0, reductions: int = 0, flags: int = 0) -> None:
+def check(
+    recorded: graphs.Recorded,
+    *,
+    sharded: int = 0,
+    gathered: int = 0,
+    reductions: int = 0,
+    flags: int = 0,
+) -> None:
     """Of so many buckets parts go both ways, of so many updates go to copies; two flags for each of ``flags`` parameters.
 
     Raises:
         AssertionError: naming what was found.
     """
-    assert recorded.graphs == 1 and not recorded.break_reasons, f"{recorded.graphs} graphs: {recorded.break_reasons}"
+    assert recorded.graphs == 1 and not recorded.break_reasons, (
+        f"{recorded.graphs} graphs: {recorded.break_reasons}"
+    )
     assert not recorded.host_syncs, f"the host waits for {recorded.host_syncs}"
-    expected = Counter(all_to_all_single=2 * sharded, all_gather_into_tensor=gathered, all_reduce=reductions)
+    expected = Counter(
+        all_to_all_single=2 * sharded, all_gather_into_tensor=gathered, all_reduce=reductions
+    )
     found = Counter(collective.name for collective in recorded.collectives)
     assert found == expected, f"expected {dict(+expected)}, found {dict(found)}"
-    reduced = [str(collective) for collective in recorded.collectives if collective.name == "all_reduce"]
+    reduced = [
+        str(collective) for collective in recorded.collectives if collective.name == "all_reduce"
+    ]
     assert reduced == [f"all_reduce [2, {flags}] int32"] * reductions, f"found {reduced}"
 
 
@@ -146,13 +172,19 @@ def check_overlap(recorded: graphs.Recorded, *, sharded: int, waits_first: int) 
     names = {node: graphs.name_of(node) for node in at}
     products = [at[node] for node, name in names.items() if name in ("aten.bmm", "aten.baddbmm")]
     sent = [node for node, name in names.items() if name == "_c10d_functional.all_to_all_single"]
-    waited = {node.args[0]: k for node, k in at.items() if names[node] == "_c10d_functional.wait_tensor"}
-    assert products and len(sent) == 2 * sharded, f"{len(products)} products, {len(sent)} all-to-all"
+    waited = {
+        node.args[0]: k for node, k in at.items() if names[node] == "_c10d_functional.wait_tensor"
+    }
+    assert products and len(sent) == 2 * sharded, (
+        f"{len(products)} products, {len(sent)} all-to-all"
+    )
     there, back = sent[:sharded], sent[sharded:]
     late = [str(node) for node in there if at[node] > products[0]]
     assert not late, f"sent after the first product: {late}"
     early = [str(node) for node in there if waited[node] < products[0]]
-    assert len(early) <= waits_first, f"waited for before the first product: {early}, {waits_first} allowed"
+    assert len(early) <= waits_first, (
+        f"waited for before the first product: {early}, {waits_first} allowed"
+    )
     early = [str(node) for node in back if waited[node] < products[-1]]
     assert not early, f"updates waited for before the last product: {early}"
 
@@ -162,7 +194,9 @@ def check_overlap(recorded: graphs.Recorded, *, sharded: int, waits_first: int) 
 
 @RANKS
 @pytest.mark.parametrize("layout", SHARDED)
-def test_a_sharded_bucket_is_two_collectives_and_one_more_with_copies(layout: str, world: int, rank: int) -> None:
+def test_a_sharded_bucket_is_two_collectives_and_one_more_with_copies(
+    layout: str, world: int, rank: int
+) -> None:
     with graphs.fake_ranks(world, rank=rank):
         given = laid_out(layout, world, nm.Config(**SHORT))
         assert len(given.plan.buckets) == 2
@@ -172,7 +206,11 @@ def test_a_sharded_bucket_is_two_collectives_and_one_more_with_copies(layout: st
 @RANKS
 def test_a_replicated_bucket_is_one_collective(world: int, rank: int) -> None:
     with graphs.fake_ranks(world, rank=rank) as ranks:
-        given = of_tensors({name: torch.randn(shape) for name, shape in MATRICES.items()}, nm.Config(**SHORT), ranks=ranks)
+        given = of_tensors(
+            {name: torch.randn(shape) for name, shape in MATRICES.items()},
+            nm.Config(**SHORT),
+            ranks=ranks,
+        )
         assert len(given.plan.buckets) == 2
         check(seen(given), gathered=2)
 
@@ -190,27 +228,38 @@ def test_experts_and_heads_that_nobody_cuts_go_nowhere(world: int, rank: int) ->
 
 
 @pytest.mark.parametrize(
-    ("guarded", "world", "rank"), [("off", 8, 7), ("off", 64, 63), ("full", 8, 0), ("full", 64, 0), ("full", 64, 63)]
+    ("guarded", "world", "rank"),
+    [("off", 8, 7), ("off", 64, 63), ("full", 8, 0), ("full", 64, 0), ("full", 64, 63)],
 )
 def test_all_layouts_in_one_plan_add_up(guarded: str, world: int, rank: int) -> None:
     with graphs.fake_ranks(world, rank=rank):
         given = mixed(world, nm.Config(guard=guarded, **SHORT))
-        recorded = seen(given, _update_ if rank else _update)
+        recorded = seen(given, local_update_ if rank else local_update)
         check(recorded, **MIXED, reductions=int(guarded == "full"), flags=len(given.params))
-        assert [graphs.ranks_of(group) for group in recorded.groups] == [world] * int(guarded == "full")
+        assert [graphs.ranks_of(group) for group in recorded.groups] == [world] * int(
+            guarded == "full"
+        )
 
 
-@pytest.mark.parametrize(("guarded", "scope"), [("output", "step"), ("output", "bucket"), ("full", "bucket")])
-@pytest.mark.parametrize(("layout", "world"), [("HSDP", 8), ("replicated", 8), ("FSDP2, rows", 64), ("replicated", 64)])
+@pytest.mark.parametrize(
+    ("guarded", "scope"), [("output", "step"), ("output", "bucket"), ("full", "bucket")]
+)
+@pytest.mark.parametrize(
+    ("layout", "world"), [("HSDP", 8), ("replicated", 8), ("FSDP2, rows", 64), ("replicated", 64)]
+)
 def test_the_guard_is_one_reduction(layout: str, guarded: str, scope: str, world: int) -> None:
     config = nm.Config(guard=guarded, guard_scope=scope, **SHORT)
     with graphs.fake_ranks(world, rank=world - 1) as ranks:
         if layout == "replicated":
-            given = of_tensors({name: torch.randn(shape) for name, shape in MATRICES.items()}, config, ranks=ranks)
+            given = of_tensors(
+                {name: torch.randn(shape) for name, shape in MATRICES.items()}, config, ranks=ranks
+            )
             check(seen(given), gathered=2, reductions=1, flags=len(MATRICES))
         else:
             given = laid_out(layout, world, config)
-            check(seen(given), sharded=2, gathered=copied(layout), reductions=1, flags=len(MATRICES))
+            check(
+                seen(given), sharded=2, gathered=copied(layout), reductions=1, flags=len(MATRICES)
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ as it is compiled
@@ -219,29 +268,33 @@ def test_the_guard_is_one_reduction(layout: str, guarded: str, scope: str, world
 def test_the_compiler_sees_one_graph() -> None:
     with graphs.fake_ranks(8):
         given = mixed(8, nm.Config(guard="full", **SHORT), few=True)
-        compiled = graphs.record(_update, *local(given))
+        compiled = graphs.record(local_update, *local(given))
     check(compiled, **FEW, reductions=1, flags=len(given.params))
     check_overlap(compiled, sharded=1, waits_first=0)  # the experts come first
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 12), reason="dynamo of torch 2.11 fails on a DTensor made in the graph")  # type: ignore[operator]
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="dynamo of torch 2.11 fails on a DTensor made in the graph"
+)  # type: ignore[operator]
 def test_a_users_graph_of_dtensors_has_the_same_collectives() -> None:
     with graphs.fake_ranks(8):
         given = mixed(8, nm.Config(guard="full", **SHORT), few=True)
-        compiled = graphs.record(_update, *local(given))
+        compiled = graphs.record(local_update, *local(given))
         users = graphs.record(nm.update, *given)
     check(users, **FEW, reductions=1, flags=len(given.params))
     check_overlap(users, sharded=1, waits_first=0)
     assert list(map(str, users.collectives)) == list(map(str, compiled.collectives))
     for parameter in given.plan.parameters:
         new = users.result.params[parameter.name]
-        assert new.shape == given.params[parameter.name].shape and mesh.lies_as(new, parameter.spec.sharded)
+        assert new.shape == given.params[parameter.name].shape and mesh.lies_as(
+            new, parameter.spec.sharded
+        )
 
 
 def test_the_compiler_sees_one_graph_at_64_ranks() -> None:
     with graphs.fake_ranks(64):
         given = laid_out("FSDP2, rows", 64, nm.Config(guard="output", **SHORT), {"up": (64, 8)})
-        check(graphs.record(_update_, *local(given)), sharded=1, reductions=1, flags=1)
+        check(graphs.record(local_update_, *local(given)), sharded=1, reductions=1, flags=1)
 
 
 @pytest.fixture
@@ -251,9 +304,13 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
 
 
 @pytest.mark.parametrize("step", [nm.step, nm.step_], ids=["step", "step_"])
-def test_steps_with_other_rates_and_gradients_are_one_graph(step: Callable, counter: graphs.CompileCounter) -> None:
+def test_steps_with_other_rates_and_gradients_are_one_graph(
+    step: Callable, counter: graphs.CompileCounter
+) -> None:
     with graphs.fake_ranks(8):
-        given = laid_out("FSDP2, rows", 8, nm.Config(guard="full", **SHORT), {"up": (24, 16), "wte": (16, 8)})
+        given = laid_out(
+            "FSDP2, rows", 8, nm.Config(guard="full", **SHORT), {"up": (24, 16), "wte": (16, 8)}
+        )
         params, grads, state, hyper, plan = given
         for _ in range(4):
             with graphs.no_recompile():
@@ -274,9 +331,13 @@ def two_buckets(layout: str) -> graphs.Recorded:
         return seen(laid_out(layout, 8, nm.Config(guard="output", **SHORT), shapes, stacked=True))
 
 
-@pytest.mark.parametrize("layout", ["FSDP2, rows", "HSDP", "tensor parallel, columns", "tensor parallel, rows, FSDP2"])
+@pytest.mark.parametrize(
+    "layout", ["FSDP2, rows", "HSDP", "tensor parallel, columns", "tensor parallel, rows, FSDP2"]
+)
 def test_parts_travel_while_others_are_orthogonalized(layout: str) -> None:
-    check_overlap(two_buckets(layout), sharded=2, waits_first=1)  # the first bucket has nothing to wait behind
+    check_overlap(
+        two_buckets(layout), sharded=2, waits_first=1
+    )  # the first bucket has nothing to wait behind
 
 
 # ------------------------------------------------------------------------------------------------------- the size of the graph
@@ -289,7 +350,9 @@ def nodes(layout: str, world: int, shapes: Shapes) -> int:
 
 def check_growth(few: int, many: int, more: int, each: int) -> None:
     """At most ``each`` nodes for every one of ``more`` ranks or parameters."""
-    assert many - few <= each * more, f"{(many - few) / more:.1f} nodes each, {each} allowed: {few} and {many}"
+    assert many - few <= each * more, (
+        f"{(many - few) / more:.1f} nodes each, {each} allowed: {few} and {many}"
+    )
 
 
 @pytest.mark.parametrize("layout", ["FSDP2, rows", "tensor parallel, columns, FSDP2", "HSDP"])
@@ -306,7 +369,9 @@ def test_a_parameter_adds_at_most_5_nodes() -> None:
 # -------------------------------------------------------------------------------------- every check goes red when it is broken
 
 
-def change(monkeypatch: pytest.MonkeyPatch, name: str, of_words: Callable[[exchange.Sent], Tensor]) -> None:
+def change(
+    monkeypatch: pytest.MonkeyPatch, name: str, of_words: Callable[[exchange.Sent], Tensor]
+) -> None:
     """What `share.send` or `share.answer` has sent is put through ``of_words``."""
     kept = getattr(share, name)
 
@@ -327,10 +392,13 @@ def gathered_again(sent: exchange.Sent) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("again", "found"), [(sent_again, "'all_to_all_single': 6"), (gathered_again, "all_gather_into_tensor")]
+    ("again", "found"),
+    [(sent_again, "'all_to_all_single': 6"), (gathered_again, "all_gather_into_tensor")],
 )
 @pytest.mark.parametrize("way", ["send", "answer"])
-def test_a_further_exchange_goes_red(way: str, again: Callable, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_further_exchange_goes_red(
+    way: str, again: Callable, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change(monkeypatch, way, again)
     with graphs.fake_ranks(8), pytest.raises(AssertionError, match=f"expected .*found .*{found}"):
         check(seen(laid_out("FSDP2, rows", 8, nm.Config(**SHORT))), sharded=2)
@@ -338,7 +406,9 @@ def test_a_further_exchange_goes_red(way: str, again: Callable, found: str, monk
 
 def test_a_second_reduction_goes_red(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = guard.agree
-    monkeypatch.setattr(guard, "agree", lambda flags, group, *how: kept(all_reduce_max(flags, group), group, *how))
+    monkeypatch.setattr(
+        guard, "agree", lambda flags, group, *how: kept(all_reduce_max(flags, group), group, *how)
+    )
     with graphs.fake_ranks(8), pytest.raises(AssertionError, match=r"found .*'all_reduce': 2"):
         given = laid_out("FSDP2, rows", 8, nm.Config(guard="output", **SHORT))
         check(seen(given), sharded=2, reductions=1, flags=len(MATRICES))
@@ -357,7 +427,9 @@ def multiplied(sent: exchange.Sent) -> Tensor:
         ("answer", lambda sent: wait(sent.words), "updates waited for before the last product"),
     ],
 )
-def test_waiting_at_once_goes_red(way: str, of_words: Callable, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_at_once_goes_red(
+    way: str, of_words: Callable, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change(monkeypatch, way, of_words)
     with pytest.raises(AssertionError, match=found):
         check_overlap(two_buckets("FSDP2, rows"), sharded=2, waits_first=1)

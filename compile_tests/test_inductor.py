@@ -13,7 +13,7 @@ import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import ROUTES, SHORT, SMALL, copies, problem
 from normuon_fn.compat import compile_whole
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 
 # Read as views: three projections, heads cut along either axis, a convolution, a stack of stacks.
 VIEWS = {
@@ -51,7 +51,9 @@ def test_step_equals_step_in_place_bit_for_bit_and_eager_closely() -> None:
 
 
 def test_update_works_in_the_users_own_graph_with_loss_and_backward() -> None:
-    params, _, state, hyper, plan = problem({"up": (32, 8), "down": (8, 32)}, nm.Config(guard="full"))
+    params, _, state, hyper, plan = problem(
+        {"up": (32, 8), "down": (8, 32)}, nm.Config(guard="full")
+    )
     x = torch.randn(16, 8)
 
     def loss_fn(p: dict[str, Tensor]) -> Tensor:
@@ -75,14 +77,18 @@ def test_update_works_in_the_users_own_graph_with_loss_and_backward() -> None:
 @pytest.mark.parametrize("guard", ["off", "full"])
 def test_generated_code_writes_parameters_and_state_in_place_and_copies_none(guard: str) -> None:
     given = problem(VIEWS, nm.Config(guard=guard, **SHORT), routes=VIEW_ROUTES)
-    code = graphs.generated(_update_, *given)
+    code = graphs.generated(local_update_, *given)
     code.check_in_place(least=16 * 16)
-    lists = 3 if given.plan.config.normalize else 2  # parameter, momentum and variance of every block
+    lists = (
+        3 if given.plan.config.normalize else 2
+    )  # parameter, momentum and variance of every block
     blocks = sum(len(group.blocks) for bucket in given.plan.buckets for group in bucket.groups)
     assert len(code.written) == lists * blocks + 3 * 2  # AdamW writes the parameter and two moments
     large = [shape for shape in code.buffers if math.prod(shape) >= 16 * 16]
     allowed: Counter[tuple[int, ...]] = Counter()
-    for bucket in given.plan.buckets:  # in and out of the one Newton-Schulz step, and its two products x x^T
+    for (
+        bucket
+    ) in given.plan.buckets:  # in and out of the one Newton-Schulz step, and its two products x x^T
         n = sum(group.count for group in bucket.groups)
         allowed.update(2 * [(n, bucket.rows, bucket.cols), (n, bucket.rows, bucket.rows)])
         for group in bucket.groups:  # new momentums and parameters, before they are written

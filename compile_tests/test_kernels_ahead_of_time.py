@@ -15,7 +15,8 @@ from normuon_fn.ops import product_kernels, products
 
 # Not `from normuon_fn.ops import advance`: that is the operator.
 advance, apply, adamw, gather, launch, repack = (
-    importlib.import_module(f"normuon_fn.ops.{name}") for name in ("advance", "apply", "adamw", "gather", "launch", "repack")
+    importlib.import_module(f"normuon_fn.ops.{name}")
+    for name in ("advance", "apply", "adamw", "gather", "launch", "repack")
 )
 
 triton = pytest.importorskip("triton")
@@ -25,7 +26,12 @@ pytestmark = pytest.mark.skipif(
 
 # Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-ARCHITECTURES: dict[int | str, int] = {"lean": 89, 8: 80, 9: 90, 10: 100}  # of the keys of `products.CONFIGS`
+ARCHITECTURES: dict[int | str, int] = {
+    "lean": 89,
+    8: 80,
+    9: 90,
+    10: 100,
+}  # of the keys of `products.CONFIGS`
 
 
 class Case(NamedTuple):
@@ -36,7 +42,9 @@ class Case(NamedTuple):
     signature: dict[str, str]  # by parameter: "*fp16!", "i32", "fp32"
     constexprs: dict[str, Any]
     options: dict[str, Any]
-    wide: int | bool = True  # all global loads and stores are of 16 bytes; or so many, those of the big tensors
+    wide: int | bool = (
+        True  # all global loads and stores are of 16 bytes; or so many, those of the big tensors
+    )
     matrix_unit: bool = False
 
 
@@ -48,13 +56,27 @@ def product_cases() -> Iterator[tuple[str, Case]]:
             if config.variant != "pointers":
                 yield (
                     f"{name}-without-descriptors",
-                    product_case(kind, products.WITHOUT_DESCRIPTORS[large], ARCHITECTURES[generation]),
+                    product_case(
+                        kind, products.WITHOUT_DESCRIPTORS[large], ARCHITECTURES[generation]
+                    ),
                 )
-    descriptors, pointers = products.CONFIGS[9]["symmetric_matmul", True], products.WITHOUT_DESCRIPTORS[True]
+    descriptors, pointers = (
+        products.CONFIGS[9]["symmetric_matmul", True],
+        products.WITHOUT_DESCRIPTORS[True],
+    )
     yield "symmetric_matmul-bf16", product_case("symmetric_matmul", descriptors, 90, dtype="bf16")
-    yield "symmetric_matmul-bf16-pointers", product_case("symmetric_matmul", pointers, 90, dtype="bf16")
-    yield "symmetric_matmul-of-transposed", product_case("symmetric_matmul", pointers, 90, transposed=True)
-    yield "addmm-of-transposed", product_case("addmm", products.CONFIGS[9]["addmm", True], 90, transposed=True)
+    yield (
+        "symmetric_matmul-bf16-pointers",
+        product_case("symmetric_matmul", pointers, 90, dtype="bf16"),
+    )
+    yield (
+        "symmetric_matmul-of-transposed",
+        product_case("symmetric_matmul", pointers, 90, transposed=True),
+    )
+    yield (
+        "addmm-of-transposed",
+        product_case("addmm", products.CONFIGS[9]["addmm", True], 90, transposed=True),
+    )
     yield "symmetric_matmul-odd", product_case("symmetric_matmul", pointers, 90, even=False)
 
 
@@ -74,7 +96,20 @@ def product_case(
         **dict.fromkeys(("alpha", "beta"), "fp32"),
         **dict.fromkeys(("rows", "cols", "depth"), size),
         **dict.fromkeys(("tiles", "total"), "i32"),
-        **dict.fromkeys(("a_matrix", "a_row", "a_depth", "b_matrix", "b_depth", "b_col", "c_matrix", "c_row", "c_col"), size),
+        **dict.fromkeys(
+            (
+                "a_matrix",
+                "a_row",
+                "a_depth",
+                "b_matrix",
+                "b_depth",
+                "b_col",
+                "c_matrix",
+                "c_row",
+                "c_col",
+            ),
+            size,
+        ),
     }
     ones = ["a_depth", "b_col", "c_col"]  # Triton specializes on 1
     if kind == "symmetric_matmul":
@@ -99,8 +134,12 @@ def product_case(
     if config.variant != "pointers":
         kernel = product_kernels.descriptor_kernel
         signature["a"] = f"tensordesc<{dtype}[1,{m},{k}]>"
-        signature["b"] = f"tensordesc<{dtype}[1,{n},{k}]>" if b_transposed else f"tensordesc<{dtype}[1,{k},{n}]>"
-    return case_of(kernel, architecture, signature, constexprs, options, wide=even, matrix_unit=True)
+        signature["b"] = (
+            f"tensordesc<{dtype}[1,{n},{k}]>" if b_transposed else f"tensordesc<{dtype}[1,{k},{n}]>"
+        )
+    return case_of(
+        kernel, architecture, signature, constexprs, options, wide=even, matrix_unit=True
+    )
 
 
 def case_of(
@@ -114,18 +153,41 @@ def case_of(
     """Of what is given for several kernels, what this one takes."""
     names = kernel.arg_names
     constexprs = {name: value for name, value in constexprs.items() if name in names}
-    signature = {name: kind for name, kind in signature.items() if name in names and name not in constexprs}
+    signature = {
+        name: kind for name, kind in signature.items() if name in names and name not in constexprs
+    }
     return Case(kernel, architecture, signature, constexprs, options, **claims)
 
 
 def list_cases() -> Iterator[tuple[str, Case]]:
     """The kernels over lists: fp32 and bf16 tensors, aligned and contiguous, of even sizes."""
     tables = dict.fromkeys(("table", "addresses", "chunks"), "*i64!")
-    scalars = ("beta", "keep", "decay", "skip", "lr", "beta1", "beta2", "eps", "correction1", "correction2")
-    pointers = dict.fromkeys((f"{name}_ptr" for name in (*scalars, "power", "inverse", "factor")), "*fp32!")
+    scalars = (
+        "beta",
+        "keep",
+        "decay",
+        "skip",
+        "lr",
+        "beta1",
+        "beta2",
+        "eps",
+        "correction1",
+        "correction2",
+    )
+    pointers = dict.fromkeys(
+        (f"{name}_ptr" for name in (*scalars, "power", "inverse", "factor")), "*fp32!"
+    )
     sizes = dict.fromkeys(("rows", "cols", "stride_n", "stride_r"), "i32!")
     counts = dict.fromkeys(("across", "strips", "tiles", "n"), "i32")
-    shared = {**tables, **pointers, **sizes, **counts, "skip_ptr": "*i1!", "keep_ptr": "*i1!", "flags_ptr": "*i32!"}
+    shared = {
+        **tables,
+        **pointers,
+        **sizes,
+        **counts,
+        "skip_ptr": "*i1!",
+        "keep_ptr": "*i1!",
+        "flags_ptr": "*i32!",
+    }
     floats = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}
     both = (False, True)
     fixed = {"UNIT": True, "ALIGNED": True, "EVEN": True, "EMA": True, "stride_c": 1}
@@ -133,46 +195,122 @@ def list_cases() -> Iterator[tuple[str, Case]]:
     for (dtype, kind), architecture in itertools.product(floats.items(), (80, 90, 100)):
         for grad, write, cols in ((True, True, 768), (True, False, 768), (False, False, 3072)):
             (br, bc), loop = launch.tile(cols, advance._TILE), advance._LOOP
-            flags = {"GRAD": grad, "WRITE": write, "NESTEROV": grad, "KEEP": write, "M": kind, "G": kind}
-            nothing = {} if write else {"keep_ptr": None} if grad else {"keep_ptr": None, "beta_ptr": None}
+            flags = {
+                "GRAD": grad,
+                "WRITE": write,
+                "NESTEROV": grad,
+                "KEEP": write,
+                "M": kind,
+                "G": kind,
+            }
+            nothing = (
+                {}
+                if write
+                else {"keep_ptr": None}
+                if grad
+                else {"keep_ptr": None, "beta_ptr": None}
+            )
             signature = {**shared, "largest_ptr": "*i32!", "squares_ptr": "*fp64!"}
             constexprs = {**fixed, **flags, **nothing, "LOOP": loop, "BR": br, "BC": bc}
             name = f"front-{'grad' if grad else 'measure'}-{'write' if write else 'read'}-{dtype}-{architecture}"
             wide = loop * (1 + write + grad) * accesses(br * bc, dtype)
-            yield name, case_of(advance.front_kernel, architecture, signature, constexprs, options, wide=wide)
+            yield (
+                name,
+                case_of(
+                    advance.front_kernel, architecture, signature, constexprs, options, wide=wide
+                ),
+            )
         signature = {**shared, "largest_ptr": "*i32!", "squares_ptr": "*fp64!", "out_ptr": "*fp32!"}
         if dtype == "fp32":
             yield (
                 f"combine-{architecture}",
-                case_of(advance.combine_kernel, architecture, signature, {"BLOCK": 256}, {"num_warps": 4}, wide=False),
+                case_of(
+                    advance.combine_kernel,
+                    architecture,
+                    signature,
+                    {"BLOCK": 256},
+                    {"num_warps": 4},
+                    wide=False,
+                ),
             )
         for tall, out in itertools.product(both, ("fp16", "bf16")):
             br, bc = (64, 64) if tall else launch.tile(768, 4096)
-            flags = {"AHEAD": True, "NESTEROV": True, "TALL": tall, "M": kind, "G": kind, "BR": br, "BC": bc}
+            flags = {
+                "AHEAD": True,
+                "NESTEROV": True,
+                "TALL": tall,
+                "M": kind,
+                "G": kind,
+                "BR": br,
+                "BC": bc,
+            }
             signature = {**shared, "out_ptr": f"*{out}!"}
             name = f"gather-{'tall' if tall else 'wide'}-{dtype}-{out}-{architecture}"
             wide = 2 * accesses(br * bc, dtype) + accesses(br * bc, out)
-            yield name, case_of(gather.gather_kernel, architecture, signature, {**fixed, **flags}, options, wide=wide)
+            yield (
+                name,
+                case_of(
+                    gather.gather_kernel,
+                    architecture,
+                    signature,
+                    {**fixed, **flags},
+                    options,
+                    wide=wide,
+                ),
+            )
         for pure, per_row, skip in itertools.product(both, both, both):
             br, bc = launch.tile(768, 4096)
             plain = {"R": None, "CHANCE": False, "salts": None, "step_ptr": None}
-            flags = {**plain, "PURE": pure, "PER_ROW": per_row, "SKIP": skip, "CAUTIOUS": skip, "P": kind, "BR": br, "BC": bc}
+            flags = {
+                **plain,
+                "PURE": pure,
+                "PER_ROW": per_row,
+                "SKIP": skip,
+                "CAUTIOUS": skip,
+                "P": kind,
+                "BR": br,
+                "BC": bc,
+            }
             nothing = {} if skip else {"skip_ptr": None}
             name = f"apply-{'pure' if pure else 'place'}-{'row' if per_row else 'column'}-{skip}-{dtype}-{architecture}"
             signature = {**shared, "update_ptr": "*bf16!"}
             wide = 2 * accesses(br * bc, dtype) + accesses(br * bc, "bf16")
-            yield name, case_of(apply.apply_kernel, architecture, signature, {**fixed, **flags, **nothing}, options, wide=wide)
+            yield (
+                name,
+                case_of(
+                    apply.apply_kernel,
+                    architecture,
+                    signature,
+                    {**fixed, **flags, **nothing},
+                    options,
+                    wide=wide,
+                ),
+            )
         for flags_only, skip in ((False, False), (False, True), (True, False)):
-            flags = {"P": None if flags_only else kind, "S": kind, "G": kind, "FLAGS": flags_only, "SKIP": skip, "PURE": False}
+            flags = {
+                "P": None if flags_only else kind,
+                "S": kind,
+                "G": kind,
+                "FLAGS": flags_only,
+                "SKIP": skip,
+                "PURE": False,
+            }
             flags |= plain
             absent = (
-                ("lr_ptr", "decay_ptr", "skip_ptr") if flags_only else ("flags_ptr",) if skip else ("flags_ptr", "skip_ptr")
+                ("lr_ptr", "decay_ptr", "skip_ptr")
+                if flags_only
+                else ("flags_ptr",)
+                if skip
+                else ("flags_ptr", "skip_ptr")
             )
             blocks = {"CHUNK": adamw._CHUNK, "BLOCK": adamw._BLOCK}
             constexprs = {**fixed, **flags, **blocks, **dict.fromkeys(absent)}
             name = f"adamw-{'flags' if flags_only else 'step'}-{skip}-{dtype}-{architecture}"
             wide = (3 if flags_only else 7) * accesses(adamw._BLOCK, dtype)
-            yield name, case_of(adamw.adamw_kernel, architecture, shared, constexprs, options, wide=wide)
+            yield (
+                name,
+                case_of(adamw.adamw_kernel, architecture, shared, constexprs, options, wide=wide),
+            )
 
 
 def low_precision_cases() -> Iterator[tuple[str, Case]]:
@@ -180,14 +318,23 @@ def low_precision_cases() -> Iterator[tuple[str, Case]]:
     of, language, blocks = dict(list_cases()), triton.language, accesses(adamw._BLOCK, "fp32")
     rests = {"mantissa": (language.int16, "bf16"), "master": (language.float32, "fp32")}
     for architecture in (80, 90, 100):
-        of_apply, of_adamw = (f"{name}-True-bf16-{architecture}" for name in ("apply-place-row", "adamw-step"))
+        of_apply, of_adamw = (
+            f"{name}-True-bf16-{architecture}" for name in ("apply-place-row", "adamw-step")
+        )
         for base, elements, states in ((of_apply, 4096, 0), (of_adamw, adamw._BLOCK, 4)):
             case = of[base]
             constexprs = {**case.constexprs, **({"S": language.float32} if states else {})}
             for name, (kind, dtype) in rests.items():
-                wide = 2 * accesses(elements, "bf16") + 2 * accesses(elements, dtype) + states * blocks
-                yield f"{base}-{name}", case._replace(constexprs={**constexprs, "R": kind}, wide=wide)
-            chance = {key: value for key, value in constexprs.items() if key not in ("salts", "step_ptr")} | {"CHANCE": True}
+                wide = (
+                    2 * accesses(elements, "bf16") + 2 * accesses(elements, dtype) + states * blocks
+                )
+                yield (
+                    f"{base}-{name}",
+                    case._replace(constexprs={**constexprs, "R": kind}, wide=wide),
+                )
+            chance = {
+                key: value for key, value in constexprs.items() if key not in ("salts", "step_ptr")
+            } | {"CHANCE": True}
             signature = {**case.signature, "salts": "*i64!", "step_ptr": "*i32!"}
             wide = 2 * accesses(elements, "bf16") + states * blocks
             yield f"{base}-chance", case._replace(constexprs=chance, signature=signature, wide=wide)
@@ -195,12 +342,16 @@ def low_precision_cases() -> Iterator[tuple[str, Case]]:
 
 def repack_cases() -> Iterator[tuple[str, Case]]:
     for architecture, (name, row, even), bits in itertools.product(
-        (80, 90, 100), (("boxes", False, False), ("rows", True, False), ("pairs", True, True)), (16, 32, 64)
+        (80, 90, 100),
+        (("boxes", False, False), ("rows", True, False), ("pairs", True, True)),
+        (16, 32, 64),
     ):
         signature = {"table": "*i64!", "source": f"*i{bits}!", "target": f"*i{bits}!"}
         constexprs = {"ROW": row, "EVEN": even, "BLOCK": repack._BLOCK}
         wide = 2 * repack._BLOCK * 8 // (256 * 16) if even and bits == 64 else False
-        case = case_of(repack.repack_kernel, architecture, signature, constexprs, {"num_warps": 8}, wide=wide)
+        case = case_of(
+            repack.repack_kernel, architecture, signature, constexprs, {"num_warps": 8}, wide=wide
+        )
         yield f"repack-{name}-{bits}-{architecture}", case
 
 
@@ -209,7 +360,12 @@ def accesses(elements: int, dtype: str) -> int:
     return elements * (4 if dtype == "fp32" else 2) // (128 * 16)
 
 
-CASES = {**dict(product_cases()), **dict(list_cases()), **dict(low_precision_cases()), **dict(repack_cases())}
+CASES = {
+    **dict(product_cases()),
+    **dict(list_cases()),
+    **dict(low_precision_cases()),
+    **dict(repack_cases()),
+}
 
 
 def compiled(case: Case) -> Any:
@@ -219,19 +375,27 @@ def compiled(case: Case) -> Any:
 
     names = case.kernel.arg_names
     assert set(names) == set(case.signature) | set(case.constexprs)
-    signature = {name: "constexpr" if name in case.constexprs else case.signature[name].rstrip("!") for name in names}
+    signature = {
+        name: "constexpr" if name in case.constexprs else case.signature[name].rstrip("!")
+        for name in names
+    }
     divisible: dict[tuple[int, ...], Any] = {
         (k,): [["tt.divisibility", 16]]
         for k, name in enumerate(names)
         if name not in case.constexprs and case.signature[name].endswith("!")
     }
     source = ASTSource(case.kernel, signature, case.constexprs, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=case.options)
+    return triton.compile(
+        source, target=GPUTarget("cuda", case.architecture, 32), options=case.options
+    )
 
 
 def global_accesses(ptx: str) -> list[int]:
     """Bytes of every load from and store to global memory."""
-    found = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;]", ptx)]
+    found = [
+        int(size, 0)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;]", ptx)
+    ]
     for vector, bits in re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfusd](\d+)", ptx):
         found.append(int(vector or 1) * int(bits) // 8)
     return found
@@ -245,7 +409,9 @@ def test_it_compiles_and_fits(name: str) -> None:
     assert len(kernel.asm["cubin"]) > 0
     assert kernel.metadata.shared <= SHARED_MEMORY[case.architecture]
     if case.matrix_unit:
-        instruction = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.architecture]
+        instruction = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[
+            case.architecture
+        ]
         assert instruction in ptx
     sizes = global_accesses(ptx)
     assert sizes

@@ -11,9 +11,16 @@ from expecttest import assert_expected_inline
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import SHORT, problem
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 
-SHAPES = {"wte": (6, 4), "up": (8, 4), "down": (4, 8), "square": (4, 4), "experts": (2, 4, 4), "bias": (4,)}
+SHAPES = {
+    "wte": (6, 4),
+    "up": (8, 4),
+    "down": (4, 8),
+    "square": (4, 4),
+    "experts": (2, 4, 4),
+    "bias": (4,),
+}
 
 
 @functools.cache
@@ -22,7 +29,9 @@ def listing(function: Callable, guard: str, device: str = "cpu", world: int = 2)
     with graphs.fake_ranks(world) as ranks:
         given = problem(SHAPES, nm.Config(guard=guard, **SHORT), ranks=ranks, device=device)
         recorded = graphs.record(function, *given)
-    recorded.check(reductions=int(guard != "off" and world > 1), largest=2 * len(SHAPES), device=device)
+    recorded.check(
+        reductions=int(guard != "off" and world > 1), largest=2 * len(SHAPES), device=device
+    )
     return recorded.listing
 
 
@@ -138,7 +147,7 @@ adamw of 2""",
 
 def test_ops_of_the_step_in_place_without_a_guard() -> None:
     assert_expected_inline(
-        listing(_update_, "off"),
+        listing(local_update_, "off"),
         """\
 adamw_flags of 2
 stack of 1
@@ -171,7 +180,7 @@ copy_ 21""",
 
 def test_ops_of_the_step_in_place_with_guard_output() -> None:
     assert_expected_inline(
-        listing(_update_, "output"),
+        listing(local_update_, "output"),
         """\
 adamw_flags of 2
 stack of 1
@@ -205,7 +214,7 @@ copy_ 21""",
 
 def test_ops_of_the_step_in_place_with_guard_full() -> None:
     assert_expected_inline(
-        listing(_update_, "full"),
+        listing(local_update_, "full"),
         """\
 adamw_flags of 2
 stack of 1
@@ -251,7 +260,7 @@ copy_ 21""",
 
 def test_ops_on_one_device_with_guard_full_which_reads_the_gradients_before_it_writes() -> None:
     assert_expected_inline(
-        listing(_update_, "full", world=1),
+        listing(local_update_, "full", world=1),
         """\
 adamw_flags of 2
 stack of 1
@@ -313,7 +322,7 @@ adamw of 2""",
 def test_ops_on_cuda_in_place_with_guard_full() -> None:
     with graphs.fake_cuda():
         assert_expected_inline(
-            listing(_update_, "full", "cuda"),
+            listing(local_update_, "full", "cuda"),
             """\
 adamw_flags of 2
 lookahead of 2
@@ -342,7 +351,7 @@ copy_ 21""",
 def test_ops_on_one_cuda_device_in_place_with_guard_full() -> None:
     with graphs.fake_cuda():
         assert_expected_inline(
-            listing(_update_, "full", "cuda", world=1),
+            listing(local_update_, "full", "cuda", world=1),
             """\
 adamw_flags of 2
 largest of 2
@@ -370,6 +379,6 @@ copy_ 21""",
 def test_the_graph_on_cuda_in_its_own_half_precisions_keeps_the_promises() -> None:
     with graphs.fake_cuda():
         given = problem(SHAPES, nm.Config(guard="full", guard_scope="bucket"), device="cuda")
-        recorded = graphs.record(_update_, *given)
+        recorded = graphs.record(local_update_, *given)
     recorded.check(device="cuda")
     assert recorded.dtypes_of("aten.bmm") == {torch.float16, torch.bfloat16}

@@ -10,16 +10,20 @@ import pytest
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import SHORT, tensors
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 
 SHAPES = {"up": (8, 4), "square": (4, 4), "other": (4, 4), "bias": (4,)}
 
 
 @functools.cache
 def recorded(master: str, device: str) -> graphs.Recorded:
-    params, grads = ({k: x.bfloat16() for k, x in tensors(SHAPES, seed, device).items()} for seed in (0, 1))
+    params, grads = (
+        {k: x.bfloat16() for k, x in tensors(SHAPES, seed, device).items()} for seed in (0, 1)
+    )
     plan = nm.make_plan(params, nm.Config(master=master, guard="output", **SHORT))
-    found = graphs.record(_update_, params, grads, nm.init(plan, params), nm.Hyper.of(params, lr=0.02), plan)
+    found = graphs.record(
+        local_update_, params, grads, nm.init(plan, params), nm.Hyper.of(params, lr=0.02), plan
+    )
     found.check(device=device)
     return found
 
@@ -39,7 +43,9 @@ def more(master: str, device: str) -> tuple[Counter[str], Counter[str], int]:
 @pytest.mark.parametrize("master", ["mantissa", "fp32"])
 def test_masters_on_the_cpu_are_stacked_and_written_like_the_parameters(master: str) -> None:
     new, gone, nodes = more(master, "cpu")
-    assert new == {"stack": 2, "unstack_": 2, "adamw_wide_": 1} and gone == {"adamw_": 1}  # two groups
+    assert new == {"stack": 2, "unstack_": 2, "adamw_wide_": 1} and gone == {
+        "adamw_": 1
+    }  # two groups
     assert nodes <= (60 if master == "mantissa" else 15)  # seen: 56 and 12
 
 

@@ -14,7 +14,7 @@ from normuon_fn.ops import PURE, reference
 from normuon_fn.ops.repack import Boxes
 
 ROWS, COLS = 4, 6
-PRODUCTS = {"symmetric_matmul", "symmetric_addmm", "addmm"}  # on stacks: tests/test_products.py
+PRODUCTS = {"symmetric_matmul", "symmetric_addmm", "addmm"}  # on stacks: tests/ops/test_products.py
 NAMES = sorted(graphs.registered_ops() - PRODUCTS)
 SKIPS = ("advance", "apply", "apply_wide", "adamw", "adamw_wide")
 BASE = [name for name in NAMES if not name.endswith("_members")]
@@ -23,7 +23,11 @@ BASE = [name for name in NAMES if not name.endswith("_members")]
 def matrices(kind: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Three matrices, each one of a kind."""
     if kind == "views":  # a column slice and a transpose: no two strides alike
-        made = [torch.randn(ROWS, 3 * COLS)[:, COLS : 2 * COLS], torch.randn(COLS, ROWS).mT, torch.randn(2 * ROWS, COLS)[::2]]
+        made = [
+            torch.randn(ROWS, 3 * COLS)[:, COLS : 2 * COLS],
+            torch.randn(COLS, ROWS).mT,
+            torch.randn(2 * ROWS, COLS)[::2],
+        ]
     elif kind == "stacks":  # two in a stack of heads cut along the columns, one of its own
         made = [torch.randn(ROWS, 2, COLS).transpose(0, 1), torch.randn(ROWS, COLS)]
     else:
@@ -38,7 +42,13 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
     second = [x.square() for x in matrices(kind)]
     update, scale = torch.randn(3, ROWS, COLS), torch.randn(3, ROWS, 1)
     rate = torch.tensor(0.1)
-    betas = (torch.tensor(0.9), torch.tensor(0.95), torch.tensor(1e-8), torch.tensor(0.2), torch.tensor(0.1))
+    betas = (
+        torch.tensor(0.9),
+        torch.tensor(0.95),
+        torch.tensor(1e-8),
+        torch.tensor(0.2),
+        torch.tensor(0.1),
+    )
     sizes = [1, len(first) - 1]
     rests = [(100 * x).to(torch.int16, memory_format=torch.preserve_format) for x in matrices(kind)]
     ones = torch.ones(3)
@@ -47,12 +57,30 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "lookahead": (first, grads, rate, sizes, "sum", True),
         "measure": (first, sizes),
         "largest": (grads, sizes),
-        "gather": (first, grads, rate, ones, 0.5 * ones, sizes, "ema", True, True, torch.float16, [False] * len(sizes)),
+        "gather": (
+            first,
+            grads,
+            rate,
+            ones,
+            0.5 * ones,
+            sizes,
+            "ema",
+            True,
+            True,
+            torch.float16,
+            [False] * len(sizes),
+        ),
         "apply": (params, update, scale, rate, skip, True),
         "apply_wide": (params, rests, update, scale, rate, skip, True),
         "unstack": (first, update),
         "orientation": (update @ update.mT,),
-        "orient": (update @ scale.expand_as(update).mT, torch.tensor([0, 1, 2], dtype=torch.int32), dtype, None, None),
+        "orient": (
+            update @ scale.expand_as(update).mT,
+            torch.tensor([0, 1, 2], dtype=torch.int32),
+            dtype,
+            None,
+            None,
+        ),
         "stack": (first,),
         "repack": ([update, scale], *repacked()),
         "reinterpret": (first[0], torch.int32),
@@ -69,12 +97,24 @@ def repacked() -> tuple[Any, ...]:
     boxes.add(0, 0, 8, 0, (3, ROWS, 8), (4 * ROWS * COLS, 4 * COLS), (8 * ROWS, 8))
     boxes.row(1, 1, 0, 0, 12 * ROWS)
     moves = boxes.moves(torch.device("cpu"), [6 * ROWS], torch.int32, [3 * ROWS], torch.float32)
-    return moves.table, list(moves.parts), list(moves.narrow), moves.dtype, list(moves.wide), moves.wide_dtype
+    return (
+        moves.table,
+        list(moves.parts),
+        list(moves.narrow),
+        moves.dtype,
+        list(moves.wide),
+        moves.wide_dtype,
+    )
 
 
 def check(name: str, given: tuple[Any, ...]) -> None:
     outcome = torch.library.opcheck(getattr(torch.ops.normuon_fn, name).default, given)
-    assert set(outcome) >= {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
+    assert set(outcome) >= {
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    }
     assert set(outcome.values()) == {"SUCCESS"}
 
 
@@ -97,7 +137,14 @@ def test_opcheck_passes_where_parameters_are_rounded_by_chance(name: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_members")])
 def test_opcheck_passes_for_the_operators_that_vmap_calls(name: str) -> None:
-    check(name, tree_map_only(Tensor, lambda x: torch.stack([x, x + x]), arguments(name, "bfloat16", torch.tensor(True))))
+    check(
+        name,
+        tree_map_only(
+            Tensor,
+            lambda x: torch.stack([x, x + x]),
+            arguments(name, "bfloat16", torch.tensor(True)),
+        ),
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in BASE if not name.endswith("_")])
@@ -114,15 +161,26 @@ def test_no_operator_waits_for_the_device_inside(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in BASE if f"{name}_" in BASE])
 @pytest.mark.parametrize("kind", ["contiguous", "bfloat16", "views", "stacks"])
 @pytest.mark.parametrize("skip", [None, False, True])
-def test_in_place_equals_pure_bit_for_bit_and_skip_keeps_every_bit(name: str, kind: str, skip: bool | None) -> None:
+def test_in_place_equals_pure_bit_for_bit_and_skip_keeps_every_bit(
+    name: str, kind: str, skip: bool | None
+) -> None:
     given = arguments(name, kind, None if skip is None else torch.tensor(skip))
     schema = getattr(torch.ops.normuon_fn, f"{name}_").default._schema
     writes = [k for k, argument in enumerate(schema.arguments) if argument.alias_info is not None]
     before = [[x.clone() for x in given[k]] for k in writes]
     pure = getattr(torch.ops.normuon_fn, name)(*given)
-    lists = [pure] if isinstance(pure[0], Tensor) else [part for part in pure if isinstance(part, list)]
-    assert all(torch.equal(a, b) for k, kept in zip(writes, before, strict=True) for a, b in zip(given[k], kept, strict=True))
+    lists = (
+        [pure] if isinstance(pure[0], Tensor) else [part for part in pure if isinstance(part, list)]
+    )
+    assert all(
+        torch.equal(a, b)
+        for k, kept in zip(writes, before, strict=True)
+        for a, b in zip(given[k], kept, strict=True)
+    )
     getattr(torch.ops.normuon_fn, f"{name}_")(*given)
     for k, new, old in zip(writes, lists, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(given[k], new, strict=True))
-        assert all(torch.equal(a, b) == (skip is True and name != "unstack") for a, b in zip(given[k], old, strict=True))
+        assert all(
+            torch.equal(a, b) == (skip is True and name != "unstack")
+            for a, b in zip(given[k], old, strict=True)
+        )

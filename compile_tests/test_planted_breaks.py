@@ -12,7 +12,7 @@ import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import SHORT, TINY, Tensors, copies, many, problem
 from normuon_fn import compat
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 
 
 def reads_a_value(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
@@ -20,33 +20,45 @@ def reads_a_value(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyp
     return result, result.skipped.item()
 
 
-def branches_on_a_value(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
+def branches_on_a_value(
+    params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+):
     result = nm.update(params, grads, state, hyper, plan)
     return result.params if result.skipped else params
 
 
-def has_a_shape_that_depends_on_values(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
+def has_a_shape_that_depends_on_values(
+    params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+):
     result = nm.update(params, grads, state, hyper, plan)
     return result, params["w"][params["w"] > 0].sum()
 
 
-def compares_tensors(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
+def compares_tensors(
+    params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+):
     result = nm.update(params, grads, state, hyper, plan)
     return result, torch.ops.aten.equal(result.params["w"], params["w"])
 
 
-def breaks_the_graph(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
+def breaks_the_graph(
+    params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+):
     result = nm.update(params, grads, state, hyper, plan)
     torch._dynamo.graph_break()
     return result.flags + 1
 
 
-def copies_to_the_cpu(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
+def copies_to_the_cpu(
+    params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+):
     result = nm.update(params, grads, state, hyper, plan)
     return result, result.flags.cpu()
 
 
-def has_a_learning_rate_on_the_cpu(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
+def has_a_learning_rate_on_the_cpu(
+    params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+):
     return nm.update(params, grads, state, hyper._replace(lr=torch.full((), 0.1)), plan)
 
 
@@ -55,7 +67,9 @@ def reduces_twice(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyp
     return result, compat.all_reduce_max(result.skipped.int(), plan.guard_group)
 
 
-def reduces_parameters(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
+def reduces_parameters(
+    params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+):
     reduced = {**grads, "w": compat.all_reduce_max(grads["w"], plan.guard_group)}
     return nm.update(params, reduced, state, hyper, dataclasses.replace(plan, guard_group=None))
 
@@ -78,17 +92,25 @@ def test_a_host_branch_goes_red(function: Callable, found: str) -> None:
 
 def test_a_value_that_is_read_and_not_used_goes_red_in_eager() -> None:
     given = problem(TINY, nm.Config(guard="full", **SHORT))
-    with pytest.raises(AssertionError, match=r"the host waits for aten\._local_scalar_dense"), graphs.no_host_sync():
+    with (
+        pytest.raises(AssertionError, match=r"the host waits for aten\._local_scalar_dense"),
+        graphs.no_host_sync(),
+    ):
         reads_a_value(*given)
 
 
 @pytest.mark.parametrize(
     ("function", "found"),
-    [(copies_to_the_cpu, "the host waits for .*_to_copy"), (has_a_learning_rate_on_the_cpu, "tensors on .*cpu")],
+    [
+        (copies_to_the_cpu, "the host waits for .*_to_copy"),
+        (has_a_learning_rate_on_the_cpu, "tensors on .*cpu"),
+    ],
 )
 def test_a_copy_between_devices_goes_red(function: Callable, found: str) -> None:
     with graphs.fake_cuda():
-        recorded = graphs.record(function, *problem(TINY, nm.Config(guard="full", **SHORT), device="cuda"))
+        recorded = graphs.record(
+            function, *problem(TINY, nm.Config(guard="full", **SHORT), device="cuda")
+        )
     with pytest.raises(AssertionError, match=found):
         recorded.check(device="cuda")
 
@@ -102,7 +124,9 @@ def test_a_copy_between_devices_goes_red(function: Callable, found: str) -> None
 )
 def test_a_second_or_a_large_collective_goes_red(function: Callable, found: str) -> None:
     with graphs.fake_ranks(2) as ranks:
-        recorded = graphs.record(function, *problem(TINY, nm.Config(guard="full", **SHORT), ranks=ranks))
+        recorded = graphs.record(
+            function, *problem(TINY, nm.Config(guard="full", **SHORT), ranks=ranks)
+        )
     with pytest.raises(AssertionError, match=found):
         recorded.check(reductions=1, largest=2 * len(TINY))
 
@@ -110,7 +134,9 @@ def test_a_second_or_a_large_collective_goes_red(function: Callable, found: str)
 def test_work_a_parameter_goes_red() -> None:
     def with_norms(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
         norms = {name: (grad * grad).sum().sqrt().clamp(min=1e-8) for name, grad in grads.items()}
-        return nm.update(params, {name: grad / norms[name] for name, grad in grads.items()}, state, hyper, plan)
+        return nm.update(
+            params, {name: grad / norms[name] for name, grad in grads.items()}, state, hyper, plan
+        )
 
     recorded = graphs.captured(with_norms, *problem(many(72, 3), nm.Config(guard="full")))
     with pytest.raises(AssertionError, match="nodes, 882 allowed"):
@@ -118,7 +144,9 @@ def test_work_a_parameter_goes_red() -> None:
 
 
 def test_a_learning_rate_that_is_a_python_float_goes_red() -> None:
-    def with_float(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan, lr: float):
+    def with_float(
+        params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan, lr: float
+    ):
         return nm.update(params, grads, state, hyper._replace(lr=torch.full((), lr)), plan)
 
     given = problem(TINY, nm.Config(guard="full", **SHORT))
@@ -144,8 +172,10 @@ def test_a_reordered_dict_goes_red(which: str) -> None:
 
 
 def test_a_copy_of_the_parameters_in_the_generated_code_goes_red() -> None:
-    def with_copies(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan) -> nm.StepResult:
-        return _update_(copies(params), grads, state, hyper, plan)
+    def with_copies(
+        params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
+    ) -> nm.StepResult:
+        return local_update_(copies(params), grads, state, hyper, plan)
 
     code = graphs.generated(with_copies, *problem(TINY, nm.Config(**SHORT)))
     with pytest.raises(AssertionError, match=r"written in the place of inputs: \['buf"):

@@ -23,7 +23,9 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
 
 @STEPS
 @pytest.mark.parametrize("guard", ["off", "full"])
-def test_twenty_steps_are_one_graph_whatever_changes(step: Callable, guard: str, counter: graphs.CompileCounter) -> None:
+def test_twenty_steps_are_one_graph_whatever_changes(
+    step: Callable, guard: str, counter: graphs.CompileCounter
+) -> None:
     params, _, state, hyper, plan = problem(SMALL, nm.Config(guard=guard, **SHORT), routes=ROUTES)
     skipped = []
     for k in range(20):
@@ -33,7 +35,9 @@ def test_twenty_steps_are_one_graph_whatever_changes(step: Callable, guard: str,
             grads["up"][0, 0] = float("nan")
         if k == 12:
             loaded = load(save(state))
-            assert list(loaded) != list(state)  # safetensors sorts; the template's order is the one to restore
+            assert list(loaded) != list(
+                state
+            )  # safetensors sorts; the template's order is the one to restore
             state = {name: loaded[name] for name in state}
         with graphs.no_recompile():
             result = step(params, grads, state, hyper, plan, found_inf=torch.tensor(float(k == 9)))
@@ -44,7 +48,9 @@ def test_twenty_steps_are_one_graph_whatever_changes(step: Callable, guard: str,
     assert all(tensor.isfinite().all() for tensor in params.values())
 
 
-def test_a_models_own_parameters_and_new_gradients_every_step_are_one_graph(counter: graphs.CompileCounter) -> None:
+def test_a_models_own_parameters_and_new_gradients_every_step_are_one_graph(
+    counter: graphs.CompileCounter,
+) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     params = dict(model.named_parameters())
     plan = nm.make_plan(params, nm.Config(guard="full", **SHORT))
@@ -67,7 +73,9 @@ def test_any_number_of_plans_compile_in_one_process(counter: graphs.CompileCount
     assert counter.frame_count == 9
 
 
-def test_with_and_without_found_inf_or_a_gradient_are_graphs_of_their_own(counter: graphs.CompileCounter) -> None:
+def test_with_and_without_found_inf_or_a_gradient_are_graphs_of_their_own(
+    counter: graphs.CompileCounter,
+) -> None:
     given = problem(TINY, nm.Config(guard="full", **SHORT))
     without = given._replace(grads={**given.grads, "bias": None})
     for _ in range(2):

@@ -11,10 +11,16 @@ from torch import Tensor
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import ROUTES, SHORT, SMALL, TINY, Problem, many, problem
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 
-STEPS = pytest.mark.parametrize("function", [nm.update, _update_], ids=["step", "step_"])
-GUARDS = [("off", "step"), ("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
+STEPS = pytest.mark.parametrize("function", [nm.update, local_update_], ids=["step", "step_"])
+GUARDS = [
+    ("off", "step"),
+    ("output", "step"),
+    ("output", "bucket"),
+    ("full", "step"),
+    ("full", "bucket"),
+]
 
 
 def reductions(guard: str, world: int) -> int:
@@ -22,21 +28,36 @@ def reductions(guard: str, world: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("function", "world"), [(nm.update, 4), (_update_, 1), (_update_, 4)], ids=["step-4", "step_-1", "step_-4"]
+    ("function", "world"),
+    [(nm.update, 4), (local_update_, 1), (local_update_, 4)],
+    ids=["step-4", "step_-1", "step_-4"],
 )
 @pytest.mark.parametrize(("guard", "scope"), GUARDS)
-def test_a_step_is_one_graph_with_one_collective(function: Callable, guard: str, scope: str, world: int) -> None:
+def test_a_step_is_one_graph_with_one_collective(
+    function: Callable, guard: str, scope: str, world: int
+) -> None:
     with graphs.fake_ranks(world) as ranks:
         given = problem(TINY, nm.Config(guard=guard, guard_scope=scope, **SHORT), ranks=ranks)
-        graphs.record(function, *given).check(reductions=reductions(guard, world), largest=2 * len(TINY))
+        graphs.record(function, *given).check(
+            reductions=reductions(guard, world), largest=2 * len(TINY)
+        )
 
 
 @pytest.mark.parametrize(
     ("world", "kind"),
-    [(2, "group"), (2, "1-D mesh"), (4, "1-D mesh"), (4, "2-D mesh"), (8, "group"), (8, "2-D mesh")],
+    [
+        (2, "group"),
+        (2, "1-D mesh"),
+        (4, "1-D mesh"),
+        (4, "2-D mesh"),
+        (8, "group"),
+        (8, "2-D mesh"),
+    ],
 )
-def test_a_group_and_meshes_of_any_number_of_dimensions_reduce_once_over_all_ranks(world: int, kind: str) -> None:
-    function = _update_ if kind == "1-D mesh" else nm.update
+def test_a_group_and_meshes_of_any_number_of_dimensions_reduce_once_over_all_ranks(
+    world: int, kind: str
+) -> None:
+    function = local_update_ if kind == "1-D mesh" else nm.update
     with graphs.fake_ranks(world, kind) as ranks:
         off = problem(TINY, nm.Config(guard="off", **SHORT), ranks=ranks)
         assert off.plan.guard_group is None
@@ -49,7 +70,9 @@ def test_a_group_and_meshes_of_any_number_of_dimensions_reduce_once_over_all_ran
 @pytest.mark.parametrize(("guard", "world"), [("off", 4), ("output", 4), ("full", 4), ("full", 1)])
 def test_a_users_graph_with_loss_and_gradients_keeps_the_promises(guard: str, world: int) -> None:
     with graphs.fake_ranks(world) as ranks:
-        given = problem({"up": (8, 4), "down": (4, 8)}, nm.Config(guard=guard, **SHORT), ranks=ranks)
+        given = problem(
+            {"up": (8, 4), "down": (4, 8)}, nm.Config(guard=guard, **SHORT), ranks=ranks
+        )
         recorded = graphs.record(train_step, given, torch.randn(3, 4))
     recorded.check(reductions=reductions(guard, world), largest=4)
     assert recorded.ops["aten.mm"] > 0  # the loss and its gradient are in there
@@ -70,7 +93,9 @@ def test_six_buckets_share_one_collective_of_two_flags_a_parameter() -> None:
         recorded = graphs.record(nm.update, *given)
     assert len(given.plan.buckets) == 6
     recorded.check(reductions=1, largest=2 * len(shapes))
-    assert [str(found) for found in recorded.collectives] == [f"all_reduce [2, {len(shapes)}] int32"]
+    assert [str(found) for found in recorded.collectives] == [
+        f"all_reduce [2, {len(shapes)}] int32"
+    ]
 
 
 def test_found_inf_absent_gradients_splits_and_stacks_keep_the_promises() -> None:
@@ -78,14 +103,20 @@ def test_found_inf_absent_gradients_splits_and_stacks_keep_the_promises() -> Non
     with graphs.fake_ranks(2) as ranks:
         given = problem(SMALL, nm.Config(guard="full", **SHORT), routes=routes, ranks=ranks)
         grads = {**given.grads, "up": None, "bias": None}
-        recorded = graphs.record(_update_, *given._replace(grads=grads), found_inf=torch.zeros(1))
+        recorded = graphs.record(
+            local_update_, *given._replace(grads=grads), found_inf=torch.zeros(1)
+        )
         recorded.check(reductions=1, largest=2 * len(SMALL))
 
 
 @STEPS
 @pytest.mark.parametrize(("guard", "scope"), GUARDS)
-def test_nothing_waits_for_the_device_in_eager_either(function: Callable, guard: str, scope: str) -> None:
-    given = problem(SMALL, nm.Config(guard=guard, guard_scope=scope, reduction="short"), routes=ROUTES)
+def test_nothing_waits_for_the_device_in_eager_either(
+    function: Callable, guard: str, scope: str
+) -> None:
+    given = problem(
+        SMALL, nm.Config(guard=guard, guard_scope=scope, reduction="short"), routes=ROUTES
+    )
     with graphs.no_host_sync():
         function(*given)
         function(*given._replace(grads={**given.grads, "up": None}), found_inf=torch.ones(1))
@@ -97,27 +128,35 @@ def test_aot_function_captures_the_same_graph_as_the_compiler() -> None:
     captured.check()
     assert captured.ops == compiled.ops and captured.listing == compiled.listing
     for name, tensor in nm.update(*given).params.items():
-        torch.testing.assert_close(captured.result.params[name], tensor, rtol=0, atol=1e-7)  # seen 0
+        torch.testing.assert_close(
+            captured.result.params[name], tensor, rtol=0, atol=1e-7
+        )  # seen 0
 
 
 @pytest.mark.parametrize(
     ("function", "matrices", "buckets"),
     [
         (nm.update, 72, 3),  # seen 647 nodes of 882 allowed
-        (_update_, 72, 3),  # seen 869
+        (local_update_, 72, 3),  # seen 869
         (nm.update, 144, 6),  # seen 1283 of 1764
-        (_update_, 144, 6),  # seen 1721
+        (local_update_, 144, 6),  # seen 1721
     ],
 )
-def test_the_graph_has_at_most_6_nodes_a_parameter_and_150_a_bucket(function: Callable, matrices: int, buckets: int) -> None:
+def test_the_graph_has_at_most_6_nodes_a_parameter_and_150_a_bucket(
+    function: Callable, matrices: int, buckets: int
+) -> None:
     given = problem(many(matrices, buckets), nm.Config(guard="full"))
     assert len(given.plan.buckets) == buckets
-    # aot_function's graph of `update` is the compiler's, at a fifth of its time; of `_update_` it lacks the copies at the end.
+    # aot_function's graph of `update` is the compiler's, at a fifth of its time; of `local_update_` it lacks the copies at the end.
     recorded = (graphs.captured if function is nm.update else graphs.record)(function, *given)
     recorded.check()
     recorded.check_size(parameters=matrices, buckets=buckets)
 
 
-def test_a_warm_call_costs_the_host_less_than_a_millisecond_for_72_matrices_beyond_the_graph() -> None:
+def test_a_warm_call_costs_the_host_less_than_a_millisecond_for_72_matrices_beyond_the_graph() -> (
+    None
+):
     given = problem(many(72, 3), nm.Config(guard="full", **SHORT))
-    assert graphs.host_seconds(_update_, *given) < 1e-3  # seen 0.33e-3 on a loaded core, 0.3e-3 of it guards
+    assert (
+        graphs.host_seconds(local_update_, *given) < 1e-3
+    )  # seen 0.33e-3 on a loaded core, 0.3e-3 of it guards

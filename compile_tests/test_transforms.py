@@ -30,12 +30,21 @@ def ensemble() -> Ensemble:
         given = problem(SMALL, nm.Config(guard="full", **SHORT), routes=ROUTES)
         params = tensors(SMALL, 10 + k)
         hyper = nm.Hyper.of(params, lr=0.01 * (k + 1), momentum=0.9 - 0.1 * k, weight_decay=0.1)
-        state = nm.update(params, tensors(SMALL, 20 + k), given.state, hyper, given.plan).state  # so that none is zero
+        state = nm.update(
+            params, tensors(SMALL, 20 + k), given.state, hyper, given.plan
+        ).state  # so that none is zero
         each.append((params, tensors(SMALL, 30 + k), state, hyper))
-    stacked = [{name: torch.stack([part[i][name] for part in each]) for name in each[0][i]} for i in range(3)]
-    hypers = nm.Hyper(*(torch.stack(values) for values in zip(*(part[3] for part in each), strict=True)))
+    stacked = [
+        {name: torch.stack([part[i][name] for part in each]) for name in each[0][i]}
+        for i in range(3)
+    ]
+    hypers = nm.Hyper(
+        *(torch.stack(values) for values in zip(*(part[3] for part in each), strict=True))
+    )
     plan = given.plan
-    over_members = torch.vmap(lambda params, grads, state, hyper: nm.update(params, grads, state, hyper, plan))
+    over_members = torch.vmap(
+        lambda params, grads, state, hyper: nm.update(params, grads, state, hyper, plan)
+    )
     return Ensemble((*stacked, hypers), each, plan, over_members)
 
 
@@ -46,9 +55,14 @@ def test_an_ensemble_is_its_members_one_by_one_and_a_nan_skips_that_member_alone
 
 def test_compiled_the_members_share_one_graph_and_every_node_of_it() -> None:
     given = ensemble()
-    whole, one = graphs.record(given.over_members, *given.stacked), graphs.captured(nm.update, *given.each[0], given.plan)
+    whole, one = (
+        graphs.record(given.over_members, *given.stacked),
+        graphs.captured(nm.update, *given.each[0], given.plan),
+    )
     whole.check()
-    ours = [name for name in one.ops if name.startswith("normuon_fn.") and "reinterpret" not in name]
+    ours = [
+        name for name in one.ops if name.startswith("normuon_fn.") and "reinterpret" not in name
+    ]
     assert ours and all(whole.ops[f"{name}_members"] == one.ops[name] for name in ours)
     products = ("aten.bmm", "aten.baddbmm")  # batched, baddbmm is a bmm and a sum
     assert sum(whole.ops[name] for name in products) == sum(one.ops[name] for name in products)
@@ -67,7 +81,9 @@ def test_an_ensemble_of_ensembles_is_one_larger_ensemble() -> None:
             assert torch.equal(got[name].flatten(0, 1), tensor)
 
 
-def check_members(given: Ensemble, clean: nm.StepResult, function: Callable[..., nm.StepResult]) -> None:
+def check_members(
+    given: Ensemble, clean: nm.StepResult, function: Callable[..., nm.StepResult]
+) -> None:
     stacked, each, plan, _ = given
     assert not clean.skipped.any()
     for k, member in enumerate(each):
@@ -75,7 +91,9 @@ def check_members(given: Ensemble, clean: nm.StepResult, function: Callable[...,
         for got, want in ((clean.params, expected.params), (clean.state, expected.state)):
             assert list(got) == list(want)
             for name, tensor in want.items():
-                torch.testing.assert_close(got[name][k], tensor, rtol=0, atol=1e-6)  # seen 1.2e-7: products in larger stacks
+                torch.testing.assert_close(
+                    got[name][k], tensor, rtol=0, atol=1e-6
+                )  # seen 1.2e-7: products in larger stacks
 
     grads = {name: grad.clone() for name, grad in stacked[1].items()}
     grads["up"][BAD, 3, 5] = float("nan")
@@ -83,11 +101,16 @@ def check_members(given: Ensemble, clean: nm.StepResult, function: Callable[...,
     assert result.skipped.tolist() == [k == BAD for k in range(MEMBERS)]
     assert result.flags.any(1).nonzero().tolist() == [[BAD, list(SMALL).index("up")]]
     assert result.state["guard.skipped"].tolist() == [int(k == BAD) for k in range(MEMBERS)]
-    for before, after, expected in ((stacked[0], result.params, clean.params), (stacked[2], result.state, clean.state)):
+    for before, after, expected in (
+        (stacked[0], result.params, clean.params),
+        (stacked[2], result.state, clean.state),
+    ):
         for name in before:
             for k in range(MEMBERS):
                 if not name.startswith("guard."):
-                    assert torch.equal(after[name][k], before[name][k] if k == BAD else expected[name][k])
+                    assert torch.equal(
+                        after[name][k], before[name][k] if k == BAD else expected[name][k]
+                    )
 
 
 def test_training_an_ensemble_with_its_own_losses_is_one_graph() -> None:
@@ -95,8 +118,12 @@ def test_training_an_ensemble_with_its_own_losses_is_one_graph() -> None:
     x = torch.randn(5, 8)
 
     def loss_fn(params: dict[str, Tensor]) -> Tensor:
-        hidden = torch.relu(x @ params["up"].mT) @ params["down"].mT @ params["qkv"].mT @ params["qkv"]
-        return (hidden @ params["experts"] @ params["wte"].mT).square().mean() + params["bias"].square().sum()
+        hidden = (
+            torch.relu(x @ params["up"].mT) @ params["down"].mT @ params["qkv"].mT @ params["qkv"]
+        )
+        return (hidden @ params["experts"] @ params["wte"].mT).square().mean() + params[
+            "bias"
+        ].square().sum()
 
     def train_step(params, state, hyper):
         grads, loss = torch.func.grad_and_value(loss_fn)(params)
@@ -109,4 +136,6 @@ def test_training_an_ensemble_with_its_own_losses_is_one_graph() -> None:
         expected, loss = train_step(params, state, hyper)
         torch.testing.assert_close(losses[k], loss, rtol=1e-5, atol=0)  # seen 0
         for name in params:
-            torch.testing.assert_close(result.params[name][k], expected.params[name], rtol=0, atol=2e-6)  # seen 2.4e-7
+            torch.testing.assert_close(
+                result.params[name][k], expected.params[name], rtol=0, atol=2e-6
+            )  # seen 2.4e-7

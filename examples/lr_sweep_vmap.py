@@ -27,11 +27,15 @@ BATCH = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
 
@@ -39,7 +43,10 @@ def main() -> None:
     text = Text(args.data)
     model = GPT(len(text.characters), tie=False).to(args.device)
     one = {name: p.detach() for name, p in model.named_parameters()}
-    routes = {"*norm*": nm.Route("adamw", wd_mul=0.0), "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH))}
+    routes = {
+        "*norm*": nm.Route("adamw", wd_mul=0.0),
+        "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH)),
+    }
     plan = nm.make_plan(one, nm.Config(guard="full"), routes=routes)
 
     def members(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,12 +56,16 @@ def main() -> None:
         logits = torch.func.functional_call(model, params, (tokens[:, :-1],))
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    def train_step(params, state, hyper, tokens):  # one member: nothing here knows of the other seven
+    def train_step(
+        params, state, hyper, tokens
+    ):  # one member: nothing here knows of the other seven
         grads, loss = torch.func.grad_and_value(loss_fn)(params, tokens)
         result = nm.update(params, grads, state, hyper, plan)
         return result.params, result.state, loss
 
-    ensemble = torch.compile(torch.vmap(train_step, in_dims=(0, 0, 0, None)), fullgraph=True, dynamic=False)
+    ensemble = torch.compile(
+        torch.vmap(train_step, in_dims=(0, 0, 0, None)), fullgraph=True, dynamic=False
+    )
     params, state = members(one), members(nm.init(plan, one))
     stacked = [nm.Hyper.of(one, lr=rate, weight_decay=0.1) for rate in RATES]
     hyper = nm.Hyper(*(torch.stack(values) for values in zip(*stacked, strict=True)))
@@ -79,7 +90,9 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.semilogx(RATES, last, "o-")
     axes.set(
-        xlabel="learning rate", ylabel="loss, nats a character, last 20 steps", title=f"NorMuon, {args.steps} steps, one graph"
+        xlabel="learning rate",
+        ylabel="loss, nats a character, last 20 steps",
+        title=f"NorMuon, {args.steps} steps, one graph",
     )
     axes.grid(alpha=0.3, which="both")
     args.out.mkdir(parents=True, exist_ok=True)

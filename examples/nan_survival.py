@@ -27,21 +27,30 @@ BATCH, LR = 8, 5e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--every", type=int, default=40, help="inject a NaN every so many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "nan_survival.png")
     args = parser.parse_args()
 
-    torch.use_deterministic_algorithms(True)  # the embedding's backward adds in any order otherwise: no two runs alike
+    torch.use_deterministic_algorithms(
+        True
+    )  # the embedding's backward adds in any order otherwise: no two runs alike
     text = Text(args.data)
     torch.manual_seed(args.seed)
     model = GPT(len(text.characters), tie=False).to(args.device)
     start = {name: p.detach() for name, p in model.named_parameters()}
-    routes = {"*norm*": nm.Route("adamw", wd_mul=0.0), "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH))}
+    routes = {
+        "*norm*": nm.Route("adamw", wd_mul=0.0),
+        "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH)),
+    }
 
     def loss_fn(params: dict[str, Tensor], tokens: Tensor) -> Tensor:
         logits = torch.func.functional_call(model, params, (tokens[:, :-1],))
@@ -55,7 +64,9 @@ def main() -> None:
         params, state = start, nm.init(plan, start)
         hyper = nm.Hyper.of(start, lr=LR, weight_decay=0.1)
         generator, losses, skips = torch.Generator().manual_seed(args.seed), [], []
-        for step in trange(args.steps, unit="step", desc=f"guard {guard}" + (", faults" if faults else "")):
+        for step in trange(
+            args.steps, unit="step", desc=f"guard {guard}" + (", faults" if faults else "")
+        ):
             starts = torch.randint(len(text.train) - CONTEXT, (BATCH, 1), generator=generator)
             bad = step % args.every == args.every - 1
             if bad and not faults:
@@ -87,14 +98,26 @@ def main() -> None:
     axes.plot(unguarded, color="tab:red", linewidth=4, alpha=0.4, label='guard="off"')
     for step in skips:
         axes.axvline(
-            step, color="gray", linestyle=":", linewidth=1, label="a NaN in one gradient" if step == skips[0] else None
+            step,
+            color="gray",
+            linestyle=":",
+            linewidth=1,
+            label="a NaN in one gradient" if step == skips[0] else None,
         )
     if dead is not None:
         axes.plot(
-            dead - 1, unguarded[dead - 1], "x", color="tab:red", markersize=12, markeredgewidth=3, label="dead: all weights NaN"
+            dead - 1,
+            unguarded[dead - 1],
+            "x",
+            color="tab:red",
+            markersize=12,
+            markeredgewidth=3,
+            label="dead: all weights NaN",
         )
     axes.set(
-        xlabel="step", ylabel="training loss, nats a character", title=f"One NaN in one gradient, every {args.every} steps"
+        xlabel="step",
+        ylabel="training loss, nats a character",
+        title=f"One NaN in one gradient, every {args.every} steps",
     )
     axes.grid(alpha=0.3)
     axes.legend()

@@ -25,26 +25,41 @@ import normuon_fn as nm
 def train(args: argparse.Namespace, device: torch.device) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     if BATCH % world:
-        raise ValueError(f"expected a number of ranks that divides the batch of {BATCH}, got {world}")
+        raise ValueError(
+            f"expected a number of ranks that divides the batch of {BATCH}, got {world}"
+        )
     text = Text(args.data)
     torch.manual_seed(args.seed)
     model = GPT(len(text.characters), tie=False).to(device)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     params = {name: p.detach() for name, p in model.named_parameters()}  # the model's own memory
-    routes = {"*norm*": nm.Route("adamw", wd_mul=0.0), "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH))}
-    plan = nm.make_plan(params, nm.Config(guard="full"), routes=routes, mesh=init_device_mesh(device.type, (world,)))
+    routes = {
+        "*norm*": nm.Route("adamw", wd_mul=0.0),
+        "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH)),
+    }
+    plan = nm.make_plan(
+        params, nm.Config(guard="full"), routes=routes, mesh=init_device_mesh(device.type, (world,))
+    )
     state = nm.init(plan, params)
     hyper = nm.Hyper.of(params, lr=args.lr, weight_decay=0.1)
     warmup = max(1, args.steps // 10)
-    shape = [min((i + 1) / warmup, (args.steps - i) / (args.steps - warmup + 1)) for i in range(args.steps)]
+    shape = [
+        min((i + 1) / warmup, (args.steps - i) / (args.steps - warmup + 1))
+        for i in range(args.steps)
+    ]
     schedule = torch.tensor(shape, device=device)
     done = load(args.resume, params, state) if args.resume else 0
     if rank == 0:
-        print(plan if args.show_plan else f"{world} ranks on {device.type}, from step {done}", flush=True)
+        print(
+            plan if args.show_plan else f"{world} ranks on {device.type}, from step {done}",
+            flush=True,
+        )
 
     for step in range(done + 1, args.steps + 1):
-        batch = text.batch(torch.Generator().manual_seed(args.seed + step))  # of all ranks: a resumed run draws the same
+        batch = text.batch(
+            torch.Generator().manual_seed(args.seed + step)
+        )  # of all ranks: a resumed run draws the same
         tokens = batch.chunk(world)[rank].to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             logits = parallel(tokens[:, :-1])
@@ -54,17 +69,26 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
         factor = schedule[step - 1]
-        now = hyper._replace(lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor)  # tensors: never a recompile
+        now = hyper._replace(
+            lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor
+        )  # tensors: never a recompile
         result = nm.step_(params, grads, state, now, plan)
         model.zero_grad()
 
         mean = loss.detach() / world
         dist.all_reduce(mean)
-        skipped = nm.check(result, plan, max_consecutive=20)  # waits for the device; nm.SkipMonitor does not
+        skipped = nm.check(
+            result, plan, max_consecutive=20
+        )  # waits for the device; nm.SkipMonitor does not
         if rank == 0:
             print(f"step {step} loss {mean.item():.7f}{' skipped' if skipped else ''}", flush=True)
-            if args.checkpoint and (step == args.steps or (args.save_every and step % args.save_every == 0)):
-                save(args.checkpoint / f"step-{step}.pt", {"params": params, "state": state, "step": step})
+            if args.checkpoint and (
+                step == args.steps or (args.save_every and step % args.save_every == 0)
+            ):
+                save(
+                    args.checkpoint / f"step-{step}.pt",
+                    {"params": params, "state": state, "step": step},
+                )
 
 
 def save(path: Path, saved: dict) -> None:
@@ -86,16 +110,26 @@ def load(path: Path, params: dict[str, torch.Tensor], state: dict[str, torch.Ten
 
 def main(train: Callable[[argparse.Namespace, torch.device], None], about: str | None) -> None:
     """Options, and a process group around ``train``: of train_fsdp2.py too."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
-    parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoints; one is written at the end")
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder of the checkpoints; one is written at the end"
+    )
     parser.add_argument("--save-every", type=int, help="and one every so many steps")
     parser.add_argument("--resume", type=Path, help="a checkpoint in that folder, to go on from")
-    parser.add_argument("--nan-at", type=int, help="make the last rank's loss NaN at this step: all ranks skip it")
-    parser.add_argument("--show-plan", action="store_true", help="print what each parameter gets and why")
+    parser.add_argument(
+        "--nan-at", type=int, help="make the last rank's loss NaN at this step: all ranks skip it"
+    )
+    parser.add_argument(
+        "--show-plan", action="store_true", help="print what each parameter gets and why"
+    )
     args = parser.parse_args()
 
     cuda = torch.cuda.is_available()

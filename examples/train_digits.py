@@ -33,9 +33,13 @@ def network() -> nn.Sequential:
 def optimizer_of(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
-    routes = nm.routes_for(model, {"11.weight": nm.Route("adamw")})  # the classifier; convolutions are flattened
+    routes = nm.routes_for(
+        model, {"11.weight": nm.Route("adamw")}
+    )  # the classifier; convolutions are flattened
     print(routes)
-    return nm.NorMuon(model.named_parameters(), lr=lr, weight_decay=0.1, guard="full", routes=routes)
+    return nm.NorMuon(
+        model.named_parameters(), lr=lr, weight_decay=0.1, guard="full", routes=routes
+    )
 
 
 @torch.no_grad()
@@ -51,7 +55,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true", help="operation by operation: starts at once")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="operation by operation: starts at once"
+    )
     args = parser.parse_args()
     if args.no_compile:
         torch.compiler.set_stance("force_eager")
@@ -60,7 +66,9 @@ def main() -> None:
     model = network()
     optimizer = optimizer_of(args.optimizer, model, args.lr)
     steps = args.epochs * (TRAIN // args.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=steps, cycle_momentum=False
+    )
     start = time.perf_counter()
     for epoch in range(args.epochs):
         model.train()
@@ -71,7 +79,9 @@ def main() -> None:
             optimizer.step()
             schedule.step()
         reached = accuracy(model, images[TRAIN:], targets[TRAIN:])
-        print(f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {reached:.4f}, {time.perf_counter() - start:.1f} s")
+        print(
+            f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {reached:.4f}, {time.perf_counter() - start:.1f} s"
+        )
     print(f"accuracy: {reached:.4f} {args.optimizer}")
 
 

@@ -51,7 +51,9 @@ Tensors = dict[str, Tensor]
 
 def angles(time: int, features: int) -> Tensor:  # [2, time, features / 2]: cosines and sines
     """By how far a position turns each pair of features. Source: arXiv 2104.09864, eq. 15."""
-    turns = torch.arange(time)[:, None] * 10000.0 ** (-torch.arange(features // 2) / (features // 2))
+    turns = torch.arange(time)[:, None] * 10000.0 ** (
+        -torch.arange(features // 2) / (features // 2)
+    )
     return torch.stack([turns.cos(), turns.sin()])
 
 
@@ -80,8 +82,13 @@ class Block(nn.Module):
         x: Tensor,  # [batch, time, width]
         turns: Tensor,
     ) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm_attention(x)).chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(rotary(q, turns), rotary(k, turns), v, is_causal=True)
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in self.qkv(self.norm_attention(x)).chunk(3, -1)
+        )
+        mixed = F.scaled_dot_product_attention(
+            rotary(q, turns), rotary(k, turns), v, is_causal=True
+        )
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
@@ -98,14 +105,23 @@ class GPT(nn.Module):
         context: int = CONTEXT,
     ) -> None:
         super().__init__()
-        self.register_buffer("turns", angles(context, width // heads), persistent=False)  # in the graph: anew an entry
+        self.register_buffer(
+            "turns", angles(context, width // heads), persistent=False
+        )  # in the graph: anew an entry
         self.wte = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for name, p in self.named_parameters():
-            if p.ndim == 2:  # what writes to the residual stream starts at zero: every block starts as the identity
-                nn.init.normal_(p, std=0.0 if name.endswith(("proj.weight", "down.weight")) else p.shape[1] ** -0.5)
+            if (
+                p.ndim == 2
+            ):  # what writes to the residual stream starts at zero: every block starts as the identity
+                nn.init.normal_(
+                    p,
+                    std=0.0
+                    if name.endswith(("proj.weight", "down.weight"))
+                    else p.shape[1] ** -0.5,
+                )
         if tie:
             self.head.weight = self.wte.weight
 
@@ -156,15 +172,25 @@ class Run:
         return f"{self.settings['optimizer']} lr {self.settings['lr']:g}"
 
     def save(self, path: Path) -> None:
-        named = {f"params/{k}": v for k, v in self.params.items()} | {f"state/{k}": v for k, v in self.state.items()}
-        tensors = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()}  # none may share
+        named = {f"params/{k}": v for k, v in self.params.items()} | {
+            f"state/{k}": v for k, v in self.state.items()
+        }
+        tensors = {
+            k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()
+        }  # none may share
         tensors["rng"] = self.generator.get_state()
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["val"] = torch.tensor(self.val, dtype=torch.float64)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, temporary, metadata={"step": str(self.step), "settings": json.dumps(self.settings)})
-            os.replace(temporary, path)  # whoever reads sees the old file or the new one, never half of one
+            save_file(
+                tensors,
+                temporary,
+                metadata={"step": str(self.step), "settings": json.dumps(self.settings)},
+            )
+            os.replace(
+                temporary, path
+            )  # whoever reads sees the old file or the new one, never half of one
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -172,11 +198,19 @@ class Run:
         with safe_open(path, framework="pt") as file:
             saved = json.loads(file.metadata()["settings"])
             if saved != self.settings:
-                differ = [f"{k}={saved.get(k)!r} (now {v!r})" for k, v in self.settings.items() if saved.get(k) != v]
+                differ = [
+                    f"{k}={saved.get(k)!r} (now {v!r})"
+                    for k, v in self.settings.items()
+                    if saved.get(k) != v
+                ]
                 raise ValueError(f"{path} was saved with {', '.join(differ)}")
             # In our own order: safetensors keeps none, and the compiled step guards on it.
-            self.params = {k: file.get_tensor(f"params/{k}").to(v.device) for k, v in self.params.items()}
-            self.state = {k: file.get_tensor(f"state/{k}").to(v.device) for k, v in self.state.items()}
+            self.params = {
+                k: file.get_tensor(f"params/{k}").to(v.device) for k, v in self.params.items()
+            }
+            self.state = {
+                k: file.get_tensor(f"state/{k}").to(v.device) for k, v in self.state.items()
+            }
             self.generator.set_state(file.get_tensor("rng"))
             self.losses = file.get_tensor("losses").tolist()
             self.val = [(int(step), loss) for step, loss in file.get_tensor("val").tolist()]
@@ -193,7 +227,9 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.model = GPT(len(self.text.characters), tie=args.tie).to(self.device)
         loss_and_grad = torch.func.grad_and_value(self.loss)
-        self.loss_and_grad = torch.compile(loss_and_grad, fullgraph=True, dynamic=False, disable=args.no_compile)
+        self.loss_and_grad = torch.compile(
+            loss_and_grad, fullgraph=True, dynamic=False, disable=args.no_compile
+        )
         self.step = nm.update if args.no_compile else nm.step
 
     def loss(
@@ -201,7 +237,9 @@ class Trainer:
         params: Tensors,
         tokens: Tensor,  # [batch, time + 1] int64
     ) -> Tensor:  # 0-d float32, nats a character
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
+        ):
             logits = torch.func.functional_call(self.model, params, (tokens[:, :-1],))
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -210,7 +248,9 @@ class Trainer:
         """The mean over the whole validation text, in windows that do not overlap."""
         starts = torch.arange(0, len(self.text.val) - CONTEXT, CONTEXT)
         windows = self.text.val[starts[:, None] + torch.arange(CONTEXT + 1)].to(self.device)
-        return float(torch.stack([self.loss(params, w) * len(w) for w in windows.split(64)]).sum()) / len(windows)
+        return float(
+            torch.stack([self.loss(params, w) * len(w) for w in windows.split(64)]).sum()
+        ) / len(windows)
 
     @torch.no_grad()
     def sample(self, params: Tensors, length: int = 400) -> str:
@@ -219,7 +259,9 @@ class Trainer:
         for _ in range(length):
             window = tokens[None, -CONTEXT:].to(self.device)
             logits = torch.func.functional_call(self.model, params, (window,))[0, -1].float().cpu()
-            tokens = torch.cat([tokens, torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)])
+            tokens = torch.cat(
+                [tokens, torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)]
+            )
         return "".join(self.text.characters[i] for i in tokens.tolist())
 
     def begin(self, optimizer: str, lr: float) -> tuple[Run, nm.Plan]:
@@ -231,9 +273,13 @@ class Trainer:
         else:  # wte and head go to AdamW by default; a fused qkv is three matrices, to be orthogonalized one by one
             routes["*.qkv.weight"] = nm.Route("normuon", splits=(WIDTH, WIDTH, WIDTH))
         plan = nm.make_plan(
-            params, nm.Config(guard=args.guard, momentum_dtype=getattr(torch, args.momentum_dtype)), routes=routes
+            params,
+            nm.Config(guard=args.guard, momentum_dtype=getattr(torch, args.momentum_dtype)),
+            routes=routes,
         )
-        settings = {k: getattr(args, k) for k in ("steps", "seed", "tie", "guard", "momentum_dtype")}
+        settings = {
+            k: getattr(args, k) for k in ("steps", "seed", "tie", "guard", "momentum_dtype")
+        }
         settings |= {"optimizer": optimizer, "lr": lr, "data": self.text.digest}
         run = Run(settings, params, nm.init(plan, params), torch.Generator().manual_seed(args.seed))
         if args.resume:
@@ -245,8 +291,13 @@ class Trainer:
         run, plan = self.begin(optimizer, lr)
         hyper = nm.Hyper.of(run.params, lr=lr, weight_decay=0.1)
         warmup = max(1, args.steps // 10)
-        shape = [min((i + 1) / warmup, (args.steps - i) / (args.steps - warmup + 1)) for i in range(args.steps)]
-        schedule = torch.tensor(shape, device=self.device)  # all of it at once: no copy to the device in the loop
+        shape = [
+            min((i + 1) / warmup, (args.steps - i) / (args.steps - warmup + 1))
+            for i in range(args.steps)
+        ]
+        schedule = torch.tensor(
+            shape, device=self.device
+        )  # all of it at once: no copy to the device in the loop
         first, stop = run.step, min(args.steps, args.stop_at or args.steps)
         pending: list[Tensor] = []  # losses not read yet: reading one waits for the device
         bar = tqdm(total=args.steps, initial=first, desc=str(run), unit="step")
@@ -255,7 +306,9 @@ class Trainer:
             tokens = self.text.batch(run.generator).to(self.device)
             grads, loss = self.loss_and_grad(run.params, tokens)
             factor = schedule[run.step]
-            now = hyper._replace(lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor)  # tensors: never a recompile
+            now = hyper._replace(
+                lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor
+            )  # tensors: never a recompile
             result = self.step(run.params, grads, run.state, now, plan)
             run.params, run.state, run.step = result.params, result.state, run.step + 1
             pending.append(loss)
@@ -265,8 +318,14 @@ class Trainer:
                 seconds = time.perf_counter() - started
                 run.compile_seconds += seconds if run.step == first + 1 else 0.0
                 run.train_seconds += seconds if run.step > first + 1 else 0.0
-                shown = {"loss": f"{run.losses[-1]:.3f}", "val": f"{run.val[-1][1]:.3f}" if run.val else "-"}
-                bar.set_postfix(shown | {"tokens/s": f"{len(pending) * BATCH * CONTEXT / seconds:,.0f}"}, refresh=False)
+                shown = {
+                    "loss": f"{run.losses[-1]:.3f}",
+                    "val": f"{run.val[-1][1]:.3f}" if run.val else "-",
+                }
+                bar.set_postfix(
+                    shown | {"tokens/s": f"{len(pending) * BATCH * CONTEXT / seconds:,.0f}"},
+                    refresh=False,
+                )
                 bar.update(run.step - bar.n)
                 pending.clear()
                 started = time.perf_counter()
@@ -282,10 +341,14 @@ class Trainer:
 def plot(runs: list[Run], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for run in runs:
-        mean = torch.tensor(run.losses).unfold(0, min(20, len(run.losses)), 1).mean(-1)  # of the last 20 batches
+        mean = (
+            torch.tensor(run.losses).unfold(0, min(20, len(run.losses)), 1).mean(-1)
+        )  # of the last 20 batches
         steps = range(len(run.losses) - len(mean) + 1, len(run.losses) + 1)
         (line,) = axes.plot(steps, mean, alpha=0.5, label=f"{run}, training")
-        axes.plot(*zip(*run.val, strict=True), "o-", color=line.get_color(), label=f"{run}, validation")
+        axes.plot(
+            *zip(*run.val, strict=True), "o-", color=line.get_color(), label=f"{run}, validation"
+        )
     axes.set(xlabel="step", ylabel="loss, nats a character", title="A small GPT on Shakespeare")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,30 +359,58 @@ def plot(runs: list[Run], path: Path) -> None:
 def report(runs: list[Run]) -> None:
     print("                    training loss  validation loss  compile s  train s  skipped steps")
     for run in runs:
-        loss, skipped = sum(run.losses[-20:]) / len(run.losses[-20:]), f"{int(run.state['guard.skipped'])} of {run.step}"
+        loss, skipped = (
+            sum(run.losses[-20:]) / len(run.losses[-20:]),
+            f"{int(run.state['guard.skipped'])} of {run.step}",
+        )
         times = f"{run.compile_seconds:>10.1f} {run.train_seconds:>8.1f}"
-        print(f"{run!s:<18} {loss:>14.4f} {run.val[-1][1]:>16.4f} {times} {skipped:>14} (guard {run.settings['guard']})")
+        print(
+            f"{run!s:<18} {loss:>14.4f} {run.val[-1][1]:>16.4f} {times} {skipped:>14} (guard {run.settings['guard']})"
+        )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--optimizer", choices=("normuon", "adamw"), help="train with this one only")
-    which.add_argument("--compare", action="store_true", help="train with both (the default without --optimizer)")
+    which.add_argument(
+        "--compare", action="store_true", help="train with both (the default without --optimizer)"
+    )
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--lr", type=float, help="peak learning rate (default: the best of the grid, per optimizer)")
-    rate.add_argument("--lr-grid", action="store_true", help="three learning rates per optimizer, and which was best")
+    rate.add_argument(
+        "--lr", type=float, help="peak learning rate (default: the best of the grid, per optimizer)"
+    )
+    rate.add_argument(
+        "--lr-grid",
+        action="store_true",
+        help="three learning rates per optimizer, and which was best",
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--stop-at", type=int, help="end after this step; the schedule still spans --steps")
+    parser.add_argument(
+        "--stop-at", type=int, help="end after this step; the schedule still spans --steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--guard", choices=("off", "output", "full"), default="off")
-    parser.add_argument("--momentum-dtype", choices=("float32", "bfloat16"), default="float32", help="of NorMuon's momentum")
-    parser.add_argument("--tie", action="store_true", help="one matrix for the embedding and the head")
+    parser.add_argument(
+        "--momentum-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of NorMuon's momentum",
+    )
+    parser.add_argument(
+        "--tie", action="store_true", help="one matrix for the embedding and the head"
+    )
     parser.add_argument("--no-compile", action="store_true", help="everything eager")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the loss curves")
-    parser.add_argument("--save", type=Path, help=f"checkpoint, written every {EVAL_EVERY} steps and at the end")
+    parser.add_argument(
+        "--save", type=Path, help=f"checkpoint, written every {EVAL_EVERY} steps and at the end"
+    )
     parser.add_argument("--resume", type=Path, help="continue from this checkpoint")
     args = parser.parse_args()
     if (args.save or args.resume) and (not args.optimizer or args.lr_grid):
@@ -334,7 +425,9 @@ def main() -> None:
     trainer = Trainer(args)
     runs, best = [], []
     for optimizer in [args.optimizer] if args.optimizer else ["normuon", "adamw"]:
-        rates = LR_GRID[optimizer] if args.lr_grid else [LR[optimizer] if args.lr is None else args.lr]
+        rates = (
+            LR_GRID[optimizer] if args.lr_grid else [LR[optimizer] if args.lr is None else args.lr]
+        )
         tried = [trainer.train(optimizer, lr) for lr in rates]
         best.append(min(tried, key=lambda run: run.val[-1][1]))
         runs += tried
@@ -344,7 +437,9 @@ def main() -> None:
         print(f"best: {', '.join(map(str, best))}")
     if len(best) == 2:
         losses = [run.val[-1][1] for run in best]
-        print(f"validation loss: {losses[0]:.4f} {best[0]}, {losses[1]:.4f} {best[1]}: {losses[1] - losses[0]:+.4f}")
+        print(
+            f"validation loss: {losses[0]:.4f} {best[0]}, {losses[1]:.4f} {best[1]}: {losses[1] - losses[0]:+.4f}"
+        )
     plot(runs, args.out / "loss.png")
 
 

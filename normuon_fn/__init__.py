@@ -3,21 +3,22 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .foreach import ForeachResult, foreach_step_
-from .models import routes_for
-from .orthogonalize import orthogonalize
-from .plan import Plan
-from .planner import make_plan
-from .routes import Route, RouteTable
-from .step import init, step, step_, update
+from .distributed.orthogonalize import orthogonalize
+from .optim.foreach import ForeachResult, foreach_step_
+from .planning.make_plan import make_plan
+from .planning.plan import Plan
+from .routing.modules import routes_for
+from .routing.routes import Route, RouteTable
+from .runtime.compiled import step, step_
+from .step import init, update
 from .types import Config, Hyper, StepResult
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, CheckpointError, load, save
-    from .converters import convert_state
-    from .graphed import GraphedStep
-    from .optimizer import NorMuon
-    from .report import NonFiniteStepError, SkipMonitor, capture, check
+    from .diagnostics.report import NonFiniteStepError, SkipMonitor, capture, check
+    from .optim.normuon import NorMuon
+    from .persistence.checkpoint import Checkpoint, CheckpointError, load, save
+    from .persistence.converters import convert_state
+    from .runtime.graphed import GraphedStep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,22 +52,22 @@ __all__ = [
 
 
 _LATER = {
-    "Checkpoint": "checkpoint",
-    "CheckpointError": "checkpoint",
-    "GraphedStep": "graphed",
-    "NonFiniteStepError": "report",
-    "SkipMonitor": "report",
-    "capture": "report",
-    "check": "report",
-    "NorMuon": "optimizer",
-    "convert_state": "converters",
-    "load": "checkpoint",
-    "save": "checkpoint",
+    "Checkpoint": "persistence.checkpoint",
+    "CheckpointError": "persistence.checkpoint",
+    "GraphedStep": "runtime.graphed",
+    "NonFiniteStepError": "diagnostics.report",
+    "SkipMonitor": "diagnostics.report",
+    "capture": "diagnostics.report",
+    "check": "diagnostics.report",
+    "NorMuon": "optim.normuon",
+    "convert_state": "persistence.converters",
+    "load": "persistence.checkpoint",
+    "save": "persistence.checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """The host side comes when it is first used: `python -m normuon_fn.report` must find it not yet imported."""
+    """The host side comes when it is first used: `python -m normuon_fn.diagnostics.report` must find it not yet imported."""
     if name in _LATER:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,14 +13,21 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops
-from .plan import Plan
-from .planner import make_plan
-from .step import init, step, update
-from .table import render
+from .planning.make_plan import make_plan
+from .planning.plan import Plan
+from .routing.table import render
+from .runtime.compiled import step
+from .step import init, update
 from .types import Config, Hyper
 
 SIMPLE = (3.4445, -4.7750, 2.0315)  # Keller Jordan's polynomial, five times
-SHAPES = {"square": (48, 48), "wide": (40, 96), "tall": (96, 40), "large": (512, 768), "stack": (3, 24, 32)}
+SHAPES = {
+    "square": (48, 48),
+    "wide": (40, 96),
+    "tall": (96, 40),
+    "large": (512, 768),
+    "stack": (3, 24, 32),
+}
 LR, MOMENTUM, BETA2, DECAY = 0.02, 0.9, 0.8, 0.1
 # Of the change of a parameter, relative. Seen: float32 6e-6 (CPU, torch 2.13, 2026-11-23).
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
@@ -52,7 +59,9 @@ def reference(w: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor) -> Te
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     o = (u * sigma) @ vt
     o = o / (BETA2 * variance + (1 - BETA2) * o.square().mean(1, keepdim=True)).sqrt()
-    return w - LR * DECAY * w - o * (0.2 * LR * math.sqrt(o.numel()) / float(o.square().sum().sqrt()))
+    return (
+        w - LR * DECAY * w - o * (0.2 * LR * math.sqrt(o.numel()) / float(o.square().sum().sqrt()))
+    )
 
 
 def problem(device: torch.device) -> tuple[Matrices, Matrices, Matrices]:
@@ -60,8 +69,14 @@ def problem(device: torch.device) -> tuple[Matrices, Matrices, Matrices]:
     generator = torch.Generator().manual_seed(0)
     params = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     grads = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    state = {f"{name}.momentum": torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    state |= {f"{name}.variance": torch.rand(*shape[:-1], 1, generator=generator) / shape[-1] for name, shape in SHAPES.items()}
+    state = {
+        f"{name}.momentum": torch.randn(shape, generator=generator)
+        for name, shape in SHAPES.items()
+    }
+    state |= {
+        f"{name}.variance": torch.rand(*shape[:-1], 1, generator=generator) / shape[-1]
+        for name, shape in SHAPES.items()
+    }
     return tuple({k: v.to(device) for k, v in part.items()} for part in (params, grads, state))  # type: ignore[return-value]
 
 
@@ -80,10 +95,16 @@ def self_test(device: torch.device, *, compiled: bool) -> Outcome:
     ms = 1e3 * (time.perf_counter() - start)
     worst, shown = 0.0, ""
     for name in SHAPES:
-        parts = [x.double().cpu().reshape(-1, *x.shape[-2:]) for x in (params[name], grads[name], given[f"{name}.momentum"])]
+        parts = [
+            x.double().cpu().reshape(-1, *x.shape[-2:])
+            for x in (params[name], grads[name], given[f"{name}.momentum"])
+        ]
         variance = given[f"{name}.variance"].double().cpu().reshape(-1, SHAPES[name][-2], 1)
         want = torch.stack([reference(*matrix) for matrix in zip(*parts, variance, strict=True)])
-        error = float((result.params[name].double().cpu().reshape(want.shape) - want).norm() / (want - parts[0]).norm())
+        error = float(
+            (result.params[name].double().cpu().reshape(want.shape) - want).norm()
+            / (want - parts[0]).norm()
+        )
         error = error if math.isfinite(error) else math.inf
         allowed = TOLERANCE[_dtype(plan, name)]
         if error / allowed >= worst:
@@ -94,14 +115,27 @@ def self_test(device: torch.device, *, compiled: bool) -> Outcome:
 def kernels(plan: Plan) -> str:
     """Which implementations the step of a plan takes."""
     probe = [torch.empty(1, device=plan.device)]
-    lists = "Triton" if ops.has_kernel(probe) else "CPU reference" if plan.device.type == "cpu" else "PyTorch"
-    forms = {(bucket.form.products, str(bucket.form.dtype).removeprefix("torch.")) for bucket in plan.buckets}
+    lists = (
+        "Triton"
+        if ops.has_kernel(probe)
+        else "CPU reference"
+        if plan.device.type == "cpu"
+        else "PyTorch"
+    )
+    forms = {
+        (bucket.form.products, str(bucket.form.dtype).removeprefix("torch."))
+        for bucket in plan.buckets
+    }
     named = {"library": "library products", "symmetric": "symmetric kernels"}
     return ", ".join([lists, *sorted(f"{named[products]} in {dtype}" for products, dtype in forms)])
 
 
 def _dtype(plan: Plan, name: str) -> torch.dtype:
-    return next(bucket.form.dtype for bucket in plan.buckets if any(block.name == name for block in bucket.blocks))
+    return next(
+        bucket.form.dtype
+        for bucket in plan.buckets
+        if any(block.name == name for block in bucket.blocks)
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -123,7 +157,9 @@ def devices() -> list[tuple[torch.device, str]]:
     found = [(torch.device("cpu"), f"{platform.machine()}, {torch.get_num_threads()} threads")]
     for k in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(k)
-        found.append((torch.device("cuda", k), f"{torch.cuda.get_device_name(k)}, sm_{major}{minor}"))
+        found.append(
+            (torch.device("cuda", k), f"{torch.cuda.get_device_name(k)}, sm_{major}{minor}")
+        )
     return found
 
 
@@ -131,7 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m normuon_fn", description=__doc__)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: all there are")
     parser.add_argument(
-        "--compile", action="store_true", help="the compiled step in the place of the eager one (takes a minute)"
+        "--compile",
+        action="store_true",
+        help="the compiled step in the place of the eager one (takes a minute)",
     )
     args = parser.parse_args(arguments)
     print(versions())
@@ -144,11 +182,22 @@ def main(arguments: list[str] | None = None) -> int:
             outcome = self_test(device, compiled=args.compile)
         except Exception as error:
             failed = True
-            rows.append((str(device), what, "-", f"{type(error).__name__}: {str(error).splitlines()[0][:80]}", "-", "FAIL"))
+            rows.append(
+                (
+                    str(device),
+                    what,
+                    "-",
+                    f"{type(error).__name__}: {str(error).splitlines()[0][:80]}",
+                    "-",
+                    "FAIL",
+                )
+            )
             continue
         failed |= not outcome.passed
         verdict = "pass" if outcome.passed else "FAIL"
-        rows.append((outcome.device, what, outcome.kernels, outcome.shown, f"{outcome.ms:.2f}", verdict))
+        rows.append(
+            (outcome.device, what, outcome.kernels, outcome.shown, f"{outcome.ms:.2f}", verdict)
+        )
     if len(rows) == 1:
         parser.error(f"no device {args.device!r} here")
     print(render(rows))

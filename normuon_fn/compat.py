@@ -25,14 +25,20 @@ except ImportError:
 Ranks = DeviceMesh | ProcessGroup
 
 
-def compile_whole(function: Callable[..., Any], backend: str = "inductor", *, overlap: bool = False) -> Callable[..., Any]:
+def compile_whole(
+    function: Callable[..., Any], backend: str = "inductor", *, overlap: bool = False
+) -> Callable[..., Any]:
     """``function`` as one graph, with a compile cache of its own. ``overlap``: it sends to other ranks, and waits as written.
 
     Dynamo keeps its cache, and its limit of 8 recompilations, per code object. A copy of the code object gives every plan a
     cache of its own, so that a process may hold any number of plans (dion#23).
     """
     own = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     own.__kwdefaults__ = function.__kwdefaults__
     # Without it Inductor times several forms of each reduction on the device and takes the fastest: the same step compiled
@@ -110,7 +116,9 @@ def has_bfloat16_matrix_unit(device: torch.device) -> bool:
     return _HAS_AMX if device.type == "cpu" else device.type == "cuda"
 
 
-_HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # asked here, for dynamo refuses to trace the question
+_HAS_AMX = bool(
+    getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+)  # asked here, for dynamo refuses to trace the question
 
 
 def process_group(ranks: Ranks) -> ProcessGroup:
@@ -125,7 +133,9 @@ def process_group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup:
     if len(dims) == mesh.ndim and mesh.size() == dist.get_world_size():
         return dist.distributed_c10d._get_default_group()
     if mesh.mesh_dim_names is None:
-        raise ValueError("mesh: name its dimensions (mesh_dim_names), so that they can be flattened into one group")
+        raise ValueError(
+            "mesh: name its dimensions (mesh_dim_names), so that they can be flattened into one group"
+        )
     part = mesh if len(dims) == mesh.ndim else mesh[tuple(mesh.mesh_dim_names[k] for k in dims)]
     return part._flatten().get_group()
 
@@ -149,7 +159,9 @@ def _all_reduce(tensor: Tensor, operation: str, group: str) -> Tensor:
 
 def all_to_all(tensor: Tensor, incoming: list[int], outgoing: list[int], group: str) -> Tensor:
     """[sum(incoming)] from [sum(outgoing)]: so many from and to every rank. To be waited for."""
-    return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), incoming, outgoing, group)
+    return torch.ops._c10d_functional.all_to_all_single(
+        tensor.contiguous(), incoming, outgoing, group
+    )
 
 
 def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:

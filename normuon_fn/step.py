@@ -10,14 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import guard, mesh, ops, share
-from .adamw import Moments, apply_adamw, read_moments
-from .checks import check_step, check_tensors
+from . import ops
+from .algorithm import guard
+from .algorithm.adamw import Moments, apply_adamw, read_moments
+from .algorithm.stages import Back, Front, momentum_late, momentum_of, updates_of
 from .compat import without_autocast
-from .compiled import run_compiled, zeros_for_none
-from .plan import Bucket, Plan
-from .run import Run
-from .stages import Back, Front, momentum_late, momentum_of, updates_of
+from .distributed import placements as mesh
+from .distributed import share
+from .planning.checks import check_step, check_tensors
+from .planning.plan import Bucket, Plan
+from .planning.run import Run
 from .types import Grads, Hyper, StepResult, Tensors
 
 
@@ -40,7 +42,10 @@ def init(plan: Plan, params: Tensors) -> dict[str, Tensor]:
     check_tensors(plan, "params", params, {p.name: p.spec for p in plan.parameters})
     for group in plan.shared_by:
         mesh.check_alike(plan.summary, group)
-    zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device) for name, spec in plan.state.items()}
+    zeros = {
+        name: torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device)
+        for name, spec in plan.state.items()
+    }
     for name in params:
         if f"{name}.master" in zeros:
             zeros[f"{name}.master"].copy_(mesh.local(params[name]).detach())
@@ -65,11 +70,19 @@ def update(
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
         ValueError: names, shapes, dtypes or devices other than the plan's.
     """
-    return _whole(_update(params, grads, state, hyper, plan, found_inf=found_inf), params, plan)
+    return to_dtensors(
+        local_update(params, grads, state, hyper, plan, found_inf=found_inf), params, plan
+    )
 
 
-def _update(
-    params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
+def local_update(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
 ) -> StepResult:
     """`update`, whose result is what lies on this rank."""
     check_step(plan, params, grads, state, hyper, found_inf)
@@ -77,56 +90,51 @@ def _update(
         return _advance(params, grads, state, hyper, plan, found_inf, ops.PURE)
 
 
-def _update_(
-    params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
+def local_update_(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
 ) -> StepResult:
     check_step(plan, params, grads, state, hyper, found_inf)
     with torch.no_grad(), without_autocast(plan.device):
         return _advance(params, grads, state, hyper, plan, found_inf, ops.IN_PLACE)
 
 
-def step(
-    params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
-) -> StepResult:
-    """`update` as one compiled graph (``torch.compile(fullgraph=True, dynamic=False)``), compiled once for every plan.
-
-    Pass detached parameters: a result fed back then meets the graph it came from. Each set of gradients that are None is
-    compiled once; with ``Config(missing_grads="zeros")`` there is only one.
-    """
-    if torch.compiler.is_compiling():  # inside the caller's own graph
-        return update(params, grads, state, hyper, plan, found_inf=found_inf)
-    return _whole(run_compiled(_update, params, grads, state, hyper, plan, found_inf), params, plan)
-
-
-def step_(
-    params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, *, found_inf: Tensor | None = None
-) -> StepResult:
-    """`step` in place: ``params`` and ``state`` are written, nothing else is. The result holds the same tensors.
-
-    Inside a graph of your own on torch 2.11, parameters must not be parts of one storage: see compat.apart. `update` is safe.
-    """
-    if torch.compiler.is_compiling():
-        result = _update_(params, grads, state, hyper, plan, found_inf=found_inf)
-    else:
-        result = run_compiled(_update_, params, grads, state, hyper, plan, found_inf)
-        if plan.one_storage:
-            torch.autograd.graph.increment_version([mesh.local(p) for p in params.values()])
-    return result._replace(params=dict(params), state=dict(state))
-
-
-def _whole(result: StepResult, params: Tensors, plan: Plan) -> StepResult:
+def to_dtensors(result: StepResult, params: Tensors, plan: Plan) -> StepResult:
     """DTensors where the parameters are."""
     if not plan.sharded:
         return result
     specs = {p.name: p.spec for p in plan.parameters}
     new = {name: mesh.whole(tensor, specs[name].sharded) for name, tensor in result.params.items()}
     return result._replace(
-        params=new, state={name: mesh.whole(tensor, plan.state[name].sharded) for name, tensor in result.state.items()}
+        params=new,
+        state={
+            name: mesh.whole(tensor, plan.state[name].sharded)
+            for name, tensor in result.state.items()
+        },
     )
 
 
+def zeros_for_none(params: Tensors, grads: Grads) -> Grads:
+    """``missing_grads="zeros"``."""
+    return {
+        name: torch.zeros_like(params[name]) if grad is None else grad
+        for name, grad in grads.items()
+    }
+
+
 def _advance(
-    params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan, found_inf: Tensor | None, writes: ops.Writes
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    found_inf: Tensor | None,
+    writes: ops.Writes,
 ) -> StepResult:
     params, grads, state = mesh.local_of(params), mesh.local_of(grads), mesh.local_of(state)
     if plan.config.missing_grads == "zeros":
@@ -140,7 +148,11 @@ def _advance(
         early = _agreed(run, _bad_early(run, moments)) if plan.config.guard == "full" else None
         holds = guard.holds(plan.config, early and early.seen[1] > 0, plan.bucket_has, found_inf)
     # Everything that goes to other ranks is sent first: it travels while the rest is orthogonalized.
-    sent = {b: share.send(run, b, hold) for b, hold in zip(plan.buckets, holds, strict=False) if b.exchange}
+    sent = {
+        b: share.send(run, b, hold)
+        for b, hold in zip(plan.buckets, holds, strict=False)
+        if b.exchange
+    }
     fronts: list[Front | None] = []
     backs: list[list[Back]] = []
     answers: list[share.Answer | None] = []
@@ -154,7 +166,10 @@ def _advance(
             fronts.append(momentum_of(run, bucket, hold))
             backs.append(updates_of(run, bucket, fronts[-1]))
     finite = [torch.cat([back.finite for back in parts]) if parts else None for parts in backs]
-    answers = [given and share.relay(bucket, given) for bucket, given in zip(plan.buckets, answers, strict=True)]
+    answers = [
+        given and share.relay(bucket, given)
+        for bucket, given in zip(plan.buckets, answers, strict=True)
+    ]
     for k, (bucket, given) in enumerate(zip(plan.buckets, answers, strict=True)):
         if given is not None:
             backs[k], finite[k] = share.receive(run, bucket, given)
@@ -175,12 +190,18 @@ def _advance(
     return run.result(agreed.flags, skipped)
 
 
-Flags = list[Tensor | None]  # for each bucket, AdamW's last: [n], or [2, n] for non-finite update and non-finite gradient
+Flags = list[
+    Tensor | None
+]  # for each bucket, AdamW's last: [n], or [2, n] for non-finite update and non-finite gradient
 
 
 def _agreed(run: Run, bad: Flags) -> guard.Agreed:
     """What all ranks know: the step's one collective."""
-    return guard.agree(guard.flags(_by_matrix(run, bad), run.plan.matrix_of), run.plan.guard_group, run.plan.guard_alike)
+    return guard.agree(
+        guard.flags(_by_matrix(run, bad), run.plan.matrix_of),
+        run.plan.guard_group,
+        run.plan.guard_alike,
+    )
 
 
 def _bad_early(run: Run, moments: list[Moments]) -> Flags:
@@ -192,8 +213,16 @@ def _bad_early(run: Run, moments: list[Moments]) -> Flags:
     for bucket in run.plan.buckets:
         groups = [group for group in bucket.with_grad(run.grads) if group.held]
         grads = [run.read(group.blocks, ".grad") for group in groups]
-        found = ops.largest([grad for part in grads for grad in part], [*map(len, grads)]) if groups else None
-        bad.append(None if found is None else _of_all(run, bucket, ~_fits(run, bucket, found)).expand(2, -1))
+        found = (
+            ops.largest([grad for part in grads for grad in part], [*map(len, grads)])
+            if groups
+            else None
+        )
+        bad.append(
+            None
+            if found is None
+            else _of_all(run, bucket, ~_fits(run, bucket, found)).expand(2, -1)
+        )
     return bad + [lists.bad if lists.names else None for lists in moments]
 
 
@@ -202,14 +231,20 @@ def _fits(run: Run, bucket: Bucket, largest: Tensor) -> Tensor:
     config = run.plan.config
     if config.momentum_dtype is None and config.momentum_form == "ema":
         return largest.isfinite()
-    limit = min(torch.finfo(dtype).max for dtype in (config.momentum_dtype or largest.dtype, largest.dtype))
+    limit = min(
+        torch.finfo(dtype).max for dtype in (config.momentum_dtype or largest.dtype, largest.dtype)
+    )
     if config.momentum_form == "ema":
         return largest <= limit
     return largest <= limit * (1.0 - run.hyper_of(bucket).momentum.to(largest.dtype))
 
 
 def _agreed_late(
-    run: Run, fronts: list[Front | None], finite: Flags, moments: list[Moments], early: guard.Agreed | None
+    run: Run,
+    fronts: list[Front | None],
+    finite: Flags,
+    moments: list[Moments],
+    early: guard.Agreed | None,
 ) -> guard.Agreed:
     """With updates. Where gradients were agreed about early, those who share a bucket know of its updates already."""
     bad: Flags = []
@@ -224,7 +259,10 @@ def _agreed_late(
         return _agreed(run, bad + [lists.bad if lists.names else None for lists in moments])
     late = guard.flags(_by_matrix(run, bad + [None] * len(moments)), run.plan.matrix_of)
     flags = torch.maximum(early.flags, late)
-    return guard.Agreed(flags, torch.maximum(early.seen, late if run.plan.guard_alike else late.amax(1, keepdim=True)))
+    return guard.Agreed(
+        flags,
+        torch.maximum(early.seen, late if run.plan.guard_alike else late.amax(1, keepdim=True)),
+    )
 
 
 def _of_all(run: Run, bucket: Bucket, flags: Tensor) -> Tensor:
@@ -232,7 +270,9 @@ def _of_all(run: Run, bucket: Bucket, flags: Tensor) -> Tensor:
     if all(group.held for group in bucket.groups):
         return flags
     parts = iter(flags.split([group.count for group in bucket.groups if group.held]))
-    return torch.cat([next(parts) if group.held else run.no_flags(1, group.count)[0] for group in bucket.groups])
+    return torch.cat(
+        [next(parts) if group.held else run.no_flags(1, group.count)[0] for group in bucket.groups]
+    )
 
 
 def _by_matrix(run: Run, bad: Flags) -> Tensor:
@@ -259,7 +299,9 @@ def _by_matrix(run: Run, bad: Flags) -> Tensor:
 
 def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
     config, blocks, hyper = run.plan.config, back.group.blocks, run.hyper_of(back.group)
-    lr, decay = run.rates(back.group, hyper.lr, hyper.weight_decay, back.factor.dtype, config.weight_decay_lr_power)
+    lr, decay = run.rates(
+        back.group, hyper.lr, hyper.weight_decay, back.factor.dtype, config.weight_decay_lr_power
+    )
     cautious = config.weight_decay_form == "cautious"
     if back.group.held:
         params, rest = run.read(blocks, ""), back.group.rest
@@ -268,7 +310,9 @@ def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
             params, rests = run.writes.apply_wide(params, run.read(blocks, rest), *how)
             run.put(blocks, rest, rests)
         else:
-            params = run.writes.apply(params, *how, *run.chances([salt for block in blocks for salt in block.salts]))
+            params = run.writes.apply(
+                params, *how, *run.chances([salt for block in blocks for salt in block.salts])
+            )
         run.put(blocks, "", params)
     if back.variances is not None:
         old, new = back.variances
@@ -278,7 +322,9 @@ def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
 
 def _count(run: Run, skipped: Tensor) -> None:
     """The guard's counters: steps so far, skipped ones, skipped ones in a row."""
-    step, total, in_a_row = (run.state[f"guard.{name}"] for name in ("step", "skipped", "consecutive"))
+    step, total, in_a_row = (
+        run.state[f"guard.{name}"] for name in ("step", "skipped", "consecutive")
+    )
     counted = {
         "guard.step": step + 1,
         "guard.skipped": total + skipped.to(total.dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -10,8 +11,19 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients, resolve
-
+Row = tuple[float, float, float]
+CoefficientsName = Literal[
+    "polar_express",
+    "polar_express_cushioned",
+    "quintic",
+    "you",
+    "cans",
+    "aol",
+    "deepseekv4",
+    "cubic5",
+    "simple",
+]
+Coefficients = CoefficientsName | tuple[Row, ...]  # a name, or rows of your own
 MomentumForm = Literal["ema", "sum"]
 Reduction = Literal["rows", "short"]
 Scale = Literal["paper", "spectral", "rms", "muon", "none"]
@@ -27,6 +39,7 @@ Orthogonalizer = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 Grads = Mapping[str, Tensor | None]
 
+FIXED_STEPS = {"cubic5": 5}  # one composition, which can neither be cut nor continued
 ONE = 1.0 - 2.0**-25  # rounded to float32 it is 1, and with it all numbers from there on
 LARGEST = torch.finfo(torch.float32).max
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -110,22 +123,25 @@ class Config:
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
         for field, least in (("rms", 0.0), ("eps", 0.0)):
-            _check_number(f"Config.{field}", getattr(self, field), least)
+            check_number(f"Config.{field}", getattr(self, field), least)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"Config.seed: expected an int, got {self.seed!r}")
         if self.rms == 0.0:
             raise ValueError("Config.rms: expected a number > 0, got 0")
-        for field, dtypes in (("orthogonalize_dtype", COMPUTE_DTYPES), ("momentum_dtype", COMPUTE_DTYPES)):
+        for field, dtypes in (
+            ("orthogonalize_dtype", COMPUTE_DTYPES),
+            ("momentum_dtype", COMPUTE_DTYPES),
+        ):
             if getattr(self, field) is not None and getattr(self, field) not in dtypes:
-                raise ValueError(f"Config.{field}: expected None or one of {dtypes}, got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"Config.{field}: expected None or one of {dtypes}, got {getattr(self, field)!r}"
+                )
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
-            raise TypeError(f"Config.orthogonalizer: expected a callable [n, rows, cols] -> same, got {self.orthogonalizer!r}")
-        if not isinstance(self.coefficients, str):
-            rows = self.coefficients
-            if not isinstance(rows, Sequence) or not all(isinstance(row, Sequence) for row in rows):
-                raise TypeError(f"Config.coefficients: expected a name or a tuple of (a, b, c) rows, got {rows!r}")
-            object.__setattr__(self, "coefficients", tuple(tuple(row) for row in rows))
-        resolve(self.coefficients, self.steps, self.safety_factor)
+            raise TypeError(
+                f"Config.orthogonalizer: expected a callable [n, rows, cols] -> same, got {self.orthogonalizer!r}"
+            )
+        checked = check_coefficients(self.coefficients, self.steps, self.safety_factor)
+        object.__setattr__(self, "coefficients", checked)
 
     @staticmethod
     def preset(name: Preset, **overrides: Any) -> Config:
@@ -166,7 +182,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
     # zichongli5/NorMuon normuon.py, d45c9a4.
     "author": {"coefficients": "simple", "nesterov": True, "scale": "muon", "eps": 1e-10},
     # microsoft/dion normuon.py, muon.py, 0a059a4.
-    "dion": {"coefficients": "polar_express_cushioned", "momentum_form": "sum", "scale": "spectral", "eps": 1e-8},
+    "dion": {
+        "coefficients": "polar_express_cushioned",
+        "momentum_form": "sum",
+        "scale": "spectral",
+        "eps": 1e-8,
+    },
     # KellerJordan/modded-nanogpt train_gpt.py, f411b3d3.
     "modded_nanogpt": {
         "coefficients": "polar_express_cushioned",
@@ -241,13 +262,20 @@ class Hyper(NamedTuple):
             "adamw_beta1": adamw_betas[0],
             "adamw_beta2": adamw_betas[1],
             "adamw_eps": adamw_eps,
-            "adamw_weight_decay": weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+            "adamw_weight_decay": weight_decay
+            if adamw_weight_decay is None
+            else adamw_weight_decay,
         }
         for name, value in values.items():
-            _check_number(name, value, 0.0)
+            check_number(name, value, 0.0)
             if name in ("momentum", "beta2", "adamw_beta1", "adamw_beta2") and value >= ONE:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {value!r} as float32")
-        return Hyper(**{name: torch.tensor(float(v), dtype=torch.float32, device=device) for name, v in values.items()})
+        return Hyper(
+            **{
+                name: torch.tensor(float(v), dtype=torch.float32, device=device)
+                for name, v in values.items()
+            }
+        )
 
     @staticmethod
     def stack(hypers: Sequence[Hyper]) -> Hyper:
@@ -266,8 +294,53 @@ class StepResult(NamedTuple):
     skipped: Tensor  # 0-d bool: something kept its bits
 
 
-def _check_number(name: str, value: object, least: float) -> None:
+def check_number(name: str, value: object, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a Python number, got {type(value).__name__} ({value!r})")
     if not least <= value <= LARGEST:
         raise ValueError(f"{name}: expected a finite number >= {least:g}, got {value!r} as float32")
+
+
+def check_coefficients(coefficients: object, steps: object, safety_factor: object) -> Coefficients:
+    """``coefficients`` as a name, or as rows of floats.
+
+    Raises:
+        TypeError, ValueError: an unknown name, malformed rows, ``steps`` < 1, a number of steps that the set
+            does not have, or a safety factor outside [1, 2).
+    """
+    checked: Any = coefficients
+    if isinstance(coefficients, str):
+        if coefficients not in get_args(CoefficientsName):
+            raise ValueError(
+                f"coefficients: expected one of {sorted(get_args(CoefficientsName))} or a tuple of "
+                f"(a, b, c) rows, got {coefficients!r}"
+            )
+    else:
+        checked = _check_rows(coefficients)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected an int >= 1, got {steps!r}")
+    if safety_factor is not None and not (
+        isinstance(safety_factor, (int, float)) and 1.0 <= safety_factor < 2.0
+    ):
+        raise ValueError(f"safety_factor: expected a number in [1, 2), got {safety_factor!r}")
+    fixed = FIXED_STEPS.get(checked, steps) if isinstance(checked, str) else steps
+    if steps != fixed:
+        raise ValueError(
+            f"steps: {coefficients!r} is one composition of exactly {fixed} steps, which can neither "
+            f"be cut nor continued; got {steps}"
+        )
+    return checked
+
+
+def _check_rows(rows: object) -> tuple[Row, ...]:
+    if not isinstance(rows, Sequence) or not all(isinstance(row, Sequence) for row in rows):
+        raise TypeError(f"coefficients: expected a name or a tuple of (a, b, c) rows, got {rows!r}")
+    for row in rows:
+        numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in row)
+        if len(row) != 3 or not numbers:
+            raise ValueError(
+                f"coefficients: expected rows of three finite numbers (a, b, c), got {row!r}"
+            )
+    if not rows:
+        raise ValueError("coefficients: expected at least one (a, b, c) row, got none")
+    return tuple((float(a), float(b), float(c)) for a, b, c in rows)

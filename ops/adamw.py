@@ -53,7 +53,9 @@ def adamw_kernel(
         grad = tl.load(_pointers(row + 2, k, G, ALIGNED), mask, other=0.0).to(tl.float32)
         new_first = first * beta1 + grad * (1 - beta1)
         new_second = second * beta2 + grad * grad * (1 - beta2)
-        update = tl.div_rn(tl.div_rn(new_first, correction1), tl.sqrt_rn(tl.div_rn(new_second, correction2)) + eps)
+        update = tl.div_rn(
+            tl.div_rn(new_first, correction1), tl.sqrt_rn(tl.div_rn(new_second, correction2)) + eps
+        )
         if FLAGS:
             finite = (tl.abs(update) < float("inf")) & (tl.abs(new_second) < float("inf"))
             bad_update = bad_update | (mask & (finite == 0)).to(tl.int32)
@@ -103,7 +105,15 @@ def _launch(
     if not places.aligned or any(x.dtype != y[0].dtype for y in lists for x in y):
         for k in range(n):  # one by one: the others keep their wide loads
             if n > 1:
-                _launch([[x[k]] for x in lists], 1, None if flags is None else flags[k], scalars, skip, step, salts[k : k + 1])
+                _launch(
+                    [[x[k]] for x in lists],
+                    1,
+                    None if flags is None else flags[k],
+                    scalars,
+                    skip,
+                    step,
+                    salts[k : k + 1],
+                )
         if n > 1:
             return
     table = None if step is None else salt_table(salts, step.device)
@@ -120,7 +130,9 @@ def _launch(
     )  # fmt: skip
 
 
-def _adamw_flags(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], *scalars: Tensor) -> Tensor:
+def _adamw_flags(
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], *scalars: Tensor
+) -> Tensor:
     if not has_kernel(exp_avgs, grads):
         return reference.adamw_flags(exp_avgs, exp_avg_sqs, grads, *scalars)
     flags = exp_avgs[0].new_zeros((len(grads), 2), dtype=torch.int32)
@@ -139,7 +151,9 @@ def _adamw(
         _write(into, (params, exp_avgs, exp_avg_sqs), grads, scalars, skip, step, salts)
         return
     for targets, values in zip(
-        into, reference.adamw(params, exp_avgs, exp_avg_sqs, grads, *scalars, skip, step, salts), strict=True
+        into,
+        reference.adamw(params, exp_avgs, exp_avg_sqs, grads, *scalars, skip, step, salts),
+        strict=True,
     ):
         torch._foreach_copy_(targets, values)
 
@@ -152,10 +166,20 @@ def _adamw_wide(
     scalars = (lr, decay, beta1, beta2, eps, correction1, correction2)
     if has_kernel(params, rests, exp_avgs, grads):
         news, lacks, first, second = into
-        _write((news, first, second, lacks), (params, exp_avgs, exp_avg_sqs, rests), grads, scalars, skip, None, ())
+        _write(
+            (news, first, second, lacks),
+            (params, exp_avgs, exp_avg_sqs, rests),
+            grads,
+            scalars,
+            skip,
+            None,
+            (),
+        )
         return
     for targets, values in zip(
-        into, reference.adamw_wide(params, rests, exp_avgs, exp_avg_sqs, grads, *scalars, skip), strict=True
+        into,
+        reference.adamw_wide(params, rests, exp_avgs, exp_avg_sqs, grads, *scalars, skip),
+        strict=True,
     ):
         torch._foreach_copy_(targets, values)
 
@@ -167,7 +191,9 @@ def _write(
     """By the kernel. ``lists``: params, exp_avgs, exp_avg_sqs, and rests if there are any."""
     olds = [[x.contiguous() for x in given] for given in lists]
     news = [
-        old if targets[0] is given[0] else [x if x.is_contiguous() else torch.empty_like(x).contiguous() for x in targets]
+        old
+        if targets[0] is given[0]
+        else [x if x.is_contiguous() else torch.empty_like(x).contiguous() for x in targets]
         for targets, given, old in zip(into, lists, olds, strict=True)
     ]
     more = [olds[3], news[3]] if len(olds) > 3 else []
@@ -190,7 +216,11 @@ def _adamw_fake(
 
 
 def _adamw_wide_fake(
-    params: list[Tensor], rests: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *more: Any
+    params: list[Tensor],
+    rests: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *more: Any,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     return empty_like(params), empty_like(rests), empty_like(exp_avgs), empty_like(exp_avg_sqs)
 

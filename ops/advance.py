@@ -48,7 +48,9 @@ def front_kernel(
         mask = (r < rows)[:, None] & (c < cols)[None, :]
         old = tl.load(at(entry, r, c, M, UNIT, ALIGNED), mask, other=0.0)
         if GRAD:
-            grad = tl.load(at(entry + 3 + 3 * WRITE, r, c, G, UNIT, ALIGNED), mask, other=0.0).to(tl.float32)
+            grad = tl.load(at(entry + 3 + 3 * WRITE, r, c, G, UNIT, ALIGNED), mask, other=0.0).to(
+                tl.float32
+            )
             share = grad * (1 - beta) if EMA else grad
             new = (old.to(tl.float32) * beta + share).to(M)
             if WRITE:
@@ -100,13 +102,23 @@ def _front(
     pieces = []
     for part, _ in reference.runs(sizes, momentums):
         own = momentums[part]
-        lists = [own if x is momentums else x[part] for x in (momentums, into, grads) if x is not None]
-        pieces.append(_front_run(lists, grads is not None, into is not None, beta, keep, form, nesterov))
+        lists = [
+            own if x is momentums else x[part] for x in (momentums, into, grads) if x is not None
+        ]
+        pieces.append(
+            _front_run(lists, grads is not None, into is not None, beta, keep, form, nesterov)
+        )
     return reference.joined(pieces, 1)
 
 
 def _front_run(
-    lists: Sequence[list[Tensor]], grad: bool, write: bool, beta: Tensor | None, keep: Tensor | None, form: str, nesterov: bool
+    lists: Sequence[list[Tensor]],
+    grad: bool,
+    write: bool,
+    beta: Tensor | None,
+    keep: Tensor | None,
+    form: str,
+    nesterov: bool,
 ) -> Tensor:
     first = lists[0][0]
     n, rows, cols = sum(map(count, lists[0])), *first.shape[-2:]
@@ -143,7 +155,12 @@ def _advance(
 
 
 def _lookahead(
-    momentums: list[Tensor], grads: list[Tensor], beta: Tensor, sizes: list[int], form: str, nesterov: bool
+    momentums: list[Tensor],
+    grads: list[Tensor],
+    beta: Tensor,
+    sizes: list[int],
+    form: str,
+    nesterov: bool,
 ) -> Tensor:
     return _front(None, momentums, grads, beta, None, sizes, form, nesterov)
 
@@ -157,7 +174,9 @@ def _largest(tensors: list[Tensor], sizes: list[int]) -> Tensor:
 
 
 def _measure_fake(tensors: list[Tensor], *rest: Any) -> Tensor:
-    return tensors[0].new_empty((3, sum(map(count, tensors))), dtype=compute_dtype(tensors[0].dtype))
+    return tensors[0].new_empty(
+        (3, sum(map(count, tensors))), dtype=compute_dtype(tensors[0].dtype)
+    )
 
 
 def _largest_fake(tensors: list[Tensor], sizes: list[int]) -> Tensor:
@@ -183,11 +202,17 @@ _looked_ahead, _ = with_kernel(
     _lookahead,
     _measure_fake,
 )
-_measured, _ = with_kernel("measure", "(Tensor[] tensors, int[] sizes) -> Tensor", _measure, _measure_fake)
-largest, _ = with_kernel("largest", "(Tensor[] tensors, int[] sizes) -> Tensor", _largest, _largest_fake)
+_measured, _ = with_kernel(
+    "measure", "(Tensor[] tensors, int[] sizes) -> Tensor", _measure, _measure_fake
+)
+largest, _ = with_kernel(
+    "largest", "(Tensor[] tensors, int[] sizes) -> Tensor", _largest, _largest_fake
+)
 
 
-Advanced = tuple[list[Tensor], Measures, list[Tensor] | None]  # the new momentums; the last: as stacks, from the twin
+Advanced = tuple[
+    list[Tensor], Measures, list[Tensor] | None
+]  # the new momentums; the last: as stacks, from the twin
 
 
 def advance(*arguments: Any) -> Advanced:

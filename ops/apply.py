@@ -35,7 +35,11 @@ def apply_kernel(
         if not PURE:  # what keeps its bits is not touched at all
             mask = mask & moves
     old = tl.load(at(entry, r, c, P, UNIT, ALIGNED), mask, other=0.0)
-    update = update_ptr + matrix * stride_n + (r.to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c)
+    update = (
+        update_ptr
+        + matrix * stride_n
+        + (r.to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c)
+    )
     delta = tl.load(update, mask, other=0.0).to(tl.float32)
     if PER_ROW:
         delta = delta * tl.load(factor_ptr + matrix * rows + r, r < rows, other=0.0)[:, None]
@@ -107,7 +111,9 @@ def _apply_fake(params: list[Tensor], *rest: Any) -> list[Tensor]:
     return empty_like(params)
 
 
-def _apply_wide_fake(params: list[Tensor], rests: list[Tensor], *more: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _apply_wide_fake(
+    params: list[Tensor], rests: list[Tensor], *more: Any
+) -> tuple[list[Tensor], list[Tensor]]:
     return empty_like(params), empty_like(rests)
 
 

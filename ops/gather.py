@@ -34,7 +34,9 @@ def gather_kernel(
             x = (x * beta + share).to(M).to(tl.float32)
         if NESTEROV:
             x = x * beta + share
-    x = ((x * tl.load(power_ptr + matrix)) * tl.load(inverse_ptr + matrix)).to(out_ptr.dtype.element_ty)
+    x = ((x * tl.load(power_ptr + matrix)) * tl.load(inverse_ptr + matrix)).to(
+        out_ptr.dtype.element_ty
+    )
     base = out_ptr + matrix * rows * cols
     if TALL:
         out = base + (c.to(tl.int64)[:, None] * rows + r[None, :])
@@ -47,7 +49,9 @@ def _gather(
     momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
     sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype, turn: list[bool],
 ) -> Tensor:  # fmt: skip
-    out = _gather_fake(momentums, grads, beta, power, inverse, sizes, form, nesterov, ahead, dtype, turn)
+    out = _gather_fake(
+        momentums, grads, beta, power, inverse, sizes, form, nesterov, ahead, dtype, turn
+    )
     power, inverse = power.contiguous(), inverse.contiguous()
     for (part, slots), tall in zip(reference.runs(sizes, momentums), turn, strict=True):
         own = momentums[part]

@@ -21,12 +21,19 @@ try:
     import triton
     import triton.language as tl
 
-    INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton was imported: kernels run on the CPU
+    INTERPRETED = bool(
+        triton.knobs.runtime.interpret
+    )  # TRITON_INTERPRET=1 when triton was imported: kernels run on the CPU
 except ImportError:
     triton = tl = None
     INTERPRETED = False
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16)  # int16: what bfloat16 lacks of a float32
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int16,
+)  # int16: what bfloat16 lacks of a float32
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -52,7 +59,13 @@ def has_kernel(*lists: Sequence[Tensor]) -> bool:
 _kernels: dict[Hashable, Any] = {}
 
 
-def launch(kernel: Any, programs: int, pointers: tuple[Any, ...], constants: tuple[Any, ...], **options: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    pointers: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    **options: Any,
+) -> None:
     """``kernel[(programs,)](*pointers, *constants, **options)``.
 
     Triton works out at every call which of its compiled variants the arguments ask for, which costs the host several times the
@@ -91,11 +104,17 @@ class Table(NamedTuple):
 
 _SIZE = 1024
 _tables: OrderedDict[Hashable, Table] = OrderedDict()
-_captured: dict[Hashable, Table] = {}  # what captured graphs read at every replay: a few KiB each, and never dropped
+_captured: dict[
+    Hashable, Table
+] = {}  # what captured graphs read at every replay: a few KiB each, and never dropped
 
 
 def cached(
-    key: Hashable, device: torch.device, make: Callable[[], tuple[list[list[int]], bool, bool]], *, shared: bool = False
+    key: Hashable,
+    device: torch.device,
+    make: Callable[[], tuple[list[list[int]], bool, bool]],
+    *,
+    shared: bool = False,
 ) -> Table:
     """The table of that key, which must say everything that ``make`` depends on, every address included.
 
@@ -124,10 +143,16 @@ def matrix_table(*lists: Sequence[Tensor]) -> Table:
     key = tuple(places[id(x)] for x in lists)
 
     def make() -> tuple[list[list[int]], bool, bool]:
-        rows = [[n for place in row for n in place] for row in zip(*map(_matrices, lists), strict=True)]
+        rows = [
+            [n for place in row for n in place] for row in zip(*map(_matrices, lists), strict=True)
+        ]
         unit = all(row[at] == 1 for row in rows for at in range(2, len(row), 3))
         sizes = [tensors[0].element_size() for tensors in lists]
-        aligned = all(row[3 * k] % 16 == 0 and row[3 * k + 1] * size % 16 == 0 for row in rows for k, size in enumerate(sizes))
+        aligned = all(
+            row[3 * k] % 16 == 0 and row[3 * k + 1] * size % 16 == 0
+            for row in rows
+            for k, size in enumerate(sizes)
+        )
         return rows, unit, unit and aligned
 
     return cached(key, lists[0][0].device, make)
@@ -148,21 +173,29 @@ def chunk_table(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tab
     """A row for every chunk of the tensors of those sizes: which tensor, from where, how many elements it has in all."""
 
     def make() -> tuple[list[list[int]], bool, bool]:
-        return [[k, at, size] for k, size in enumerate(sizes) for at in range(0, size, chunk)], True, True
+        return (
+            [[k, at, size] for k, size in enumerate(sizes) for at in range(0, size, chunk)],
+            True,
+            True,
+        )
 
     return cached((chunk, sizes), device, make, shared=True)
 
 
 def salt_table(salts: Sequence[int], device: torch.device) -> Tensor:
     """The numbers on the device: see `rounding.noise`."""
-    return cached(("salts", *salts), device, lambda: ([list(salts)], True, True), shared=True).entries
+    return cached(
+        ("salts", *salts), device, lambda: ([list(salts)], True, True), shared=True
+    ).entries
 
 
 def _place(tensors: Sequence[Tensor]) -> Hashable:
     """Where the matrices of a list lie. It is asked for a hundred tensors a call: no Python for any of them."""
     first = tensors[0]
     addresses, sizes = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
-    strides = None if all(map(Tensor.is_contiguous, tensors)) else tuple(map(Tensor.stride, tensors))
+    strides = (
+        None if all(map(Tensor.is_contiguous, tensors)) else tuple(map(Tensor.stride, tensors))
+    )
     return first.dtype, first.shape[-2:], addresses, sizes, strides
 
 
@@ -190,7 +223,12 @@ def dtype_of(x: Tensor) -> Any:
 _TRITON = (
     {}
     if tl is None
-    else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int16: tl.int16}
+    else {
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.int16: tl.int16,
+    }
 )
 
 
@@ -208,7 +246,9 @@ def at(entry, r, c, DTYPE: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constex
     return base + (rows + c.to(tl.int64)[None, :] * tl.load(entry + 2))
 
 
-def with_kernel(name: str, schema: str, kernel: Op, fake: Op, *, writes: Sequence[str] = ()) -> tuple[Op, Op]:
+def with_kernel(
+    name: str, schema: str, kernel: Op, fake: Op, *, writes: Sequence[str] = ()
+) -> tuple[Op, Op]:
     """``(pure, in_place)`` of an op over lists: an operator around its kernel, or its twin in reference.py.
 
     The twin is traced into the graph, so that Inductor compiles it. The operator takes lists without a kernel too.
@@ -246,4 +286,8 @@ def with_kernel(name: str, schema: str, kernel: Op, fake: Op, *, writes: Sequenc
 
 
 def _lists(arguments: Sequence[Any]) -> list[list[Tensor]]:
-    return [list(x) for x in arguments if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)]
+    return [
+        list(x)
+        for x in arguments
+        if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)
+    ]

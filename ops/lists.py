@@ -38,7 +38,9 @@ def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor) -> None:
         return
     if not _are_matrices(targets):
         parts = stacked.split([count(x) for x in targets])
-        parts = tuple(part if x.ndim == 3 else part.squeeze(0) for x, part in zip(targets, parts, strict=True))
+        parts = tuple(
+            part if x.ndim == 3 else part.squeeze(0) for x, part in zip(targets, parts, strict=True)
+        )
         torch._foreach_copy_(targets, parts)
     elif stacked.device.type == "cpu":
         torch.unbind_copy(stacked, out=targets)
@@ -52,5 +54,9 @@ def _unstack_fake(tensors: list[Tensor], stacked: Tensor) -> list[Tensor]:
 
 stack, _ = register("stack", "(Tensor[] tensors) -> Tensor", _stack, _stack_fake)
 unstack, unstack_ = register(
-    "unstack", "(Tensor[] tensors, Tensor stacked) -> Tensor[]", _unstack, _unstack_fake, writes=("tensors",)
+    "unstack",
+    "(Tensor[] tensors, Tensor stacked) -> Tensor[]",
+    _unstack,
+    _unstack_fake,
+    writes=("tensors",),
 )

@@ -26,8 +26,12 @@ def orientation_kernel(x_ptr, out_ptr, size, stride_n, stride_r, stride_c, BLOCK
         start = row + 1  # below the diagonal every pair was met before
         while (start < size) & (found == 2):
             c = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            here = tl.load(x_ptr + row * stride_r + c * stride_c, c < size, other=0.0).to(tl.float32)
-            mirrored = tl.load(x_ptr + c * stride_r + row * stride_c, c < size, other=0.0).to(tl.float32)
+            here = tl.load(x_ptr + row * stride_r + c * stride_c, c < size, other=0.0).to(
+                tl.float32
+            )
+            mirrored = tl.load(x_ptr + c * stride_r + row * stride_c, c < size, other=0.0).to(
+                tl.float32
+            )
             first = tl.min(tl.where(here != mirrored, c, size), 0)
             larger = tl.max(((c == first) & (mirrored > here)).to(tl.int32), 0)
             found = tl.where(first < size, larger, found)
@@ -54,9 +58,15 @@ def orient_kernel(
     which = tl.load(which_ptr + matrix)
     turned = (which == 1) | ((which == 2) & (r[:, None] < c[None, :]))
     mirrored_turned = (which == 1) | ((which == 2) & (r[None, :] < c[:, None]))
-    direct = tl.load(x_ptr + wide_r[:, None] * stride_r + wide_c[None, :] * stride_c, mask & (turned == 0), other=0.0)
+    direct = tl.load(
+        x_ptr + wide_r[:, None] * stride_r + wide_c[None, :] * stride_c,
+        mask & (turned == 0),
+        other=0.0,
+    )
     mirrored = tl.load(
-        x_ptr + wide_c[:, None] * stride_r + wide_r[None, :] * stride_c, mirrored_mask & mirrored_turned, other=0.0
+        x_ptr + wide_c[:, None] * stride_r + wide_r[None, :] * stride_c,
+        mirrored_mask & mirrored_turned,
+        other=0.0,
     )
     x = tl.where(turned, tl.trans(mirrored), direct)
     if SCALED:
@@ -74,14 +84,20 @@ def _orientation(x: Tensor) -> Tensor:
     return which
 
 
-def _orient(x: Tensor, which: Tensor, dtype: torch.dtype, power: Tensor | None, inverse: Tensor | None) -> Tensor:
+def _orient(
+    x: Tensor, which: Tensor, dtype: torch.dtype, power: Tensor | None, inverse: Tensor | None
+) -> Tensor:
     n, size, _ = x.shape
     if not has_kernel([x]):
         return orient_reference(x, which, dtype, power, inverse)
     out = x.new_empty((n, size, size), dtype=dtype)
     tiles = (-(-size // _BLOCK)) ** 2
     if out.numel():
-        scales = (power, inverse) if power is None or inverse is None else (power.contiguous(), inverse.contiguous())
+        scales = (
+            (power, inverse)
+            if power is None or inverse is None
+            else (power.contiguous(), inverse.contiguous())
+        )
         launch(
             orient_kernel, n * tiles, (x, which, *scales, out),
             (size, tiles, *x.stride(), dtype_of(out), power is not None, _BLOCK), num_warps=4,
@@ -101,7 +117,11 @@ def orientation_reference(x: Tensor) -> Tensor:
 
 
 def orient_reference(
-    x: Tensor, which: Tensor, dtype: torch.dtype, power: Tensor | None = None, inverse: Tensor | None = None
+    x: Tensor,
+    which: Tensor,
+    dtype: torch.dtype,
+    power: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     which = which[:, None, None]
     turned = torch.where(which == FLIPPED, x.mT, x)
@@ -112,13 +132,18 @@ def orient_reference(
 
 
 _orientation_op, _ = register(
-    "orientation", "(Tensor x) -> Tensor", _orientation, lambda x: x.new_empty(x.shape[0], dtype=torch.int32)
+    "orientation",
+    "(Tensor x) -> Tensor",
+    _orientation,
+    lambda x: x.new_empty(x.shape[0], dtype=torch.int32),
 )
 _orient_op, _ = register(
     "orient",
     "(Tensor x, Tensor which, ScalarType dtype, Tensor? power, Tensor? inverse) -> Tensor",
     _orient,
-    lambda x, which, dtype, power, inverse: torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format),
+    lambda x, which, dtype, power, inverse: torch.empty_like(
+        x, dtype=dtype, memory_format=torch.contiguous_format
+    ),
 )
 
 

@@ -87,10 +87,20 @@ def _store_mirrored(
     wide_j = j.to(tl.int64)
     inside = (i < rows)[:, None] & (j < rows)[None, :] & (i0 >= j0)
     block = _combine(
-        acc, c + wide_i[:, None] * c_row + wide_j[None, :] * c_col, inside, alpha, beta, out.dtype.element_ty, HAS_C
+        acc,
+        c + wide_i[:, None] * c_row + wide_j[None, :] * c_col,
+        inside,
+        alpha,
+        beta,
+        out.dtype.element_ty,
+        HAS_C,
     )
     mirrored = tl.trans(block)
-    tl.store(out + wide_i[:, None] * rows + j[None, :], tl.where(i[:, None] >= j[None, :], block, mirrored), mask=inside)
+    tl.store(
+        out + wide_i[:, None] * rows + j[None, :],
+        tl.where(i[:, None] >= j[None, :], block, mirrored),
+        mask=inside,
+    )
     beside = (j < rows)[:, None] & (i < rows)[None, :] & (i0 > j0)
     tl.store(out + wide_j[:, None] * rows + i[None, :], mirrored, mask=beside)
 
@@ -107,7 +117,9 @@ def _store(
         else:  # BLOCK_N == 2 * BLOCK_M: two squares, whose entries lie in the same threads
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_M)), (0, 2, 1)))
             _store_mirrored(left, c, out, alpha, beta, i0, j0, rows, c_row, c_col, HAS_C, BLOCK_M)
-            _store_mirrored(right, c, out, alpha, beta, i0, j0 + BLOCK_M, rows, c_row, c_col, HAS_C, BLOCK_M)
+            _store_mirrored(
+                right, c, out, alpha, beta, i0, j0 + BLOCK_M, rows, c_row, c_col, HAS_C, BLOCK_M
+            )
     else:
         i = i0 + tl.arange(0, BLOCK_M)
         j = j0 + tl.arange(0, BLOCK_N)
@@ -175,7 +187,23 @@ def pointer_kernel(
 
     c += matrix * c_matrix
     out += matrix * rows * cols
-    _store(acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col, SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N)
+    _store(
+        acc,
+        c,
+        out,
+        alpha,
+        beta,
+        i0,
+        j0,
+        rows,
+        cols,
+        c_row,
+        c_col,
+        SYMMETRIC,
+        HAS_C,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 @jit
@@ -219,7 +247,23 @@ def _descriptor_tile(
     wide = matrix.to(tl.int64)
     c_of = c + wide * c_matrix
     out_of = out + wide * rows * cols
-    _store(acc, c_of, out_of, alpha, beta, i0, j0, rows, cols, c_row, c_col, SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N)
+    _store(
+        acc,
+        c_of,
+        out_of,
+        alpha,
+        beta,
+        i0,
+        j0,
+        rows,
+        cols,
+        c_row,
+        c_col,
+        SYMMETRIC,
+        HAS_C,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 @functools.partial(jit, do_not_specialize=["tiles", "total"])

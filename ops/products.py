@@ -36,7 +36,9 @@ class Config(NamedTuple):
     group: int
     num_warps: int
     num_stages: int
-    variant: Literal["pointers", "tma", "persistent"] = "pointers"  # tma: descriptors; persistent: and one program an SM
+    variant: Literal["pointers", "tma", "persistent"] = (
+        "pointers"  # tma: descriptors; persistent: and one program an SM
+    )
 
 
 _SMALL, _LARGE = False, True
@@ -45,7 +47,11 @@ KINDS = ("symmetric_matmul", "symmetric_addmm", "addmm")
 
 
 def _for_all(small: Config, large: Config) -> dict[tuple[str, bool], Config]:
-    return {(kind, size): config for kind in KINDS for size, config in ((_SMALL, small), (_LARGE, large))}
+    return {
+        (kind, size): config
+        for kind in KINDS
+        for size, config in ((_SMALL, small), (_LARGE, large))
+    }
 
 
 # By the device's generation: shared memory is 227 KiB on 9 and 10, 163 KiB on 8, and 99 KiB on "lean" ones (8.6, 8.9, 12).
@@ -103,7 +109,9 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]  # those after beta
     options: dict[str, int]
-    descriptors: tuple[tuple[list[int], list[int], list[int]], ...]  # of a and b: shape, strides, block
+    descriptors: tuple[
+        tuple[list[int], list[int], list[int]], ...
+    ]  # of a and b: shape, strides, block
 
 
 @functools.lru_cache(4096)
@@ -125,7 +133,12 @@ def _plan(
     transposed = strides_of_b[2] != 1 or (symmetric and has_c)
     along, across = (1, 2) if strides_of_b[2] != 1 else (2, 1)
     by_rows = [strides_of_b[0], strides_of_b[across], strides_of_b[along]]
-    fits = aligned and depth > 0 and _fits_descriptor(list(strides_of_a), dtype) and _fits_descriptor(by_rows, dtype)
+    fits = (
+        aligned
+        and depth > 0
+        and _fits_descriptor(list(strides_of_a), dtype)
+        and _fits_descriptor(by_rows, dtype)
+    )
     if config is None:
         kind = "addmm" if not symmetric else "symmetric_addmm" if has_c else "symmetric_matmul"
         generation = 9 if device.type == "cpu" else _generation(device.index)
@@ -133,7 +146,9 @@ def _plan(
         if config.variant != "pointers" and not fits:
             config = WITHOUT_DESCRIPTORS[rows >= _LARGE_FROM]
     elif config.variant != "pointers" and not fits:
-        raise ValueError(f"no tensor descriptor takes strides {strides_of_a} and {strides_of_b}, or the addresses are odd")
+        raise ValueError(
+            f"no tensor descriptor takes strides {strides_of_a} and {strides_of_b}, or the addresses are odd"
+        )
     tiles = tile_count(symmetric, rows, cols, config)
     blocks = (config.block_m, config.block_n, config.block_k, config.group)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -145,27 +160,56 @@ def _plan(
         return Plan(pointer_kernel, (n * tiles,), arguments, options, ())
     persistent = config.variant == "persistent"
     block_m, block_n, block_k, _ = blocks
-    of_b, block = ([n, cols, depth], [1, block_n, block_k]) if transposed else ([n, depth, cols], [1, block_k, block_n])
+    of_b, block = (
+        ([n, cols, depth], [1, block_n, block_k])
+        if transposed
+        else ([n, depth, cols], [1, block_k, block_n])
+    )
     descriptors = (list(shape), list(strides_of_a), [1, block_m, block_k]), (of_b, by_rows, block)
     total = n * tiles
-    arguments = (*sizes, total, *strides_of_c, symmetric, has_c, transposed, persistent, INTERPRETED, *blocks)
+    arguments = (
+        *sizes,
+        total,
+        *strides_of_c,
+        symmetric,
+        has_c,
+        transposed,
+        persistent,
+        INTERPRETED,
+        *blocks,
+    )
     programs = min(total, _programs(device)) if persistent else total
     return Plan(descriptor_kernel, (programs,), arguments, options, descriptors)
 
 
 def _fits_descriptor(strides: list[int], dtype: torch.dtype) -> bool:
-    return strides[2] == 1 and all(stride > 0 and stride * dtype.itemsize % 16 == 0 for stride in strides[:2])
+    return strides[2] == 1 and all(
+        stride > 0 and stride * dtype.itemsize % 16 == 0 for stride in strides[:2]
+    )
 
 
 def _programs(device: torch.device) -> int:
-    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return (
+        3
+        if device.type == "cpu"
+        else torch.cuda.get_device_properties(device).multi_processor_count
+    )
 
 
-Call = tuple[Any, int, tuple[Any, ...], tuple[Any, ...], dict[str, int]]  # kernel, programs, pointers, constants, options
+Call = tuple[
+    Any, int, tuple[Any, ...], tuple[Any, ...], dict[str, int]
+]  # kernel, programs, pointers, constants, options
 
 
 def _prepare(
-    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float, symmetric: bool, config: Config | None
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    out: Tensor,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    config: Config | None,
 ) -> Call:
     given = a if c is None else c
     kernel, grid, arguments, options, descriptors = _plan(
@@ -189,13 +233,21 @@ def _prepare(
 
 
 def _launch(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, symmetric: bool, config: Config | None = None
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    config: Config | None = None,
 ) -> Tensor:
     """``beta c + alpha a b``. ``config``: for tests and tuning; without descriptors that it wants, it raises ValueError."""
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     if out.numel() == 0:
         return out
-    kernel, programs, pointers, constants, options = _prepare(a, b, c, out, alpha, beta, symmetric, config)
+    kernel, programs, pointers, constants, options = _prepare(
+        a, b, c, out, alpha, beta, symmetric, config
+    )
     launch(kernel, programs, pointers, constants, **options)
     return out
 
@@ -205,7 +257,11 @@ def _launch(
 
 def _takes_kernel(x: Tensor) -> bool:
     device = x.device.type
-    return triton is not None and x.dtype in KERNEL_DTYPES and (device == "cuda" or (INTERPRETED and device == "cpu"))
+    return (
+        triton is not None
+        and x.dtype in KERNEL_DTYPES
+        and (device == "cuda" or (INTERPRETED and device == "cpu"))
+    )
 
 
 def _library_matmul(x: Tensor, alpha: float) -> Tensor:
@@ -222,11 +278,17 @@ def _library_addmm(c: Tensor, a: Tensor, x: Tensor, beta: float) -> Tensor:
 
 
 def _run_symmetric_matmul(x: Tensor, alpha: float) -> Tensor:
-    return _launch(x, x.mT, None, alpha, 0.0, True) if _takes_kernel(x) else _library_matmul(x, alpha)
+    return (
+        _launch(x, x.mT, None, alpha, 0.0, True) if _takes_kernel(x) else _library_matmul(x, alpha)
+    )
 
 
 def _run_symmetric_addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    return _launch(a, b, c, alpha, beta, True) if _takes_kernel(a) else _library_symmetric_addmm(c, a, b, beta, alpha)
+    return (
+        _launch(a, b, c, alpha, beta, True)
+        if _takes_kernel(a)
+        else _library_symmetric_addmm(c, a, b, beta, alpha)
+    )
 
 
 def _run_addmm(c: Tensor, a: Tensor, x: Tensor, beta: float) -> Tensor:
@@ -239,9 +301,13 @@ def _define(schema: str, function: Callable[..., Tensor], matrices: int) -> Any:
 
     def fake(*arguments: Any) -> Tensor:
         first = arguments[0]
-        return first.new_empty(first.shape[0], first.shape[1], first.shape[1] if matrices == 1 else first.shape[2])
+        return first.new_empty(
+            first.shape[0], first.shape[1], first.shape[1] if matrices == 1 else first.shape[2]
+        )
 
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:  # members become more matrices
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *arguments: Any
+    ) -> tuple[Tensor, int]:  # members become more matrices
         members = [
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(arguments[:matrices], in_dims, strict=False)
@@ -253,9 +319,13 @@ def _define(schema: str, function: Callable[..., Tensor], matrices: int) -> Any:
     return operator
 
 
-_symmetric_matmul = _define("symmetric_matmul(Tensor x, float alpha) -> Tensor", _run_symmetric_matmul, 1)
+_symmetric_matmul = _define(
+    "symmetric_matmul(Tensor x, float alpha) -> Tensor", _run_symmetric_matmul, 1
+)
 _symmetric_addmm = _define(
-    "symmetric_addmm(Tensor c, Tensor a, Tensor b, float beta, float alpha) -> Tensor", _run_symmetric_addmm, 3
+    "symmetric_addmm(Tensor c, Tensor a, Tensor b, float beta, float alpha) -> Tensor",
+    _run_symmetric_addmm,
+    3,
 )
 _addmm = _define("addmm(Tensor c, Tensor a, Tensor x, float beta) -> Tensor", _run_addmm, 3)
 
@@ -301,7 +371,9 @@ def symmetric_addmm(
     _check_shape("a", a, (a.shape[0], a.shape[1], a.shape[1]))
     _check_shape("b", b, tuple(a.shape))
     _check_shape("c", c, tuple(a.shape))
-    return (_symmetric_addmm if _takes_kernel(a) else _library_symmetric_addmm)(c, a, b, beta, alpha)
+    return (_symmetric_addmm if _takes_kernel(a) else _library_symmetric_addmm)(
+        c, a, b, beta, alpha
+    )
 
 
 def addmm(
@@ -328,13 +400,19 @@ def _check(**arguments: Tensor) -> None:
     first_name, first = next(iter(arguments.items()))
     for name, x in arguments.items():
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+            raise TypeError(
+                f"{name}: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}"
+            )
         if x.ndim != 3:
-            raise ValueError(f"{name}: expected a stack of matrices [n, rows, cols], got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected a stack of matrices [n, rows, cols], got shape {tuple(x.shape)}"
+            )
         if x.dtype != first.dtype:
             raise TypeError(f"{name}: expected {first.dtype} like {first_name}, got {x.dtype}")
         if x.device != first.device:
-            raise ValueError(f"{name}: expected to be on {first.device} like {first_name}, is on {x.device}")
+            raise ValueError(
+                f"{name}: expected to be on {first.device} like {first_name}, is on {x.device}"
+            )
 
 
 def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:

@@ -40,7 +40,9 @@ def power_of_two(largest: Tensor) -> Tensor:
 
     Taken from the exponent's bits. A subnormal ``largest`` is brought to at least 2**-22.
     """
-    bits, mantissa, twice_bias = (torch.int64, 52, 2047) if largest.dtype == torch.float64 else (torch.int32, 23, 255)
+    bits, mantissa, twice_bias = (
+        (torch.int64, 52, 2047) if largest.dtype == torch.float64 else (torch.int32, 23, 255)
+    )
     exponent = (reinterpret(largest, bits) >> mantissa).clamp(min=1)  # biased; the sign bit is 0
     return reinterpret((twice_bias - exponent) << mantissa, largest.dtype)
 
@@ -125,7 +127,12 @@ def advance(
 
 
 def lookahead(
-    momentums: list[Tensor], grads: list[Tensor], beta: Tensor, sizes: list[int], form: str, nesterov: bool
+    momentums: list[Tensor],
+    grads: list[Tensor],
+    beta: Tensor,
+    sizes: list[int],
+    form: str,
+    nesterov: bool,
 ) -> Measures:
     found = []
     for part, _ in runs(sizes, momentums):
@@ -164,7 +171,9 @@ def apply(
     new = _moved(olds.to(compute_dtype(olds.dtype)), update, factor, decay, cautious)
     if step is not None:
         of = torch.tensor(salts, dtype=torch.int64, device=olds.device)[:, None, None]
-        new = rounded_by_chance(new, olds.dtype, noise(of, places(olds.shape[1:], olds.device), step))
+        new = rounded_by_chance(
+            new, olds.dtype, noise(of, places(olds.shape[1:], olds.device), step)
+        )
     new = new.to(olds.dtype)
     return (write(params, new if skip is None else torch.where(skip, olds, new)),)
 
@@ -197,7 +206,9 @@ def _adamw_update(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     """``(updates, exp_avgs, exp_avg_sqs)``, all new."""
     dtype = exp_avgs[0].dtype
-    beta1, beta2, eps, correction1, correction2 = (x.to(dtype) for x in (beta1, beta2, eps, correction1, correction2))
+    beta1, beta2, eps, correction1, correction2 = (
+        x.to(dtype) for x in (beta1, beta2, eps, correction1, correction2)
+    )
     news = [grad.to(dtype) for grad in grads]
     first, second = torch._foreach_mul(exp_avgs, beta1), torch._foreach_mul(exp_avg_sqs, beta2)
     torch._foreach_add_(first, torch._foreach_mul(news, 1 - beta1))
@@ -216,8 +227,13 @@ def adamw_flags(
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
     beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
 ) -> Tensor:  # fmt: skip
-    updates, _, seconds = _adamw_update(exp_avgs, exp_avg_sqs, grads, beta1, beta2, eps, correction1, correction2)
-    bad = [~(update.isfinite() & second.isfinite()).all() for update, second in zip(updates, seconds, strict=True)]
+    updates, _, seconds = _adamw_update(
+        exp_avgs, exp_avg_sqs, grads, beta1, beta2, eps, correction1, correction2
+    )
+    bad = [
+        ~(update.isfinite() & second.isfinite()).all()
+        for update, second in zip(updates, seconds, strict=True)
+    ]
     return torch.stack([torch.stack(bad), torch.stack([~grad.isfinite().all() for grad in grads])])
 
 
@@ -229,11 +245,18 @@ def adamw(
     """``step`` and ``salts`` (one a tensor): round by chance."""
     rates = (beta1, beta2, eps, correction1, correction2)
     updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, *rates)
-    news = _adamw_moved([param.to(x.dtype) for param, x in zip(params, first, strict=True)], updates, lr, decay)
+    news = _adamw_moved(
+        [param.to(x.dtype) for param, x in zip(params, first, strict=True)], updates, lr, decay
+    )
     if step is not None:
         of = torch.tensor(salts, dtype=torch.int64, device=step.device).unbind(0)
-        drawn = [noise(salt, places(x.shape, x.device), step) for salt, x in zip(of, news, strict=True)]
-        news = [rounded_by_chance(x, old.dtype, bits) for x, old, bits in zip(news, params, drawn, strict=True)]
+        drawn = [
+            noise(salt, places(x.shape, x.device), step) for salt, x in zip(of, news, strict=True)
+        ]
+        news = [
+            rounded_by_chance(x, old.dtype, bits)
+            for x, old, bits in zip(news, params, drawn, strict=True)
+        ]
     news = [x.to(param.dtype) for x, param in zip(news, params, strict=True)]
     return _kept(skip, params, news), _kept(skip, exp_avgs, first), _kept(skip, exp_avg_sqs, second)
 
@@ -246,15 +269,25 @@ def adamw_wide(
     """The same of parameters with float32 masters: see rounding.py."""
     rates = (beta1, beta2, eps, correction1, correction2)
     updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, *rates)
-    masters = _adamw_moved([joined_with(param, rest) for param, rest in zip(params, rests, strict=True)], updates, lr, decay)
-    new = [parted(x, param.dtype, rest.dtype) for x, param, rest in zip(masters, params, rests, strict=True)]
+    masters = _adamw_moved(
+        [joined_with(param, rest) for param, rest in zip(params, rests, strict=True)],
+        updates,
+        lr,
+        decay,
+    )
+    new = [
+        parted(x, param.dtype, rest.dtype)
+        for x, param, rest in zip(masters, params, rests, strict=True)
+    ]
     return (
         _kept(skip, params, [param for param, _ in new]), _kept(skip, rests, [rest for _, rest in new]),
         _kept(skip, exp_avgs, first), _kept(skip, exp_avg_sqs, second),
     )  # fmt: skip
 
 
-def _adamw_moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor) -> list[Tensor]:
+def _adamw_moved(
+    olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor
+) -> list[Tensor]:
     """New ones; ``updates`` are overwritten."""
     torch._foreach_mul_(updates, lr)
     torch._foreach_add_(updates, torch._foreach_mul(olds, decay))
@@ -262,4 +295,8 @@ def _adamw_moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: T
 
 
 def _kept(skip: Tensor | None, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
-    return news if skip is None else [torch.where(skip, old, new) for old, new in zip(olds, news, strict=True)]
+    return (
+        news
+        if skip is None
+        else [torch.where(skip, old, new) for old, new in zip(olds, news, strict=True)]
+    )

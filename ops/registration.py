@@ -36,7 +36,9 @@ def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
-def register(name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str] = ()) -> tuple[Op, Op]:
+def register(
+    name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str] = ()
+) -> tuple[Op, Op]:
     """``(pure, in_place)``: the same arguments, the same results.
 
     ``schema`` is that of the pure operator. ``writes`` names its leading list arguments, whose new values are its leading
@@ -66,10 +68,14 @@ def register(name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str
         lists = arguments[:count]
         rest = body(lists, *arguments)
         for written in lists:
-            torch.autograd.graph.increment_version(written)  # a backward that still needs the old values must say so
+            torch.autograd.graph.increment_version(
+                written
+            )  # a backward that still needs the old values must say so
         return rest
 
-    fake_rest = (lambda *arguments: fake(*arguments)[count]) if has_rest else (lambda *arguments: None)
+    fake_rest = (
+        (lambda *arguments: fake(*arguments)[count]) if has_rest else (lambda *arguments: None)
+    )
     mutating = define(f"{name}_", f"{takes} -> {'Tensor' if has_rest else '()'}", write, fake_rest)
 
     def in_place(*arguments: Any) -> Any:
@@ -90,10 +96,15 @@ def _register_members(name: str, schema: str, function: Op, fake: Op) -> None:
         def member(i: int) -> list[Any]:
             return [tree_map_only(Tensor, lambda x: x[i], argument) for argument in arguments]
 
-        return tree_map(lambda *results: torch.stack(results), *(function(*member(i)) for i in range(size)))
+        return tree_map(
+            lambda *results: torch.stack(results), *(function(*member(i)) for i in range(size))
+        )
 
     members = define(
-        f"{name}_members", schema, lambda *arguments: each(function, arguments), lambda *arguments: each(fake, arguments)
+        f"{name}_members",
+        schema,
+        lambda *arguments: each(function, arguments),
+        lambda *arguments: each(fake, arguments),
     )
 
     def first(value: Any, dim: Any, size: int) -> Any:
@@ -104,12 +115,20 @@ def _register_members(name: str, schema: str, function: Op, fake: Op) -> None:
         return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
 
     def of_members(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        given = (first(value, dim, info.batch_size) for value, dim in zip(arguments, in_dims, strict=True))
+        given = (
+            first(value, dim, info.batch_size)
+            for value, dim in zip(arguments, in_dims, strict=True)
+        )
         result = members(*given)
         return result, tree_map(lambda _: 0, result)
 
-    def of_members_of_members(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        given = [first(value, dim, info.batch_size) for value, dim in zip(arguments, in_dims, strict=True)]
+    def of_members_of_members(
+        info: Any, in_dims: tuple[Any, ...], *arguments: Any
+    ) -> tuple[Any, Any]:
+        given = [
+            first(value, dim, info.batch_size)
+            for value, dim in zip(arguments, in_dims, strict=True)
+        ]
         inner = next(x for x in tree_leaves(given) if isinstance(x, Tensor)).shape[1]
         result = members(*tree_map_only(Tensor, lambda x: x.flatten(0, 1), given))
         result = tree_map(lambda x: x.unflatten(0, (info.batch_size, inner)), result)

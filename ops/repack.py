@@ -15,13 +15,17 @@ from torch import Tensor
 from .launch import INTERPRETED, jit, launch, tl, triton
 from .registration import define
 
-Box = tuple[int, int, int, int, int, int]  # bytes: from, to, row stride from, row stride to; rows, and bytes of a row
+Box = tuple[
+    int, int, int, int, int, int
+]  # bytes: from, to, row stride from, row stride to; rows, and bytes of a row
 UNITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 8192
 
 
 @jit
-def repack_kernel(table, source, target, ROW: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+def repack_kernel(
+    table, source, target, ROW: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
+):
     """One tile of a box. ``ROW``: one row of units; ``EVEN``: of pairs of units, so that two are loaded at a time."""
     entry = table + tl.program_id(0).to(tl.int64) * 6
     at, to, cols = tl.load(entry), tl.load(entry + 1), tl.load(entry + 5).to(tl.int32)
@@ -36,7 +40,11 @@ def repack_kernel(table, source, target, ROW: tl.constexpr, EVEN: tl.constexpr, 
         source_stride, target_stride = tl.load(entry + 2), tl.load(entry + 3)
         row, mask = k // cols, k < tl.load(entry + 4).to(tl.int32) * cols
         col = k - row * cols
-        tl.store(target + row * target_stride + col, tl.load(source + row * source_stride + col, mask), mask)
+        tl.store(
+            target + row * target_stride + col,
+            tl.load(source + row * source_stride + col, mask),
+            mask,
+        )
 
 
 def _shape(tiles: Sequence[Sequence[int]]) -> int:
@@ -64,7 +72,9 @@ class Moves:
     """Which boxes go where, for `repack`."""
 
     table: Tensor  # [tiles, 6] int64 on the device: a box or a part of one, in units
-    parts: tuple[int, ...]  # six numbers for every source and target: their places, bytes a unit, first tile, tiles, `_shape`
+    parts: tuple[
+        int, ...
+    ]  # six numbers for every source and target: their places, bytes a unit, first tile, tiles, `_shape`
     narrow: tuple[int, ...]  # sizes of the results of one dtype
     dtype: torch.dtype
     wide: tuple[int, ...] = ()  # and of those after them, of another
@@ -94,7 +104,9 @@ class Boxes:
                 rows, cols = 1, rows * cols
         elif outer == rows * inner and outer_to == rows * inner_to:
             n, rows = 1, n * rows
-        boxes += [(at + k * outer, to + k * outer_to, inner, inner_to, rows, cols) for k in range(n)]
+        boxes += [
+            (at + k * outer, to + k * outer_to, inner, inner_to, rows, cols) for k in range(n)
+        ]
 
     def row(self, source: int, target: int, at: int, to: int, size: int) -> None:
         self.add(source, target, at, to, (1, 1, size), (size, size), (size, size))
@@ -113,7 +125,14 @@ class Boxes:
             unit = math.gcd(8, sizes[target], *numbers)
             first = len(tiles)
             for at, to, stride, to_stride, rows, cols in boxes:
-                box = (at // unit, to // unit, stride // unit, to_stride // unit, rows, cols // unit)
+                box = (
+                    at // unit,
+                    to // unit,
+                    stride // unit,
+                    to_stride // unit,
+                    rows,
+                    cols // unit,
+                )
                 tiles += _tiles(box, block)
             parts += [source, target, unit, first, len(tiles) - first, _shape(tiles[first:])]
         table = torch.tensor(tiles, dtype=torch.int64, device=device).reshape(-1, 6)
@@ -140,7 +159,13 @@ def _repack(
         source, target, unit, first, count, shape = parts[k : k + 6]
         x, into = _units(sources[source], unit), results[target].view(UNITS[unit])
         if triton is not None and (table.is_cuda or INTERPRETED):
-            launch(repack_kernel, count, (table[first:], x, into), (shape > 0, shape > 1, _BLOCK), num_warps=8)
+            launch(
+                repack_kernel,
+                count,
+                (table[first:], x, into),
+                (shape > 0, shape > 1, _BLOCK),
+                num_warps=8,
+            )
             continue
         rows = table.tolist() if rows is None else rows
         for at, to, stride, to_stride, high, cols in rows[first : first + count]:
@@ -153,7 +178,9 @@ def _repack_fake(
     sources: list[Tensor], table: Tensor, parts: list[int],
     narrow: list[int], dtype: torch.dtype, wide: list[int], wide_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    return [table.new_empty(n, dtype=dtype) for n in narrow] + [table.new_empty(n, dtype=wide_dtype) for n in wide]
+    return [table.new_empty(n, dtype=dtype) for n in narrow] + [
+        table.new_empty(n, dtype=wide_dtype) for n in wide
+    ]
 
 
 _repack_op = define(
@@ -168,4 +195,6 @@ _repack_op = define(
 def repack(sources: Sequence[Tensor], moves: Moves) -> list[Tensor]:
     """The targets, each [size], from the sources, of any shapes. What no box covers is left as it is found in memory."""
     m = moves
-    return _repack_op(list(sources), m.table, list(m.parts), list(m.narrow), m.dtype, list(m.wide), m.wide_dtype)
+    return _repack_op(
+        list(sources), m.table, list(m.parts), list(m.narrow), m.dtype, list(m.wide), m.wide_dtype
+    )

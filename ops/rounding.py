@@ -57,9 +57,13 @@ def noise(
     step: Tensor,  # 0-d integer
 ) -> Tensor:
     """16 random bits (int32) for every entry: a function of salt, place and step alone, the same on every device."""
-    return (_mixed(_mixed(index + salts & _WORD) + _mixed(salts ^ _mixed(step.to(torch.int64) & _WORD)) & _WORD) >> 16).to(
-        torch.int32
-    )
+    return (
+        _mixed(
+            _mixed(index + salts & _WORD) + _mixed(salts ^ _mixed(step.to(torch.int64) & _WORD))
+            & _WORD
+        )
+        >> 16
+    ).to(torch.int32)
 
 
 def _mixed(x: Tensor) -> Tensor:

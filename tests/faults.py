@@ -10,7 +10,14 @@ from torch import Tensor
 
 import normuon_fn as nm
 
-SHAPES = {"square": (8, 8), "tall": (12, 8), "experts": (3, 8, 12), "bias": (8,), "embed.weight": (10, 8), "gain": (4,)}
+SHAPES = {
+    "square": (8, 8),
+    "tall": (12, 8),
+    "experts": (3, 8, 12),
+    "bias": (8,),
+    "embed.weight": (10, 8),
+    "gain": (4,),
+}
 ROUTES = {"gain": nm.Route("adamw", lr_mul=0.5)}
 ADAMW = {"bias", "embed.weight", "gain"}
 VICTIMS = ("square", "tall", "experts", "bias", "embed.weight")
@@ -38,7 +45,9 @@ def brittle(x: Tensor) -> Tensor:
     y = torch.bmm(torch.bmm(x, x.mT), x) / (norm * norm * norm)
     at_fault = x.abs() == largest
     for what, code in _CODES.items():
-        told = (largest > 0.02 * code) & (largest < 0.2 * code)  # the momentum holds 0.05 of the gradient
+        told = (largest > 0.02 * code) & (
+            largest < 0.2 * code
+        )  # the momentum holds 0.05 of the gradient
         if what in _NUMBER:
             y = torch.where(told & at_fault, _NUMBER[what], y)
         else:  # overflows here, or is finite and its square overflows in the row statistics
@@ -80,7 +89,9 @@ def hyper_of(params: dict[str, Tensor]) -> nm.Hyper:
     return nm.Hyper.of(params, lr=0.02, weight_decay=0.1, adamw_eps=0.0)
 
 
-def plant(stage: str, what: str, name: str, grads: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def plant(
+    stage: str, what: str, name: str, grads: dict[str, Tensor], state: dict[str, Tensor]
+) -> None:
     """Writes one fault, into tensors that are the caller's own."""
     table = _ADAMW_FAULTS if name in ADAMW else _NORMUON_FAULTS
     for kind, number in table[stage, what].items():
@@ -107,7 +118,9 @@ def keeps_its_bits(guard: str, scope: str, stage: str, what: str, name: str) -> 
     """
     if guard == "off":
         return set()
-    skipped = set(SHAPES) if scope == "step" else next(bucket for bucket in BUCKETS if name in bucket)
+    skipped = (
+        set(SHAPES) if scope == "step" else next(bucket for bucket in BUCKETS if name in bucket)
+    )
     matrix, other = ["", ".variance"], ["", ".exp_avg", ".exp_avg_sq"]
     if guard == "full" and stage == "gradient" and what != "overflow":
         matrix.append(".momentum")

@@ -13,7 +13,11 @@ METHODS = ["standard", "gram"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EVERY_WAY = pytest.mark.parametrize(
     ("method", "dtype"),
-    [pytest.param(m, d, id=f"{m}-{str(d).removeprefix('torch.')}") for m in METHODS for d in DTYPES],
+    [
+        pytest.param(m, d, id=f"{m}-{str(d).removeprefix('torch.')}")
+        for m in METHODS
+        for d in DTYPES
+    ],
 )
 
 

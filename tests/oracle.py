@@ -38,7 +38,9 @@ POLAR_EXPRESS_BASE: list[Row] = [  # arXiv 2505.16932, before the safety factor
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 ]
-POLAR_EXPRESS_CUSHIONED: list[Row] = [  # safety factor 1.02, cushion 2: dion, modded-nanogpt, nanochat
+POLAR_EXPRESS_CUSHIONED: list[
+    Row
+] = [  # safety factor 1.02, cushion 2: dion, modded-nanogpt, nanochat
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -52,7 +54,9 @@ CANS: list[Row] = [  # arXiv 2506.10935
     (3.2866, -2.4647, 0.5074),
     (2.2737, -1.6447, 0.4162),
 ]
-AOL: list[Row] = [  # flash-newton-schulz, AOL-4: after the row rescale of arXiv 2208.03160, see aol_rescale
+AOL: list[
+    Row
+] = [  # flash-newton-schulz, AOL-4: after the row rescale of arXiv 2208.03160, see aol_rescale
     (4.6051, -9.6552, 5.6769),
     (4.7505, -6.0861, 2.1790),
     (2.7763, -2.3190, 0.5523),
@@ -77,7 +81,12 @@ TABLES: dict[str, list[Row]] = {
     "cubic5": CUBIC5,
 }
 NORM_FACTOR = {"polar_express_cushioned": 1.02}  # the norm is multiplied by it; every other set: 1
-REPEATS_LAST = ("polar_express", "polar_express_cushioned", "cans", "deepseekv4")  # every other set starts over
+REPEATS_LAST = (
+    "polar_express",
+    "polar_express_cushioned",
+    "cans",
+    "deepseekv4",
+)  # every other set starts over
 
 
 def polar_express(safety_factor: float) -> list[Row]:
@@ -118,13 +127,17 @@ def aol_rescale(x: Matrix) -> Matrix:
     return np.where(sums > 0, x / np.sqrt(np.where(sums > 0, sums, 1.0)), 0.0)
 
 
-def newton_schulz(x: Matrix, rows: Sequence[Row], norm_factor: float = 1.0, aol: bool = False) -> Matrix:
+def newton_schulz(
+    x: Matrix, rows: Sequence[Row], norm_factor: float = 1.0, aol: bool = False
+) -> Matrix:
     """X / (norm_factor |X|_F), or the AOL rescale, then X <- aX + (bA + cA^2)X with A = X X^T. Zero stays zero."""
     x = np.asarray(x, np.float64)
     amax = np.abs(x).max(initial=0.0)
     if amax == 0:
         return np.zeros_like(x)
-    x = x / 2.0 ** math.floor(math.log2(amax))  # exact, so that no square leaves the range of float64
+    x = x / 2.0 ** math.floor(
+        math.log2(amax)
+    )  # exact, so that no square leaves the range of float64
     x = aol_rescale(x) if aol else x / (np.linalg.norm(x) * norm_factor)
     for a, b, c in rows:
         gram = x @ x.T
@@ -180,12 +193,16 @@ def normalize(rule: Rule, o: Matrix, variance: Matrix, beta2: float) -> tuple[Ma
     """-> (new variance, O divided by its root): one number per row, or per column of a wide matrix by "short"."""
     m, n = o.shape
     over_columns = rule.reduction == "rows" or m >= n
-    variance = beta2 * variance + (1 - beta2) * (o**2).mean(axis=1 if over_columns else 0, keepdims=True)
+    variance = beta2 * variance + (1 - beta2) * (o**2).mean(
+        axis=1 if over_columns else 0, keepdims=True
+    )
     divided = np.zeros_like(o)
     for i in range(m):
         for j in range(n):
             v = variance[i, 0] if over_columns else variance[0, j]
-            root = math.sqrt(v) + rule.eps if rule.eps_form == "add" else math.sqrt(max(v, rule.eps))
+            root = (
+                math.sqrt(v) + rule.eps if rule.eps_form == "add" else math.sqrt(max(v, rule.eps))
+            )
             divided[i, j] = o[i, j] / root if root > 0 else 0.0
     return variance, divided
 

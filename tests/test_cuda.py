@@ -10,13 +10,24 @@ import normuon_fn as nm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-SHAPES = {"square": (64, 64), "tall": (256, 64), "wide": (64, 256), "experts": (3, 64, 96), "embed": (50, 64), "bias": (64,)}
+SHAPES = {
+    "square": (64, 64),
+    "tall": (256, 64),
+    "wide": (64, 256),
+    "experts": (3, 64, 96),
+    "embed": (50, 64),
+    "bias": (64,),
+}
 
 
 def problem(device: str = "cuda", seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    params = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
-    return params, {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
+    params = {
+        name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()
+    }
+    return params, {
+        name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -32,7 +43,9 @@ def test_the_plan_takes_16_bits_for_the_products() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("method", ["standard", "gram"])
-def test_orthogonalize_has_the_same_bits_for_every_power_of_two(method: str, dtype: torch.dtype) -> None:
+def test_orthogonalize_has_the_same_bits_for_every_power_of_two(
+    method: str, dtype: torch.dtype
+) -> None:
     x = torch.randint(1, 9, (3, 48, 80), generator=torch.Generator().manual_seed(0)).float().cuda()
     x[:, ::2] *= -1
     expected = nm.orthogonalize(x, method=method, dtype=dtype)  # type: ignore[arg-type]
@@ -43,12 +56,20 @@ def test_orthogonalize_has_the_same_bits_for_every_power_of_two(method: str, dty
 
 @pytest.mark.parametrize(
     ("method", "dtype", "median", "most"),
-    [("standard", torch.bfloat16, 1e-2, 5e-2), ("gram", torch.float16, 5e-3, 3e-2), ("standard", torch.float32, 1e-5, 3e-5)],
+    [
+        ("standard", torch.bfloat16, 1e-2, 5e-2),
+        ("gram", torch.float16, 5e-3, 3e-2),
+        ("standard", torch.float32, 1e-5, 3e-5),
+    ],
 )
-def test_rows_are_as_exact_as_the_dtype_allows(method, dtype: torch.dtype, median: float, most: float) -> None:
+def test_rows_are_as_exact_as_the_dtype_allows(
+    method, dtype: torch.dtype, median: float, most: float
+) -> None:
     x = torch.randn(2, 256, 1024, generator=torch.Generator().manual_seed(1)).cuda()
     exact = nm.orthogonalize(x.double(), method="standard", dtype=torch.float64)
-    error = (nm.orthogonalize(x, method=method, dtype=dtype).double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    error = (nm.orthogonalize(x, method=method, dtype=dtype).double() - exact).norm(
+        dim=-1
+    ) / exact.norm(dim=-1)
     assert error.median() <= median
     assert error.max() <= most
 
@@ -83,11 +104,16 @@ def test_a_captured_step_follows_its_hyperparameters_and_skips_on_the_device() -
     params, grads = problem()
     plan = nm.make_plan(params, nm.Config(guard="full"))
     state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.02)
-    expected_params, expected_state = ({k: v.clone() for k, v in given.items()} for given in (params, state))
+    expected_params, expected_state = (
+        {k: v.clone() for k, v in given.items()} for given in (params, state)
+    )
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compile and warm up on copies
-        copies = ({k: v.clone() for k, v in params.items()}, {k: v.clone() for k, v in state.items()})
+        copies = (
+            {k: v.clone() for k, v in params.items()},
+            {k: v.clone() for k, v in state.items()},
+        )
         for _ in range(2):
             nm.step_(copies[0], grads, copies[1], hyper, plan)
     torch.cuda.current_stream().wait_stream(side)

@@ -20,13 +20,17 @@ from tests import oracle
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: str, before: str = "", warnings: str = "error", seconds: int = 120) -> subprocess.CompletedProcess[str]:
-    code = (
-        f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}\n{before}\nrunpy.run_module('normuon_fn', run_name='__main__')"
-    )
+def run(
+    *arguments: str, before: str = "", warnings: str = "error", seconds: int = 120
+) -> subprocess.CompletedProcess[str]:
+    code = f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}\n{before}\nrunpy.run_module('normuon_fn', run_name='__main__')"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-W", warnings, "-c", code], capture_output=True, text=True, env=environment, timeout=seconds
+        [sys.executable, "-W", warnings, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=seconds,
     )
 
 
@@ -34,15 +38,21 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
     done = run("--device", "cpu")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert re.match(rf"normuon_fn {normuon_fn.__version__}, torch {re.escape(torch.__version__)}, triton \S+", lines[0])
+    assert re.match(
+        rf"normuon_fn {normuon_fn.__version__}, torch {re.escape(torch.__version__)}, triton \S+",
+        lines[0],
+    )
     assert re.search(
-        r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed .* \d+\.\d\d +pass$", lines[-1]
+        r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed .* \d+\.\d\d +pass$",
+        lines[-1],
     )
 
 
 def test_compiled_it_passes_too() -> None:
     shows = "import torch._dynamo.utils as u, atexit; atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
-    done = run("--device", "cpu", "--compile", before=shows, warnings="ignore", seconds=600)  # Inductor's own
+    done = run(
+        "--device", "cpu", "--compile", before=shows, warnings="ignore", seconds=600
+    )  # Inductor's own
     assert done.returncode == 0, done.stdout + done.stderr
     *_, row, compiled = done.stdout.splitlines()
     assert row.endswith("pass") and compiled == "1"
@@ -51,10 +61,10 @@ def test_compiled_it_passes_too() -> None:
 @pytest.mark.parametrize(
     "planted",
     [
-        "import normuon_fn.normalize as n; n.per_row = lambda *_: False",
-        "import normuon_fn.stages as s; s.carried = lambda *_: 1.5",
-        "import normuon_fn.stages as s, torch\ndef broken(*_): raise RuntimeError('no kernel image')\ns.iterate = broken",
-        "import normuon_fn.stages as s; s.iterate = lambda x, *_: x * float('nan')",
+        "import normuon_fn.algorithm.normalize as n; n.per_row = lambda *_: False",
+        "import normuon_fn.algorithm.stages as s; s.carried = lambda *_: 1.5",
+        "import normuon_fn.algorithm.stages as s, torch\ndef broken(*_): raise RuntimeError('no kernel image')\ns.iterate = broken",
+        "import normuon_fn.algorithm.stages as s; s.iterate = lambda x, *_: x * float('nan')",
     ],
 )
 def test_a_step_that_is_wrong_fails_it_with_exit_code_1(planted: str) -> None:
@@ -64,7 +74,11 @@ def test_a_step_that_is_wrong_fails_it_with_exit_code_1(planted: str) -> None:
 
 def test_help_and_unknown_devices() -> None:
     asked = subprocess.run(
-        [sys.executable, "-m", "normuon_fn", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-m", "normuon_fn", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
     )
     assert asked.returncode == 0 and "--device" in asked.stdout and "self-test" not in asked.stderr
     with pytest.raises(SystemExit) as left:
@@ -79,7 +93,12 @@ def test_the_reference_of_the_self_test_is_the_oracles_step() -> None:
     rule = oracle.Rule(rows=oracle.SIMPLE * 5)
     given = (x.numpy() for x in (w, grad, momentum, variance))
     want, _, _ = oracle.normuon_matrix(rule, *given, lr=0.02, beta=0.9, beta2=0.8, weight_decay=0.1)
-    torch.testing.assert_close(command.reference(w, grad, momentum, variance), torch.from_numpy(want), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        command.reference(w, grad, momentum, variance),
+        torch.from_numpy(want),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_the_names_that_come_later_are_all_there() -> None:
@@ -94,9 +113,13 @@ def test_the_wheel_has_the_marker_of_types_and_the_operators(tmp_path: Path) -> 
     pytest.importorskip("setuptools", minversion="77")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "normuon_fn", tmp_path / "normuon_fn", ignore=shutil.ignore_patterns("__pycache__"))  # ops as files
+    shutil.copytree(
+        ROOT / "normuon_fn", tmp_path / "normuon_fn", ignore=shutil.ignore_patterns("__pycache__")
+    )  # ops as files
     build = "import setuptools.build_meta as b; print(b.build_wheel('.'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]).namelist())
     assert {"normuon_fn/py.typed", "normuon_fn/__main__.py", "normuon_fn/ops/launch.py"} <= names

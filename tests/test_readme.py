@@ -47,11 +47,18 @@ def test_the_routes_fit_a_model_that_has_such_names() -> None:
     assert [p.route.algorithm for p in plan.parameters] == ["normuon", "normuon", "adamw", "frozen"]
 
 
-def test_routes_lists_and_checkpoints_run_as_printed_after_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routes_lists_and_checkpoints_run_as_printed_after_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     printed: dict[str, Any] = {}
     with torch.compiler.set_stance("force_eager"):
-        for text in ("import normuon_fn as nm\n", "nm.routes_for(model, {", "nm.foreach_step_(", "nm.save("):
+        for text in (
+            "import normuon_fn as nm\n",
+            "nm.routes_for(model, {",
+            "nm.foreach_step_(",
+            "nm.save(",
+        ):
             exec(compile(block_with(text), "README.md", "exec"), printed)
     assert [p.route for p in printed["plan"].parameters][::2] == [nm.Route(), nm.Route(lr_mul=0.5)]
     assert all(x.any() for name in ("momentums", "variances") for x in printed[name])
@@ -68,17 +75,29 @@ def test_the_conversion_runs_as_printed() -> None:
     plan = nm.make_plan({"weight": model.weight.detach()}, nm.Config(normalize=False))
     printed: dict[str, Any] = {"nm": nm, "model": model, "optimizer": optimizer, "plan": plan}
     exec(compile(block_with("nm.convert_state("), "README.md", "exec"), printed)
-    assert torch.equal(printed["state"]["weight.momentum"], optimizer.state[model.weight]["momentum_buffer"])
+    assert torch.equal(
+        printed["state"]["weight.momentum"], optimizer.state[model.weight]["momentum_buffer"]
+    )
 
 
 def llama() -> Any:
     transformers = pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, num_key_value_heads=1, **sizes))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=16, num_key_value_heads=1, **sizes)
+    )
 
 
-ROWS = [{"input_ids": row, "labels": row} for row in (torch.arange(24)[:, None] + 3 * torch.arange(8)) % 16]
+ROWS = [
+    {"input_ids": row, "labels": row}
+    for row in (torch.arange(24)[:, None] + 3 * torch.arange(8)) % 16
+]
 
 
 def test_the_trainer_runs_as_printed(tmp_path: Path) -> None:
@@ -88,7 +107,13 @@ def test_the_trainer_runs_as_printed(tmp_path: Path) -> None:
         str(tmp_path), max_steps=3, save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False, logging_steps=1,
     )  # fmt: skip
-    printed: dict[str, Any] = {"nm": nm, "transformers": transformers, "model": llama(), "arguments": arguments, "data": ROWS}
+    printed: dict[str, Any] = {
+        "nm": nm,
+        "transformers": transformers,
+        "model": llama(),
+        "arguments": arguments,
+        "data": ROWS,
+    }
     with torch.compiler.set_stance("force_eager"):
         exec(compile(block_with("transformers.Trainer("), "README.md", "exec"), printed)
     losses = [entry["loss"] for entry in printed["trainer"].state.log_history if "loss" in entry]
@@ -126,12 +151,21 @@ def test_accelerate_is_prepared_as_printed() -> None:
             optimizer.step()
             optimizer.zero_grad()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    assert isinstance(optimizer.optimizer, nm.NorMuon) and int(optimizer.state[model.lm_head.weight]["step"]) == 3
+    assert (
+        isinstance(optimizer.optimizer, nm.NorMuon)
+        and int(optimizer.state[model.lm_head.weight]["step"]) == 3
+    )
 
 
-@pytest.mark.parametrize("version", re.findall(r"(transformers|Accelerate|Lightning) (\d+\.\d+\.\d+)", README))
-def test_the_versions_of_the_frameworks_are_those_that_are_installed_for_the_tests(version: tuple[str, str]) -> None:
-    pinned = [line.partition(";")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+@pytest.mark.parametrize(
+    "version", re.findall(r"(transformers|Accelerate|Lightning) (\d+\.\d+\.\d+)", README)
+)
+def test_the_versions_of_the_frameworks_are_those_that_are_installed_for_the_tests(
+    version: tuple[str, str],
+) -> None:
+    pinned = [
+        line.partition(";")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()
+    ]
     assert f"{version[0].lower()}=={version[1]}" in pinned
 
 
@@ -144,7 +178,11 @@ def table(pages: str, *, after: str, first: str) -> list[list[str]]:
     """The cells of the first table behind ``after`` whose head begins with ``first``, without the rule under the head."""
     start = pages.index(f"| {first}", pages.index(after))
     lines = pages[start:].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for k, line in enumerate(lines) if k != 1]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for k, line in enumerate(lines)
+        if k != 1
+    ]
 
 
 STUDY = json.loads((ROOT / "examples" / "study" / "training.json").read_text())
@@ -156,25 +194,47 @@ def test_the_first_table_is_the_studys() -> None:
     main = ("AdamW", "Muon", "NorMuon")
     head, *rows = table(README, after="# normuon_fn", first="a GPT of")
     tokens = STUDY["steps"] * STUDY["tokens a step"]
-    assert head[0] == f"a GPT of {STUDY['parameters'] / 1e6:.1f} million parameters, {tokens / 1e6:.0f} million tokens"
+    assert (
+        head[0]
+        == f"a GPT of {STUDY['parameters'] / 1e6:.1f} million parameters, {tokens / 1e6:.0f} million tokens"
+    )
     assert [cell.split(" (")[0] for cell in head[1:]] == [*main]
-    columns = ("loss", "spread", "tokens to AdamW's loss", "time to AdamW's loss", "ms a step", "optimizer, ms")
+    columns = (
+        "loss",
+        "spread",
+        "tokens to AdamW's loss",
+        "time to AdamW's loss",
+        "ms a step",
+        "optimizer, ms",
+    )
     of = [[RUNS[name][c] for name in main] for c in columns]
-    whole = [["100 %" if cell == "-" else f"{float(cell.rstrip('%')):.0f} %" for cell in cells] for cells in of[2:4]]
+    whole = [
+        ["100 %" if cell == "-" else f"{float(cell.rstrip('%')):.0f} %" for cell in cells]
+        for cells in of[2:4]
+    ]
     expected = [*of[:2], *whole, [f"{float(cell):.1f}" for cell in of[4]], of[5]]
     assert [row[1:] for row in rows] == expected
 
 
 def test_the_claims_under_it_are_what_the_seeds_say() -> None:
-    loss, spread, best = ({name: float(row[c]) for name, row in RUNS.items()} for c in ("loss", "spread", "lr"))
+    loss, spread, best = (
+        {name: float(row[c]) for name, row in RUNS.items()} for c in ("loss", "spread", "lr")
+    )
     assert RUNS["Muon"]["apart from AdamW"] == RUNS["NorMuon"]["apart from AdamW"] == "yes"
     assert abs(loss["NorMuon"] - loss["Muon"]) < spread["NorMuon"]
-    assert abs(loss["NorMuon, 75% of the text"] - loss["AdamW"]) < spread["NorMuon, 75% of the text"]
+    assert (
+        abs(loss["NorMuon, 75% of the text"] - loss["AdamW"]) < spread["NorMuon, 75% of the text"]
+    )
     assert STUDY["baseline"] == "AdamW" and loss["AdamW, clipped"] > loss["AdamW"]
-    clipped = {row["lr"]: float(row["AdamW, clipped"]) < float(row["AdamW"]) for row in STUDY["grid"]}
+    clipped = {
+        row["lr"]: float(row["AdamW, clipped"]) < float(row["AdamW"]) for row in STUDY["grid"]
+    }
     assert [lr for lr, better in clipped.items() if better] == [2.8e-3, 4e-3, 8e-3]
     assert len(STUDY["grid"]) == 6 and 2.7 < best["NorMuon"] / best["AdamW"] < 3
-    batches = {row["faults"]: row for row in json.loads((ROOT / "examples/study/batch_skip.json").read_text())["rows"]}
+    batches = {
+        row["faults"]: row
+        for row in json.loads((ROOT / "examples/study/batch_skip.json").read_text())["rows"]
+    }
     text = README.replace("\n", " ")
     for faults, sentence in (
         (
@@ -184,13 +244,21 @@ def test_the_claims_under_it_are_what_the_seeds_say() -> None:
         ("0.1%", "at {} to {} (0.1 %), {} to {}. Seeds differ by {spread}."),
     ):
         row = batches[f"{faults} of the steps, guard full"]
-        faulty, by_seed = sorted(map(int, row["NaNs"].split())), sorted(off.removeprefix("+") for off in row["by seed"].split())
+        faulty, by_seed = (
+            sorted(map(int, row["NaNs"].split())),
+            sorted(off.removeprefix("+") for off in row["by seed"].split()),
+        )
         assert row["NaNs"] == row["skipped"] and STUDY["steps"] == 1970
         spread = batches["no faults"]["spread"]
-        assert sentence.format(faulty[0], faulty[-1], by_seed[0], by_seed[-1], spread=spread) in text
+        assert (
+            sentence.format(faulty[0], faulty[-1], by_seed[0], by_seed[-1], spread=spread) in text
+        )
     assert batches["0.1% of the steps, guard off"]["loss"] == "dead"
     small = (ROOT / "examples/study/RESULTS.md").read_text()
-    assert "last update has 1.6e-12 of its RMS" in text and "at 2^-66 the last update has 1.6e-12 times the RMS" in small
+    assert (
+        "last update has 1.6e-12 of its RMS" in text
+        and "at 2^-66 the last update has 1.6e-12 times the RMS" in small
+    )
 
 
 def test_what_a_restart_leaves_is_what_the_soaks_saw() -> None:
@@ -198,10 +266,15 @@ def test_what_a_restart_leaves_is_what_the_soaks_saw() -> None:
     for device in ("cpu", "cuda"):
         with (ROOT / "examples" / "study" / f"soak-{device}.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["run"] == "resumed"]
-        cuts = json.loads((ROOT / "examples" / "study" / f"soak-{device}.json").read_text())["cuts"]["resumed"]
+        cuts = json.loads((ROOT / "examples" / "study" / f"soak-{device}.json").read_text())[
+            "cuts"
+        ]["resumed"]
         at = {int(row["step"]): float(row["rss"]) for row in rows}
         left += [at[b] - at[a] for a, b in pairwise(cuts[1:])]
-    assert f"a restart leaves {min(left):.0f} to {max(left):.0f} MB on the host, none on the device" in README
+    assert (
+        f"a restart leaves {min(left):.0f} to {max(left):.0f} MB on the host, none on the device"
+        in README
+    )
 
 
 def test_the_speeds_are_those_of_the_results() -> None:
@@ -215,16 +288,32 @@ def test_the_speeds_are_those_of_the_results() -> None:
         assert alone[1] == f"{float(rows['normuon_fn step_, guard off'][1]):.3g}"
         full = rows["normuon_fn graph, guard full"][1] if name == "1.3b" else ""
     assert [gpt2[1:], large[1:]] == found and guarded[1] == f"{float(full):.3g}"
-    assert f"{found[1][0]} to {found[1][3]} with the 1.2 billion" in README and "7 to 9 ms" in README
-    sharded = {row[0]: float(row[1]) for row in table(MEASURED, after="## Two H200", first="row")[1:]}
-    fsdp2, ddp, one = (sharded[k] for k in ("2 GPUs, FSDP2, guard off", "2 GPUs, DDP, guard off", "1 GPU, guard off"))
-    assert f"FSDP2 {fsdp2:.1f}, DDP {ddp:.1f}, one GPU {one:.1f}. That is {one / fsdp2:.2f} and {one / ddp:.2f}" in README
+    assert (
+        f"{found[1][0]} to {found[1][3]} with the 1.2 billion" in README and "7 to 9 ms" in README
+    )
+    sharded = {
+        row[0]: float(row[1]) for row in table(MEASURED, after="## Two H200", first="row")[1:]
+    }
+    fsdp2, ddp, one = (
+        sharded[k]
+        for k in ("2 GPUs, FSDP2, guard off", "2 GPUs, DDP, guard off", "1 GPU, guard off")
+    )
+    assert (
+        f"FSDP2 {fsdp2:.1f}, DDP {ddp:.1f}, one GPU {one:.1f}. That is {one / fsdp2:.2f} and {one / ddp:.2f}"
+        in README
+    )
     ours, adamw = RUNS["NorMuon"]["optimizer, ms"], RUNS["AdamW"]["optimizer, ms"]
     assert f"{ours} ms to {adamw} with {STUDY['parameters'] / 1e6:.1f} million parameters" in README
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "examples/README.md", "examples/study/RESULTS.md", "examples/benchmarks/RESULTS.md"]
+    "page",
+    [
+        "README.md",
+        "examples/README.md",
+        "examples/study/RESULTS.md",
+        "examples/benchmarks/RESULTS.md",
+    ],
 )
 def test_every_link_leads_somewhere(page: str) -> None:
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
@@ -233,9 +322,13 @@ def test_every_link_leads_somewhere(page: str) -> None:
         assert file.exists(), target
         if anchor:
             heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, anchor
+            assert anchor in {
+                re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads
+            }, anchor
 
 
 @pytest.mark.parametrize("page", ["README.md", "examples/README.md", "examples/study/RESULTS.md"])
 def test_no_page_holds_a_place_for_something(page: str) -> None:
-    assert not re.findall(r"\b[A-Z]+_HERE\b|\| (?:DIGITS|SWEEP|DDP|FSDP) \|", (ROOT / page).read_text())
+    assert not re.findall(
+        r"\b[A-Z]+_HERE\b|\| (?:DIGITS|SWEEP|DDP|FSDP) \|", (ROOT / page).read_text()
+    )

@@ -43,7 +43,9 @@ from normuon_fn.compat import not_of_the_plan
 SHAPES = [(64, 64), (128, 384), (256, 256), (64, 256), (128, 128), (256, 384)]  # a bucket each
 GUARD = "full"
 
-Arguments = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor], nm.Hyper, nm.Plan]
+Arguments = tuple[
+    dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor], nm.Hyper, nm.Plan
+]
 
 
 def problem(shapes: list[tuple[int, int]]) -> Arguments:
@@ -63,7 +65,9 @@ def seconds(function: Callable[..., Any], *args: Any) -> float:
 def compiling(matrices: int, buckets: int) -> dict[str, float]:
     """Seconds of the first compilation of this process, and of the step's after it."""
     shapes = [SHAPES[k % buckets] for k in range(matrices)]
-    shapes = [shape[::-1] if k // buckets % 2 else shape for k, shape in enumerate(shapes)]  # every other one tall
+    shapes = [
+        shape[::-1] if k // buckets % 2 else shape for k, shape in enumerate(shapes)
+    ]  # every other one tall
     fixed = seconds(torch.compile(lambda x: x * 2 + 1), torch.ones(8))
     arguments = problem(shapes)
     assert len(arguments[-1].buckets) == buckets
@@ -84,14 +88,20 @@ def host(matrices: int, buckets: int) -> dict[str, float]:
 
     compiled(aot_autograd(fw_compiler=count, keep_inference_input_mutations=True))(*arguments)
     found["dynamo"] = median_us(compiled(constant, guard_filter_fn=not_of_the_plan), arguments)
-    unguarded = median_us(compiled(constant, guard_filter_fn=torch.compiler.skip_all_guards_unsafe), arguments)
+    unguarded = median_us(
+        compiled(constant, guard_filter_fn=torch.compiler.skip_all_guards_unsafe), arguments
+    )
     return {**found, "guards": found["dynamo"] - unguarded, "nodes": nodes}
 
 
 def compiled(backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
-    in_place = importlib.import_module("normuon_fn.step")._update_  # the package names the function the same
-    return torch.compile(in_place, backend=backend, fullgraph=True, dynamic=False, options=options or None)
+    in_place = importlib.import_module(
+        "normuon_fn.step"
+    ).local_update_  # the package names the function the same
+    return torch.compile(
+        in_place, backend=backend, fullgraph=True, dynamic=False, options=options or None
+    )
 
 
 def operators_us(arguments: Arguments, calls: int = 100) -> float:
@@ -109,7 +119,11 @@ def operators_us(arguments: Arguments, calls: int = 100) -> float:
         return run
 
     packets = [getattr(torch.ops.normuon_fn, name) for name in dir(torch.ops.normuon_fn)]
-    kept = {packet: packet.default for packet in packets if isinstance(packet, torch._ops.OpOverloadPacket)}
+    kept = {
+        packet: packet.default
+        for packet in packets
+        if isinstance(packet, torch._ops.OpOverloadPacket)
+    }
     for packet, operator in kept.items():
         packet.default = timed(operator)  # Inductor's code looks it up at every call
     for _ in range(calls):
@@ -140,7 +154,11 @@ def median_us(function: Callable[..., Any], arguments: Arguments, calls: int = 3
 def in_process(what: str, case: str, cache: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--part", what, "--case", case]
     done = subprocess.run(
-        command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True, check=True
+        command,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -156,19 +174,40 @@ def measure(case: str, advance: Callable[[], Any]) -> dict[str, dict[str, float]
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     parts = ("call", "operators", "dynamo", "guards")
-    rows = [("matrices", "cold s", "(fixed)", "warm s", "(fixed)", *(f"{part} us" for part in parts), "nodes")]
+    rows = [
+        (
+            "matrices",
+            "cold s",
+            "(fixed)",
+            "warm s",
+            "(fixed)",
+            *(f"{part} us" for part in parts),
+            "nodes",
+        )
+    ]
     for case, r in results.items():
         times = (f"{r[name][key]:.1f}" for name in ("cold", "warm") for key in ("step", "fixed"))
         rows.append((case, *times, *(f"{r['host'][part]:.0f}" for part in (*parts, "nodes"))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", help="MATRICESxBUCKETS, at most 6 buckets; default 72x3 and 144x6")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        help="MATRICESxBUCKETS, at most 6 buckets; default 72x3 and 144x6",
+    )
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--part", choices=["compiling", "host"], help=argparse.SUPPRESS)  # one measurement, in this process
+    parser.add_argument(
+        "--part", choices=["compiling", "host"], help=argparse.SUPPRESS
+    )  # one measurement, in this process
     args = parser.parse_args()
     cases = args.case or ["72x3", "144x6"]
     if args.part:

@@ -49,9 +49,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from step import Shapes, products, render, shapes_of
 
 import normuon_fn as nm
-from normuon_fn.mesh import local_of
+from normuon_fn.distributed.placements import local_of
 
-in_place = import_module("normuon_fn.step")._update_  # what step_ compiles; the package names the function the same
+in_place = import_module(
+    "normuon_fn.step"
+).local_update_  # what step_ compiles; the package names the function the same
 
 NODE = 8  # ranks
 LAYOUTS = ("fsdp2", "hsdp", "ddp")
@@ -120,14 +122,18 @@ class Caught(TorchDispatchMode):
         super().__init__()
         self.found = list[Collective]()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         namespace, name = function.namespace, function._opname
         if namespace != "_c10d_functional":
             return function(*args, **(kwargs or {}))
         if name == "wait_tensor":
             return args[0]
         words, size = args[0], args[0].element_size()
-        ranks = tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(args[-1])))
+        ranks = tuple(
+            dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(args[-1]))
+        )
         if name == "all_to_all_single":
             incoming, outgoing = args[1], args[2]
             assert sum(outgoing) == len(words)
@@ -135,7 +141,11 @@ class Caught(TorchDispatchMode):
             incoming, outgoing = [len(words)] * len(ranks), [len(words)] * len(ranks)
         else:
             raise NotImplementedError(f"no count of {name}")
-        self.found.append(Collective(name, ranks, tuple(n * size for n in outgoing), tuple(n * size for n in incoming)))
+        self.found.append(
+            Collective(
+                name, ranks, tuple(n * size for n in outgoing), tuple(n * size for n in incoming)
+            )
+        )
         return words.new_empty(sum(incoming))
 
 
@@ -148,14 +158,24 @@ def fake_ranks(world: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def problem(shapes: Shapes, layout: str, world: int, device: str = "meta") -> tuple[nm.Plan, dict[str, Tensor]]:
+def problem(
+    shapes: Shapes, layout: str, world: int, device: str = "meta"
+) -> tuple[nm.Plan, dict[str, Tensor]]:
     """Under the process group. One stack for every shape."""
     if layout not in LAYOUTS:
-        return _planned({f"stack.{k}": torch.empty(shape, device=device) for k, shape in enumerate(shapes)}, None)
+        return _planned(
+            {f"stack.{k}": torch.empty(shape, device=device) for k, shape in enumerate(shapes)},
+            None,
+        )
     if layout == "ddp":
-        return _planned({f"stack.{k}": torch.empty(shape, device=device) for k, shape in enumerate(shapes)}, dist.group.WORLD)
+        return _planned(
+            {f"stack.{k}": torch.empty(shape, device=device) for k, shape in enumerate(shapes)},
+            dist.group.WORLD,
+        )
     if layout == "hsdp":
-        mesh = init_device_mesh("cpu", (max(1, world // NODE), min(world, NODE)), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            "cpu", (max(1, world // NODE), min(world, NODE)), mesh_dim_names=("replicate", "shard")
+        )
         placements, ranks, at = [Replicate(), Shard(1)], min(world, NODE), dist.get_rank() % NODE
     else:
         mesh = init_device_mesh("cpu", (world,))
@@ -166,7 +186,9 @@ def problem(shapes: Shapes, layout: str, world: int, device: str = "meta") -> tu
         part = torch.empty((count, max(0, min(chunk, rows - chunk * at)), cols), device=device)
         whole = torch.Size((count, rows, cols))
         stride = (rows * cols, cols, 1)
-        params[f"stack.{k}"] = DTensor.from_local(part, mesh, placements, run_check=False, shape=whole, stride=stride)
+        params[f"stack.{k}"] = DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=whole, stride=stride
+        )
     return _planned(params, None)
 
 
@@ -186,7 +208,9 @@ def owned(plan: nm.Plan, rank: int) -> tuple[int, float]:
     """Matrices, and the FLOP of their products."""
     matrices, flop = 0, 0.0
     for bucket in plan.buckets:
-        n = sum(group.spread.by_rank[rank] if group.spread else group.count for group in bucket.groups)
+        n = sum(
+            group.spread.by_rank[rank] if group.spread else group.count for group in bucket.groups
+        )
         form, rows = bucket.form, list(bucket.coefficients.rows)
         each = products(n, bucket.rows, bucket.cols, form.method, rows, len(form.restarts))
         matrices, flop = matrices + n, flop + sum(f for f, _ in each)
@@ -212,7 +236,10 @@ def counts(shapes: Shapes, layout: str, world: int) -> tuple[list[Rank], int]:
     most = max(range(world), key=lambda rank: work[rank][0])
     least = min(range(world), key=lambda rank: work[rank][1])
     spreads = [group.spread for bucket in plan.buckets for group in bucket.groups if group.spread]
-    of_each = {max(range(world), key=lambda rank: by_rank[rank]) for by_rank in (s.by_rank for s in spreads)}
+    of_each = {
+        max(range(world), key=lambda rank: by_rank[rank])
+        for by_rank in (s.by_rank for s in spreads)
+    }
     others = sorted({most_flop, most, least, world - 1, *of_each} - {0})
     return [first, *(count(shapes, layout, world, rank)[0] for rank in others)], work[most][0]
 
@@ -228,13 +255,18 @@ def seconds(given: Rank, collective: Collective, rates: Rates) -> float:
     ways = []
     for sizes in (collective.sent, collective.received):
         total, off, messages = beyond(given, collective.ranks, sizes)
-        ways.append(max((total - off) / rates.nvlink, off / rates.network) + messages * rates.message)
+        ways.append(
+            max((total - off) / rates.nvlink, off / rates.network) + messages * rates.message
+        )
     return max(ways)
 
 
 def packed(given: Rank) -> int:
     """Bytes that are packed and unpacked. What an all-gather sends is packed once."""
-    return sum((c.sent[0] if c.name.startswith("all_gather") else sum(c.sent)) + sum(c.received) for c in given.collectives)
+    return sum(
+        (c.sent[0] if c.name.startswith("all_gather") else sum(c.sent)) + sum(c.received)
+        for c in given.collectives
+    )
 
 
 def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: bool = True) -> Row:
@@ -243,10 +275,15 @@ def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: b
     passes = 1e3 * max(r.parameters for r in ranks) * rates.parameter / rates.bandwidth
     packing = 1e3 * max(map(packed, ranks)) * rates.packing / rates.bandwidth
     moved = [r.parameters * rates.parameter + packed(r) * rates.packing for r in ranks]
-    busy = 1e3 * max(r.flop / rates.product + n / rates.bandwidth for r, n in zip(ranks, moved, strict=True))
+    busy = 1e3 * max(
+        r.flop / rates.product + n / rates.bandwidth for r, n in zip(ranks, moved, strict=True)
+    )
     # All wait for the slowest rank of each.
     by_collective = zip(*(r.collectives for r in ranks), strict=True)
-    times = [1e3 * max(seconds(r, c, rates) for r, c in zip(ranks, of, strict=True)) for of in by_collective]
+    times = [
+        1e3 * max(seconds(r, c, rates) for r, c in zip(ranks, of, strict=True))
+        for of in by_collective
+    ]
     # Replicated matrices are where they are needed: no exchange comes before the first product.
     ahead = times[0] if times and layout != "ddp" else 0.0
     other = sum(times) - ahead
@@ -254,8 +291,16 @@ def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: b
         way: max(sum(beyond(r, c.ranks, getattr(c, way))[0] for c in r.collectives) for r in ranks)
         for way in ("sent", "received")
     }
-    off = max(sum(beyond(r, c.ranks, getattr(c, way))[1] for c in r.collectives) for r in ranks for way in totals)
-    messages = max(sum(beyond(r, c.ranks, getattr(c, way))[2] for c in r.collectives) for r in ranks for way in totals)
+    off = max(
+        sum(beyond(r, c.ranks, getattr(c, way))[1] for c in r.collectives)
+        for r in ranks
+        for way in totals
+    )
+    messages = max(
+        sum(beyond(r, c.ranks, getattr(c, way))[2] for c in r.collectives)
+        for r in ranks
+        for way in totals
+    )
     step = ahead + (max(busy, other) if overlap else busy + other)
     sampled = tuple(r.rank for r in ranks)
     sizes = totals["sent"], totals["received"], off, messages
@@ -263,7 +308,9 @@ def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: b
 
 
 def table(rows: list[Row]) -> str:
-    heads = "layout,ranks,matrices,products ms,passes ms,packing ms,first in ms,other comm ms,step ms"
+    heads = (
+        "layout,ranks,matrices,products ms,passes ms,packing ms,first in ms,other comm ms,step ms"
+    )
     cells = [(*heads.split(","), "MB sent", "MB received", "MB off node", "messages")]
     for r in rows:
         times = (r.products_ms, r.passes_ms, r.packing_ms, r.first_ms, r.other_ms, r.step_ms)
@@ -304,8 +351,21 @@ def plot(rows: list[Row], file: str) -> None:
         compute = [row.products_ms + row.passes_ms + row.packing_ms for row in own]
         left.plot(ranks, [row.step_ms for row in own], "o-", color=color, label=layout)
         left.plot(ranks, compute, "--", color=color, linewidth=1, label=f"{layout}, compute alone")
-        right.plot(ranks, [max(row.sent, row.received) / 1e6 for row in own], "o-", color=color, label=layout)
-        right.plot(ranks, [row.off_node / 1e6 for row in own], "--", color=color, linewidth=1, label=f"{layout}, off the node")
+        right.plot(
+            ranks,
+            [max(row.sent, row.received) / 1e6 for row in own],
+            "o-",
+            color=color,
+            label=layout,
+        )
+        right.plot(
+            ranks,
+            [row.off_node / 1e6 for row in own],
+            "--",
+            color=color,
+            linewidth=1,
+            label=f"{layout}, off the node",
+        )
     left.set(title="predicted, the busiest rank", ylabel="ms a step")
     right.set(title="counted, the busiest rank", ylabel="MB a step, one way")
     for axes in (left, right):
@@ -322,31 +382,60 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", default="1.3b", help="a name of step.py's, or COUNTxROWSxCOLS,...")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workload", default="1.3b", help="a name of step.py's, or COUNTxROWSxCOLS,..."
+    )
     parser.add_argument("--ranks", type=listed(int), default=[2**k for k in range(3, 13)])
-    parser.add_argument("--layouts", type=listed(str), default=["fsdp2", "hsdp"], help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument(
+        "--layouts", type=listed(str), default=["fsdp2", "hsdp"], help=f"of {', '.join(LAYOUTS)}"
+    )
     parser.add_argument("--product", type=float, default=544e12, help="FLOP/s of the products")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="B/s of the passes")
     parser.add_argument("--parameter", type=float, default=34.2, help="B moved for a parameter")
-    parser.add_argument("--packing", type=float, default=4.45, help="B moved for a byte of a send or receive buffer")
+    parser.add_argument(
+        "--packing", type=float, default=4.45, help="B moved for a byte of a send or receive buffer"
+    )
     parser.add_argument("--nvlink", type=float, default=224e9, help="B/s each way within a node")
-    parser.add_argument("--network", type=float, default=40e9, help="B/s each way of a GPU to other nodes")
-    parser.add_argument("--message-us", type=float, default=1.0, help="for every rank that is sent to")
+    parser.add_argument(
+        "--network", type=float, default=40e9, help="B/s each way of a GPU to other nodes"
+    )
+    parser.add_argument(
+        "--message-us", type=float, default=1.0, help="for every rank that is sent to"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", metavar="FILE")
-    parser.add_argument("--no-measured", action="store_true", help="leave out the comparison with 1 and 2 GPUs")
+    parser.add_argument(
+        "--no-measured", action="store_true", help="leave out the comparison with 1 and 2 GPUs"
+    )
     args = parser.parse_args()
     if set(args.layouts) - set(LAYOUTS):
         parser.error(f"--layouts: expected some of {', '.join(LAYOUTS)}")
     if any(n < 2 or ("hsdp" in args.layouts and n % NODE) for n in args.ranks):
         parser.error(f"--ranks: expected 2 or more; with hsdp, multiples of {NODE}")
     shapes = shapes_of(args.workload)
-    rates = Rates(args.product, args.bandwidth, args.parameter, args.packing, args.nvlink, args.network, 1e-6 * args.message_us)
+    rates = Rates(
+        args.product,
+        args.bandwidth,
+        args.parameter,
+        args.packing,
+        args.nvlink,
+        args.network,
+        1e-6 * args.message_us,
+    )
     beside = [] if args.no_measured else compared(rates)
-    rows = [predict(shapes, layout, world, rates) for layout in args.layouts for world in args.ranks]
+    rows = [
+        predict(shapes, layout, world, rates) for layout in args.layouts for world in args.ranks
+    ]
     if args.json:
-        print(json.dumps({"rates": asdict(rates), "measured": beside, "rows": [asdict(row) for row in rows]}, indent=2))
+        print(
+            json.dumps(
+                {"rates": asdict(rates), "measured": beside, "rows": [asdict(row) for row in rows]},
+                indent=2,
+            )
+        )
     else:
         for b in beside:
             print(

@@ -56,7 +56,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm import tqdm
 
 import normuon_fn as nm
-from normuon_fn.graphed import GraphedStep
+from normuon_fn.runtime.graphed import GraphedStep
 
 Shapes = list[tuple[int, int, int]]  # (matrices, rows, cols)
 
@@ -93,11 +93,16 @@ class Row:
 
     @property
     def median(self) -> float:
-        return statistics.median(t for block in self.times for t in block) if self.times else math.nan
+        return (
+            statistics.median(t for block in self.times for t in block) if self.times else math.nan
+        )
 
     def as_json(self) -> dict[str, Any]:
         numbers = {"median": self.median, "p10": self.quantile(0.1), "p90": self.quantile(0.9)}
-        return {**asdict(self), **{f"{name}_ms": None if math.isnan(x) else x for name, x in numbers.items()}}
+        return {
+            **asdict(self),
+            **{f"{name}_ms": None if math.isnan(x) else x for name, x in numbers.items()},
+        }
 
 
 class Device:
@@ -158,7 +163,9 @@ class Device:
     @functools.cached_property
     def bandwidth(self) -> float:
         """Bytes a second, read and written, of a large copy."""
-        source = torch.empty(2**30 if self.cuda else 2**25, dtype=torch.float32, device=self.device).fill_(1.0)
+        source = torch.empty(
+            2**30 if self.cuda else 2**25, dtype=torch.float32, device=self.device
+        ).fill_(1.0)
         target = torch.empty_like(source)
         ms = self.warm_median(lambda: target.copy_(source))
         return 2 * source.numel() * 4 / ms * 1e3
@@ -178,7 +185,10 @@ class Device:
             return torch.cuda.get_device_name(self.device)
         name = platform.processor() or platform.machine()
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-            name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), name)
+            name = next(
+                (line.split(":", 1)[1].strip() for line in info if line.startswith("model name")),
+                name,
+            )
         return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
@@ -206,13 +216,21 @@ def products(
     the small side up to four products a step. Together 15a + 5 and, with one restart, 6a + 14 times rows^3 FLOP for five steps.
     """
     n2, nm_ = rows * rows, rows * cols
-    gram, square, wide = (rows * nm_, 2 * (nm_ + n2)), (rows * n2, 4 * n2), (2 * rows * nm_, 2 * (n2 + 2 * nm_))
+    gram, square, wide = (
+        (rows * nm_, 2 * (nm_ + n2)),
+        (rows * n2, 4 * n2),
+        (2 * rows * nm_, 2 * (n2 + 2 * nm_)),
+    )
     mixed = (rows * n2, 6 * n2)  # of three different small matrices: two read, one written
     steps, squares = len(coefficients), sum(1 for row in coefficients if row[2])
     if method == "standard":
         found = [gram, wide] * steps + [square] * squares
     else:
-        found = [gram, wide] * (1 + restarts) + [square] * squares + [mixed, mixed, mixed] * (steps - 1 - restarts)
+        found = (
+            [gram, wide] * (1 + restarts)
+            + [square] * squares
+            + [mixed, mixed, mixed] * (steps - 1 - restarts)
+        )
     return [(count * flop, count * moved) for flop, moved in found]
 
 
@@ -221,16 +239,26 @@ def plan_products(plan: nm.Plan) -> list[tuple[torch.dtype, list[tuple[float, fl
     for bucket in plan.buckets:
         count = sum(group.count for group in bucket.groups)
         form, rows = bucket.form, list(bucket.coefficients.rows)
-        found.append((form.dtype, products(count, bucket.rows, bucket.cols, form.method, rows, len(form.restarts))))
+        found.append(
+            (
+                form.dtype,
+                products(count, bucket.rows, bucket.cols, form.method, rows, len(form.restarts)),
+            )
+        )
     return found
 
 
-def floor_ms(device: Device, parts: list[tuple[torch.dtype, list[tuple[float, float]]]], passes: float = 0.0) -> float:
+def floor_ms(
+    device: Device, parts: list[tuple[torch.dtype, list[tuple[float, float]]]], passes: float = 0.0
+) -> float:
     """``passes``: bytes moved besides the products."""
     total = passes / device.bandwidth
     for dtype, each in parts:
         scale = dtype.itemsize / 2
-        total += sum(max(flop / device.flops(dtype), scale * moved / device.bandwidth) for flop, moved in each)
+        total += sum(
+            max(flop / device.flops(dtype), scale * moved / device.bandwidth)
+            for flop, moved in each
+        )
     return 1e3 * total
 
 
@@ -259,7 +287,12 @@ class Workload:
     """Parameters and gradients on the device, shared by all rows; on several ranks sharded or replicated."""
 
     def __init__(
-        self, device: Device, shapes: Shapes, dtype: torch.dtype, mesh: DeviceMesh | None = None, layout: str = ""
+        self,
+        device: Device,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        mesh: DeviceMesh | None = None,
+        layout: str = "",
     ) -> None:
         torch.manual_seed(0)
         self.device = device
@@ -270,15 +303,25 @@ class Workload:
         self.mesh = mesh if layout == "ddp" else None
 
         def lie(x: Tensor) -> Tensor:
-            return distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None) if layout == "fsdp2" else x
+            return (
+                distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
+                if layout == "fsdp2"
+                else x
+            )
 
-        self.params = {f"layers.{k}.weight": lie(make(size).mul_(0.02)) for k, size in enumerate(sizes)}
+        self.params = {
+            f"layers.{k}.weight": lie(make(size).mul_(0.02)) for k, size in enumerate(sizes)
+        }
         self.grads = {name: lie(make(p.shape).mul_(1e-3)) for name, p in self.params.items()}
-        self.here = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in self.params.items()}
+        self.here = {
+            name: p.to_local() if isinstance(p, DTensor) else p for name, p in self.params.items()
+        }
 
     def changed(self, call: Callable[[], Any]) -> None:
         """One call. Raises if its update is not finite, or left a parameter as it was."""
-        before = {name: p[:8].clone() for name, p in self.here.items()}  # some rows: all of them would cost their memory again
+        before = {
+            name: p[:8].clone() for name, p in self.here.items()
+        }  # some rows: all of them would cost their memory again
         call()
         bad = [name for name, p in self.here.items() if not bool(p.isfinite().all())]
         still = [name for name, p in self.here.items() if torch.equal(p[:8], before[name])]
@@ -291,7 +334,9 @@ class Workload:
         before = device.allocated()
         plan = nm.make_plan(self.params, nm.Config(guard=guard), mesh=self.mesh)  # type: ignore[arg-type]
         state, hyper = nm.init(plan, self.params), nm.Hyper.of(self.params, lr=1e-4)
-        own = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in plan.state.values())
+        own = sum(
+            torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in plan.state.values()
+        )
         graphed = GraphedStep(plan) if graph else None
         run = graphed if graphed is not None else functools.partial(nm.step_, plan=plan)
         call = functools.partial(run, self.params, self.grads, state, hyper)
@@ -302,7 +347,10 @@ class Workload:
         if device.cuda:
             row.peak_gib = (device.peak() - before - own) / 2**30
         row.host_ms = device.host_ms(call)
-        parts = [(dtype, [(f / self.ranks, b / self.ranks) for f, b in each]) for dtype, each in plan_products(plan)]
+        parts = [
+            (dtype, [(f / self.ranks, b / self.ranks) for f, b in each])
+            for dtype, each in plan_products(plan)
+        ]
         row.flop, row.floor_ms = total_flop(parts), floor_ms(device, parts, pass_bytes(self.here))
         return Entry(row, call, graphed.release if graphed is not None else lambda: None)
 
@@ -319,7 +367,11 @@ class Workload:
         optimizer.step()
         self.device.sync()
         if self.device.cuda:
-            own = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in tensors_of(s))
+            own = sum(
+                x.numel() * x.element_size()
+                for s in optimizer.state.values()
+                for x in tensors_of(s)
+            )
             row.peak_gib = (self.device.peak() - before - own) / 2**30
         row.host_ms = self.device.host_ms(optimizer.step)
         return Entry(row, optimizer.step)
@@ -346,7 +398,9 @@ def torch_muon(params: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Muon(params, lr=1e-4, weight_decay=0.0)
 
 
-PEERS: dict[str, tuple[str, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {  # the module it comes from
+PEERS: dict[
+    str, tuple[str, Callable[[list[Tensor]], torch.optim.Optimizer]]
+] = {  # the module it comes from
     "torch AdamW fused": ("torch", fused_adamw),
     "torch Muon": ("torch", torch_muon),
     "dion NorMuon": ("dion", dion),
@@ -382,15 +436,23 @@ def rows_of(device: Device, spec: str, options: Options) -> list[Row]:
     wanted: dict[str, Callable[[Workload, Row], Entry]] = {}
     for guard in options.guards:
         if options.graph:
-            wanted[f"normuon_fn graph, guard {guard}"] = functools.partial(Workload.ours, guard=guard, graph=True)
+            wanted[f"normuon_fn graph, guard {guard}"] = functools.partial(
+                Workload.ours, guard=guard, graph=True
+            )
     for guard in options.guards[:1] if options.graph else options.guards:
-        wanted[f"normuon_fn step_, guard {guard}"] = functools.partial(Workload.ours, guard=guard, graph=False)
+        wanted[f"normuon_fn step_, guard {guard}"] = functools.partial(
+            Workload.ours, guard=guard, graph=False
+        )
     if options.peers:
         for name, (module, build) in PEERS.items():
             if importable(module):
                 wanted[name] = functools.partial(Workload.peer, build=build)
     if options.only:
-        wanted = {name: make for name, make in wanted.items() if any(part.lower() in name.lower() for part in options.only)}
+        wanted = {
+            name: make
+            for name, make in wanted.items()
+            if any(part.lower() in name.lower() for part in options.only)
+        }
     rows = {name: Row(name) for name in wanted}
 
     if options.first_step:
@@ -433,7 +495,9 @@ def reported(row: Row) -> Iterator[None]:
         row.error = row.error or short(error)
 
 
-def interleave(device: Device, entries: list[Entry], rounds: int, what: str, base: Row | None) -> None:
+def interleave(
+    device: Device, entries: list[Entry], rounds: int, what: str, base: Row | None
+) -> None:
     """Blocks of calls in turn, forwards and backwards; then every row's ratio to ``base``, if that was measured."""
     for k in tqdm(range(rounds), desc=f"{what}: rounds", disable=None):
         for entry in entries[:: 1 if k % 2 == 0 else -1]:
@@ -447,18 +511,38 @@ def interleave(device: Device, entries: list[Entry], rounds: int, what: str, bas
 
 def ratio(row: Row, base: Row) -> tuple[float, float]:
     """The median over rounds of block median against block median, and half the distance of the quartiles."""
-    each = sorted(statistics.median(a) / statistics.median(b) for a, b in zip(row.times, base.times, strict=True))
+    each = sorted(
+        statistics.median(a) / statistics.median(b)
+        for a, b in zip(row.times, base.times, strict=True)
+    )
     return statistics.median(each), (each[(3 * len(each)) // 4] - each[len(each) // 4]) / 2
 
 
 def first_step_seconds(device: Device, spec: str, dtype: torch.dtype, guard: str) -> float:
     with tempfile.TemporaryDirectory() as cache:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
-        command = [sys.executable, __file__, "--part-first-step", "--workload", spec, "--device", str(device.device)]
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+            "TRITON_CACHE_DIR": f"{cache}/triton",
+        }
+        command = [
+            sys.executable,
+            __file__,
+            "--part-first-step",
+            "--workload",
+            spec,
+            "--device",
+            str(device.device),
+        ]
         command += ["--dtype", str(dtype).removeprefix("torch."), "--guard", guard]
-        done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env={**os.environ, **caches}, capture_output=True, text=True, timeout=300
+        )
     if done.returncode:
-        raised = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        raised = [
+            line
+            for line in done.stderr.splitlines()
+            if re.match(r"[\w.]+(Error|Exception)\b", line)
+        ]
         raise RuntimeError("first step: " + (raised or ["failed"])[-1])
     return float(done.stdout.splitlines()[-1])
 
@@ -476,7 +560,9 @@ def first_step(device: Device, spec: str, options: Options) -> float:
     return seconds(call)
 
 
-def orthogonalize_rows(device: Device, spec: str, dtype: torch.dtype, options: Options) -> list[Row]:
+def orthogonalize_rows(
+    device: Device, spec: str, dtype: torch.dtype, options: Options
+) -> list[Row]:
     """`orthogonalize` on one stack: compiled, and as it is called eagerly."""
     ((count, rows, cols),) = shapes_of(spec)
     compiled = torch.compile(nm.orthogonalize, fullgraph=True, dynamic=False)
@@ -501,7 +587,9 @@ def orthogonalize_rows(device: Device, spec: str, dtype: torch.dtype, options: O
             parts = plan_products(plan)
             row.flop, row.floor_ms = total_flop(parts), floor_ms(device, parts)
             entries.append(Entry(row, functools.partial(function, x)))
-    interleave(device, entries, options.rounds, f"orthogonalize {spec}", found[0] if found else None)
+    interleave(
+        device, entries, options.rounds, f"orthogonalize {spec}", found[0] if found else None
+    )
     del x, plan
     device.clear()
     return found
@@ -518,9 +606,27 @@ def guarded(spec: str, make: Callable[[], list[Row]]) -> list[Row]:
 
 
 def table(rows: list[Row], markdown: bool = False) -> str:
-    cells = [("row", "median ms", "p10", "p90", "x first", "TFLOP/s", "floor ms", "share", "host ms", "peak GiB", "first s")]
+    cells = [
+        (
+            "row",
+            "median ms",
+            "p10",
+            "p90",
+            "x first",
+            "TFLOP/s",
+            "floor ms",
+            "share",
+            "host ms",
+            "peak GiB",
+            "first s",
+        )
+    ]
     for row in rows:
-        rated = f"{row.ratio:.4f} ±{row.spread:.4f}" if row.ratio is not None and row.spread is not None else "-"
+        rated = (
+            f"{row.ratio:.4f} ±{row.spread:.4f}"
+            if row.ratio is not None and row.spread is not None
+            else "-"
+        )
         speed = None if row.flop is None else row.flop / row.median * 1e-9
         share = None if row.floor_ms is None else 100 * row.floor_ms / row.median
         cells.append(
@@ -551,7 +657,10 @@ def render(cells: list[tuple[str, ...]], markdown: bool) -> str:
         return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if k == 0 else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     )
 
@@ -592,12 +701,25 @@ def plot(results: dict[str, list[Row]], header: dict[str, Any], file: str) -> No
         return
     heights = [0.6 + 0.35 * len(rows) for rows in shown.values()]
     figure, all_axes = plt.subplots(
-        len(shown), 1, figsize=(9, 0.8 + sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+        len(shown),
+        1,
+        figsize=(9, 0.8 + sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
     )
     for axes, (name, rows) in zip(all_axes[:, 0], shown.items(), strict=True):
         medians = [row.median for row in rows]
-        spread = [[r.median - r.quantile(0.1) for r in rows], [r.quantile(0.9) - r.median for r in rows]]
-        colors = ["tab:blue" if "normuon_fn" in r.name or r.name.startswith("orthogonalize") else "tab:gray" for r in rows]
+        spread = [
+            [r.median - r.quantile(0.1) for r in rows],
+            [r.quantile(0.9) - r.median for r in rows],
+        ]
+        colors = [
+            "tab:blue"
+            if "normuon_fn" in r.name or r.name.startswith("orthogonalize")
+            else "tab:gray"
+            for r in rows
+        ]
         names = [r.name for r in rows]
         axes.barh(names, medians, xerr=spread, color=colors, error_kw={"linewidth": 1})
         for k, row in enumerate(rows):
@@ -638,7 +760,9 @@ class Bar:
         if self.measured is None or not self.counts:
             return "not measured" if self.measured is None else "does not count"
         for limit, word in ((self.aim, "aim"), (self.must, "must")):
-            if limit is not None and (self.measured >= limit if self.at_least else self.measured <= limit):
+            if limit is not None and (
+                self.measured >= limit if self.at_least else self.measured <= limit
+            ):
                 return word
         return "missed"
 
@@ -650,7 +774,9 @@ def find(rows: list[Row], part: str) -> Row:
 
 def value(row: Row, what: str) -> tuple[float | None, str]:
     """A number of a row, and the note beside it."""
-    got = {"percent": None if row.ratio is None else 100 * (row.ratio - 1)}.get(what, getattr(row, what, None))
+    got = {"percent": None if row.ratio is None else 100 * (row.ratio - 1)}.get(
+        what, getattr(row, what, None)
+    )
     got = None if got is None or math.isnan(got) else got
     note = "" if got is not None else row.error or "not measured"
     if got is not None and what == "percent" and row.spread is not None:
@@ -683,21 +809,62 @@ def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, 
         listed = [
             (f"{small}, fp32", "ms", 3.8, 2.6, a, "median"),
             (f"{large}, fp32", "ms", 74, 64, b, "median"),
-            (f'guard "output" on / off at {large}', "%", 1, 0, find(two, f"{form}, guard output"), "percent"),
-            (f'guard "full" on / off at {large}', "%", 4, 1, find(two, f"{form}, guard full"), "percent"),
+            (
+                f'guard "output" on / off at {large}',
+                "%",
+                1,
+                0,
+                find(two, f"{form}, guard output"),
+                "percent",
+            ),
+            (
+                f'guard "full" on / off at {large}',
+                "%",
+                4,
+                1,
+                find(two, f"{form}, guard full"),
+                "percent",
+            ),
             (f"peak memory over params + grads + state at {large}", "GiB", 3.5, 2.6, b, "peak_gib"),
             (f"host time of a replayed step, {large}", "ms", 0.1, None, b, "host_ms"),
             (f"host time of step_ without a graph, {large}", "ms", 3, 1, eager, "host_ms"),
-            (f"first step, empty caches, {small}", "s", 25, 10, find(one, "step_, guard off"), "first_s"),
-            (f"orthogonalize alone, {squares} bf16", "ms", 31, 26, results[f"orthogonalize {squares} bf16"][0], "median"),
-            (f"orthogonalize alone, {wides} bf16", "ms", 29, 25, results[f"orthogonalize {wides} bf16"][0], "median"),
+            (
+                f"first step, empty caches, {small}",
+                "s",
+                25,
+                10,
+                find(one, "step_, guard off"),
+                "first_s",
+            ),
+            (
+                f"orthogonalize alone, {squares} bf16",
+                "ms",
+                31,
+                26,
+                results[f"orthogonalize {squares} bf16"][0],
+                "median",
+            ),
+            (
+                f"orthogonalize alone, {wides} bf16",
+                "ms",
+                29,
+                25,
+                results[f"orthogonalize {wides} bf16"][0],
+                "median",
+            ),
         ]
         for name, unit, must, aim, row, what in listed:
             got, note = value(row, what)
             found.append(Bar(name, unit, must, aim, got, note, counts=not tiny))
     if not device.cuda:
         spec = "tiny" if tiny else "cpu"
-        pair = Options(guards=("off",), graph=False, rounds=rounds, first_step=False, only=("step_", "torch Muon"))
+        pair = Options(
+            guards=("off",),
+            graph=False,
+            rounds=rounds,
+            first_step=False,
+            only=("step_", "torch Muon"),
+        )
         for dtype in (torch.float32, torch.bfloat16):
             given = Options(**{**vars(pair), "dtype": dtype})
             key = f"{spec} {str(dtype).removeprefix('torch.')}"
@@ -705,7 +872,18 @@ def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, 
             muon = find(results[key], "torch Muon")
             got, note = value(muon, "ratio")
             note = note or f"± {muon.spread:.2g}"
-            found.append(Bar(f"torch Muon / step_, {key}", "x", 1.3, None, got, note, at_least=True, counts=not tiny))
+            found.append(
+                Bar(
+                    f"torch Muon / step_, {key}",
+                    "x",
+                    1.3,
+                    None,
+                    got,
+                    note,
+                    at_least=True,
+                    counts=not tiny,
+                )
+            )
     return found, results
 
 
@@ -732,7 +910,9 @@ def shapes_of(spec: str) -> Shapes:
     except ValueError:
         found = []
     if not found or any(len(part) != 3 or min(part) < 1 for part in found):
-        raise argparse.ArgumentTypeError(f"expected one of {sorted(WORKLOADS)} or COUNTxROWSxCOLS,..., got {spec!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected one of {sorted(WORKLOADS)} or COUNTxROWSxCOLS,..., got {spec!r}"
+        )
     return found  # type: ignore[return-value]
 
 
@@ -749,42 +929,87 @@ def guards_of(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     toggle = argparse.BooleanOptionalAction
     cuda = torch.cuda.is_available()
     parser.add_argument(
-        "--workload", type=workload_name, default="gpt2" if cuda else "cpu", help="gpt2, 1.3b, tiny or NxRxC,..."
+        "--workload",
+        type=workload_name,
+        default="gpt2" if cuda else "cpu",
+        help="gpt2, 1.3b, tiny or NxRxC,...",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--guard", type=guards_of, default=GUARDS, help="some of off,output,full; the first is the base")
-    parser.add_argument("--graph", action=toggle, default=True, help="capture the step in a CUDA graph (CUDA only)")
+    parser.add_argument(
+        "--guard",
+        type=guards_of,
+        default=GUARDS,
+        help="some of off,output,full; the first is the base",
+    )
+    parser.add_argument(
+        "--graph", action=toggle, default=True, help="capture the step in a CUDA graph (CUDA only)"
+    )
     parser.add_argument("--peers", action=toggle, default=True)
-    parser.add_argument("--orthogonalize", action=toggle, default=None, help="orthogonalize alone too; with 1.3b by default")
-    parser.add_argument("--first-step", action=toggle, default=True, help="measure it, in a process with empty caches")
+    parser.add_argument(
+        "--orthogonalize",
+        action=toggle,
+        default=None,
+        help="orthogonalize alone too; with 1.3b by default",
+    )
+    parser.add_argument(
+        "--first-step",
+        action=toggle,
+        default=True,
+        help="measure it, in a process with empty caches",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"blocks of {BLOCK} calls a row")
     parser.add_argument(
-        "--only", type=lambda text: tuple(text.split(",")), default=(), help="rows whose name holds one of these"
+        "--only",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="rows whose name holds one of these",
     )
-    parser.add_argument("--layout", choices=["ddp", "fsdp2"], help="on the ranks of torchrun: our rows alone")
+    parser.add_argument(
+        "--layout", choices=["ddp", "fsdp2"], help="on the ranks of torchrun: our rows alone"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", metavar="FILE", help="a bar chart")
-    parser.add_argument("--bars", action="store_true", help="the project's bars, in Markdown; about 5 minutes on an H100")
-    parser.add_argument("--tiny", action="store_true", help="with --bars: its course on tiny matrices, as a test")
-    parser.add_argument("--part-first-step", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument(
+        "--bars",
+        action="store_true",
+        help="the project's bars, in Markdown; about 5 minutes on an H100",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="with --bars: its course on tiny matrices, as a test"
+    )
+    parser.add_argument(
+        "--part-first-step", action="store_true", help=argparse.SUPPRESS
+    )  # in a process of its own
     args = parser.parse_args()
     if args.layout and "RANK" not in os.environ:
         parser.error("--layout is for torchrun")
     rank = int(os.environ.get("RANK", 0)) if args.layout else 0
-    device = Device(f"cuda:{os.environ['LOCAL_RANK']}" if args.layout and args.device == "cuda" else args.device)
+    device = Device(
+        f"cuda:{os.environ['LOCAL_RANK']}" if args.layout and args.device == "cuda" else args.device
+    )
     dtype = getattr(torch, args.dtype)
     options = Options(
-        dtype, args.guard, args.graph and device.cuda, args.peers, args.first_step, args.only, max(1, args.rounds)
+        dtype,
+        args.guard,
+        args.graph and device.cuda,
+        args.peers,
+        args.first_step,
+        args.only,
+        max(1, args.rounds),
     )
     if args.layout:
         if device.cuda:
             torch.cuda.set_device(device.device)
-        dist.init_process_group("nccl" if device.cuda else "gloo", device_id=device.device if device.cuda else None)
+        dist.init_process_group(
+            "nccl" if device.cuda else "gloo", device_id=device.device if device.cuda else None
+        )
         mesh = init_device_mesh(device.device.type, (dist.get_world_size(),))
         options = replace(options, peers=False, first_step=False, mesh=mesh, layout=args.layout)
         args.orthogonalize = False
@@ -799,19 +1024,32 @@ def main() -> None:
     if args.bars:
         found, results = bars(device, args.tiny, options.rounds)
     else:
-        results = {f"{args.workload} {args.dtype}": guarded(args.workload, lambda: rows_of(device, args.workload, options))}
+        results = {
+            f"{args.workload} {args.dtype}": guarded(
+                args.workload, lambda: rows_of(device, args.workload, options)
+            )
+        }
         alone = args.workload == "1.3b" if args.orthogonalize is None else args.orthogonalize
-        for spec in ("96x2048x2048", "48x2048x8192") if device.cuda else ("2x256x256", "1x256x1024"):
+        for spec in (
+            ("96x2048x2048", "48x2048x8192") if device.cuda else ("2x256x256", "1x256x1024")
+        ):
             if alone:
                 key = f"orthogonalize {spec} {args.dtype}"
-                results[key] = guarded(spec, lambda spec=spec: orthogonalize_rows(device, spec, dtype, options))
+                results[key] = guarded(
+                    spec, lambda spec=spec: orthogonalize_rows(device, spec, dtype, options)
+                )
     if options.mesh is not None:
         dist.destroy_process_group()
     if rank:
         return
     if args.json:
         listed = {name: [row.as_json() for row in rows] for name, rows in results.items()}
-        print(json.dumps({"environment": header, "bars": [asdict(bar) for bar in found], "results": listed}, indent=2))
+        print(
+            json.dumps(
+                {"environment": header, "bars": [asdict(bar) for bar in found], "results": listed},
+                indent=2,
+            )
+        )
     elif args.bars:
         print(bars_table(found, results, header))
     else:

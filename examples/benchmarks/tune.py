@@ -71,7 +71,11 @@ PERSISTENT = [
 ]
 ALL = POINTERS + TMA + PERSISTENT
 QUICK = [
-    *(c for c in POINTERS if c[:3] in ((128, 128, 64), (128, 256, 64)) and c.group == 8 and c.num_stages < 5),
+    *(
+        c
+        for c in POINTERS
+        if c[:3] in ((128, 128, 64), (128, 256, 64)) and c.group == 8 and c.num_stages < 5
+    ),
     *TMA[2:],
     *PERSISTENT[1:3],
 ]
@@ -101,7 +105,9 @@ def compile_for(config: Config, given: tuple[Any, ...]) -> None:
     """Compiles the kernel where it would be launched."""
     a, b, *_ = given
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    kernel, programs, pointers, constants, options = products._prepare(*given[:3], out, *given[3:], config)
+    kernel, programs, pointers, constants, options = products._prepare(
+        *given[:3], out, *given[3:], config
+    )
     kernel.warmup(*pointers, *constants, grid=(programs,), **options)
 
 
@@ -114,7 +120,9 @@ def possible(candidate: Config, symmetric: bool) -> bool:
     return not symmetric or candidate.block_n in (candidate.block_m, 2 * candidate.block_m)
 
 
-def compile_all(candidates: list[Config], problems: list[dict[str, tuple[Any, ...]]], threads: int) -> dict[str, str]:
+def compile_all(
+    candidates: list[Config], problems: list[dict[str, tuple[Any, ...]]], threads: int
+) -> dict[str, str]:
     """Compiles every kernel that will be launched, in parallel; what failed, by candidate."""
     failed: dict[str, str] = {}
 
@@ -125,9 +133,17 @@ def compile_all(candidates: list[Config], problems: list[dict[str, tuple[Any, ..
         try:
             compile_for(candidate, small)
         except Exception as error:
-            failed[name_of(candidate)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            failed[name_of(candidate)] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
 
-    jobs = [(c, given) for problem in problems for c in candidates for given in problem.values() if possible(c, given[-1])]
+    jobs = [
+        (c, given)
+        for problem in problems
+        for c in candidates
+        for given in problem.values()
+        if possible(c, given[-1])
+    ]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(one, jobs))
     return failed
@@ -162,14 +178,20 @@ def difference(out: Tensor, reference: Tensor) -> float:
     return ((out.float() - reference.float()).norm() / reference.float().norm()).item()
 
 
-def measure(candidates: list[Config], given: tuple[Any, ...], tolerance: float, replays: int) -> dict[str, Any]:
+def measure(
+    candidates: list[Config], given: tuple[Any, ...], tolerance: float, replays: int
+) -> dict[str, Any]:
     """cuBLAS and every candidate on one product."""
     a, b, _, alpha, _, symmetric = given
     n, rows, depth = a.shape
     cols = b.shape[2]
     reference = cublas(given) * (alpha if given[2] is None else 1.0)
     flop = 2 * n * rows * cols * depth
-    found: dict[str, Any] = {"cublas_ms": milliseconds(lambda: cublas(given), replays), "candidates": [], "failed": {}}
+    found: dict[str, Any] = {
+        "cublas_ms": milliseconds(lambda: cublas(given), replays),
+        "candidates": [],
+        "failed": {},
+    }
     found["cublas_tflops"] = flop / found["cublas_ms"] / 1e9
     for candidate in candidates:
         if not possible(candidate, symmetric):
@@ -184,9 +206,18 @@ def measure(candidates: list[Config], given: tuple[Any, ...], tolerance: float, 
             del out
             ms = milliseconds(functools.partial(run, candidate, given), replays)
         except Exception as error:  # out of resources: the sweep goes on
-            found["failed"][name_of(candidate)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            found["failed"][name_of(candidate)] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
             continue
-        real = 2 * n * depth * candidate.block_m * candidate.block_n * products.tile_count(symmetric, rows, cols, candidate)
+        real = (
+            2
+            * n
+            * depth
+            * candidate.block_m
+            * candidate.block_n
+            * products.tile_count(symmetric, rows, cols, candidate)
+        )
         found["candidates"].append(
             {
                 "variant": candidate.variant,
@@ -205,7 +236,9 @@ def measure(candidates: list[Config], given: tuple[Any, ...], tolerance: float, 
 def table(title: str, results: dict[str, dict[str, Any]]) -> str:
     lines = [title]
     for operation, found in results.items():
-        lines.append(f"  {operation:17} cuBLAS {found['cublas_ms']:8.4f} ms  {found['cublas_tflops']:6.0f} TFLOP/s")
+        lines.append(
+            f"  {operation:17} cuBLAS {found['cublas_ms']:8.4f} ms  {found['cublas_tflops']:6.0f} TFLOP/s"
+        )
         for row in found["candidates"][:3]:
             ratio = found["cublas_ms"] / row["ms"]
             rates = f"{row['effective_tflops']:6.0f} effective  {row['real_tflops']:6.0f} real"
@@ -222,13 +255,24 @@ def default_dtype(rows: int, cols: int) -> torch.dtype:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", help="NxROWSxCOLS, rows <= cols; default: five of GPT-2 124M and 1.3B")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--dtype", action="append", choices=["float16", "bfloat16"], help="default: the package's for the shape"
+        "--shape",
+        action="append",
+        help="NxROWSxCOLS, rows <= cols; default: five of GPT-2 124M and 1.3B",
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=["float16", "bfloat16"],
+        help="default: the package's for the shape",
     )
     parser.add_argument("--variant", action="append", choices=["pointers", "tma", "persistent"])
-    parser.add_argument("--quick", action="store_true", help="three shapes, and the candidates most likely to win")
+    parser.add_argument(
+        "--quick", action="store_true", help="three shapes, and the candidates most likely to win"
+    )
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--threads", type=int, default=12, help="that compile")
     parser.add_argument("--json", metavar="FILE", help="all numbers, written after every shape")
@@ -236,14 +280,32 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
 
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else QUICK_SHAPES if args.quick else SHAPES
-    candidates = [c for c in (QUICK if args.quick else ALL) if not args.variant or c.variant in args.variant]
-    cases = [(s, getattr(torch, d)) for s in shapes for d in args.dtype or [str(default_dtype(*s[1:])).removeprefix("torch.")]]
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    shapes = (
+        [tuple(map(int, s.split("x"))) for s in args.shape]
+        if args.shape
+        else QUICK_SHAPES
+        if args.quick
+        else SHAPES
+    )
+    candidates = [
+        c for c in (QUICK if args.quick else ALL) if not args.variant or c.variant in args.variant
+    ]
+    cases = [
+        (s, getattr(torch, d))
+        for s in shapes
+        for d in args.dtype or [str(default_dtype(*s[1:])).removeprefix("torch.")]
+    ]
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     print(", ".join(machine.values()), f"{len(candidates)} candidates", sep=", ", flush=True)
 
     start = time.perf_counter()
-    small = [inputs(1, rows, cols, dtype) for _, rows, cols, dtype in {(1, *s[1:], d) for s, d in cases}]
+    small = [
+        inputs(1, rows, cols, dtype) for _, rows, cols, dtype in {(1, *s[1:], d) for s, d in cases}
+    ]
     failed = compile_all(candidates, small, args.threads)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     for name, reason in failed.items():
@@ -255,10 +317,15 @@ def main() -> None:
         start = time.perf_counter()
         tolerance = 2e-3 if dtype == torch.float16 else 1e-2
         given = inputs(n, rows, cols, dtype)
-        found = {operation: measure(candidates, given[operation], tolerance, args.replays) for operation in OPERATIONS}
+        found = {
+            operation: measure(candidates, given[operation], tolerance, args.replays)
+            for operation in OPERATIONS
+        }
         title = f"\n{n} x {rows} x {cols}, {str(dtype).removeprefix('torch.')} ({time.perf_counter() - start:.0f} s)"
         print(table(title, found), flush=True)
-        results.append({"n": n, "rows": rows, "cols": cols, "dtype": str(dtype), "operations": found})
+        results.append(
+            {"n": n, "rows": rows, "cols": cols, "dtype": str(dtype), "operations": found}
+        )
         del given
         torch.cuda.empty_cache()
         if args.json:

@@ -32,7 +32,9 @@ SEEDS = (0, 1, 2)
 
 def jobs(lr: float) -> dict[str, list[Job]]:
     """By row of the table."""
-    guarded = {rate: [Job("NorMuon, guard", lr, seed, faults=rate) for seed in SEEDS] for rate in RATES}
+    guarded = {
+        rate: [Job("NorMuon, guard", lr, seed, faults=rate) for seed in SEEDS] for rate in RATES
+    }
     return {
         "no faults": [Job("NorMuon, guard", lr, seed) for seed in SEEDS],
         **{f"{rate:.1%} of the steps, guard full": found for rate, found in guarded.items()},
@@ -57,7 +59,14 @@ def study(
             "NaNs": " ".join(str(r.faults) for r in results), "skipped": " ".join(str(r.skipped) for r in results),
         })  # fmt: skip
     first = found["no faults"][0]
-    about = {"on": first.on, "corpus": corpus, "lr": lr, "steps": first.steps, "rows": rows, "command": command}
+    about = {
+        "on": first.on,
+        "corpus": corpus,
+        "lr": lr,
+        "steps": first.steps,
+        "rows": rows,
+        "command": command,
+    }
     curves = [
         {"faults": name, "seed": r.job.seed, "step": step, "loss": f"{loss:.5f}"}
         for name, results in found.items()
@@ -87,7 +96,9 @@ seed`: less the clean run with the same seed.
 
 
 def plot(curves: list[dict[str, str]], file: Path) -> None:
-    figure, axes = plt.subplots(2, figsize=(8, 7), sharex=True, layout="constrained", height_ratios=(3, 2))
+    figure, axes = plt.subplots(
+        2, figsize=(8, 7), sharex=True, layout="constrained", height_ratios=(3, 2)
+    )
     points: dict[tuple[str, str], dict[int, float]] = {}
     for c in curves:
         points.setdefault((c["faults"], c["seed"]), {})[int(c["step"])] = float(c["loss"])
@@ -97,11 +108,21 @@ def plot(curves: list[dict[str, str]], file: Path) -> None:
         alive = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         axes[0].plot(list(alive), list(alive.values()), color=color, linewidth=1, label=label)
         clean = points["no faults", seed]
-        axes[1].plot(list(alive), [loss - clean[step] for step, loss in alive.items()], color=color, linewidth=1)
+        axes[1].plot(
+            list(alive),
+            [loss - clean[step] for step, loss in alive.items()],
+            color=color,
+            linewidth=1,
+        )
         if len(alive) < len(losses):
             step = max(alive, default=0)
-            axes[0].plot(step, alive.get(step, math.nan), "x", color=color, markersize=10, markeredgewidth=3)
-    axes[0].set(ylabel="validation loss, nats a token", title="A NaN in one gradient, now and then; x: the last finite look")
+            axes[0].plot(
+                step, alive.get(step, math.nan), "x", color=color, markersize=10, markeredgewidth=3
+            )
+    axes[0].set(
+        ylabel="validation loss, nats a token",
+        title="A NaN in one gradient, now and then; x: the last finite look",
+    )
     axes[1].set(xlabel="step", ylabel="less the clean run\nof the same seed")
     axes[0].legend()
     for axis in axes:

@@ -39,11 +39,15 @@ class Corpus:
     @staticmethod
     def load(file: Path) -> Corpus:
         with np.load(file, allow_pickle=False) as kept:
-            train, val = (torch.from_numpy(kept[name].astype(np.int32)) for name in ("train", "val"))
+            train, val = (
+                torch.from_numpy(kept[name].astype(np.int32)) for name in ("train", "val")
+            )
             about = json.loads(str(kept["about"]))
         digest = _digest(train.numpy().astype(np.uint16), val.numpy().astype(np.uint16))
         if digest != about["sha256"]:
-            raise ValueError(f"{file}: its tokens have the SHA-256 {digest}, it says {about['sha256']}; make it again")
+            raise ValueError(
+                f"{file}: its tokens have the SHA-256 {digest}, it says {about['sha256']}; make it again"
+            )
         return Corpus(train, val, about)
 
     @property
@@ -86,15 +90,26 @@ def make(packages: list[str], vocabulary: int, file: Path) -> Corpus:
     val = [text for k, (_, text) in enumerate(found) if k % HELD_OUT == HELD_OUT - 1]
     train = [text for k, (_, text) in enumerate(found) if k % HELD_OUT != HELD_OUT - 1]
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(train, vocab_size=vocabulary, special_tokens=[END], show_progress=False)
+    tokenizer.train_from_iterator(
+        train, vocab_size=vocabulary, special_tokens=[END], show_progress=False
+    )
     if tokenizer.get_vocab_size() > np.iinfo(np.uint16).max + 1:
         raise ValueError(f"vocabulary: expected at most 65536, got {vocabulary}")
     encoded = [
-        np.fromiter((i for item in tokenizer.encode_batch([text + END for text in texts]) for i in item.ids), np.uint16)
+        np.fromiter(
+            (
+                i
+                for item in tokenizer.encode_batch([text + END for text in texts])
+                for i in item.ids
+            ),
+            np.uint16,
+        )
         for texts in (train, val)
     ]
     about = {
-        "packages": ", ".join(f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in packages),
+        "packages": ", ".join(
+            f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in packages
+        ),
         "tokenizers": importlib.metadata.version("tokenizers"),
         "files": len(found),
         "megabytes": round(sum(len(text.encode()) for _, text in found) / 1e6, 1),
@@ -114,7 +129,9 @@ def _digest(*tokens: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path("runs") / "corpus.npz")

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it; read when torch loads
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # cuBLAS is deterministic with it; read when torch loads
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +117,13 @@ class Result:
     @staticmethod
     def load(file: Path) -> Result:
         kept = json.loads(file.read_text())
-        return Result(**{**kept, "job": Job(**kept["job"]), "val": [(step, loss) for step, loss in kept["val"]]})
+        return Result(
+            **{
+                **kept,
+                "job": Job(**kept["job"]),
+                "val": [(step, loss) for step, loss in kept["val"]],
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -129,15 +137,28 @@ class Options:
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
     """The options that studies of such runs have in common."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, default=Path("runs") / "corpus.npz")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs") / "study", help="a file a run; what is there is not run again"
+        "--runs",
+        type=Path,
+        default=Path("runs") / "study",
+        help="a file a run; what is there is not run again",
     )
-    parser.add_argument("--out", type=Path, help="for CSV, JSON, figure and RESULTS.md: here; with --steps or --tiny: --runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="for CSV, JSON, figure and RESULTS.md: here; with --steps or --tiny: --runs",
+    )
     parser.add_argument("--steps", type=int, help="instead of the whole corpus")
-    parser.add_argument("--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command")
-    parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a model of nothing, uncompiled: to try the command"
+    )
+    parser.add_argument(
+        "--from-csv", action="store_true", help="table and figure from what --out holds"
+    )
     return parser
 
 
@@ -148,9 +169,13 @@ def parse(parser: argparse.ArgumentParser, command: str) -> tuple[argparse.Names
     args.out = args.out or (FOLDER if of_all else args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
     command += f" --steps {args.steps}" * bool(args.steps) + " --tiny" * args.tiny
-    options = Options(args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny)
+    options = Options(
+        args.corpus, args.runs, TINY if args.tiny else FULL, args.steps, compiled=not args.tiny
+    )
     if not args.from_csv and not args.corpus.exists():
-        parser.error(f"--corpus: there is no {args.corpus}; python -m examples.study.corpus --out {args.corpus} makes it")
+        parser.error(
+            f"--corpus: there is no {args.corpus}; python -m examples.study.corpus --out {args.corpus} makes it"
+        )
     return args, options, command
 
 
@@ -160,7 +185,9 @@ def run_all(jobs: Sequence[Job], options: Options) -> dict[Job, Result]:
     missing = [job for job in jobs if not (options.folder / f"{job.key}.json").exists()]
     devices = max(1, min(torch.cuda.device_count(), len(missing)))
     if devices > 1:
-        multiprocessing.start_processes(_run_some, (missing, devices, options), nprocs=devices, start_method="spawn")
+        multiprocessing.start_processes(
+            _run_some, (missing, devices, options), nprocs=devices, start_method="spawn"
+        )
     elif missing:
         _run_some(0, missing, 1, options)
     return {job: Result.load(options.folder / f"{job.key}.json") for job in jobs}
@@ -174,7 +201,9 @@ def _of_one_study(options: Options) -> None:
     if not file.exists():
         file.write_text(json.dumps(study))
     elif json.loads(file.read_text()) != study:
-        raise ValueError(f"--runs {options.folder}: has runs of another size, length or text (study.json); give another folder")
+        raise ValueError(
+            f"--runs {options.folder}: has runs of another size, length or text (study.json); give another folder"
+        )
 
 
 def _run_some(k: int, jobs: Sequence[Job], devices: int, options: Options) -> None:
@@ -206,7 +235,12 @@ class Trainer:
     def model(self, seed: int) -> GPT:
         size = self.options.size
         torch.manual_seed(seed)
-        sizes = {"width": size.width, "layers": size.layers, "heads": size.heads, "context": size.context}
+        sizes = {
+            "width": size.width,
+            "layers": size.layers,
+            "heads": size.heads,
+            "context": size.context,
+        }
         return GPT(self.corpus.vocabulary, tie=False, **sizes).to(self.device)
 
     def loss(
@@ -214,20 +248,33 @@ class Trainer:
         params: Tensors,
         tokens: Tensor,  # [batch, time + 1] int64
     ) -> Tensor:  # 0-d float32, nats a token
-        params = {name: p.float() for name, p in params.items()}  # all that bfloat16 parameters change is what they can hold
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        params = {
+            name: p.float() for name, p in params.items()
+        }  # all that bfloat16 parameters change is what they can hold
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
+        ):
             logits = torch.func.functional_call(self.template, params, (tokens[:, :-1],))
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
     def windows(self, text: Tensor, starts: Tensor) -> Tensor:  # [batch, context + 1] int64
-        return text[starts[:, None] + torch.arange(self.options.size.context + 1, device=self.device)].long()
+        return text[
+            starts[:, None] + torch.arange(self.options.size.context + 1, device=self.device)
+        ].long()
 
     @torch.no_grad()
     def validation_loss_sync(self, params: Tensors) -> float:
         size = self.options.size
         starts = torch.arange(0, len(self.val) - size.context, size.context, device=self.device)
         starts = starts[: min(size.windows, len(starts)) // size.batch * size.batch]
-        return float(torch.stack([self.loss_only(params, self.windows(self.val, s)) for s in starts.split(size.batch)]).mean())
+        return float(
+            torch.stack(
+                [
+                    self.loss_only(params, self.windows(self.val, s))
+                    for s in starts.split(size.batch)
+                ]
+            ).mean()
+        )
 
     def plan(self, name: str, params: Tensors) -> nm.Plan:
         if name in self.plans:
@@ -238,36 +285,58 @@ class Trainer:
             routes["*"] = nm.Route("adamw")
         else:  # wte and head go to AdamW by default
             routes["*.qkv.weight"] = nm.Route(splits=(width, width, width))
-        return self.plans.setdefault(name, nm.make_plan(params, nm.Config(**variant.config), routes=routes))
+        return self.plans.setdefault(
+            name, nm.make_plan(params, nm.Config(**variant.config), routes=routes)
+        )
 
     def run(self, job: Job) -> Result:
         size, variant = self.options.size, VARIANTS[job.variant]
-        params = {name: p.detach().to(variant.dtype) for name, p in self.model(job.seed).named_parameters()}
+        params = {
+            name: p.detach().to(variant.dtype)
+            for name, p in self.model(job.seed).named_parameters()
+        }
         plan = self.plan(job.variant, params)
         state = nm.init(plan, params)
         hyper = nm.Hyper.of(params, lr=job.lr, weight_decay=WEIGHT_DECAY)
-        buffers = {name: torch.zeros_like(p) for name, p in params.items()}  # of gradients: a captured step wants them in place
-        captured = nm.GraphedStep(plan) if self.device.type == "cuda" and self.options.compiled else None
+        buffers = {
+            name: torch.zeros_like(p) for name, p in params.items()
+        }  # of gradients: a captured step wants them in place
+        captured = (
+            nm.GraphedStep(plan) if self.device.type == "cuda" and self.options.compiled else None
+        )
 
         windows = (len(self.train) - 1) // size.context
         epoch = self.options.steps or windows // size.batch
         steps = max(2, round(epoch * job.length))
-        order = torch.randperm(windows, generator=torch.Generator().manual_seed(job.seed)).to(self.device) * size.context
+        order = (
+            torch.randperm(windows, generator=torch.Generator().manual_seed(job.seed)).to(
+                self.device
+            )
+            * size.context
+        )
         rise = max(1, round(steps * WARMUP))
         shape = [min((i + 1) / rise, (steps - i) / (steps - rise + 1)) for i in range(steps)]
         schedule = job.lr * torch.tensor(shape, device=self.device)
-        broken = torch.rand(steps, generator=torch.Generator().manual_seed(1000 + job.seed)) < job.faults
+        broken = (
+            torch.rand(steps, generator=torch.Generator().manual_seed(1000 + job.seed)) < job.faults
+        )
         names = sorted(params)
 
-        def train_step(i: int, params: Tensors, state: Tensors, step: Callable[..., Any]) -> list[Any]:
+        def train_step(
+            i: int, params: Tensors, state: Tensors, step: Callable[..., Any]
+        ) -> list[Any]:
             marks = [self.mark()]
-            grads, _ = self.loss_and_grad(params, self.windows(self.train, order[i * size.batch : (i + 1) * size.batch]))
+            grads, _ = self.loss_and_grad(
+                params, self.windows(self.train, order[i * size.batch : (i + 1) * size.batch])
+            )
             if broken[i]:  # as a flipped bit or a bad kernel leaves it
                 victim = grads[names[i % len(names)]].view(-1)
                 victim[i % len(victim)] = float("nan")
             if variant.clip is not None:
                 norm = torch.nn.utils.get_total_norm(list(grads.values()))
-                torch._foreach_mul_(list(grads.values()), (variant.clip / (norm + 1e-6)).clamp(max=1.0))
+                torch._foreach_mul_(
+                    list(grads.values()), (variant.clip / (norm + 1e-6)).clamp(max=1.0)
+                )
             marks.append(self.mark())
             torch._foreach_copy_(list(buffers.values()), [grads[name] for name in buffers])
             hyper.lr.copy_(schedule[i])
@@ -277,7 +346,11 @@ class Trainer:
 
         plain = functools.partial(nm.step_, plan=plan)
         for i in range(2):  # compiles; what it steps is thrown away
-            train_step(i, *({name: x.clone() for name, x in tensors.items()} for tensors in (params, state)), plain)
+            train_step(
+                i,
+                *({name: x.clone() for name, x in tensors.items()} for tensors in (params, state)),
+                plain,
+            )
         self.validation_loss_sync(params)
 
         val, marks, seconds, started = [], [], 0.0, self.now_sync()

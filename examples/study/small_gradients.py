@@ -29,7 +29,9 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS loads: without it products may differ
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # read when cuBLAS loads: without it products may differ
 
 import matplotlib.pyplot as plt
 import torch
@@ -38,9 +40,17 @@ from torch import Tensor
 from tqdm import trange
 
 import normuon_fn as nm
-from examples.study.common import FOLDER, Row, markdown, measured_on, read_csv, write_csv, write_section
+from examples.study.common import (
+    FOLDER,
+    Row,
+    markdown,
+    measured_on,
+    read_csv,
+    write_csv,
+    write_section,
+)
 from examples.train_gpt import CONTEXT, GPT, Text
-from normuon_fn.coefficients import resolve
+from normuon_fn.algorithm.coefficients import resolve
 
 Tensors = dict[str, Tensor]
 Step = Callable[[Tensors, Tensors], Tensors]  # (params, grads) -> params
@@ -62,16 +72,22 @@ def newton_schulz_with_eps(
 
 ARMS = {
     "NorMuon": nm.Config(),
-    "Muon": nm.Config(normalize=False, scale="rms"),  # "paper" would bring any update, however small, to one RMS
+    "Muon": nm.Config(
+        normalize=False, scale="rms"
+    ),  # "paper" would bring any update, however small, to one RMS
     "torch.optim.Muon": None,
-    "Muon, norm + 1e-7": nm.Config(normalize=False, scale="rms", orthogonalizer=newton_schulz_with_eps),
+    "Muon, norm + 1e-7": nm.Config(
+        normalize=False, scale="rms", orthogonalizer=newton_schulz_with_eps
+    ),
     "NorMuon, norm + 1e-7": nm.Config(orthogonalizer=newton_schulz_with_eps),
 }
 
 
 def normuon_fn_step(plan: nm.Plan, start: Tensors, lr: float) -> Step:
     state = nm.init(plan, start)
-    hyper = nm.Hyper.of(start, lr=lr, momentum=MOMENTUM, adamw_betas=ADAMW_BETAS, adamw_eps=ADAMW_EPS)
+    hyper = nm.Hyper.of(
+        start, lr=lr, momentum=MOMENTUM, adamw_betas=ADAMW_BETAS, adamw_eps=ADAMW_EPS
+    )
 
     def step(params: Tensors, grads: Tensors) -> Tensors:
         nonlocal state
@@ -84,7 +100,10 @@ def normuon_fn_step(plan: nm.Plan, start: Tensors, lr: float) -> Step:
 
 def torch_step(matrices: list[str], start: Tensors, lr: float) -> Step:
     own = {name: p.clone() for name, p in start.items()}
-    whole, rest = [own[name] for name in matrices], [p for name, p in own.items() if name not in matrices]
+    whole, rest = (
+        [own[name] for name in matrices],
+        [p for name, p in own.items() if name not in matrices],
+    )
     options = {"nesterov": False, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
     muon = torch.optim.Muon(whole, lr=lr, momentum=MOMENTUM, eps=EPS, **options)
     adamw = torch.optim.AdamW(rest, lr=lr, betas=ADAMW_BETAS, eps=ADAMW_EPS, weight_decay=0.0)
@@ -108,7 +127,10 @@ def last_update(before: Tensors, after: Tensors, matrices: list[str], lr: float)
     squares = torch.stack([u.square().sum() for u in updates])
     spectral = torch.stack([torch.linalg.matrix_norm(u, 2) ** 2 * min(u.shape) for u in updates])
     rank = torch.where(squares > 0, squares / spectral, 0.0).mean()
-    return {"rms": float(squares.sum() / sum(u.numel() for u in updates)) ** 0.5, "rank": float(rank)}
+    return {
+        "rms": float(squares.sum() / sum(u.numel() for u in updates)) ** 0.5,
+        "rank": float(rank),
+    }
 
 
 def study(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
@@ -133,8 +155,12 @@ def study(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
         before, params, losses = start, start, []
         for _ in trange(args.steps, unit="step", desc=label):
             starts = torch.randint(len(text.train) - CONTEXT, (args.batch, 1), generator=generator)
-            grads, loss = loss_and_grad(params, text.train[starts + torch.arange(CONTEXT + 1)].to(args.device))
-            grads = {name: grad * scale if name in matrices else grad for name, grad in grads.items()}
+            grads, loss = loss_and_grad(
+                params, text.train[starts + torch.arange(CONTEXT + 1)].to(args.device)
+            )
+            grads = {
+                name: grad * scale if name in matrices else grad for name, grad in grads.items()
+            }
             before, params = params, step(params, grads)
             losses.append(loss)
         return torch.stack(losses).tolist(), before, params
@@ -143,16 +169,33 @@ def study(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     for arm, config in ARMS.items():
         plan = config and nm.make_plan(start, config, routes=routes)  # compiled once for all scales
         for exponent in EXPONENTS:
-            step = normuon_fn_step(plan, start, args.lr) if plan else torch_step(matrices, start, args.lr)
+            step = (
+                normuon_fn_step(plan, start, args.lr)
+                if plan
+                else torch_step(matrices, start, args.lr)
+            )
             losses, before, after = train(step, 2.0**exponent, f"{arm}, 2^{exponent}")
             if exponent == 0:
                 plain = losses, after
-            same = losses == plain[0] and all(torch.equal(after[name], plain[1][name]) for name in start)
+            same = losses == plain[0] and all(
+                torch.equal(after[name], plain[1][name]) for name in start
+            )
             with torch.no_grad():
-                val = sum(float(loss_fn(after, w)) * len(w) for w in windows.split(64)) / len(windows)
-            row = {"arm": arm, "exponent": exponent, "train": fmean(losses[-LAST:]), "val": val, "same": same}
+                val = sum(float(loss_fn(after, w)) * len(w) for w in windows.split(64)) / len(
+                    windows
+                )
+            row = {
+                "arm": arm,
+                "exponent": exponent,
+                "train": fmean(losses[-LAST:]),
+                "val": val,
+                "same": same,
+            }
             rows.append(row | last_update(before, after, matrices, args.lr))
-            curves += [{"arm": arm, "exponent": exponent, "step": k, "loss": loss} for k, loss in enumerate(losses, 1)]
+            curves += [
+                {"arm": arm, "exponent": exponent, "step": k, "loss": loss}
+                for k, loss in enumerate(losses, 1)
+            ]
     return curves, rows
 
 
@@ -160,13 +203,19 @@ def seen(rows: list[Row], arm: str) -> str:
     """What the numbers say of an arm."""
     plain, *small = (row for row in rows if row["arm"] == arm)
     if all(row["same"] for row in small):
-        return f"- {arm}: the scale changes no bit, neither of any loss nor of the final parameters."
+        return (
+            f"- {arm}: the scale changes no bit, neither of any loss nor of the final parameters."
+        )
     changes = []
     for row in small:
         update = f"{row['rms'] / plain['rms']:.2g} times the RMS and {row['rank'] / plain['rank']:.2g} times the stable rank"
         loss = f"the validation loss changes by {row['val'] - plain['val']:+.3f}"
         changes.append(f"at 2^{row['exponent']} the last update has {update}, and {loss}")
-    return fill(f"- {arm}, against its own run at scale 1: {'; '.join(changes)}.", 126, subsequent_indent="  ")
+    return fill(
+        f"- {arm}, against its own run at scale 1: {'; '.join(changes)}.",
+        126,
+        subsequent_indent="  ",
+    )
 
 
 def section(facts: Row) -> str:
@@ -204,10 +253,20 @@ Training loss: mean of the last {LAST} steps. Update: of the last step, as it ar
 
 
 def plot(curves: list[dict[str, str]], file: Path) -> None:
-    figure, panels = plt.subplots(1, len(EXPONENTS), figsize=(12, 4.2), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(
+        1, len(EXPONENTS), figsize=(12, 4.2), sharey=True, layout="constrained"
+    )
     for axes, exponent in zip(panels, EXPONENTS, strict=True):
-        for arm, style, width in zip(ARMS, ("-", "-", "-", "--", ":"), (4, 1.5, 3, 1.5, 1.5), strict=True):
-            losses = torch.tensor([float(c["loss"]) for c in curves if c["arm"] == arm and int(c["exponent"]) == exponent])
+        for arm, style, width in zip(
+            ARMS, ("-", "-", "-", "--", ":"), (4, 1.5, 3, 1.5, 1.5), strict=True
+        ):
+            losses = torch.tensor(
+                [
+                    float(c["loss"])
+                    for c in curves
+                    if c["arm"] == arm and int(c["exponent"]) == exponent
+                ]
+            )
             mean = losses.unfold(0, min(10, len(losses)), 1).mean(-1)  # of the last 10 batches
             axes.plot(
                 range(len(losses) - len(mean) + 1, len(losses) + 1),
@@ -217,7 +276,10 @@ def plot(curves: list[dict[str, str]], file: Path) -> None:
                 alpha=0.4 if width > 2 else 1,
                 label=arm,
             )
-        axes.set(xlabel="step", title=f"matrix gradients times 2^{exponent}" if exponent else "plain gradients")
+        axes.set(
+            xlabel="step",
+            title=f"matrix gradients times 2^{exponent}" if exponent else "plain gradients",
+        )
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("training loss, nats a character")
     panels[0].legend()
@@ -225,27 +287,42 @@ def plot(curves: list[dict[str, str]], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200, help="of each of the 15 runs")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--windows", type=int, default=256, help="of validation text; they do not overlap")
+    parser.add_argument(
+        "--windows", type=int, default=256, help="of validation text; they do not overlap"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="everything eager")
     parser.add_argument("--data", type=Path, default=FOLDER.parent / "data" / "shakespeare.txt")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="small_gradients.csv, .json, .png and RESULTS.md")
-    parser.add_argument("--from-csv", action="store_true", help="table and figure from what --out holds")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="small_gradients.csv, .json, .png and RESULTS.md"
+    )
+    parser.add_argument(
+        "--from-csv", action="store_true", help="table and figure from what --out holds"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     csv, facts = args.out / "small_gradients.csv", args.out / "small_gradients.json"
     if not args.from_csv:
-        torch.set_flush_denormal(True)  # the eps arms at 2^-66 are full of them: 10 times as slow a step on a CPU
-        torch.use_deterministic_algorithms(True)  # the embedding's backward adds in any order otherwise: no two runs alike
+        torch.set_flush_denormal(
+            True
+        )  # the eps arms at 2^-66 are full of them: 10 times as slow a step on a CPU
+        torch.use_deterministic_algorithms(
+            True
+        )  # the embedding's backward adds in any order otherwise: no two runs alike
         if args.no_compile:
             torch.compiler.set_stance("force_eager")
         curves, rows = study(args)
-        options = " ".join(f"--{name} {getattr(args, name)}" for name in ("steps", "batch", "lr", "seed", "windows", "device"))
+        options = " ".join(
+            f"--{name} {getattr(args, name)}"
+            for name in ("steps", "batch", "lr", "seed", "windows", "device")
+        )
         options += " --no-compile" * args.no_compile
         found = {"command": f"python -m examples.study.small_gradients {options}", "rows": rows}
         found["measured_on"] = measured_on(torch.device(args.device))

@@ -23,7 +23,9 @@ import warnings
 from itertools import pairwise
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS loads: without it products may differ
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # read when cuBLAS loads: without it products may differ
 
 import matplotlib.pyplot as plt
 import torch
@@ -33,15 +35,32 @@ from torch._dynamo.utils import counters
 from tqdm import trange
 
 import normuon_fn as nm
-from examples.study.common import FOLDER, Row, markdown, measured_on, read_csv, write_csv, write_section
+from examples.study.common import (
+    FOLDER,
+    Row,
+    markdown,
+    measured_on,
+    read_csv,
+    write_csv,
+    write_section,
+)
 from examples.train_gpt import CONTEXT, GPT, LR, WIDTH, Text
 
 Tensors = dict[str, Tensor]
 STEPS = {"cuda": 2000, "cpu": 500}
-BATCHES = {"cuda": 256, "cpu": 16}  # so large that a GPU is never done before the host: its clock is what is read
-ROUTES = {"*norm*": nm.Route("adamw", wd_mul=0.0), "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH))}
+BATCHES = {
+    "cuda": 256,
+    "cpu": 16,
+}  # so large that a GPU is never done before the host: its clock is what is read
+ROUTES = {
+    "*norm*": nm.Route("adamw", wd_mul=0.0),
+    "*.qkv.weight": nm.Route(splits=(WIDTH, WIDTH, WIDTH)),
+}
 SETTLED = 0.1  # of every piece is warm-up: compilation, capture, the allocators' first blocks
-MEMORY_BAR, TIME_BAR = 1.0, 5.0  # MB between the least and the most; % of the mean over the whole run
+MEMORY_BAR, TIME_BAR = (
+    1.0,
+    5.0,
+)  # MB between the least and the most; % of the mean over the whole run
 MEMORY = {"cuda": "allocated", "cpu": "rss"}  # what the bar is for
 ABOUT = """A small GPT on Shakespeare, `guard="full"`, trained twice with one seed and the same faults: one entry of a gradient
 is NaN or inf. "resumed" is saved, dropped and loaded three times, "uninterrupted" is not. The first tenth of every piece is
@@ -56,8 +75,12 @@ a batch of 16 it was the host's, which wandered by 20 % over a run.""",
 def draw_faults(args: argparse.Namespace) -> dict[int, list[float]]:
     """By step: which gradient, which entry of it, NaN or inf; each a number in [0, 1). From the seed alone."""
     generator = torch.Generator().manual_seed(args.seed + 1)
-    steps = (torch.rand(args.steps, generator=generator) < args.fault_rate).nonzero().flatten().tolist()
-    return {step: torch.rand(3, generator=generator, dtype=torch.float64).tolist() for step in steps}
+    steps = (
+        (torch.rand(args.steps, generator=generator) < args.fault_rate).nonzero().flatten().tolist()
+    )
+    return {
+        step: torch.rand(3, generator=generator, dtype=torch.float64).tolist() for step in steps
+    }
 
 
 class Clock:
@@ -78,7 +101,9 @@ class Clock:
         marks, self.marks = self.marks, []
         if self.cuda:
             marks[-1].synchronize()
-        return statistics.median(a.elapsed_time(b) if self.cuda else (b - a) * 1e3 for a, b in pairwise(marks))
+        return statistics.median(
+            a.elapsed_time(b) if self.cuda else (b - a) * 1e3 for a, b in pairwise(marks)
+        )
 
 
 def memory_mb(device: torch.device) -> Row:
@@ -110,7 +135,9 @@ class Trainer:
         self.train, self.characters = text.train.to(self.device), len(text.characters)
         self.faults = draw_faults(args)
         self.template = self.model()
-        self.loss_and_grad = torch.compile(torch.func.grad_and_value(self.loss), fullgraph=True, dynamic=False)
+        self.loss_and_grad = torch.compile(
+            torch.func.grad_and_value(self.loss), fullgraph=True, dynamic=False
+        )
 
     def model(self) -> GPT:
         torch.manual_seed(self.args.seed)
@@ -121,7 +148,9 @@ class Trainer:
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def tokens(self, generator: torch.Generator) -> Tensor:  # [batch, context + 1] int64
-        starts = torch.randint(len(self.train) - CONTEXT, (self.args.batch, 1), generator=generator).to(self.device)
+        starts = torch.randint(
+            len(self.train) - CONTEXT, (self.args.batch, 1), generator=generator
+        ).to(self.device)
         return self.train[starts + torch.arange(CONTEXT + 1, device=self.device)]
 
     def warm_up(self) -> None:
@@ -135,9 +164,14 @@ class Trainer:
         """
         args, device = self.args, self.device
         params = {name: p.detach() for name, p in self.model().named_parameters()}
-        grads = {name: torch.zeros_like(p) for name, p in params.items()}  # where a captured step looks for them
+        grads = {
+            name: torch.zeros_like(p) for name, p in params.items()
+        }  # where a captured step looks for them
         plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES)
-        state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=LR["normuon"], weight_decay=0.1)
+        state, hyper = (
+            nm.init(plan, params),
+            nm.Hyper.of(params, lr=LR["normuon"], weight_decay=0.1),
+        )
         generator = torch.Generator().manual_seed(args.seed)
         if first:
             saved = nm.load(checkpoint, plan, params=params, state=state)
@@ -155,7 +189,9 @@ class Trainer:
                 which, entry, kind = self.faults[step]
                 grad = list(grads.values())[int(which * len(grads))].view(-1)
                 grad[int(entry * len(grad))].fill_(math.nan if kind < 0.5 else math.inf)
-            lr = LR["normuon"] * min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1))
+            lr = LR["normuon"] * min(
+                (step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1)
+            )
             hyper.lr.fill_(lr)
             hyper.adamw_lr.fill_(lr)
             step_(params, grads, state, hyper)
@@ -163,21 +199,36 @@ class Trainer:
             clock.mark()
             seen += 1
             if seen == args.log_every or step + 1 == last:
-                row = {"run": run, "step": step + 1, "ms": round(clock.median_ms_sync(), 4), **memory_mb(device)}
-                row |= {"graphs": counters["stats"]["unique_graphs"], "skipped": int(state["guard.skipped"])}
+                row = {
+                    "run": run,
+                    "step": step + 1,
+                    "ms": round(clock.median_ms_sync(), 4),
+                    **memory_mb(device),
+                }
+                row |= {
+                    "graphs": counters["stats"]["unique_graphs"],
+                    "skipped": int(state["guard.skipped"]),
+                }
                 rows.append(row | {"loss": round(float(losses[:seen].mean()), 5)})
                 seen = 0
                 clock.mark()
         if last < args.steps:
-            nm.save(checkpoint, params, state, plan=plan, extra={"generator": generator.get_state()})
+            nm.save(
+                checkpoint, params, state, plan=plan, extra={"generator": generator.get_state()}
+            )
         if graphed:
             graphed.release()
-        tensors = {f"params/{k}": v for k, v in params.items()} | {f"state/{k}": v for k, v in state.items()}
+        tensors = {f"params/{k}": v for k, v in params.items()} | {
+            f"state/{k}": v for k, v in state.items()
+        }
         return rows, {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
 
 def same_bits(a: Tensors, b: Tensors) -> bool:
-    x, y = ({name: tensor.reshape(-1).view(torch.uint8) for name, tensor in tensors.items()} for tensors in (a, b))
+    x, y = (
+        {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+        for tensors in (a, b)
+    )
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
@@ -193,7 +244,10 @@ def soak(args: argparse.Namespace) -> tuple[list[Row], Row]:
                 more, ends[run] = trainer.piece(run, first, last, Path(folder) / "run.safetensors")
                 rows += more
     shown = ("device", "steps", "batch", "fault_rate", "seed", "log_every")
-    command = ["python -m examples.study.soak", *(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown)]
+    command = [
+        "python -m examples.study.soak",
+        *(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown),
+    ]
     facts = {
         "command": " ".join(command + ["--no-compile"] * args.no_compile),
         "measured_on": measured_on(torch.device(args.device)),
@@ -210,47 +264,90 @@ def claims(rows: list[Row], facts: Row, device: str) -> list[Row]:
     found: list[tuple[str, object, object, bool | None]] = []
     for run, cuts in facts["cuts"].items():
         mine = [row for row in rows if row["run"] == run]
-        pieces = [[row for row in mine if a + SETTLED * (b - a) < int(row["step"]) <= b] for a, b in pairwise(cuts)]
+        pieces = [
+            [row for row in mine if a + SETTLED * (b - a) < int(row["step"]) <= b]
+            for a, b in pairwise(cuts)
+        ]
         whole = [row for piece in pieces for row in piece]
 
         for kind in ("allocated", "rss") if device == "cuda" else ("rss",):
             sizes = [[float(row[kind]) for row in piece] for piece in pieces]
             most = max(max(piece) - min(piece) for piece in sizes)
             holds = most <= MEMORY_BAR if kind == MEMORY[device] else None
-            found.append((f"{run}: {kind} memory, most - least in a piece", f"{most:.2f} MB", f"{MEMORY_BAR:g} MB", holds))
+            found.append(
+                (
+                    f"{run}: {kind} memory, most - least in a piece",
+                    f"{most:.2f} MB",
+                    f"{MEMORY_BAR:g} MB",
+                    holds,
+                )
+            )
             if len(pieces) > 1:
                 over_all = max(map(max, sizes)) - min(map(min, sizes))
-                holds = over_all <= MEMORY_BAR if kind == MEMORY["cuda"] else None  # compilers keep some of a process's memory
+                holds = (
+                    over_all <= MEMORY_BAR if kind == MEMORY["cuda"] else None
+                )  # compilers keep some of a process's memory
                 bar = f"{MEMORY_BAR:g} MB"
-                found.append((f"{run}: {kind} memory, most - least over all pieces", f"{over_all:.2f} MB", bar, holds))
+                found.append(
+                    (
+                        f"{run}: {kind} memory, most - least over all pieces",
+                        f"{over_all:.2f} MB",
+                        bar,
+                        holds,
+                    )
+                )
         steps, times = [int(row["step"]) for row in whole], [float(row["ms"]) for row in whole]
         mean = statistics.mean(times)
         drift = 100 * statistics.linear_regression(steps, times).slope * cuts[-1] / mean
         holds = abs(drift) <= TIME_BAR if device == "cuda" else None  # a CPU is rarely ours alone
         found.append(
-            (f"{run}: time a step, slope over the run", f"{drift:+.1f} % of {mean:.2f} ms", f"± {TIME_BAR:g} %", holds)
+            (
+                f"{run}: time a step, slope over the run",
+                f"{drift:+.1f} % of {mean:.2f} ms",
+                f"± {TIME_BAR:g} %",
+                holds,
+            )
         )
         graphs, plans = int(mine[-1]["graphs"]), len(pieces) * facts["compiled"]
         found.append((f"{run}: one compilation for every plan", graphs, plans, graphs == plans))
         skipped = int(mine[-1]["skipped"])
-        found.append((f"{run}: skipped steps, faults", skipped, facts["faults"], skipped == facts["faults"]))
+        found.append(
+            (f"{run}: skipped steps, faults", skipped, facts["faults"], skipped == facts["faults"])
+        )
         before, after = float(mine[0]["loss"]), float(mine[-1]["loss"])
-        found.append((f"{run}: loss went down", f"{before:.3f} to {after:.3f}", "lower", after < before))
+        found.append(
+            (f"{run}: loss went down", f"{before:.3f} to {after:.3f}", "lower", after < before)
+        )
     found.append(("resume bit-exact", facts["bit_exact"], True, facts["bit_exact"]))
     verdicts = {None: "reported", True: "yes", False: "no"}
     return [
-        {"claim": claim, "measured": measured, "bar": "" if holds is None else bar, "holds": verdicts[holds]}
+        {
+            "claim": claim,
+            "measured": measured,
+            "bar": "" if holds is None else bar,
+            "holds": verdicts[holds],
+        }
         for claim, measured, bar, holds in found
     ]
 
 
 def plot(rows: list[Row], facts: Row, device: str, file: Path) -> None:
-    kinds = {MEMORY[device]: f"{MEMORY[device]}, MB", "ms": "ms a step", "loss": "loss, nats a character"}
+    kinds = {
+        MEMORY[device]: f"{MEMORY[device]}, MB",
+        "ms": "ms a step",
+        "loss": "loss, nats a character",
+    }
     figure, axes = plt.subplots(len(kinds), figsize=(8, 8), sharex=True, layout="constrained")
     for axis, (kind, label) in zip(axes, kinds.items(), strict=True):
         for run, style in (("uninterrupted", "o-"), ("resumed", ".--")):
             mine = [row for row in rows if row["run"] == run]
-            axis.plot([int(row["step"]) for row in mine], [float(row[kind]) for row in mine], style, label=run, markersize=4)
+            axis.plot(
+                [int(row["step"]) for row in mine],
+                [float(row[kind]) for row in mine],
+                style,
+                label=run,
+                markersize=4,
+            )
         for step in facts["cuts"]["resumed"][1:-1]:
             axis.axvline(step, color="gray", linestyle=":", linewidth=1)
         axis.set(ylabel=label)
@@ -263,10 +360,19 @@ def plot(rows: list[Row], facts: Row, device: str, file: Path) -> None:
 
 def publish(folder: Path, device: str) -> bool:
     """The table, the figure and the section, from what was written; whether all claims hold."""
-    rows, facts = read_csv(folder / f"soak-{device}.csv"), json.loads((folder / f"soak-{device}.json").read_text())
+    rows, facts = (
+        read_csv(folder / f"soak-{device}.csv"),
+        json.loads((folder / f"soak-{device}.json").read_text()),
+    )
     table = claims(rows, facts, device)
     plot(rows, facts, device, folder / f"soak-{device}.png")
-    parts = [f"## Soak, {device}", f"`{facts['command']}`", facts["measured_on"], ABOUT + ABOUT_TIME[device], markdown(table)]
+    parts = [
+        f"## Soak, {device}",
+        f"`{facts['command']}`",
+        facts["measured_on"],
+        ABOUT + ABOUT_TIME[device],
+        markdown(table),
+    ]
     parts.append(f"![Memory, ms a step and loss](soak-{device}.png)")
     write_section(folder / "RESULTS.md", f"soak {device}", "\n\n".join(parts))
     print(f"resume bit-exact: {facts['bit_exact']}\n\n{markdown(table)}")
@@ -274,14 +380,26 @@ def publish(folder: Path, device: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, help=f"of each of the two runs (default: {STEPS})")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--fault-rate", type=float, default=0.02, help="probability of a fault in a step")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--fault-rate", type=float, default=0.02, help="probability of a fault in a step"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, help="steps a row (default: about steps / 20, a divisor of a piece)")
+    parser.add_argument(
+        "--log-every",
+        type=int,
+        help="steps a row (default: about steps / 20, a divisor of a piece)",
+    )
     parser.add_argument("--batch", type=int, help=f"default: {BATCHES}")
-    parser.add_argument("--no-compile", action="store_true", help="everything eager, no captured graph")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="everything eager, no captured graph"
+    )
     parser.add_argument("--data", type=Path, default=FOLDER.parent / "data" / "shakespeare.txt")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--from-csv", action="store_true", help="run nothing")
@@ -296,7 +414,9 @@ def main() -> None:
         torch.use_deterministic_algorithms(True)
         if args.no_compile:
             torch.compiler.set_stance("force_eager")
-        warnings.filterwarnings("error", message="GraphedStep")  # a tensor moved: the graph would be captured again
+        warnings.filterwarnings(
+            "error", message="GraphedStep"
+        )  # a tensor moved: the graph would be captured again
         with torch._dynamo.config.patch(error_on_recompile=True):
             rows, facts = soak(args)
         write_csv(args.out / f"soak-{args.device}.csv", rows)

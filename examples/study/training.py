@@ -31,7 +31,13 @@ from examples.study.runs import FULL, Job, Result, arguments, parse, run_all
 GRID = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 8e-3)
 BASELINES = ("AdamW", "AdamW, clipped")
 MAIN = (*BASELINES, "Muon", "NorMuon")
-FORMS = ("NorMuon, Gram", "NorMuon, standard", "NorMuon, guard", "NorMuon, bfloat16 + mantissa", "NorMuon, bfloat16 alone")
+FORMS = (
+    "NorMuon, Gram",
+    "NorMuon, standard",
+    "NorMuon, guard",
+    "NorMuon, bfloat16 + mantissa",
+    "NorMuon, bfloat16 alone",
+)
 SHORTER = (0.75,)
 SEEDS = (0, 1, 2)
 COMMAND = "python -m examples.study.training --corpus runs/corpus.npz"
@@ -48,7 +54,9 @@ def grid_jobs() -> list[Job]:
 def best_of(grid: dict[Job, Result]) -> dict[str, float]:
     """The learning rate with the lowest loss, by optimizer."""
     finite = [r for r in grid.values() if math.isfinite(r.loss)]
-    return {v: min((r for r in finite if r.job.variant == v), key=lambda r: r.loss).job.lr for v in MAIN}
+    return {
+        v: min((r for r in finite if r.job.variant == v), key=lambda r: r.loss).job.lr for v in MAIN
+    }
 
 
 def seed_jobs(best: dict[str, float]) -> list[Job]:
@@ -61,12 +69,18 @@ def step_of(loss: float, val: list[tuple[int, float]]) -> float | None:
     """The step at which the validation loss first is ``loss``, on a straight line between two looks; None if never."""
     for (before, high), (after, low) in pairwise(val):
         if low <= loss:
-            return before if high <= loss else before + (after - before) * (high - loss) / (high - low)
+            return (
+                before if high <= loss else before + (after - before) * (high - loss) / (high - low)
+            )
     return None
 
 
 def study(
-    grid: dict[Job, Result], seeds: dict[Job, Result], corpus: str, validated: int, command: str = COMMAND
+    grid: dict[Job, Result],
+    seeds: dict[Job, Result],
+    corpus: str,
+    validated: int,
+    command: str = COMMAND,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the tables say, and the rows of the curves."""
     by_name: dict[str, list[Result]] = {}
@@ -78,10 +92,13 @@ def study(
     # What a step takes depends on neither rate nor seed: the fastest of all that were captured.
     every = {**grid, **seeds}.values()
     captured = {
-        name: [r for r in every if r.job.variant == results[0].job.variant and r.captured] for name, results in by_name.items()
+        name: [r for r in every if r.job.variant == results[0].job.variant and r.captured]
+        for name, results in by_name.items()
     }
     step = {name: min((r.step_ms for r in some), default=None) for name, some in captured.items()}
-    optimizer = {name: min((r.optimizer_ms for r in some), default=None) for name, some in captured.items()}
+    optimizer = {
+        name: min((r.optimizer_ms for r in some), default=None) for name, some in captured.items()
+    }
     rows = []
     for name, results in by_name.items():
         losses = sorted(r.loss for r in results)
@@ -126,7 +143,11 @@ def _apart(a: list[Result], b: list[Result]) -> bool:
 
 
 def section(about: dict[str, Any]) -> str:
-    forms = "further apart than their seeds" if about["Gram and standard apart"] else "no further apart than their seeds"
+    forms = (
+        "further apart than their seeds"
+        if about["Gram and standard apart"]
+        else "no further apart than their seeds"
+    )
     epoch = ", one epoch" if about["command"] == COMMAND else ""
     same = "have" if about["guard keeps the bits"] else "do NOT have"
     return f"""
@@ -181,25 +202,52 @@ def plot(curves: list[dict[str, str]], about: dict[str, Any], file: Path) -> Non
     shown = [*MAIN, *(name_of(Job("NorMuon", 0.0, 0, length)) for length in SHORTER)]
     for k, name in enumerate(shown):
         for seed in SEEDS:
-            points = [(int(c["step"]), float(c["loss"])) for c in curves if c["run"] == name and int(c["seed"]) == seed]
-            tokens, losses = [step * about["tokens a step"] / 1e6 for step, _ in points], [loss for _, loss in points]
-            axes[0].plot(tokens, losses, color=f"C{k}", linewidth=1, label=name if seed == 2 else None)
+            points = [
+                (int(c["step"]), float(c["loss"]))
+                for c in curves
+                if c["run"] == name and int(c["seed"]) == seed
+            ]
+            tokens, losses = (
+                [step * about["tokens a step"] / 1e6 for step, _ in points],
+                [loss for _, loss in points],
+            )
+            axes[0].plot(
+                tokens, losses, color=f"C{k}", linewidth=1, label=name if seed == 2 else None
+            )
     goal = next(float(row["loss"]) for row in about["rows"] if row["run"] == about["baseline"])
     low = min(float(row["loss"]) for row in about["rows"])
     axes[0].axhline(goal, color="gray", linestyle=":", linewidth=1, label="AdamW at the end")
     axes[0].set(
-        xlabel="tokens, millions", ylabel="validation loss, nats a token", title="Three seeds each, each at its best rate"
+        xlabel="tokens, millions",
+        ylabel="validation loss, nats a token",
+        title="Three seeds each, each at its best rate",
     )
     axes[0].set_ylim(0.97 * low, 1.65 * low)
     for k, variant in enumerate(MAIN):
         losses = [float(row[variant]) for row in about["grid"]]
-        axes[1].plot([f"{row['lr']:g}" for row in about["grid"]], losses, "o-", color=f"C{k}", label=variant)
+        axes[1].plot(
+            [f"{row['lr']:g}" for row in about["grid"]], losses, "o-", color=f"C{k}", label=variant
+        )
     top = 1.2 * low
-    above = [f"{v} {row[v]} at {row['lr']:g}" for row in about["grid"] for v in MAIN if float(row[v]) > top]
-    axes[1].set(xlabel="peak learning rate", ylabel="validation loss at the end", title="The grid, seed 0")
+    above = [
+        f"{v} {row[v]} at {row['lr']:g}"
+        for row in about["grid"]
+        for v in MAIN
+        if float(row[v]) > top
+    ]
+    axes[1].set(
+        xlabel="peak learning rate", ylabel="validation loss at the end", title="The grid, seed 0"
+    )
     axes[1].set_ylim(0.95 * low, top)
     if above:
-        axes[1].text(0.02, 0.97, "\n".join(["above:", *above]), transform=axes[1].transAxes, va="top", fontsize=8)
+        axes[1].text(
+            0.02,
+            0.97,
+            "\n".join(["above:", *above]),
+            transform=axes[1].transAxes,
+            va="top",
+            fontsize=8,
+        )
     for axis, place in zip(axes, ("upper right", "lower left"), strict=True):
         axis.grid(alpha=0.3)
         axis.legend(loc=place)
@@ -212,7 +260,13 @@ def main() -> None:
     if not args.from_csv:
         grid = run_all(grid_jobs(), options)
         seeds = run_all(seed_jobs(best_of(grid)), options)
-        about, curves = study(grid, seeds, str(Corpus.load(args.corpus)), options.size.windows * options.size.context, command)
+        about, curves = study(
+            grid,
+            seeds,
+            str(Corpus.load(args.corpus)),
+            options.size.windows * options.size.context,
+            command,
+        )
         write_csv(args.out / "training.csv", curves)
         (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
     about = json.loads((args.out / "training.json").read_text())

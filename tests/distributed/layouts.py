@@ -99,7 +99,11 @@ def config(form: str, **overrides: Any) -> nm.Config:
 
 
 FORMS = ("standard", "gram", "dion", "modded_nanogpt", "own", "muon", "bfloat16")
-LONG = {("Shard(0)", "standard", "full"), ("Shard(1)", "gram", "full"), ("ddp", "modded_nanogpt", "output")}
+LONG = {
+    ("Shard(0)", "standard", "full"),
+    ("Shard(1)", "gram", "full"),
+    ("ddp", "modded_nanogpt", "output"),
+}
 LONG |= {("HSDP", "standard", "full"), ("strided", "standard", "off"), ("2-D", "dion", "full")}
 
 
@@ -113,13 +117,19 @@ def steps_of(layout: str, form: str, guard: str) -> int:
 
 def device_of(world: int) -> torch.device:
     """Of this rank."""
-    return torch.device("cuda", dist.get_rank()) if torch.cuda.device_count() >= world else torch.device("cpu")
+    return (
+        torch.device("cuda", dist.get_rank())
+        if torch.cuda.device_count() >= world
+        else torch.device("cpu")
+    )
 
 
 @functools.cache
 def tensors(seed: int, names: tuple[str, ...] = MAIN) -> dict[str, Tensor]:
     generator, device = torch.Generator().manual_seed(seed), device_of(dist.get_world_size())
-    made = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
+    made = {
+        name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()
+    }
     return {name: made[name].bfloat16() if name == "half" else made[name] for name in names}
 
 
@@ -138,7 +148,9 @@ def alone(form: str, steps: int, names: tuple[str, ...] = MAIN) -> dict[str, Ten
     plan = nm.make_plan(params, config(form), routes=routes_of(params))
     state = nm.init(plan, params)
     for step in range(steps):
-        params, state, _, _ = nm.update(params, tensors(1 + step, names), state, hyper_of(params), plan)
+        params, state, _, _ = nm.update(
+            params, tensors(1 + step, names), state, hyper_of(params), plan
+        )
     return {**params, **state}
 
 
@@ -161,7 +173,9 @@ def cut(x: Tensor, mesh: DeviceMesh, placements: Iterable[Any]) -> Tensor:
 class Layout(NamedTuple):
     mesh: DeviceMesh
     default: tuple[Any, ...] | None  # None: plain tensors
-    matrices: tuple[Any, ...] = ()  # of experts and heads, where the default would cut matrices and the stack of them
+    matrices: tuple[
+        Any, ...
+    ] = ()  # of experts and heads, where the default would cut matrices and the stack of them
     given: Any = None  # make_plan's mesh=
 
     def placements(self, name: str) -> tuple[Any, ...] | None:
@@ -170,7 +184,9 @@ class Layout(NamedTuple):
         if self.matrices and name.startswith(("experts", "heads", "gqa")):
             return self.matrices
         dims = len(SHAPES[name])
-        return tuple(p if isinstance(p, Replicate) or p.dim < dims else Shard(0) for p in self.default)
+        return tuple(
+            p if isinstance(p, Replicate) or p.dim < dims else Shard(0) for p in self.default
+        )
 
     def cut(self, name: str, x: Tensor) -> Tensor:
         placements = self.placements(name)
@@ -185,7 +201,9 @@ class Layout(NamedTuple):
             return part
         shape = torch.Size(SHAPES[name])
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(
+            part, self.mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
     def plan(self, params: Mapping[str, Tensor], config: nm.Config) -> nm.Plan:
         return nm.make_plan(params, config, routes=routes_of(params), mesh=self.given)
@@ -219,15 +237,25 @@ def local(x: Tensor) -> Tensor:
 def owner(name: str) -> str:
     """The parameter that a state tensor belongs to."""
     return next(
-        (p for p in SHAPES if name in (p, *(f"{p}.{k}" for k in ("momentum", "variance", "exp_avg", "exp_avg_sq")))), ""
+        (
+            p
+            for p in SHAPES
+            if name in (p, *(f"{p}.{k}" for k in ("momentum", "variance", "exp_avg", "exp_avg_sq")))
+        ),
+        "",
     )
 
 
-def reduced(placements: tuple[Any, ...], shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[Any, ...]:
+def reduced(
+    placements: tuple[Any, ...], shape: tuple[int, ...], param: tuple[int, ...]
+) -> tuple[Any, ...]:
     """The placements of a state of that shape: the parameter's, whole where its dimension is 1 instead."""
     if len(shape) == 2 < len(param):  # flattened
         param = param[0], torch.Size(param[1:]).numel()
-    return tuple(p if isinstance(p, Replicate) or shape[p.dim] == param[p.dim] else Replicate() for p in placements)
+    return tuple(
+        p if isinstance(p, Replicate) or shape[p.dim] == param[p.dim] else Replicate()
+        for p in placements
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------- worlds
@@ -236,7 +264,10 @@ def reduced(placements: tuple[Any, ...], shape: tuple[int, ...], param: tuple[in
 def run_worlds(folder: Path) -> dict[int, list[dict[str, Seen]]]:
     """What all ranks of 4, 2 and 1 saw. In this order: the first saves what the others load."""
     main = functools.partial(_main, folder)
-    return {world: run_ranks(main, world, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True) for world in (4, 2, 1)}
+    return {
+        world: run_ranks(main, world, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True)
+        for world in (4, 2, 1)
+    }
 
 
 def run_dying(kind: str, world: int, folder: Path) -> list[Seen]:
@@ -258,7 +289,10 @@ def _dying(kind: str, rank: int, world: int, device: torch.device) -> Seen:
     plan = layout.plan(params, config("standard", guard="full"))
     state, grads = nm.init(plan, params), layout.place({name: tensors(1)[name] for name in SMALL})
     params, state, _, _ = nm.update(params, grads, state, hyper_of(params), plan)
-    seen = {"first": bool(torch.stack([local(x).isfinite().all() for x in params.values()]).all()), "error": ""}
+    seen = {
+        "first": bool(torch.stack([local(x).isfinite().all() for x in params.values()]).all()),
+        "error": "",
+    }
     if rank == world - 1:
         os._exit(0)
     start = time.monotonic()
@@ -320,23 +354,34 @@ class _Rank:
                 except ValueError as error:  # of make_plan, the same on every rank
                     seen[f"{kind} {form}"] = {"error": str(error)}
                 else:
-                    seen[f"{kind} {form}"] = self.compare(layout, run, alone(form, 3, ("conv", "bias")))
+                    seen[f"{kind} {form}"] = self.compare(
+                        layout, run, alone(form, 3, ("conv", "bias"))
+                    )
         return seen
 
-    def run(self, layout: Layout, config: nm.Config, steps: int, names: tuple[str, ...] = MAIN) -> dict[str, Tensor]:
+    def run(
+        self, layout: Layout, config: nm.Config, steps: int, names: tuple[str, ...] = MAIN
+    ) -> dict[str, Tensor]:
         params = layout.place(tensors(0, names))
         plan = layout.plan(params, config)
         state = nm.init(plan, params)
         for step in range(steps):
-            params, state, _, _ = nm.update(params, layout.place(tensors(1 + step, names)), state, hyper_of(params), plan)
+            params, state, _, _ = nm.update(
+                params, layout.place(tensors(1 + step, names)), state, hyper_of(params), plan
+            )
         return {**params, **state}
 
-    def compare(self, layout: Layout, run: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Seen:
+    def compare(
+        self, layout: Layout, run: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    ) -> Seen:
         """The error of what lies here, relative to the whole tensor's norm, by name; and which have other bits."""
         errors, bits = {}, []
         assert run.keys() <= expected.keys()
         for name, x in run.items():
-            whole, placements = expected[name], None if name in COUNTERS else layout.placements(owner(name))
+            whole, placements = (
+                expected[name],
+                None if name in COUNTERS else layout.placements(owner(name)),
+            )
             if placements is not None:
                 placements = reduced(placements, tuple(whole.shape), SHAPES[owner(name)])
             part = whole if placements is None else cut(whole, layout.mesh, placements)
@@ -358,7 +403,12 @@ class _Rank:
                 state = nm.init(plan, params)
                 result = nm.update(params, layout.place(tensors(1)), state, hyper_of(params), plan)
                 wrong, sharded = [], 0
-                for name, x in {**state, **result.params, **result.state, **{f"init {k}": v for k, v in state.items()}}.items():
+                for name, x in {
+                    **state,
+                    **result.params,
+                    **result.state,
+                    **{f"init {k}": v for k, v in state.items()},
+                }.items():
                     name = name.removeprefix("init ")
                     placements = None if name in COUNTERS else layout.placements(owner(name))
                     if placements is None:
@@ -366,8 +416,17 @@ class _Rank:
                         continue
                     param = SHAPES[owner(name)]
                     expected = reduced(placements, tuple(x.shape), param)
-                    rows_first = form == "standard" and owner(name) not in ("conv", "heads", "gqa", "qkv")
-                    if not isinstance(x, DTensor) or x.placements != expected or x.device_mesh != layout.mesh:
+                    rows_first = form == "standard" and owner(name) not in (
+                        "conv",
+                        "heads",
+                        "gqa",
+                        "qkv",
+                    )
+                    if (
+                        not isinstance(x, DTensor)
+                        or x.placements != expected
+                        or x.device_mesh != layout.mesh
+                    ):
                         wrong.append(f"{name}: {expected}, got {getattr(x, 'placements', None)}")
                     shape = (*param[:-1], 1) if name.endswith(".variance") else param
                     if (rows_first or shape == param) and tuple(x.shape) != shape:
@@ -378,7 +437,9 @@ class _Rank:
             layout = self.layouts[kind]
             seen[kind] = {"as torch": True}
             for name, x in layout.place(tensors(0)).items():
-                torchs = distribute_tensor(tensors(0)[name], layout.mesh, layout.placements(name), src_data_rank=None)
+                torchs = distribute_tensor(
+                    tensors(0)[name], layout.mesh, layout.placements(name), src_data_rank=None
+                )
                 seen[kind]["as torch"] &= torch.equal(torchs.to_local(), local(x))
         return seen
 
@@ -389,25 +450,41 @@ class _Rank:
             for guard, scope in ON:
                 params = layout.place(tensors(0))
                 plan = layout.plan(params, config("standard", guard=guard, guard_scope=scope))
-                warm = nm.update(params, layout.place(tensors(1)), nm.init(plan, params), hyper_of(params), plan)
-                clean = nm.update(warm.params, layout.place(tensors(2)), warm.state, hyper_of(params), plan)
+                warm = nm.update(
+                    params, layout.place(tensors(1)), nm.init(plan, params), hyper_of(params), plan
+                )
+                clean = nm.update(
+                    warm.params, layout.place(tensors(2)), warm.state, hyper_of(params), plan
+                )
                 before = {**warm.params, **warm.state}
                 seen[f"{kind} {guard} {scope}"] = {
                     "kept": self.kept(before, clean), "flags": clean.flags.tolist(), "names": list(plan.names)
                 }  # fmt: skip
                 for stage in STAGES:
                     for rank in range(self.world):
-                        seen[f"{kind} {guard} {scope} {stage} {rank}"] = self.fault(layout, plan, warm, stage, rank)
+                        seen[f"{kind} {guard} {scope} {stage} {rank}"] = self.fault(
+                            layout, plan, warm, stage, rank
+                        )
         return seen
 
-    def fault(self, layout: Layout, plan: nm.Plan, warm: nm.StepResult, stage: str, rank: int) -> Seen:
+    def fault(
+        self, layout: Layout, plan: nm.Plan, warm: nm.StepResult, stage: str, rank: int
+    ) -> Seen:
         params, state = ({k: self.copy(v) for k, v in x.items()} for x in (warm.params, warm.state))
         grads, victim = layout.place(tensors(2)), ""
         if rank == self.rank:
             kind = {"gradient": "", "momentum": ".momentum", "variance": ".variance"}[stage]
             given = grads if stage == "gradient" else state
-            turn = 5 * rank + 3 * STAGES.index(stage) + ON.index((plan.config.guard, plan.config.guard_scope))
-            names = [n for n in MAIN if n != "frozen" and n + kind in given and local(given[n + kind]).numel()]
+            turn = (
+                5 * rank
+                + 3 * STAGES.index(stage)
+                + ON.index((plan.config.guard, plan.config.guard_scope))
+            )
+            names = [
+                n
+                for n in MAIN
+                if n != "frozen" and n + kind in given and local(given[n + kind]).numel()
+            ]
             victim = names[turn % len(names)]
             local(given[victim + kind]).view(-1)[-1] = float("nan") if turn % 2 else float("inf")
         before = {**{k: self.copy(v) for k, v in {**params, **state}.items()}}
@@ -425,7 +502,11 @@ class _Rank:
     def kept(self, before: Mapping[str, Tensor], result: nm.StepResult) -> dict[str, bool]:
         """Whether a tensor kept its bits, for all of which something lies here."""
         after = {**result.params, **result.state}
-        here = [name for name, x in before.items() if name not in COUNTERS and owner(name) != "frozen" and local(x).numel()]
+        here = [
+            name
+            for name, x in before.items()
+            if name not in COUNTERS and owner(name) != "frozen" and local(x).numel()
+        ]
         return {name: _digest(before[name]) == _digest(after[name]) for name in here}
 
     @staticmethod
@@ -433,20 +514,36 @@ class _Rank:
         if not isinstance(x, DTensor):
             return x.clone()
         return DTensor.from_local(
-            x.to_local().clone(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+            x.to_local().clone(),
+            x.device_mesh,
+            x.placements,
+            run_check=False,
+            shape=x.shape,
+            stride=x.stride(),
         )
 
     def counts(self) -> Seen:
         """The collectives of a step of one parameter, or of a few."""
         seen = {}
-        sets = {"heads": ["heads"], "experts": ["experts.even", "experts.uneven", "experts.few"], "qkv": ["qkv"]}
-        sets |= {"one bucket": [f"layers.{k}" for k in range(5)], "two buckets": ["uneven", "tall"], "adamw": ["bias"]}
+        sets = {
+            "heads": ["heads"],
+            "experts": ["experts.even", "experts.uneven", "experts.few"],
+            "qkv": ["qkv"],
+        }
+        sets |= {
+            "one bucket": [f"layers.{k}" for k in range(5)],
+            "two buckets": ["uneven", "tall"],
+            "adamw": ["bias"],
+        }
         for kind, layout in self.layouts.items():
             for which, names in sets.items():
                 for guard in ("off", "full"):
                     params = layout.place({name: tensors(0)[name] for name in names})
                     plan = layout.plan(params, config("standard", guard=guard))
-                    grads, state = layout.place({name: tensors(1)[name] for name in names}), nm.init(plan, params)
+                    grads, state = (
+                        layout.place({name: tensors(1)[name] for name in names}),
+                        nm.init(plan, params),
+                    )
                     with Collectives() as collectives:
                         nm.update(params, grads, state, hyper_of(params), plan)
                     seen[f"{kind} {which} {guard}"] = dict(collectives.counts)
@@ -464,25 +561,41 @@ class _Rank:
             return nm.make_plan({"w": x}, config("standard", **overrides), routes={"w": route})
 
         def stepped(function: Callable[..., Any], **given: Any) -> Any:
-            return function(given.get("params", params), given.get("grads", grads), given.get("state", state), hyper, plan)
+            return function(
+                given.get("params", params),
+                given.get("grads", grads),
+                given.get("state", state),
+                hyper,
+                plan,
+            )
 
         whole = torch.randn(12 if self.world == 4 else 6, 8, device=self.device)
         dtensor = distribute_tensor(whole, mesh, (Shard(0),), src_data_rank=None)
-        short = distribute_tensor(torch.randn(16, 8, device=self.device), mesh, (Shard(0),), src_data_rank=None)
-        partial = DTensor.from_local(torch.randn(8, 8, device=self.device), mesh, (Partial(),), run_check=False)
-        conv = distribute_tensor(torch.randn(4, 4, 4, 4, device=self.device), mesh, (Shard(2),), src_data_rank=None)
+        short = distribute_tensor(
+            torch.randn(16, 8, device=self.device), mesh, (Shard(0),), src_data_rank=None
+        )
+        partial = DTensor.from_local(
+            torch.randn(8, 8, device=self.device), mesh, (Partial(),), run_check=False
+        )
+        conv = distribute_tensor(
+            torch.randn(4, 4, 4, 4, device=self.device), mesh, (Shard(2),), src_data_rank=None
+        )
         cols = self.layouts["Shard(1)"].place({"square": tensors(1)["square"]})["square"]
         other = {**grads, "square": cols}
         none = {**grads, "square": None}
         cases: dict[str, Callable[[], Any]] = {
             "heads cut by a shard": lambda: plan_of(dtensor, nm.Route(heads=3)),
-            "variance without placements": lambda: plan_of(short, nm.Route(heads=4), reduction="short"),
+            "variance without placements": lambda: plan_of(
+                short, nm.Route(heads=4), reduction="short"
+            ),
             "flattened dimension": lambda: plan_of(conv, nm.Route(flatten=True)),
             "Partial": lambda: plan_of(partial, nm.Route()),
             "grad's placements": lambda: stepped(nm.update, grads=other),
             "grad's placements, compiled": lambda: stepped(nm.step, grads=other),
             "grad's placements, in place": lambda: stepped(nm.step_, grads=other),
-            "state's placements": lambda: stepped(nm.update, state={**state, "square.momentum": cols}),
+            "state's placements": lambda: stepped(
+                nm.update, state={**state, "square.momentum": cols}
+            ),
             "param's placements": lambda: stepped(nm.update, params={**params, "square": cols}),
             "None": lambda: stepped(nm.update, grads=none),
             "None, compiled": lambda: stepped(nm.step, grads=none),
@@ -490,7 +603,10 @@ class _Rank:
         if self.world == 4:
             square = self.layouts["2-D"]
             stack = distribute_tensor(
-                torch.randn(4, 8, 8, device=self.device), square.mesh, (Shard(0), Shard(1)), src_data_rank=None
+                torch.randn(4, 8, 8, device=self.device),
+                square.mesh,
+                (Shard(0), Shard(1)),
+                src_data_rank=None,
             )
             cases["matrices and their stack"] = lambda: plan_of(stack, nm.Route())
         seen = {}
@@ -537,14 +653,20 @@ class _Rank:
                     dcp.save({"run": run}, checkpoint_id=path)
                     seen[f"{saved} {kind}"] = self.compare(layout, run, alone("standard", 3))
                     continue
-                params = layout.place({name: torch.full_like(x, 7.0) for name, x in tensors(0).items()})
+                params = layout.place(
+                    {name: torch.full_like(x, 7.0) for name, x in tensors(0).items()}
+                )
                 plan = layout.plan(params, config("standard", guard="full"))
                 run = {**params, **nm.init(plan, params)}
                 dcp.load({"run": run}, checkpoint_id=path)
                 params, state = {k: run[k] for k in MAIN}, {k: run[k] for k in plan.state}
                 for step in range(3, 6):
-                    params, state, _, _ = nm.update(params, layout.place(tensors(1 + step)), state, hyper_of(params), plan)
-                seen[f"{saved} {kind}"] = self.compare(layout, {**params, **state}, alone("standard", 6))
+                    params, state, _, _ = nm.update(
+                        params, layout.place(tensors(1 + step)), state, hyper_of(params), plan
+                    )
+                seen[f"{saved} {kind}"] = self.compare(
+                    layout, {**params, **state}, alone("standard", 6)
+                )
                 seen[f"{saved} {kind}"]["counters"] = [int(state[name]) for name in COUNTERS]
         return seen
 
@@ -554,7 +676,9 @@ class _Rank:
             return {}
         mesh = init_device_mesh(self.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8, bias=False)).to(self.device)
+        model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8, bias=False)).to(
+            self.device
+        )
         parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         fully_shard(model, mesh=mesh["dp"])
         params: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
@@ -579,7 +703,10 @@ class _Rank:
             got = {**params, **state}[name]
             got = got.full_tensor() if isinstance(got, DTensor) else got
             errors[name] = ((got - x).double().norm() / x.double().norm().clamp(min=1e-30)).item()
-        return {"placements": {name: str(p.placements) for name, p in params.items()}, "errors": errors}
+        return {
+            "placements": {name: str(p.placements) for name, p in params.items()},
+            "errors": errors,
+        }
 
     def captured(self) -> Seen:
         """What a step with a NaN on the last rank was given, beside what one device saves of it."""
@@ -591,7 +718,9 @@ class _Rank:
             grads, hyper = {name: tensors(1)[name].clone() for name in names}, hyper_of(params)
             grads["tall"][-1, -1] = float("nan")
             result = nm.update(params, layout.place(grads), nm.init(plan, params), hyper, plan)
-            path = nm.capture(result, plan, layout.place(grads), folder / f"ranks-{self.rank}", hyper=hyper)
+            path = nm.capture(
+                result, plan, layout.place(grads), folder / f"ranks-{self.rank}", hyper=hyper
+            )
             whole = {name: tensors(0)[name] for name in names}
             one = nm.make_plan(whole, config("standard", guard="full"))
             alone = nm.update(whole, grads, nm.init(one, whole), hyper, one)
@@ -599,8 +728,13 @@ class _Rank:
             files = [load_file(file.with_suffix(".safetensors")) for file in (path, other)]
             seen[kind] = {
                 "keys": sorted(files[0]),
-                "same": [name for name in files[1] if torch.equal(files[0][name].nan_to_num(), files[1][name].nan_to_num())],
-                "blocks": json.loads(path.read_text())["blocks"] == json.loads(other.read_text())["blocks"],
+                "same": [
+                    name
+                    for name in files[1]
+                    if torch.equal(files[0][name].nan_to_num(), files[1][name].nan_to_num())
+                ],
+                "blocks": json.loads(path.read_text())["blocks"]
+                == json.loads(other.read_text())["blocks"],
             }
         return seen
 
@@ -621,7 +755,9 @@ class _Rank:
             off = {}
             for name, x in eager.items():
                 norm = local(x).double().norm().item()
-                off[name] = (local(pure[name]).double() - local(x).double()).norm().item() / (norm or 1.0)
+                off[name] = (local(pure[name]).double() - local(x).double()).norm().item() / (
+                    norm or 1.0
+                )
             seen[kind] = {
                 "off": off,
                 "same": [name for name in pure if _digest(pure[name]) == _digest(inplace[name])],
@@ -636,4 +772,6 @@ class _Rank:
 
 def _digest(x: Tensor) -> str:
     x = local(x).contiguous()
-    return hashlib.sha1(x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).cpu().numpy().tobytes()).hexdigest()
+    return hashlib.sha1(
+        x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).cpu().numpy().tobytes()
+    ).hexdigest()

@@ -1,4 +1,4 @@
-"""What both ranks of tests/test_low_precision.py run: bfloat16 DTensors beside float32 ones that lie alike. gloo on CPU."""
+"""What both ranks of tests/step/test_low_precision.py run: bfloat16 DTensors beside float32 ones that lie alike. gloo on CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import normuon_fn as nm
 from normuon_fn.ops.rounding import joined_with
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 from tests.distributed.processes import run_ranks
 
-SHAPES = {"uneven": (7, 10), "qkv": (12, 6), "experts": (3, 4, 6), "bias": (5,), "embed.weight": (6, 4)}
+SHAPES = {
+    "uneven": (7, 10),
+    "qkv": (12, 6),
+    "experts": (3, 4, 6),
+    "bias": (5,),
+    "embed.weight": (6, 4),
+}
 ROUTES = {"qkv": nm.Route(splits=(4, 4, 4))}
 LAYOUTS = {"Shard(0)": Shard(0), "Replicate": Replicate(), "Shard(1)": Shard(1)}
 
@@ -34,7 +40,10 @@ def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
 
 def _tensors(seed: int, dtype: torch.dtype, mesh: DeviceMesh, kind: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=generator).bfloat16().to(dtype) for name, shape in SHAPES.items()}
+    made = {
+        name: torch.randn(shape, generator=generator).bfloat16().to(dtype)
+        for name, shape in SHAPES.items()
+    }
     if kind == "plain":
         return made
     if kind == "Shard(1)":
@@ -42,7 +51,9 @@ def _tensors(seed: int, dtype: torch.dtype, mesh: DeviceMesh, kind: str) -> dict
     return {name: distribute_tensor(x, mesh, [LAYOUTS[kind]]) for name, x in made.items()}
 
 
-def _run(mesh: DeviceMesh, kind: str, master: str, dtype: torch.dtype = torch.bfloat16) -> tuple[dict, dict]:
+def _run(
+    mesh: DeviceMesh, kind: str, master: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[dict, dict]:
     params = _tensors(0, dtype, mesh, kind)
     routes = {name: route for name, route in ROUTES.items() if name in params}
     plan = nm.make_plan(
@@ -54,25 +65,35 @@ def _run(mesh: DeviceMesh, kind: str, master: str, dtype: torch.dtype = torch.bf
         grads = _tensors(1 + step, dtype, mesh, kind)
         if step == 3 and dist.get_rank() == 1:  # a skipped step, on both ranks
             _local(grads["uneven"]).fill_(float("nan"))
-        result = _update_(params, grads, state, hyper, plan)
+        result = local_update_(params, grads, state, hyper, plan)
         assert bool(result.skipped) == (step == 3)
     return params, state
 
 
 def _by_lists(mesh: DeviceMesh) -> bool:
     """Whether `foreach_step_` of DTensors is the step of the same by name."""
-    names, config = ("uneven", "experts"), nm.Config(master="mantissa", orthogonalize_dtype=torch.float32, guard="full")
-    params, own, grads = ({k: _tensors(seed, torch.bfloat16, mesh, "Shard(0)")[k] for k in names} for seed in (0, 0, 1))
+    names, config = (
+        ("uneven", "experts"),
+        nm.Config(master="mantissa", orthogonalize_dtype=torch.float32, guard="full"),
+    )
+    params, own, grads = (
+        {k: _tensors(seed, torch.bfloat16, mesh, "Shard(0)")[k] for k in names}
+        for seed in (0, 0, 1)
+    )
     plan = nm.make_plan(params, config)
     state, again, hyper = nm.init(plan, params), nm.init(plan, params), nm.Hyper.of(params, lr=0.01)
     for _ in range(2):
-        _update_(params, grads, state, hyper, plan)
-        lists = [[again[f"{k}.{what}"] for k in names] for what in ("momentum", "variance", "mantissa")]
+        local_update_(params, grads, state, hyper, plan)
+        lists = [
+            [again[f"{k}.{what}"] for k in names] for what in ("momentum", "variance", "mantissa")
+        ]
         nm.foreach_step_(
             list(own.values()), list(grads.values()), *lists, lr=0.01, momentum=0.95, beta2=0.95, weight_decay=0.0,
             config=config, compiled=False,
         )  # fmt: skip
-    both = [(params[k], own[k]) for k in names] + [(state[k], again[k]) for k in state if not k.startswith("guard.")]
+    both = [(params[k], own[k]) for k in names] + [
+        (state[k], again[k]) for k in state if not k.startswith("guard.")
+    ]
     return all(torch.equal(_local(a), _local(b)) for a, b in both)
 
 
@@ -89,14 +110,19 @@ def _layout(mesh: DeviceMesh, kind: str) -> dict[str, Any]:
         rests = {name: state[name + suffix] for name in params}
         if kind != "plain":
             seen[f"{master} lies like the parameter"] = all(
-                isinstance(rest, DTensor) and rest.placements == params[name].placements and rest.shape == params[name].shape
+                isinstance(rest, DTensor)
+                and rest.placements == params[name].placements
+                and rest.shape == params[name].shape
                 for name, rest in rests.items()
             )
         seen[f"{master} is float32 bit for bit"] = all(
-            torch.equal(joined_with(_local(params[name]), _local(rests[name])), _local(wide[name])) for name in params
+            torch.equal(joined_with(_local(params[name]), _local(rests[name])), _local(wide[name]))
+            for name in params
         )
         seen[f"{master} moved"] = all(bool(_local(rest).any()) for rest in rests.values())
     (params, _), (again, _) = (_run(mesh, kind, "stochastic") for _ in range(2))
-    seen["by chance again the same"] = all(torch.equal(_local(params[name]), _local(again[name])) for name in params)
+    seen["by chance again the same"] = all(
+        torch.equal(_local(params[name]), _local(again[name])) for name in params
+    )
     seen["bits"] = {name: _local(x).view(torch.int16).tolist() for name, x in params.items()}
     return seen

@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 import normuon_fn as nm
 
 STEPS, BAD = 5, 3  # the step in which the last rank alone has a NaN
-EXACT = nm.Config(orthogonalize_dtype=torch.float32)  # else CPUs that have bfloat16 units multiply in bfloat16
+EXACT = nm.Config(
+    orthogonalize_dtype=torch.float32
+)  # else CPUs that have bfloat16 units multiply in bfloat16
 
 
 def model_of(seed: int = 0) -> nn.Sequential:
@@ -56,7 +58,10 @@ def train(model: nn.Module, optimizer: nm.NorMuon, steps: range, bad: bool = Fal
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters()}
+    return {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for n, p in model.named_parameters()
+    }
 
 
 def off(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -72,32 +77,55 @@ def fsdp2(last: bool) -> dict[str, Any]:
 
     model = sharded(0)
     optimizer = nm.NorMuon(groups(model), guard="full", config=EXACT)
-    keys = {name: sorted(kept) for name, kept in dcp.get_optimizer_state_dict(model, optimizer)["state"].items()}
+    keys = {
+        name: sorted(kept)
+        for name, kept in dcp.get_optimizer_state_dict(model, optimizer)["state"].items()
+    }
     skipped = train(model, optimizer, range(STEPS), bad=last)
     params = whole(model)
     resumed = sharded(1)
     again = nm.NorMuon(groups(resumed, lr=0.5), guard="full", config=EXACT)
     resumed.load_state_dict(copy.deepcopy(model.state_dict()))
-    dcp.set_optimizer_state_dict(resumed, again, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)))
+    dcp.set_optimizer_state_dict(
+        resumed, again, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
+    )
     train(model, optimizer, range(STEPS, STEPS + 2))
     train(resumed, again, range(STEPS, STEPS + 2))
-    return {"keys": keys, "skipped": skipped, "off": off(params, alone()), "resumed": off(whole(resumed), whole(model))}
+    return {
+        "keys": keys,
+        "skipped": skipped,
+        "off": off(params, alone()),
+        "resumed": off(whole(resumed), whole(model)),
+    }
 
 
 def ddp(last: bool) -> dict[str, Any]:
     model = model_of()
-    optimizer = nm.NorMuon(groups(model), guard="full", config=EXACT, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = nm.NorMuon(
+        groups(model),
+        guard="full",
+        config=EXACT,
+        mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
+    )
     skipped = train(model, optimizer, range(STEPS), bad=last)
     first = {name: p.clone() for name, p in whole(model).items()}
     for p in first.values():
         dist.broadcast(p, 0)
-    return {"skipped": skipped, "off": off(whole(model), alone()), "from the first rank": off(whole(model), first)}
+    return {
+        "skipped": skipped,
+        "off": off(whole(model), alone()),
+        "from the first rank": off(whole(model), first),
+    }
 
 
 def unlike(last: bool) -> dict[str, Any]:
     """Ranks whose optimizers are not alike."""
     try:
-        nm.NorMuon(groups(model_of()), mesh=init_device_mesh("cpu", (dist.get_world_size(),)), config=nm.Config(nesterov=last))
+        nm.NorMuon(
+            groups(model_of()),
+            mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
+            config=nm.Config(nesterov=last),
+        )
     except ValueError as error:
         return {"error": str(error)}
     return {"error": ""}

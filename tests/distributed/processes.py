@@ -19,7 +19,14 @@ Main = Callable[[int, int, torch.device], Any]  # rank, world, device -> what JS
 
 
 def run_ranks(
-    main: Main, world: int, folder: Path, *, deadline: float, timeout: float = 60, devices: bool = False, dying: int = 0
+    main: Main,
+    world: int,
+    folder: Path,
+    *,
+    deadline: float,
+    timeout: float = 60,
+    devices: bool = False,
+    dying: int = 0,
 ) -> list[Any]:
     """By rank, what ``main`` returned there.
 
@@ -27,7 +34,9 @@ def run_ranks(
     ``timeout``: of one collective. The last ``dying`` ranks end somewhere in ``main``: nobody waits for them.
     """
     given = (main, world, str(folder), timeout, devices, dying > 0)
-    context = multiprocessing.start_processes(_rank, given, nprocs=world, join=False, start_method="spawn")
+    context = multiprocessing.start_processes(
+        _rank, given, nprocs=world, join=False, start_method="spawn"
+    )
     assert context is not None
     end = time.monotonic() + deadline
     while not context.join(timeout=0.5):  # raises what a rank raised
@@ -35,10 +44,14 @@ def run_ranks(
             for process in context.processes:
                 process.kill()
             raise TimeoutError(f"{world} ranks did not end within {deadline} s: some of them hang")
-    return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world - dying)]
+    return [
+        json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world - dying)
+    ]
 
 
-def _rank(rank: int, main: Main, world: int, folder: str, timeout: float, devices: bool, dying: bool) -> None:
+def _rank(
+    rank: int, main: Main, world: int, folder: str, timeout: float, devices: bool, dying: bool
+) -> None:
     torch.set_num_threads(1)
     cuda = devices and torch.cuda.device_count() >= world
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")

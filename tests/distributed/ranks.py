@@ -20,9 +20,22 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import normuon_fn as nm
 from normuon_fn.compat import compile_whole
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 from tests.distributed.processes import run_ranks
-from tests.faults import COUNTERS, NAN, ROUTES, SHAPES, STAGES, VALUES, VICTIMS, bits, brittle, hyper_of, plant, tensors
+from tests.faults import (
+    COUNTERS,
+    NAN,
+    ROUTES,
+    SHAPES,
+    STAGES,
+    VALUES,
+    VICTIMS,
+    bits,
+    brittle,
+    hyper_of,
+    plant,
+    tensors,
+)
 
 TIMEOUT = 60  # seconds, of one collective
 DEADLINE = 150  # seconds, of everything: 4 ranks took 35 on two busy cores
@@ -74,7 +87,9 @@ class _Rank:
             self.meshes["2-D"] = {"guard_mesh": square}
             self.meshes["row"] = {"guard_mesh": square["shard"]}
         plan, params = self.plan("alone", "off", "step"), self.here(tensors())
-        warm = nm.update(params, self.here(tensors(1)), nm.init(plan, params), hyper_of(params), plan)
+        warm = nm.update(
+            params, self.here(tensors(1)), nm.init(plan, params), hyper_of(params), plan
+        )
         self.params, self.state = warm.params, warm.state
         self.functions: dict[str, Callable[..., nm.StepResult]] = {}
 
@@ -88,27 +103,45 @@ class _Rank:
     def everything(self) -> dict[str, Seen]:
         seen: dict[str, Seen] = {}
 
-        def cases(kind: str, mesh: str, function: Callable[..., nm.StepResult], on: list[tuple[str, str]]) -> None:
+        def cases(
+            kind: str, mesh: str, function: Callable[..., nm.StepResult], on: list[tuple[str, str]]
+        ) -> None:
             for guard, scope in on:
                 plan = self.plan(mesh, guard, scope)
                 for stage in STAGES:
                     for rank in range(self.world):
-                        seen[key(kind, guard, scope, stage, rank)] = self.case(function, plan, fault(stage, rank), rank)
+                        seen[key(kind, guard, scope, stage, rank)] = self.case(
+                            function, plan, fault(stage, rank), rank
+                        )
                 seen[key(kind, guard, scope, "clean", 0)] = self.case(function, plan, None, 0)
 
         cases("eager", "mesh", nm.update, [*ON, ("off", "step")])
-        cases("in place", "mesh", _update_, [("full", "step")])
-        cases("compiled", "2-D" if self.world == 4 else "mesh", compile_whole(nm.update, "aot_eager"), [("full", "step")])
+        cases("in place", "mesh", local_update_, [("full", "step")])
+        cases(
+            "compiled",
+            "2-D" if self.world == 4 else "mesh",
+            compile_whole(nm.update, "aot_eager"),
+            [("full", "step")],
+        )
         cases("alone", "alone", nm.update, [("full", "step")])
         for mesh in ("group", *(("2-D",) if self.world == 4 else ())):
             cases(mesh, mesh, nm.update, [("full", "step")])
         if self.world == 4:
             cases("row", "row", nm.update, [("full", "step")])
-        seen["run"], seen["run without them"] = self.run(sees_faults=True), self.run(sees_faults=False)
+        seen["run"], seen["run without them"] = (
+            self.run(sees_faults=True),
+            self.run(sees_faults=False),
+        )
         seen["raises"] = self.raises()
         return seen
 
-    def case(self, function: Callable[..., nm.StepResult], plan: nm.Plan, planted: tuple | None, rank: int) -> Seen:
+    def case(
+        self,
+        function: Callable[..., nm.StepResult],
+        plan: nm.Plan,
+        planted: tuple | None,
+        rank: int,
+    ) -> Seen:
         params, state, grads = self.here(self.params), self.here(self.state), self.here(tensors(2))
         if planted is not None and rank == self.rank:
             plant(*planted, grads, state)
@@ -123,7 +156,11 @@ class _Rank:
             "flags": result.flags.tolist(),
             "skipped": [bool(result.skipped), said],
             "counters": [int(result.state[name]) for name in COUNTERS],
-            "kept": sorted(name for name in before.keys() - set(COUNTERS) if _digest(before[name]) == _digest(after[name])),
+            "kept": sorted(
+                name
+                for name in before.keys() - set(COUNTERS)
+                if _digest(before[name]) == _digest(after[name])
+            ),
             "not finite": sorted(name for name, x in after.items() if not x.isfinite().all()),
             "digests": {name: _digest(x) for name, x in after.items()},
             "warned": [f"{w.category.__name__}: {w.message}" for w in warned],
@@ -134,7 +171,8 @@ class _Rank:
         """Twenty steps, eight of them with a faulty gradient on one rank."""
         dice = random.Random(0)  # the same on every rank
         faulty = {
-            step: (dice.randrange(self.world), dice.choice(list(SHAPES)), dice.random()) for step in dice.sample(range(20), 8)
+            step: (dice.randrange(self.world), dice.choice(list(SHAPES)), dice.random())
+            for step in dice.sample(range(20), 8)
         }
         params = self.here(tensors())
         plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES, **self.meshes["shared"])
@@ -150,7 +188,9 @@ class _Rank:
             result = nm.update(params, grads, state, hyper, plan)
             params, state = result.params, result.state
         return {
-            "digests": {name: _digest(x) for name, x in {**params, **state}.items() if name not in COUNTERS},
+            "digests": {
+                name: _digest(x) for name, x in {**params, **state}.items() if name not in COUNTERS
+            },
             "counters": [int(state[name]) for name in COUNTERS],
         }
 

@@ -27,19 +27,40 @@ STEPS, SAVED = 20, 10
 # gradients in another order, and the first updates, whose direction is all that counts, make most of it.
 # The second number: on a CPU with bfloat16 matrix units, where products are in bfloat16 (torch 2.11).
 BFLOAT16 = has_bfloat16_matrix_unit(torch.device("cpu"))
-OTHER_RANKS = 5e-2 if BFLOAT16 else 5e-5  # 1.2e-2 and 1.21e-5 seen: 2 ranks against 1, FSDP2 and DDP
-RESUMED = 3e-4 if BFLOAT16 else 2e-6  # 5.6e-5 and 3e-7: 10 steps after a checkpoint of 2 ranks, on 1 and on 4
+OTHER_RANKS = (
+    5e-2 if BFLOAT16 else 5e-5
+)  # 1.2e-2 and 1.21e-5 seen: 2 ranks against 1, FSDP2 and DDP
+RESUMED = (
+    3e-4 if BFLOAT16 else 2e-6
+)  # 5.6e-5 and 3e-7: 10 steps after a checkpoint of 2 ranks, on 1 and on 4
 
 Trace = dict[int, float]
 
 
 def launch(world: int, example: str, *arguments: str | Path) -> tuple[Trace, list[int]]:
     """The losses by step, and the steps that were skipped."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+    ]
     command += [str(ROOT / "examples" / example), "--steps", str(STEPS), *map(str, arguments)]
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    own = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | own, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | own,
+        start_new_session=True,
     )
     try:
         printed, errors = process.communicate(timeout=DEADLINE)
@@ -48,7 +69,9 @@ def launch(world: int, example: str, *arguments: str | Path) -> tuple[Trace, lis
             kill(process)
     assert process.returncode == 0, errors[-3000:]
     rows = re.findall(r"^step (\d+) loss (\S+)( skipped)?$", printed, re.MULTILINE)
-    return {int(step): float(loss) for step, loss, _ in rows}, [int(step) for step, _, skipped in rows if skipped]
+    return {int(step): float(loss) for step, loss, _ in rows}, [
+        int(step) for step, _, skipped in rows if skipped
+    ]
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -113,7 +136,9 @@ def test_as_many_ranks_go_on_exactly_and_skip_the_step_in_which_one_has_nan(
 ) -> None:
     whole: Trace = request.getfixturevalue("fsdp2" if suffix == "" else "ddp")
     bad = STEPS - 3
-    resumed, skipped = launch(2, example, "--resume", folder / f"step-{SAVED}{suffix}", "--nan-at", str(bad))
+    resumed, skipped = launch(
+        2, example, "--resume", folder / f"step-{SAVED}{suffix}", "--nan-at", str(bad)
+    )
     assert skipped == [bad] and math.isnan(resumed.pop(bad))
     before = {step: loss for step, loss in resumed.items() if step < bad}
     assert before == {step: whole[step] for step in range(SAVED + 1, bad)}

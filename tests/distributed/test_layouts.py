@@ -28,7 +28,9 @@ from tests.distributed.layouts import (
     run_worlds,
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available(), reason="torch was built without torch.distributed"
+)
 
 Ranks = list[dict[str, Seen]]
 LAYOUTS = ("ddp", "group", "Shard(0)", "Shard(1)", "Replicate", "HSDP", "2-D", "0 and 0", "strided")
@@ -56,7 +58,9 @@ def on(ranks: Ranks) -> list[str]:
 
 def errors(cases: list[Seen]) -> dict[str, float]:
     """By tensor, of all that lies on all ranks."""
-    return {name: sum(seen["errors"][name] ** 2 for seen in cases) ** 0.5 for name in cases[0]["errors"]}
+    return {
+        name: sum(seen["errors"][name] ** 2 for seen in cases) ** 0.5 for name in cases[0]["errors"]
+    }
 
 
 def far(cases: list[Seen], bound: float = CLOSE) -> dict[str, float]:
@@ -64,12 +68,16 @@ def far(cases: list[Seen], bound: float = CLOSE) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_layout_gives_what_one_device_gives(ranks: Ranks, form: str, record_property: object) -> None:
+def test_every_layout_gives_what_one_device_gives(
+    ranks: Ranks, form: str, record_property: object
+) -> None:
     bound, wrong, most = ROUNDED if form == "bfloat16" else CLOSE, [], 0.0
     for kind in on(ranks):
         for guard in guards_of(form):
             cases = [seen["matrix"][f"{kind} {form} {guard}"] for seen in ranks]
-            assert set(MAIN) < set(cases[0]["names"]) and ("tall.variance" in cases[0]["names"]) == (form != "muon")
+            assert set(MAIN) < set(cases[0]["names"]) and (
+                "tall.variance" in cases[0]["names"]
+            ) == (form != "muon")
             most = max(most, *errors(cases).values())
             if far(cases, bound):
                 wrong.append((kind, guard, far(cases, bound)))
@@ -95,7 +103,9 @@ def test_the_state_lies_as_its_parameter_and_whole_where_its_dimension_is_one(ra
         assert seen["lies"]["Shard(0)"]["as torch"] and seen["lies"]["Shard(1)"]["as torch"]
 
 
-def wrong_with(ranks: Ranks, kind: str, guard: str, scope: str, stage: str, faulty: int) -> list[tuple]:
+def wrong_with(
+    ranks: Ranks, kind: str, guard: str, scope: str, stage: str, faulty: int
+) -> list[tuple]:
     """What a guarded step with a fault in the shard of one rank did wrong."""
     clean = [seen["faults"][f"{kind} {guard} {scope}"] for seen in ranks]
     cases = [seen["faults"][f"{kind} {guard} {scope} {stage} {faulty}"] for seen in ranks]
@@ -107,7 +117,12 @@ def wrong_with(ranks: Ranks, kind: str, guard: str, scope: str, stage: str, faul
     kept: dict[str, set[bool]] = {}
     for rank, seen in enumerate(cases):
         where = (kind, guard, scope, stage, victim, f"fault on rank {faulty}", f"rank {rank}")
-        if seen["flags"] != expected or not seen["skipped"] or seen["counters"] != [2, 1, 1] or not seen["finite"]:
+        if (
+            seen["flags"] != expected
+            or not seen["skipped"]
+            or seen["counters"] != [2, 1, 1]
+            or not seen["finite"]
+        ):
             wrong.append((*where, seen["flags"], seen["skipped"], seen["counters"], seen["finite"]))
         for name, keeps in seen["kept"].items():
             if not name.endswith(".momentum"):
@@ -120,7 +135,11 @@ def wrong_with(ranks: Ranks, kind: str, guard: str, scope: str, stage: str, faul
             if must and not keeps:
                 wrong.append((*where, "did not keep", name))
     where = (kind, guard, scope, stage, victim, f"fault on rank {faulty}")
-    wrong += [(*where, "some ranks skip, some do not", name) for name, found in kept.items() if len(found) > 1]
+    wrong += [
+        (*where, "some ranks skip, some do not", name)
+        for name, found in kept.items()
+        if len(found) > 1
+    ]
     if scope == "bucket" and all(True in found for found in kept.values()):
         wrong.append((*where, "nothing moved"))
     return wrong
@@ -128,14 +147,18 @@ def wrong_with(ranks: Ranks, kind: str, guard: str, scope: str, stage: str, faul
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("guard", "scope"), ON)
-def test_a_fault_in_one_shard_skips_alike_on_all_ranks(ranks: Ranks, guard: str, scope: str, stage: str) -> None:
+def test_a_fault_in_one_shard_skips_alike_on_all_ranks(
+    ranks: Ranks, guard: str, scope: str, stage: str
+) -> None:
     kinds = FAULTED[len(ranks)]
     for kind in kinds:
         for seen in ranks:  # a clean step moves everything: what is kept below is kept by the guard
             clean = seen["faults"][f"{kind} {guard} {scope}"]
             assert not any(clean["kept"].values()) and not any(map(any, clean["flags"]))
     where = [(kind, rank) for kind in kinds for rank in range(len(ranks))]
-    assert not [w for kind, rank in where for w in wrong_with(ranks, kind, guard, scope, stage, rank)]
+    assert not [
+        w for kind, rank in where for w in wrong_with(ranks, kind, guard, scope, stage, rank)
+    ]
 
 
 def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_and_whole_heads_and_experts_none(
@@ -155,7 +178,9 @@ def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_an
                 off = sum(seen["counts"][f"{kind} {which} off"].values())
                 full = seen["counts"][f"{kind} {which} full"]
                 assert off == ways * count, (kind, which)
-                assert sum(full.values()) == off + 1 and sum(full.get(name, 0) for name in guard) == 1, (kind, which, full)
+                assert (
+                    sum(full.values()) == off + 1 and sum(full.get(name, 0) for name in guard) == 1
+                ), (kind, which, full)
 
 
 ERRORS = {
@@ -179,7 +204,9 @@ def test_what_cannot_be_is_a_value_error_on_every_rank(ranks: Ranks, case: str) 
     if len(ranks) == 1 or (len(ranks) == 2 and case == "matrices and their stack"):
         return
     for seen in ranks:
-        assert seen["errors"][case].startswith("ValueError: ") and ERRORS[case] in seen["errors"][case]
+        assert (
+            seen["errors"][case].startswith("ValueError: ") and ERRORS[case] in seen["errors"][case]
+        )
 
 
 def test_a_gradient_that_only_some_ranks_lack_counts_as_zeros(ranks: Ranks) -> None:
@@ -190,7 +217,9 @@ def test_a_gradient_that_only_some_ranks_lack_counts_as_zeros(ranks: Ranks) -> N
                 assert case["replica"] == ranks[0]["missing"][kind]["replica"]
 
 
-def test_a_checkpoint_of_four_ranks_goes_on_at_two_and_at_one_as_if_nothing_had_been(ranks: Ranks) -> None:
+def test_a_checkpoint_of_four_ranks_goes_on_at_two_and_at_one_as_if_nothing_had_been(
+    ranks: Ranks,
+) -> None:
     for saved in SAVED:
         for kind in (saved,) if len(ranks) == 4 else LOADED:
             cases = [seen["checkpoints"][f"{saved} {kind}"] for seen in ranks]
@@ -199,7 +228,9 @@ def test_a_checkpoint_of_four_ranks_goes_on_at_two_and_at_one_as_if_nothing_had_
                 assert all(seen["counters"] == [6, 0, 0] for seen in cases) and len(COUNTERS) == 3
 
 
-def test_a_module_of_fsdp_and_tensor_parallelism_is_stepped_as_on_one_device(worlds: dict[int, Ranks]) -> None:
+def test_a_module_of_fsdp_and_tensor_parallelism_is_stepped_as_on_one_device(
+    worlds: dict[int, Ranks],
+) -> None:
     for seen in worlds[4]:
         assert "_StridedShard" in seen["fsdp_tp"]["placements"]["0.weight"]
         assert max(seen["fsdp_tp"]["errors"].values()) <= CLOSE, seen["fsdp_tp"]["errors"]
@@ -216,11 +247,15 @@ def test_compiled_it_is_close_to_eager_and_in_place_has_the_same_bits(ranks: Ran
 def test_a_capture_of_dtensors_holds_whole_matrices(ranks: Ranks) -> None:
     for seen in ranks:
         for kind, case in seen["captured"].items():
-            assert case["keys"] == ["tall.grad", "tall.input", "tall.momentum", "tall.variance"], kind
+            assert case["keys"] == ["tall.grad", "tall.input", "tall.momentum", "tall.variance"], (
+                kind
+            )
             assert sorted(case["same"]) == case["keys"] and case["blocks"], kind
 
 
 @pytest.mark.parametrize("kind", ["ddp", "Shard(0)"])
-def test_when_a_rank_dies_the_others_get_an_error_and_do_not_hang(kind: str, tmp_path: Path) -> None:
+def test_when_a_rank_dies_the_others_get_an_error_and_do_not_hang(
+    kind: str, tmp_path: Path
+) -> None:
     for seen in run_dying(kind, 3, tmp_path / "dying"):
         assert seen["first"] and seen["error"] and seen["seconds"] < 30, seen

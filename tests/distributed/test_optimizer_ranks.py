@@ -10,7 +10,9 @@ import torch.distributed as dist
 from tests.distributed.optimizer_ranks import BAD, STEPS, main
 from tests.distributed.processes import run_ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available(), reason="torch was built without torch.distributed"
+)
 
 WORLD = 2
 
@@ -23,7 +25,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
-def test_two_ranks_step_as_one_device_and_skip_together(ranks: list[dict[str, Any]], kind: str) -> None:
+def test_two_ranks_step_as_one_device_and_skip_together(
+    ranks: list[dict[str, Any]], kind: str
+) -> None:
     for seen in ranks:
         assert seen[kind]["skipped"] == [k == BAD for k in range(STEPS)]
         assert seen[kind]["off"] < 1e-6  # 9e-8 seen
@@ -33,14 +37,18 @@ def test_replicated_parameters_have_the_same_bits_on_all_ranks(ranks: list[dict[
     assert [seen["ddp"]["from the first rank"] for seen in ranks] == [0.0] * WORLD
 
 
-def test_sharded_state_has_the_same_keys_on_all_ranks_before_the_first_step(ranks: list[dict[str, Any]]) -> None:
+def test_sharded_state_has_the_same_keys_on_all_ranks_before_the_first_step(
+    ranks: list[dict[str, Any]],
+) -> None:
     keys = ranks[0]["fsdp2"]["keys"]
     assert all(seen["fsdp2"]["keys"] == keys for seen in ranks)
     assert keys["0.weight"] == ["consecutive", "momentum", "skipped", "step", "variance"]
     assert keys["0.bias"] == ["consecutive", "exp_avg", "exp_avg_sq", "skipped", "step"]
 
 
-def test_sharded_state_goes_through_a_distributed_checkpoint_and_on_exactly(ranks: list[dict[str, Any]]) -> None:
+def test_sharded_state_goes_through_a_distributed_checkpoint_and_on_exactly(
+    ranks: list[dict[str, Any]],
+) -> None:
     assert [seen["fsdp2"]["resumed"] for seen in ranks] == [0.0] * WORLD
 
 

@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 import normuon_fn as nm
-from normuon_fn.orthogonalize_sharded import _packed, _unpacked
+from normuon_fn.distributed.orthogonalize import _packed, _unpacked
 from tests.distributed.processes import run_ranks
 from tests.inputs import gaussian, same_bits, small_integers, times_power_of_two
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available(), reason="torch was built without torch.distributed"
+)
 
 TIMEOUT = 30  # seconds, of one collective
 DEADLINE = 120  # seconds, of a world: 4 ranks took 45 on two cores that had four times their work
@@ -31,7 +33,9 @@ WORLDS = (2, 4)
 S0, S1, S2, S3, R = Shard(0), Shard(1), Shard(2), Shard(3), Replicate()
 LOCAL: dict[str, int] = {}
 DUPLICATED = {"all_gather_into_tensor": 1}
-DISTRIBUTED = {"all_reduce": 5}  # largest entry, norm, and x x^T at the start and at restarts 2 and 3
+DISTRIBUTED = {
+    "all_reduce": 5
+}  # largest entry, norm, and x x^T at the start and at restarts 2 and 3
 Seen = dict[str, Any]
 
 
@@ -54,11 +58,18 @@ CASES = {
     "square, gram": Case((24, 24), (S1,), DUPLICATED, options={"method": "gram"}),
     "x is smaller than its grams": Case((16, 48), (S1,), DUPLICATED),
     "standard": Case((16, 128), (S1,), DUPLICATED, options={"method": "standard"}),
-    "aol": Case((16, 256), (S1,), {"all_reduce": 6}, options={"coefficients": "aol", "steps": 4, "method": "gram"}),
+    "aol": Case(
+        (16, 256),
+        (S1,),
+        {"all_reduce": 6},
+        options={"coefficients": "aol", "steps": 4, "method": "gram"},
+    ),
     "uneven and odd": Case((9, 131), (S1,), DISTRIBUTED),
     "uneven, rows cut": Case((7, 90), (S0,), DUPLICATED),
     "empty columns": Case((3, 9), (S1,), {"all_reduce": 3}, options={"steps": 2, "method": "gram"}),
-    "empty rows of tall ones": Case((2, 9, 3), (S1,), {"all_reduce": 3}, options={"steps": 2, "method": "gram"}),
+    "empty rows of tall ones": Case(
+        (2, 9, 3), (S1,), {"all_reduce": 3}, options={"steps": 2, "method": "gram"}
+    ),
     "empty, duplicated": Case((5, 64), (S0,), DUPLICATED),
     "no entries": Case((0, 8, 64), (S2,), LOCAL),
     "no rows": Case((3, 0, 64), (S2,), LOCAL),
@@ -71,13 +82,23 @@ CASES = {
     "stack of stacks, second cut": Case((2, 3, 8, 64), (S1,), LOCAL),
     "stack of stacks, columns cut": Case((2, 3, 8, 64), (S3,), DISTRIBUTED),
     "float64": Case((16, 128), (S1,), DISTRIBUTED, dtype=torch.float64),
-    "bfloat16, in float32": Case((8, 160), (S1,), DISTRIBUTED, dtype=torch.bfloat16, options={"dtype": torch.float32}),
-    "bfloat16 gram": Case(
-        (8, 160), (S1,), DISTRIBUTED, dtype=torch.bfloat16, options={"method": "gram", "dtype": torch.bfloat16}
+    "bfloat16, in float32": Case(
+        (8, 160), (S1,), DISTRIBUTED, dtype=torch.bfloat16, options={"dtype": torch.float32}
     ),
-    "float16 gram": Case((16, 256), (S1,), DISTRIBUTED, dtype=torch.float16, options={"dtype": torch.float16}),
+    "bfloat16 gram": Case(
+        (8, 160),
+        (S1,),
+        DISTRIBUTED,
+        dtype=torch.bfloat16,
+        options={"method": "gram", "dtype": torch.bfloat16},
+    ),
+    "float16 gram": Case(
+        (16, 256), (S1,), DISTRIBUTED, dtype=torch.float16, options={"dtype": torch.float16}
+    ),
     "tall float16 gram": Case((3, 256, 16), (S1,), DISTRIBUTED, options={"dtype": torch.float16}),
-    "float16, duplicated": Case((16, 64), (S0,), DUPLICATED, dtype=torch.float16, options={"dtype": torch.float16}),
+    "float16, duplicated": Case(
+        (16, 64), (S0,), DUPLICATED, dtype=torch.float16, options={"dtype": torch.float16}
+    ),
 }
 TWO = {"all_gather_into_tensor": 2}
 CASES_OF_4 = {
@@ -96,8 +117,20 @@ CASES_OF_4 = {
     "two of three without names": Case((16, 128), (S1, S1, R), {"all_reduce": 10}, "3-D, no names"),
     "without names": Case((16, 128), (S1, S1), DISTRIBUTED, "2-D, no names"),
 }
-ON_2_ONLY = {"replicated", "square", "square, gram", "standard", "no entries", "no rows", "float64", "bfloat16, in float32"}
-ALL = {2: CASES, 4: {**{name: case for name, case in CASES.items() if name not in ON_2_ONLY}, **CASES_OF_4}}
+ON_2_ONLY = {
+    "replicated",
+    "square",
+    "square, gram",
+    "standard",
+    "no entries",
+    "no rows",
+    "float64",
+    "bfloat16, in float32",
+}
+ALL = {
+    2: CASES,
+    4: {**{name: case for name, case in CASES.items() if name not in ON_2_ONLY}, **CASES_OF_4},
+}
 COMPILED = ["wide, columns cut", "uneven, rows cut"]
 
 
@@ -136,7 +169,9 @@ def _everything(world: int, kind: str) -> Seen:
 
 def _case(case: Case, mesh: DeviceMesh) -> Seen:
     x = gaussian(*case.shape).to(mesh.device_type, case.dtype)
-    if "dtype" not in case.options and case.dtype != torch.float64:  # what a CPU without bfloat16 units chooses by itself
+    if (
+        "dtype" not in case.options and case.dtype != torch.float64
+    ):  # what a CPU without bfloat16 units chooses by itself
         case = case._replace(options={**case.options, "dtype": torch.float32})
 
     def sharded(x: Tensor) -> DTensor:
@@ -154,7 +189,11 @@ def _case(case: Case, mesh: DeviceMesh) -> Seen:
     seen: Seen = {
         "sends": {str(op).split(".")[-1]: n for op, n in sent.get_comm_counts().items()},
         "lies as x": got.placements == given.placements and got.device_mesh == given.device_mesh,
-        "shapes": [got.shape == x.shape, local.shape == wanted.shape, got.dtype == local.dtype == case.dtype],
+        "shapes": [
+            got.shape == x.shape,
+            local.shape == wanted.shape,
+            got.dtype == local.dtype == case.dtype,
+        ],
         "contiguous": [local.is_contiguous(), got.stride() == want.contiguous().stride()],
         "storage": local.numel() == 0 or local.untyped_storage().nbytes() == local.nbytes,
         "x is untouched": same_bits(given.to_local(), before),
@@ -169,10 +208,14 @@ def _case(case: Case, mesh: DeviceMesh) -> Seen:
     powers = (-9, 5) if case.dtype == torch.float16 else (-110, 120)
     seen["scaled"] = [same_bits(run(times_power_of_two(whole, k)).to_local(), base) for k in powers]
     turned = {len(case.shape) - 1: len(case.shape) - 2, len(case.shape) - 2: len(case.shape) - 1}
-    placements = [p if p.is_replicate() else Shard(turned.get(p.dim, p.dim)) for p in case.placements]
+    placements = [
+        p if p.is_replicate() else Shard(turned.get(p.dim, p.dim)) for p in case.placements
+    ]
     flipped = nm.orthogonalize(_sharded(x.mT.contiguous(), mesh, placements), **case.options)
     seen["transposed"] = same_bits(flipped.to_local().mT, local)
-    seen["of a view"] = same_bits(nm.orthogonalize(sharded(x.mT.contiguous().mT), **case.options).to_local(), local)
+    seen["of a view"] = same_bits(
+        nm.orthogonalize(sharded(x.mT.contiguous().mT), **case.options).to_local(), local
+    )
     seen["zero"] = bool((run(torch.zeros_like(x)).to_local() == 0).all())
 
     flat = x.reshape(-1, *x.shape[-2:])
@@ -184,13 +227,17 @@ def _case(case: Case, mesh: DeviceMesh) -> Seen:
         finite = run(planted.reshape(x.shape)).to_local().isfinite().float()
         expected = torch.ones_like(flat)
         expected[bad] = 0
-        seen["non-finite"].append(torch.equal(finite, sharded(expected.reshape(x.shape)).to_local().float()))
+        seen["non-finite"].append(
+            torch.equal(finite, sharded(expected.reshape(x.shape)).to_local().float())
+        )
     seen["zero beside others"] = True
     if len(flat) > 1:
         planted = flat.clone()
         planted[bad] = 0
         zero = planted.reshape(x.shape)
-        error = _error(run(zero).to_local(), sharded(nm.orthogonalize(zero, **case.options)).to_local(), want)
+        error = _error(
+            run(zero).to_local(), sharded(nm.orthogonalize(zero, **case.options)).to_local(), want
+        )
         seen["zero beside others"] = error <= rounding(case)
     return seen
 
@@ -200,7 +247,10 @@ def _error(local: Tensor, wanted: Tensor, want: Tensor) -> float:
         return float("inf")
     if local.numel() == 0:
         return 0.0
-    return float((local.double() - wanted.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
+    return float(
+        (local.double() - wanted.double()).square().mean().sqrt()
+        / want.double().square().mean().sqrt()
+    )
 
 
 def _partial(mesh: DeviceMesh) -> str:
@@ -228,7 +278,9 @@ def _parameter(mesh: DeviceMesh) -> bool:
     """Whether a parameter, outside of no_grad, has the bits of a plain DTensor."""
     x = _sharded(gaussian(16, 128).to(mesh.device_type), mesh, [S1])
     parameter = torch.nn.Parameter(x.detach().clone())
-    return same_bits(nm.orthogonalize(parameter).to_local().detach(), nm.orthogonalize(x).to_local())
+    return same_bits(
+        nm.orthogonalize(parameter).to_local().detach(), nm.orthogonalize(x).to_local()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- the tests
@@ -237,28 +289,43 @@ def _parameter(mesh: DeviceMesh) -> bool:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Seen]]:
     folder = tmp_path_factory.mktemp("ranks")
-    return {w: run_ranks(_main, w, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True) for w in WORLDS}
+    return {
+        w: run_ranks(_main, w, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True)
+        for w in WORLDS
+    }
 
 
 EVERY_CASE = pytest.mark.parametrize(
-    ("world", "name"), [pytest.param(w, name, id=f"{w} ranks: {name}") for w in WORLDS for name in ALL[w]]
+    ("world", "name"),
+    [pytest.param(w, name, id=f"{w} ranks: {name}") for w in WORLDS for name in ALL[w]],
 )
 
 
-def wrong(worlds: dict[int, list[Seen]], world: int, name: str, holds: Callable[[Seen], bool]) -> list[tuple[int, Seen]]:
+def wrong(
+    worlds: dict[int, list[Seen]], world: int, name: str, holds: Callable[[Seen], bool]
+) -> list[tuple[int, Seen]]:
     return [(rank, seen[name]) for rank, seen in enumerate(worlds[world]) if not holds(seen[name])]
 
 
 @EVERY_CASE  # observed: 4.9e-6 in float32, .0019 in float16, .022 in bfloat16
-def test_every_rank_has_its_part_of_what_one_device_computes(worlds: dict, world: int, name: str) -> None:
+def test_every_rank_has_its_part_of_what_one_device_computes(
+    worlds: dict, world: int, name: str
+) -> None:
     limit = rounding(ALL[world][name])
     assert not wrong(worlds, world, name, lambda seen: seen["error"] <= limit)
 
 
 @EVERY_CASE
-def test_the_result_lies_as_x_does_and_keeps_no_whole_matrices(worlds: dict, world: int, name: str) -> None:
+def test_the_result_lies_as_x_does_and_keeps_no_whole_matrices(
+    worlds: dict, world: int, name: str
+) -> None:
     def holds(seen: Seen) -> bool:
-        return seen["lies as x"] and all(seen["shapes"]) and all(seen["contiguous"]) and seen["storage"]
+        return (
+            seen["lies as x"]
+            and all(seen["shapes"])
+            and all(seen["contiguous"])
+            and seen["storage"]
+        )
 
     assert not wrong(worlds, world, name, holds)
     assert not wrong(worlds, world, name, lambda seen: seen["x is untouched"])
@@ -276,7 +343,12 @@ def test_no_more_is_sent_than_the_way_needs(worlds: dict, world: int, name: str)
 
 WITH_ENTRIES = pytest.mark.parametrize(
     ("world", "name"),
-    [pytest.param(w, n, id=f"{w} ranks: {n}") for w in WORLDS for n in ALL[w] if 0 not in ALL[w][n].shape],
+    [
+        pytest.param(w, n, id=f"{w} ranks: {n}")
+        for w in WORLDS
+        for n in ALL[w]
+        if 0 not in ALL[w][n].shape
+    ],
 )
 
 
@@ -296,7 +368,9 @@ def test_zero_stays_zero(worlds: dict, world: int, name: str) -> None:
 
 
 @WITH_ENTRIES
-def test_a_non_finite_entry_on_one_rank_spoils_its_matrix_on_all_and_no_other(worlds: dict, world: int, name: str) -> None:
+def test_a_non_finite_entry_on_one_rank_spoils_its_matrix_on_all_and_no_other(
+    worlds: dict, world: int, name: str
+) -> None:
     assert not wrong(worlds, world, name, lambda seen: all(seen["non-finite"]))
 
 

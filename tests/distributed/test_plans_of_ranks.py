@@ -12,7 +12,9 @@ from torch import Tensor
 import normuon_fn as nm
 from tests.distributed.processes import run_ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available(), reason="torch was built without torch.distributed"
+)
 
 DEADLINE = 90  # seconds, of everything
 
@@ -23,7 +25,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
-    return {"mistakes": _mistakes(rank), **{guard: _stages(rank, guard) for guard in ("output", "full")}}
+    return {
+        "mistakes": _mistakes(rank),
+        **{guard: _stages(rank, guard) for guard in ("output", "full")},
+    }
 
 
 def _mistakes(rank: int) -> list[str]:
@@ -45,7 +50,9 @@ def _mistakes(rank: int) -> list[str]:
 
 def _stages(rank: int, guard: Any) -> dict[str, Any]:
     """Two stages of a pipeline, one parameter and two: a NaN in a gradient of stage 1, then a clean step."""
-    shapes: dict[str, tuple[int, ...]] = {"first": (4, 6)} if rank == 0 else {"second": (6, 4), "head.bias": (3,)}
+    shapes: dict[str, tuple[int, ...]] = (
+        {"first": (4, 6)} if rank == 0 else {"second": (6, 4), "head.bias": (3,)}
+    )
     generator = torch.Generator().manual_seed(rank)
 
     def tensors() -> dict[str, Tensor]:
@@ -63,7 +70,9 @@ def _stages(rank: int, guard: Any) -> dict[str, Any]:
         "flags": bad.flags.tolist(),
         "skipped": [bool(bad.skipped), bool(good.skipped)],
         "kept": all(torch.equal(params[name], bad.params[name]) for name in params),
-        "momentum kept": not any(bad.state[f"{name}.momentum"].any() for name in params if name != "head.bias"),
+        "momentum kept": not any(
+            bad.state[f"{name}.momentum"].any() for name in params if name != "head.bias"
+        ),
         "moved": not any(torch.equal(params[name], good.params[name]) for name in params),
     }
 

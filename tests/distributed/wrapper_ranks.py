@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import normuon_fn as nm
-from normuon_fn.step import _update_
+from normuon_fn.step import local_update_
 from tests.distributed.optimizer_ranks import EXACT, local, model_of, off, whole
 
 STEPS, MICRO, WORLD, CLIP = 6, 2, 2, 0.05
@@ -36,7 +36,12 @@ def optimizer_of(model: nn.Module, lr: float = 0.02, **options: Any) -> nm.NorMu
     matrices = [(n, p) for n, p in model.named_parameters() if p.ndim > 1]
     vectors = [(n, p) for n, p in model.named_parameters() if p.ndim < 2]
     options = {"config": EXACT, **options}
-    return nm.NorMuon([{"params": matrices}, {"params": vectors, "algorithm": "adamw"}], lr=lr, guard="full", **options)
+    return nm.NorMuon(
+        [{"params": matrices}, {"params": vectors, "algorithm": "adamw"}],
+        lr=lr,
+        guard="full",
+        **options,
+    )
 
 
 def alone() -> tuple[dict[str, Tensor], list[float]]:
@@ -70,7 +75,11 @@ def go_on(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, step
 
 
 def states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{k}.{kind}": x for k, kept in optimizer.state_dict()["state"].items() for kind, x in kept.items()}
+    return {
+        f"{k}.{kind}": x
+        for k, kept in optimizer.state_dict()["state"].items()
+        for kind, x in kept.items()
+    }
 
 
 def ddp(options: dict[str, Any]) -> dict[str, Any]:
@@ -151,14 +160,18 @@ def mixed() -> dict[str, Any]:
     again = sharded(1, policy)
     resumed = optimizer_of(again, 0.5)
     again.load_state_dict(copy.deepcopy(model.state_dict()))
-    dcp.set_optimizer_state_dict(again, resumed, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)))
+    dcp.set_optimizer_state_dict(
+        again, resumed, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
+    )
     run(model, optimizer, range(3, STEPS))
     run(again, resumed, range(3, STEPS))
 
     single = model_of()
     own = optimizer_of(single)
     for k in range(STEPS):
-        low = {name: p.detach().bfloat16().requires_grad_() for name, p in single.named_parameters()}
+        low = {
+            name: p.detach().bfloat16().requires_grad_() for name, p in single.named_parameters()
+        }
         out = torch.func.functional_call(single, low, (batch(k, 0, 0).bfloat16(),))
         (out.float() - batch(k, 0, 0)).square().mean().backward()
         for name, p in single.named_parameters():
@@ -166,7 +179,11 @@ def mixed() -> dict[str, Any]:
             p.grad = None if grad is None else grad.float()
         own.step()
     dtypes = {str(local(p).dtype) for p in model.parameters()}
-    return {"dtypes": sorted(dtypes), "off": off(whole(model), whole(single)), "resumed": off(whole(again), whole(model))}
+    return {
+        "dtypes": sorted(dtypes),
+        "off": off(whole(model), whole(single)),
+        "resumed": off(whole(again), whole(model)),
+    }
 
 
 def masters() -> dict[str, Any]:
@@ -191,13 +208,18 @@ def masters() -> dict[str, Any]:
         run(model, optimizer, range(3))
         again, resumed = made(2, 0.5)
         again.load_state_dict(copy.deepcopy(model.state_dict()))
-        dcp.set_optimizer_state_dict(again, resumed, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer)))
+        dcp.set_optimizer_state_dict(
+            again, resumed, copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
+        )
         run(model, optimizer, range(3, STEPS))
         run(again, resumed, range(3, STEPS))
 
         single = model_of().bfloat16()
         run(single, optimizer_of(single, 0.01, config=config), range(STEPS))
-        seen[master] = {"off": off(whole(model), whole(single)), "resumed": off(whole(again), whole(model))}
+        seen[master] = {
+            "off": off(whole(model), whole(single)),
+            "resumed": off(whole(again), whole(model)),
+        }
         seen[master]["moved"] = off(whole(model), whole(model_of().bfloat16()))
     return seen
 
@@ -210,7 +232,10 @@ def switched() -> dict[str, Any]:
     new = dict(other.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [new[name] for name in group["param_names"]]
-    before = {name: sorted(kept) for name, kept in dcp.get_optimizer_state_dict(other, optimizer)["state"].items()}
+    before = {
+        name: sorted(kept)
+        for name, kept in dcp.get_optimizer_state_dict(other, optimizer)["state"].items()
+    }
     plain = optimizer_of(model)
     for k in range(STEPS):
         for net, own in ((other, optimizer), (model, plain)):
@@ -221,8 +246,16 @@ def switched() -> dict[str, Any]:
 
 
 def main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str, Any]:
-    asked = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
-    os.environ |= {key: str(value) for key, value in asked.items()}  # by Accelerate, which takes the group that is there
+    asked = {
+        "WORLD_SIZE": world,
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 0,
+    }
+    os.environ |= {
+        key: str(value) for key, value in asked.items()
+    }  # by Accelerate, which takes the group that is there
     mesh = init_device_mesh("cpu", (world,))
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "ddp": lambda: ddp({}), "ddp, work shared": lambda: ddp({"mesh": mesh}), "fsdp2, mixed": mixed,
@@ -241,7 +274,7 @@ def compiled(rank: int, world: int, device: torch.device) -> dict[str, Any]:
     """One matrix through Inductor, and the same operation by operation."""
     config = nm.Config(steps=1, method="standard", orthogonalize_dtype=torch.float32)
     results, skipped = [], []
-    module = __import__("normuon_fn.optimizer", fromlist=["step_"])
+    module = __import__("normuon_fn.optim.normuon", fromlist=["step_"])
     for _ in range(2):
         torch.manual_seed(0)
         model = nn.Linear(6, 7, bias=False)
@@ -258,7 +291,7 @@ def compiled(rank: int, world: int, device: torch.device) -> dict[str, Any]:
             assert optimizer.result is not None
             skipped.append(bool(optimizer.result.skipped))
         results.append(whole(model))
-        module.step_ = _update_
+        module.step_ = local_update_
     torch.manual_seed(0)
     start = whole(nn.Linear(6, 7, bias=False))
     return {"off": off(*results), "moved": off(results[0], start), "skipped": skipped}

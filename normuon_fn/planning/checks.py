@@ -1,0 +1,139 @@
+"""Everything that can be wrong with a step's arguments, found without looking at a value: it costs nothing per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..distributed.placements import describe, lies_as, local
+from ..types import Grads, Hyper, Tensors
+from .plan import Plan, Spec
+
+
+def check_step(
+    plan: Plan,
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    found_inf: Tensor | None,
+) -> None:
+    """Everything that can be wrong with a step's arguments, found without looking at a value."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    specs = {p.name: p.spec for p in plan.parameters}
+    check_tensors(plan, "params", params, specs)
+    check_tensors(plan, "grads", grads, specs, optional=True)
+    check_tensors(plan, "state", state, plan.state)
+    if not torch.compiler.is_compiling():  # a view that fails ends a trace, whatever would catch it
+        _check_readable(plan, params, state)
+    if not isinstance(hyper, Hyper):
+        raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")
+    for name, value in zip(Hyper._fields, hyper, strict=True):
+        shape = (plan.hypers,) if plan.hypers else ()
+        if not isinstance(value, Tensor) or value.shape != shape:
+            what = (
+                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            )
+            kind = (
+                f"a tensor of shape {shape}, one value for each set of hyper_of"
+                if shape
+                else "a 0-d tensor"
+            )
+            raise TypeError(
+                f"hyper.{name}: expected {kind}, got {what}; Hyper.of makes them from numbers"
+            )
+    missing = [
+        block.name
+        for bucket in plan.buckets
+        if bucket.exchange
+        for block in bucket.blocks
+        if grads[block.name] is None
+    ]
+    if missing and plan.config.missing_grads == "skip":
+        raise ValueError(
+            f"grads: None for {missing[:8]}, whose matrices are shared between ranks: a rank that has no gradient would keep "
+            "the others waiting. Give zeros on every rank that lacks it: Config(missing_grads='zeros')"
+        )
+    if found_inf is not None and not (isinstance(found_inf, Tensor) and found_inf.numel() == 1):
+        raise TypeError(f"found_inf: expected None or a tensor with one element, got {found_inf!r}")
+
+
+def check_lies(plan: Plan, params: Tensors, grads: Grads, state: Tensors) -> None:
+    """That DTensors lie as the plan says, of a step that is compiled for the parts that lie here."""
+    of_params = {p.name: p.spec for p in plan.parameters}
+    for what, given, specs in (
+        ("params", params, of_params),
+        ("grads", grads, of_params),
+        ("state", state, plan.state),
+    ):
+        for name, tensor in given.items():
+            if tensor is not None and name in specs:
+                _check_lies(f"{what}[{name!r}]", tensor, specs[name])
+
+
+def _check_lies(what: str, tensor: Tensor, spec: Spec) -> None:
+    if not lies_as(tensor, spec.sharded):
+        expected = (
+            "a plain tensor"
+            if spec.sharded is None
+            else f"{spec.sharded.placements} on {spec.sharded.mesh}"
+        )
+        raise ValueError(f"{what}: expected {expected}, got {describe(tensor)}; redistribute it")
+
+
+def _check_readable(plan: Plan, params: Tensors, state: Tensors) -> None:
+    """That views of what is written are its matrices: ``model.to(memory_format=...)`` changes strides after `make_plan`."""
+    for block in [block for p in plan.parameters for block in p.blocks]:
+        for suffix in ("", ".momentum", ".variance", ".mantissa", ".master"):
+            what, given = ("state", state) if suffix else ("params", params)
+            name, view = block.name + suffix, block.view(suffix)
+            if name not in given or local(given[name]).is_contiguous():
+                continue
+            try:
+                view.read(local(given[name]))
+            except RuntimeError as error:
+                found = f"strides {given[name].stride()} do not let it be read as {view.shape}"
+                raise ValueError(f"{what}[{name!r}]: {found}; make it contiguous()") from error
+
+
+def check_tensors(
+    plan: Plan,
+    what: str,
+    given: Grads,
+    specs: Mapping[str, Spec],
+    optional: bool = False,
+    anywhere: bool = False,
+) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected a dict of name -> tensor, got {type(given).__name__}")
+    missing, extra = [k for k in specs if k not in given], [k for k in given if k not in specs]
+    if missing or extra:
+        hint = (
+            "; give None for a parameter without a gradient"
+            if optional
+            else "; was it made for another plan?"
+        )
+        raise ValueError(f"{what}: missing {missing[:8]}, not in the plan {extra[:8]}{hint}")
+    for name, spec in specs.items():
+        tensor = given[name]
+        if optional and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{what}[{name!r}]: expected a Tensor, got {type(tensor).__name__}")
+        _check_lies(f"{what}[{name!r}]", tensor, spec)
+        tensor = local(tensor)
+        if tuple(tensor.shape) != spec.shape:
+            raise ValueError(
+                f"{what}[{name!r}]: expected shape {spec.shape}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != spec.dtype or tensor.layout != torch.strided:
+            raise ValueError(
+                f"{what}[{name!r}]: expected dense {spec.dtype}, got {tensor.dtype} {tensor.layout}"
+            )
+        if tensor.device != plan.device and not anywhere:
+            raise ValueError(
+                f"{what}[{name!r}]: expected device {plan.device}, got {tensor.device}"
+            )

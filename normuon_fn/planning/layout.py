@@ -1,0 +1,145 @@
+"""How a tensor is read as matrices, and how matrices become the tensor again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..distributed.shards import Rect, Span
+
+
+@dataclass(frozen=True)
+class View:
+    """A slice of a tensor read as one matrix [rows, cols], or as a stack of matrices [count, rows, cols]."""
+
+    base: tuple[int, ...]  # the shape of the whole tensor
+    shape: tuple[int, ...]  # the slice's shape as it is read, before `swap`
+    dim: int = 0
+    start: int = 0
+    length: int | None = None  # None: all of the tensor
+    swap: bool = False  # the count lies in the middle: [rows, count, cols]
+
+    def read(self, tensor: Tensor, *, writable: bool = True) -> Tensor:
+        """A view of the tensor; where it is only read, a copy if its strides allow no view."""
+        part = tensor if self.length is None else tensor.narrow(self.dim, self.start, self.length)
+        if tuple(part.shape) != self.shape:
+            part = part.view(self.shape) if writable else part.reshape(self.shape)
+        return part.transpose(0, 1) if self.swap else part
+
+    def restore(self, part: Tensor) -> Tensor:
+        """What `read` gave, in the shape that the slice has in the tensor."""
+        part = part.transpose(0, 1) if self.swap else part
+        shape = list(self.base)
+        if self.length is not None:
+            shape[self.dim] = self.length
+        return part if list(part.shape) == shape else part.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """``count`` matrices of one shape in one parameter: all of it, or one of its splits."""
+
+    name: str
+    count: int
+    param: View
+    variance: View
+    salts: tuple[int, ...] = ()  # one a matrix, where parameters are rounded by chance
+
+    def view(self, suffix: str) -> View:
+        return self.variance if suffix == ".variance" else self.param
+
+
+def pick(tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
+    """The matrices ``at`` of all those of a list, as a list."""
+    found, start = [], 0
+    for x in tensors:
+        n = x.shape[0] if x.ndim == 3 else 1
+        low, high = max(at.start - start, 0), min(at.stop - start, n)
+        if low < high:
+            found.append(x if high - low == n else x[low:high])
+        start += n
+    return found
+
+
+def join(parts: Sequence[tuple[View | None, Tensor]]) -> Tensor:
+    """The whole tensor from its parts, in any order; no view: the part is the whole."""
+    if len(parts) == 1:
+        view, part = parts[0]
+        return part if view is None else view.restore(part)
+    placed = sorted(
+        ((view, part) for view, part in parts if view is not None), key=lambda entry: entry[0].start
+    )
+    return torch.cat([view.restore(part) for view, part in placed], placed[0][0].dim)
+
+
+def part_of(
+    view: View, count: int, rows: int, cols: int, part: Sequence[Span]
+) -> tuple[View, int, Rect]:
+    """What a part of the tensor holds of a block: how to read it there, of how many of its matrices, and what of each.
+
+    Raises:
+        ValueError: the part begins or ends inside a head, or has some columns of a dimension that is flattened.
+    """
+    here = tuple(length for _, length in part)
+    if len(view.base) > 2 and len(view.shape) == 2:  # flattened
+        if any(span != (0, size) for span, size in zip(part[2:], view.base[2:], strict=True)):
+            raise ValueError("a flattened dimension other than the first is sharded")
+        each = size_of(view.base[2:])
+        rect = Rect(*part[0], part[1][0] * each, part[1][1] * each)
+        return View(here, (rect.rows, rect.cols)), count, rect
+    if len(view.base) > 2:
+        spans, n = list(part[-2:]), size_of(here[:-2])
+        if view.length is None:
+            rect = Rect(*spans[0], *spans[1])
+            return View(here, (n, rect.rows, rect.cols)), n, rect
+        cut = view.dim - len(here) + 2
+        (start, size) = spans[cut]
+        low, high = max(start, view.start), min(start + size, view.start + view.length)
+        kept = max(0, high - low)
+        spans[cut] = (low - view.start if kept else 0, kept)
+        rect = Rect(*spans[0], *spans[1])
+        return (
+            View(here, (n, rect.rows, rect.cols), view.dim, low - start if kept else 0, kept),
+            n,
+            rect,
+        )
+    length = view.base[view.dim] if view.length is None else view.length
+    (start, size), (other, across) = part[view.dim], part[1 - view.dim]
+    low, high = max(start, view.start), min(start + size, view.start + length)
+    kept = max(0, high - low)
+    begin = low - view.start if kept else 0
+    n = count
+    if len(view.shape) == 3:
+        head = length // count
+        if begin % head or kept % head:
+            raise ValueError(
+                f"a shard of {kept} from {begin} on cuts through heads of {head} along dimension {view.dim}"
+            )
+        n, along = kept // head, (0, head)
+    else:
+        along = (begin, kept)
+    rect = Rect(*along, other, across) if view.dim == 0 else Rect(other, across, *along)
+    stacked = (rect.rows, n, rect.cols) if view.swap else (n, rect.rows, rect.cols)
+    read = stacked if len(view.shape) == 3 else (rect.rows, rect.cols)
+    return (
+        View(
+            here,
+            read,
+            view.dim,
+            low - start if kept else 0,
+            None if view.length is None else kept,
+            view.swap,
+        ),
+        n,
+        rect,
+    )
+
+
+def size_of(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,206 @@
+"""How a parameter is read as matrices, by its route; and its variance beside them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..distributed.placements import is_dtensor
+from ..routing.routes import Route
+from .layout import View, size_of
+
+
+def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View, int, int, int]]:
+    shape = tuple(tensor.shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it to 'adamw'"
+        )
+    if len(shape) > 2 and route.heads is not None:
+        raise ValueError(
+            f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack can have splits"
+        )
+    if len(shape) == 2 and route.flatten:
+        route = replace(route, flatten=False)
+    high, wide = shape[-2:]
+    if len(shape) >= 4:  # an image has one channel or three, and patches of 14 or 16
+        is_window = high == wide <= (32 if shape[-3] in (1, 3) else 11) or min(high, wide) == 1
+    else:
+        is_window = len(shape) == 3 and wide in (1, 3, 5, 7)
+    if is_window and not route.flatten:
+        warnings.warn(
+            f"params[{name!r}]: shape {shape} is read as {torch.Size(shape[:-2]).numel()} matrices of {shape[-2]}x{shape[-1]}; "
+            "for a convolution use Route(flatten=True), or routes=nm.routes_for(model), which sees what it is",
+            stacklevel=4,
+        )
+    size = shape[len(shape) - 2 + route.dim]
+    splits = route.splits
+    if splits is not None and sum(splits) != size:
+        raise ValueError(
+            f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is {size}"
+        )
+    if route.flatten:
+        return _readable(
+            name, tensor, matrices(shape, flatten=True, heads=(None,), splits=None, dim=0)
+        )
+    parts = splits or (size,)
+    heads: tuple[int | None, ...]
+    if isinstance(route.heads, tuple):
+        if len(route.heads) != len(parts):
+            raise ValueError(f"params[{name!r}]: {len(route.heads)} heads for {len(parts)} splits")
+        heads = route.heads
+    else:
+        heads = (route.heads,) * len(parts)
+    for part, count in zip(parts, heads, strict=True):
+        if count is not None and part % count:
+            raise ValueError(
+                f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} equal heads"
+            )
+    return _readable(
+        name, tensor, matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim)
+    )
+
+
+def _readable(
+    name: str, tensor: Tensor, read: list[tuple[View, int, int, int]]
+) -> list[tuple[View, int, int, int]]:
+    try:
+        for view, _, _, _ in read:
+            if not is_dtensor(tensor):  # whose parts are looked at where they are known
+                view.read(tensor)
+    except RuntimeError as error:
+        raise ValueError(
+            f"params[{name!r}]: strides {tensor.stride()} do not let it be read as {read[0][0].shape}; make it contiguous()"
+        ) from error
+    return read
+
+
+def matrices(
+    shape: tuple[int, ...],
+    *,
+    flatten: bool,
+    heads: tuple[int | None, ...],
+    splits: tuple[int, ...] | None,
+    dim: int,
+) -> list[tuple[View, int, int, int]]:
+    """(view, count, rows, cols) of every block of a parameter of that shape. ``heads`` has one entry a split."""
+    if len(shape) > 2 and splits is not None:
+        return _split_stack(shape, splits, dim)
+    if flatten or len(shape) > 2:
+        rows, cols = (shape[0], size_of(shape[1:])) if flatten else shape[-2:]
+        count = 1 if flatten else size_of(shape[:-2])
+        read = (rows, cols) if flatten else (count, rows, cols)
+        return [(View(shape, read), count, rows, cols)]
+    blocks, start = [], 0
+    whole = splits is None
+    for length, cut in zip(splits or (shape[dim],), heads, strict=True):
+        count = 1 if cut is None else cut
+        rows, cols = (length, shape[1]) if dim == 0 else (shape[0], length)
+        rows, cols = (rows // count, cols) if dim == 0 else (rows, cols // count)
+        read = (
+            (rows, cols)
+            if cut is None
+            else (count, rows, cols)
+            if dim == 0
+            else (rows, count, cols)
+        )
+        view = View(
+            shape, read, dim, start, None if whole else length, swap=cut is not None and dim == 1
+        )
+        blocks.append((view, count, rows, cols))
+        start += length
+    return blocks
+
+
+def _split_stack(
+    shape: tuple[int, ...], splits: tuple[int, ...], dim: int
+) -> list[tuple[View, int, int, int]]:
+    """Of every matrix of a stack the same parts."""
+    blocks, start, count = [], 0, size_of(shape[:-2])
+    for length in splits:
+        rows, cols = (length, shape[-1]) if dim == 0 else (shape[-2], length)
+        blocks.append(
+            (
+                View(shape, (count, rows, cols), len(shape) - 2 + dim, start, length),
+                count,
+                rows,
+                cols,
+            )
+        )
+        start += length
+    return blocks
+
+
+def variances(
+    blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bool]
+) -> tuple[tuple[int, ...], list[View]]:
+    """The shape of a parameter's variance in the state, and the view of it that belongs to each block.
+
+    It is the parameter's shape with the reduced axis 1 (every head or split its own), where that can be said; blocks of one
+    parameter that reduce different axes lie one behind the other in a vector.
+    """
+    first, count, rows, cols = blocks[0]
+    parts = (
+        len(blocks) > 1
+        or first.length is not None
+        or (len(first.base) == 2 and count > 1)
+        or first.swap
+    )
+    if not parts:
+        lead = () if len(first.base) == 2 or len(first.shape) == 2 else first.base[:-2]
+        across = (rows, 1) if per_row[0] else (1, cols)
+        base = (*lead, *across)
+        return base, [View(base, (count, *across) if len(first.shape) == 3 else across)]
+    if len(first.base) > 2 and len(set(per_row)) == 1:
+        return _stack_variances(blocks, per_row[0])
+    if not any(per_row) and first.dim == 1:  # one a column, and the columns are what is split
+        base = (1, first.base[1])
+        return base, [
+            View(
+                base, (1, n, c) if len(view.shape) == 3 else (1, c), 1, view.start, n * c, view.swap
+            )
+            for view, n, _, c in blocks
+        ]
+    if not all(per_row):
+        sizes = [
+            n * (r if by_row else c) for (_, n, r, c), by_row in zip(blocks, per_row, strict=True)
+        ]
+        base, views = (sum(sizes),), []
+        for k, ((view, n, r, c), by_row) in enumerate(zip(blocks, per_row, strict=True)):
+            across = (r, 1) if by_row else (1, c)
+            stacked = len(view.shape) == 3
+            views.append(
+                View(base, (n, *across) if stacked else across, 0, sum(sizes[:k]), sizes[k])
+            )
+        return base, views
+    dim = first.dim
+    base = (first.base[0], 1) if dim == 0 else (first.base[0], sum(n for _, n, _, _ in blocks))
+    views, start = [], 0
+    for view, n, r, _ in blocks:
+        length = n * r if dim == 0 else n
+        shape = (length, 1) if len(view.shape) == 2 else (n, r, 1) if dim == 0 else (r, n, 1)
+        if dim == 1 and len(view.shape) == 2:
+            shape = (r, 1)
+        views.append(View(base, shape, dim, start, length, swap=view.swap))
+        start += length
+    return base, views
+
+
+def _stack_variances(
+    blocks: Sequence[tuple[View, int, int, int]], per_row: bool
+) -> tuple[tuple[int, ...], list[View]]:
+    """Of a stack with splits: the stack's shape with the reduced axis 1, or one for every split."""
+    first = blocks[0][0]
+    lead, along = first.base[:-2], first.dim - len(first.base) + 2  # the dimension that is split
+    lengths = [(r, 1) if per_row else (1, c) for _, _, r, c in blocks]
+    total = sum(across[along] for across in lengths)
+    base = (*lead, total, lengths[0][1]) if along == 0 else (*lead, lengths[0][0], total)
+    views, start = [], 0
+    for (_, count, _, _), across in zip(blocks, lengths, strict=True):
+        views.append(View(base, (count, *across), first.dim, start, across[along]))
+        start += across[along]
+    return base, views

@@ -1,0 +1,153 @@
+"""examples/benchmarks/step.py measures what it says and gets to its end, on tiny matrices and uncompiled steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import normuon_fn as nm
+
+ROOT = Path(__file__).parents[2]
+in_place = importlib.import_module(
+    "normuon_fn.step"
+).local_update_  # the package names the function the same
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_step", ROOT / "examples" / "benchmarks" / "step.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_step", module)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(nm, "step_", in_place)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(module, "first_step_seconds", lambda device, spec, dtype, guard: 1.5)
+    return module
+
+
+def run(
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str,
+) -> str:
+    monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cpu", "--rounds", "2", *arguments])
+    module.main()
+    return capsys.readouterr().out
+
+
+def test_the_table_holds_every_row_and_the_chart_is_drawn(
+    benchmark, monkeypatch, capsys, tmp_path: Path
+) -> None:
+    file = tmp_path / "step.png"
+    printed = run(benchmark, monkeypatch, capsys, "--workload", "tiny", "--plot", str(file))
+    for row in (
+        "step_, guard off",
+        "step_, guard output",
+        "step_, guard full",
+        "torch Muon",
+        "torch AdamW fused",
+    ):
+        assert row in printed
+    assert "Error" not in printed and "failed" not in printed and file.stat().st_size > 1000
+
+
+def test_json_holds_numbers(benchmark, monkeypatch, capsys) -> None:
+    arguments = (
+        "--workload",
+        "2x32x32,1x64x32",
+        "--dtype",
+        "bfloat16",
+        "--guard",
+        "full",
+        "--only",
+        "step_,Muon",
+        "--json",
+    )
+    found: dict[str, Any] = json.loads(run(benchmark, monkeypatch, capsys, *arguments))
+    ours, muon = found["results"]["2x32x32,1x64x32 bfloat16"]
+    assert ours["name"] == "normuon_fn step_, guard full" and muon["name"] == "torch Muon"
+    assert ours["first_s"] == 1.5 and ours["ratio"] == 1.0 and muon["ratio"] > 0
+    assert 0 < ours["p10_ms"] <= ours["median_ms"] <= ours["p90_ms"] and len(ours["times"]) == 2
+    assert ours["floor_ms"] > 0 and found["environment"]["torch"] == torch.__version__
+
+
+def test_the_bars_are_one_markdown_table(benchmark, monkeypatch, capsys) -> None:
+    printed = run(benchmark, monkeypatch, capsys, "--bars", "--tiny")
+    bars = [line for line in printed.split("###")[0].splitlines() if line.startswith("| ")]
+    assert len(bars) == 2 + 10 + 2 and len({line.count("|") for line in bars}) == 1
+    missing = [
+        line for line in bars if "not measured" in line
+    ]  # what there is no number for without CUDA
+    assert len(missing) == 3 and all(
+        "peak memory" in line or "host time" in line for line in missing
+    )
+    assert "Error" not in printed
+
+
+def test_a_row_that_fails_says_why_and_the_others_go_on(benchmark, monkeypatch, capsys) -> None:
+    def fails(*_: object, **__: object) -> nm.StepResult:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(nm, "step_", fails)
+    printed = run(benchmark, monkeypatch, capsys, "--workload", "tiny", "--only", "guard off,Muon")
+    assert "- normuon_fn step_, guard off: RuntimeError: out of memory, say" in printed
+    (muon,) = [line for line in printed.splitlines() if line.startswith("torch Muon")]
+    assert (
+        float(muon.split()[2]) > 0 and "1.0000" not in muon
+    )  # no ratio to another row than the first
+
+
+def test_a_step_that_changes_nothing_or_is_not_finite_does_not_count(benchmark) -> None:
+    workload = benchmark.Workload(benchmark.Device("cpu"), [(2, 8, 8)], torch.float32)
+    with pytest.raises(RuntimeError, match="unchanged"):
+        workload.changed(lambda: None)
+    with pytest.raises(RuntimeError, match="not finite"):
+        workload.changed(lambda: next(iter(workload.params.values())).fill_(float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("method", "cols", "restarts", "flop"),
+    [("standard", 1, 0, 20), ("standard", 4, 0, 65), ("gram", 4, 1, 38), ("gram", 4, 0, 29)],
+)
+def test_the_arithmetic_is_that_of_the_formulas(
+    benchmark, method: str, cols: int, restarts: int, flop: int
+) -> None:
+    """Five steps on [n, a n]: 15a + 5 (standard), 6a + 14 (Gram, one restart), 3a + 17 (none) times n^3."""
+    found = benchmark.products(3, 64, 64 * cols, method, [(1.0, 1.0, 1.0)] * 5, restarts)
+    assert sum(each for each, _ in found) == 3 * flop * 64**3
+    if method == "standard":
+        assert sum(moved for _, moved in found) == 3 * (30 * 64 * 64 * cols + 40 * 64**2)
+
+
+def test_the_first_step_is_timed_in_its_own_process_part(benchmark, monkeypatch, capsys) -> None:
+    assert (
+        float(
+            run(
+                benchmark,
+                monkeypatch,
+                capsys,
+                "--part-first-step",
+                "--workload",
+                "tiny",
+                "--guard",
+                "full",
+            )
+        )
+        > 0
+    )
+
+
+def test_a_workload_that_cannot_be_read_is_refused(benchmark, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(benchmark, monkeypatch, capsys, "--workload", "12x768")

@@ -1,0 +1,195 @@
+"""The kernels of the products on the CPU, interpreted: ``TRITON_INTERPRET=1 python tests/ops/interpreted_products.py``."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from normuon_fn.ops import products
+from normuon_fn.ops.products import Config, addmm, symmetric_addmm, symmetric_matmul
+
+SHAPES = [(3, 70, 45), (2, 130, 33), (1, 1, 1), (2, 1, 20), (2, 20, 0), (1, 64, 32)]
+SMALL = [Config(16, 16, 16, 2, 4, 2), Config(16, 32, 32, 3, 4, 2)]
+DESCRIPTORS = [config._replace(variant=v) for config in SMALL for v in ("tma", "persistent")]
+ALIGNED = [
+    (3, 72, 48),
+    (2, 136, 40),
+    (1, 64, 32),
+    (2, 24, 8),
+]  # rows are multiples of 16 bytes: descriptors take them
+REAL = sorted(
+    {
+        config._replace(num_warps=4, num_stages=2)
+        for table in products.CONFIGS.values()
+        for config in table.values()
+    }
+)
+
+
+def integers(*shape: int, largest: int = 1) -> Tensor:
+    return torch.randint(-largest, largest + 1, shape).double()
+
+
+def close(out: Tensor, exact: Tensor) -> bool:
+    """Equal; in bfloat16 to 1 ulp, because the interpreter truncates where the device rounds to nearest even."""
+    if out.dtype == torch.bfloat16:
+        return bool(((out.double() - exact).abs() <= exact.abs() * 2.0**-7).all())
+    return torch.equal(out, exact.to(out.dtype))
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    config: Config,
+) -> Tensor:
+    return products._launch(a, b, c, alpha, beta, symmetric, config)
+
+
+def check(
+    n: int, rows: int, cols: int, dtype: torch.dtype, config: Config, transposed: bool
+) -> None:
+    """``transposed``: all operands are, or of a kernel that takes descriptors those that need not have contiguous rows."""
+
+    def view(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return x.mT.contiguous().mT if transposed else x
+
+    def rows_of(x: Tensor) -> Tensor:
+        return x if config.variant == "pointers" else x.contiguous()
+
+    x = view(integers(n, rows, cols))
+    c = view(integers(n, rows, cols, largest=4))
+    a = rows_of(view(integers(n, rows, rows)))
+    wide_a, wide_x, wide_c = a.double(), x.double(), c.double()
+    out = product(rows_of(x), rows_of(x).mT, None, 0.5, 0.0, True, config)
+    assert close(out, 0.5 * wide_x @ wide_x.mT)
+    assert torch.equal(out, out.mT)
+    assert close(product(a, x, c, -1.0, 2.0, False, config), 2.0 * wide_c - wide_a @ wide_x)
+    # a b is not symmetric here: whole rows of a, whole columns of b and the lower triangle of c decide
+    b = view(integers(n, rows, rows))
+    if (
+        config.variant != "pointers" and not transposed
+    ):  # a descriptor may read the rows of b in place of its columns
+        b = (b + b.mT).contiguous()
+    lower = (3.0 * b.double() + 0.5 * wide_a @ b.double()).tril()
+    out = product(a, b, b, 0.5, 3.0, True, config)
+    assert close(out, lower + lower.tril(-1).mT)
+
+
+def check_gaussian_is_symmetric(config: Config) -> None:
+    x = torch.randn(2, 75, 40).half()  # rows of 80 bytes
+    out = product(x, x.mT, None, 1.0, 0.0, True, config)
+    assert torch.equal(out, out.mT)
+    assert (
+        (out.double() - x.double() @ x.double().mT).abs() <= 2.0**-10 * out.double().abs() + 1e-4
+    ).all()
+
+
+def check_non_finite(dtype: torch.dtype, config: Config) -> None:
+    wide = torch.full((2, 90, 64), torch.nan, dtype=dtype)
+    wide[:, 10:80, 8:56] = integers(2, 70, 48, largest=3).to(dtype)
+    x = wide[:, 10:80, 8:56]
+    assert torch.equal(
+        product(x, x.mT, None, 1.0, 0.0, True, config),
+        product(x.clone(), x.clone().mT, None, 1.0, 0.0, True, config),
+    )
+    for bad in (torch.nan, torch.inf):
+        y = x.clone()
+        y[1, 3, 5] = bad
+        out = product(y, y.mT, None, 1.0, 0.0, True, config)
+        hit = torch.zeros(2, 70, 70, dtype=torch.bool)
+        hit[1, 3] = hit[1, :, 3] = y[1, :, 5] != 0 if bad == torch.inf else True
+        # 0 x inf is NaN, finite x inf is inf: the whole row and column
+        assert not out[1, 3].isfinite().any() and not out[1, :, 3].isfinite().any()
+        hit[1, 3] = hit[1, :, 3] = True
+        assert out[~hit].isfinite().all()
+        c = torch.zeros_like(y)
+        c[0, 2, 4] = bad
+        unit = torch.eye(70, 72, dtype=dtype).repeat(2, 1, 1)[:, :, :70]
+        out = product(unit, x, c, 1.0, 0.0, False, config)
+        assert out[0, 2, 4].isnan() and int((~out.isfinite()).sum()) == 1  # 0 x bad
+
+
+def check_choice() -> None:
+    """Descriptors where they take the operands, and the pointer kernel elsewhere; who asks for descriptors gets no other."""
+
+    def variant(a: Tensor, b: Tensor) -> str:
+        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+        kernel, *_ = products._prepare(a, b, a, out, 1.0, 1.0, True, None)
+        return "descriptors" if kernel is products.descriptor_kernel else "pointers"
+
+    r = torch.zeros(2, 24, 24, dtype=torch.float16)
+    odd = torch.zeros(2 * 24 * 24 + 1, dtype=torch.float16)[1:].view(2, 24, 24)
+    wide = torch.zeros(2, 24, 40, dtype=torch.float16)[:, :, 8:32]
+    ragged = torch.zeros(2, 25, 25, dtype=torch.float16)
+    assert (
+        variant(r, r) == variant(r, r.mT) == variant(wide, r) == variant(r, wide) == "descriptors"
+    )
+    for a, b in (
+        (r.mT, r),
+        (odd, r),
+        (r, odd),
+        (ragged, ragged),
+        (r[:1].expand_as(r), r),
+        (r, r[:1].expand_as(r)),
+    ):
+        assert variant(a, b) == "pointers"
+    with pytest.raises(ValueError, match="descriptor"):
+        product(odd, r, r, 1.0, 1.0, True, DESCRIPTORS[0])
+
+
+def check_operators() -> None:
+    """The public functions take the interpreter, traced and under vmap too."""
+    x, c = integers(2, 20, 9).half(), integers(2, 20, 9).half()
+    r = symmetric_matmul(x, 0.5)
+    assert torch.equal(r, (0.5 * x.double() @ x.double().mT).half())
+    assert torch.equal(
+        symmetric_addmm(r, r, r, 2.0, 0.125),
+        (2 * r.double() + 0.125 * r.double() @ r.double()).half(),
+    )
+    assert torch.equal(addmm(c, r, x, 2.0), (2 * c.double() + r.double() @ x.double()).half())
+    assert torch.equal(torch.vmap(symmetric_matmul)(x[:, None])[:, 0], symmetric_matmul(x))
+    compiled = torch.compile(
+        lambda x: symmetric_matmul(x, 0.5), backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), r)
+    for name, given in (
+        ("symmetric_matmul", (x, 0.5)),
+        ("symmetric_addmm", (r, r, r, 2.0, 1.0)),
+        ("addmm", (c, r, x, 2.0)),
+    ):
+        outcome = torch.library.opcheck(getattr(torch.ops.normuon_fn, name).default, given)
+        assert set(outcome.values()) == {"SUCCESS"}
+
+
+def main() -> None:
+    assert products.INTERPRETED
+    torch.manual_seed(0)
+    for shape, dtype, transposed in itertools.product(
+        SHAPES, products.KERNEL_DTYPES, (False, True)
+    ):
+        check(*shape, dtype, SMALL[shape[1] > 100], transposed)
+    for k, (shape, transposed) in enumerate(itertools.product(ALIGNED, (False, True))):
+        for config in DESCRIPTORS[2 * (shape[1] > 40) :][:2]:
+            check(*shape, products.KERNEL_DTYPES[k % 2], config, transposed)
+    for k, config in enumerate(REAL):
+        check(
+            1, 304 - 48 * (k % 2), 72, products.KERNEL_DTYPES[k % 2], config, transposed=k % 3 == 0
+        )
+    check_choice()
+    for config in (*SMALL, *DESCRIPTORS[2:], REAL[0]):
+        check_gaussian_is_symmetric(config)
+        check_non_finite(torch.float16, config)
+        check_non_finite(torch.bfloat16, config)
+    check_operators()
+
+
+if __name__ == "__main__":
+    main()
