@@ -231,8 +231,7 @@ def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
     ``run`` the graph is recorded and no more: the fake process group has no all-to-all for a rank that sends nothing.
     """
     plan = next(value for value in args if isinstance(value, nm.Plan))
-    tensors = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {"parameter_of": plan.guard.parameter_of, "members": plan.guard.members}
     graphs: list[GraphModule] = []
 
     def keep(graph: GraphModule, _: Any) -> Function:
@@ -244,9 +243,12 @@ def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
             lambda *_: [torch.empty(x.shape, dtype=x.dtype) for x in outputs]
         )
 
-    moves = [way for bucket in plan.buckets if bucket.exchange for way in bucket.exchange.moves]
-    exchanges = [bucket.exchange for bucket in plan.buckets if bucket.exchange]
+    moves = [way for bucket in plan.buckets if bucket.shared_by for way in bucket.exchange.moves]
+    exchanges = [bucket.exchange for bucket in plan.buckets if bucket.shared_by]
     tables = [way.table for way in moves], [exchange.bands for exchange in exchanges]
+
+    def with_tensors(held: dict[str, Tensor]) -> nm.Plan:
+        return dataclasses.replace(plan, guard=dataclasses.replace(plan.guard, **held))
 
     def put(tables: tuple[list[Any], list[Any]]) -> None:
         for held, field, values in ((moves, "table", tables[0]), (exchanges, "bands", tables[1])):
@@ -261,7 +263,7 @@ def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
         try:
             return function(
                 *(
-                    dataclasses.replace(plan, **held) if value is plan else next(given)
+                    with_tensors(held) if value is plan else next(given)
                     for value in args
                 )
             )

@@ -20,10 +20,10 @@ import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import SHORT, Problem, Shapes
 from normuon_fn.algorithm import guard
-from normuon_fn.compat import all_gather, all_reduce_max, all_to_all, wait
+from normuon_fn.compat import all_gather, all_to_all, wait
 from normuon_fn.distributed import messages as exchange
 from normuon_fn.distributed import placements as mesh
-from normuon_fn.distributed import share
+from normuon_fn.distributed.shared import SharedWork
 from normuon_fn.step import local_update, local_update_
 
 TENSOR_PARALLEL = 4
@@ -372,14 +372,15 @@ def test_a_parameter_adds_at_most_5_nodes() -> None:
 def change(
     monkeypatch: pytest.MonkeyPatch, name: str, of_words: Callable[[exchange.Sent], Tensor]
 ) -> None:
-    """What `share.send` or `share.answer` has sent is put through ``of_words``."""
-    kept = getattr(share, name)
+    """What a stage of `SharedWork` has sent is put through ``of_words``."""
+    kept = getattr(SharedWork, name)
 
-    def changed(*args: object) -> object:
-        found = kept(*args)
-        return found._replace(sent=found.sent._replace(words=of_words(found.sent)))
+    def changed(work: SharedWork) -> None:
+        kept(work)
+        assert work.sent is not None
+        work.sent = work.sent._replace(words=of_words(work.sent))
 
-    monkeypatch.setattr(share, name, changed)
+    monkeypatch.setattr(SharedWork, name, changed)
 
 
 def sent_again(sent: exchange.Sent) -> Tensor:
@@ -395,20 +396,18 @@ def gathered_again(sent: exchange.Sent) -> Tensor:
     ("again", "found"),
     [(sent_again, "'all_to_all_single': 6"), (gathered_again, "all_gather_into_tensor")],
 )
-@pytest.mark.parametrize("way", ["send", "answer"])
+@pytest.mark.parametrize("stage", ["advance", "orthogonalize"])
 def test_a_further_exchange_goes_red(
-    way: str, again: Callable, found: str, monkeypatch: pytest.MonkeyPatch
+    stage: str, again: Callable, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change(monkeypatch, way, again)
+    change(monkeypatch, stage, again)
     with graphs.fake_ranks(8), pytest.raises(AssertionError, match=f"expected .*found .*{found}"):
         check(seen(laid_out("FSDP2, rows", 8, nm.Config(**SHORT))), sharded=2)
 
 
 def test_a_second_reduction_goes_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = guard.agree
-    monkeypatch.setattr(
-        guard, "agree", lambda flags, group, *how: kept(all_reduce_max(flags, group), group, *how)
-    )
+    kept = guard.all_reduce_max
+    monkeypatch.setattr(guard, "all_reduce_max", lambda flags, group: kept(kept(flags, group), group))
     with graphs.fake_ranks(8), pytest.raises(AssertionError, match=r"found .*'all_reduce': 2"):
         given = laid_out("FSDP2, rows", 8, nm.Config(guard="output", **SHORT))
         check(seen(given), sharded=2, reductions=1, flags=len(MATRICES))
@@ -422,9 +421,9 @@ def multiplied(sent: exchange.Sent) -> Tensor:
 @pytest.mark.parametrize(
     ("way", "of_words", "found"),
     [
-        ("send", lambda sent: wait(sent.words), "waited for before the first product"),
-        ("send", multiplied, "sent after the first product"),
-        ("answer", lambda sent: wait(sent.words), "updates waited for before the last product"),
+        ("advance", lambda sent: wait(sent.words), "waited for before the first product"),
+        ("advance", multiplied, "sent after the first product"),
+        ("orthogonalize", lambda sent: wait(sent.words), "updates waited for before the last product"),
     ],
 )
 def test_waiting_at_once_goes_red(
@@ -442,7 +441,7 @@ def test_more_nodes_a_rank_go_red(monkeypatch: pytest.MonkeyPatch) -> None:
             words = words + 1
         return words
 
-    change(monkeypatch, "send", longer)
+    change(monkeypatch, "advance", longer)
     with pytest.raises(AssertionError, match="nodes each, 0 allowed"):
         check_growth(*(nodes("FSDP2, rows", world, {"up": (16, 8)}) for world in (4, 8)), 4, 0)
 

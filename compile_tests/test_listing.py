@@ -46,12 +46,12 @@ unstack of 1
 stack of 1
 stack of 1
 unstack of 1
-bmm 1, baddbmm 2
-stack of 1
-stack of 1
 stack of 2
 stack of 2
 unstack of 2
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 2
 stack of 1
@@ -78,12 +78,12 @@ unstack of 1
 stack of 1
 stack of 1
 unstack of 1
-bmm 1, baddbmm 2
-stack of 1
-stack of 1
 stack of 2
 stack of 2
 unstack of 2
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
@@ -109,6 +109,8 @@ stack of 1
 stack of 1
 stack of 1
 stack of 1
+stack of 2
+stack of 2
 stack of 1
 stack of 1
 stack of 1
@@ -116,8 +118,6 @@ stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-stack of 2
-stack of 2
 stack of 2
 stack of 2
 bmm 1, baddbmm 2
@@ -129,15 +129,15 @@ unstack of 1
 stack of 1
 stack of 1
 unstack of 1
+stack of 1
+unstack of 1
+unstack of 1
+stack of 1
+unstack of 1
+unstack of 1
 stack of 2
 stack of 2
 unstack of 2
-stack of 1
-unstack of 1
-unstack of 1
-stack of 1
-unstack of 1
-unstack of 1
 stack of 2
 unstack of 2
 unstack of 2
@@ -156,12 +156,12 @@ unstack_ of 1
 stack of 1
 stack of 1
 unstack_ of 1
-bmm 1, baddbmm 2
-stack of 1
-stack of 1
 stack of 2
 stack of 2
 unstack_ of 2
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 2
 stack of 1
@@ -189,12 +189,12 @@ unstack_ of 1
 stack of 1
 stack of 1
 unstack_ of 1
-bmm 1, baddbmm 2
-stack of 1
-stack of 1
 stack of 2
 stack of 2
 unstack_ of 2
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
@@ -221,6 +221,8 @@ stack of 1
 stack of 1
 stack of 1
 stack of 1
+stack of 2
+stack of 2
 stack of 1
 stack of 1
 stack of 1
@@ -228,8 +230,6 @@ stack of 1
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-stack of 2
-stack of 2
 stack of 2
 stack of 2
 bmm 1, baddbmm 2
@@ -241,15 +241,15 @@ unstack_ of 1
 stack of 1
 stack of 1
 unstack_ of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
 stack of 2
 stack of 2
 unstack_ of 2
-stack of 1
-unstack_ of 1
-unstack_ of 1
-stack of 1
-unstack_ of 1
-unstack_ of 1
 stack of 2
 unstack_ of 2
 unstack_ of 2
@@ -272,12 +272,12 @@ unstack_ of 1
 stack of 1
 stack of 1
 unstack_ of 1
-bmm 1, baddbmm 2
-stack of 1
-stack of 1
 stack of 2
 stack of 2
 unstack_ of 2
+bmm 1, baddbmm 2
+stack of 1
+stack of 1
 bmm 1, baddbmm 2
 stack of 2
 stack of 1
@@ -301,11 +301,11 @@ def test_ops_on_cuda_without_a_guard() -> None:
             """\
 adamw_flags of 2
 advance of 2
+advance of 2
 gather of 2
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-advance of 2
 gather of 2
 bmm 1, baddbmm 2
 stack of 2
@@ -326,21 +326,21 @@ def test_ops_on_cuda_in_place_with_guard_full() -> None:
             """\
 adamw_flags of 2
 lookahead of 2
+lookahead of 2
 gather of 2
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-lookahead of 2
 gather of 2
 bmm 1, baddbmm 2
 stack of 2
 max all_reduce [2, 6] int32
 advance_ of 2
+apply_ of 1
+unstack_ of 1
+apply_ of 1
+unstack_ of 1
 advance_ of 2
-apply_ of 1
-unstack_ of 1
-apply_ of 1
-unstack_ of 1
 apply_ of 2
 unstack_ of 2
 adamw_ of 2
@@ -357,11 +357,11 @@ adamw_flags of 2
 largest of 2
 largest of 2
 advance_ of 2
+advance_ of 2
 gather of 2
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
-advance_ of 2
 gather of 2
 bmm 1, baddbmm 2
 stack of 2

@@ -64,14 +64,18 @@ def has_a_learning_rate_on_the_cpu(
 
 def reduces_twice(params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan):
     result = nm.update(params, grads, state, hyper, plan)
-    return result, compat.all_reduce_max(result.skipped.int(), plan.guard_group)
+    return result, compat.all_reduce_max(result.skipped.int(), plan.guard.group)
+
+
+def without_group(plan: nm.Plan) -> nm.Plan:
+    return dataclasses.replace(plan, guard=dataclasses.replace(plan.guard, group=None))
 
 
 def reduces_parameters(
     params: Tensors, grads: Tensors, state: Tensors, hyper: nm.Hyper, plan: nm.Plan
 ):
-    reduced = {**grads, "w": compat.all_reduce_max(grads["w"], plan.guard_group)}
-    return nm.update(params, reduced, state, hyper, dataclasses.replace(plan, guard_group=None))
+    reduced = {**grads, "w": compat.all_reduce_max(grads["w"], plan.guard.group)}
+    return nm.update(params, reduced, state, hyper, without_group(plan))
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_a_group_and_meshes_of_any_number_of_dimensions_reduce_once_over_all_ran
     function = local_update_ if kind == "1-D mesh" else nm.update
     with graphs.fake_ranks(world, kind) as ranks:
         off = problem(TINY, nm.Config(guard="off", **SHORT), ranks=ranks)
-        assert off.plan.guard_group is None
+        assert off.plan.guard.group is None
         given = problem(TINY, nm.Config(guard="full", guard_scope="bucket", **SHORT), ranks=ranks)
         recorded = graphs.record(function, *given)
         recorded.check(reductions=1, largest=2 * len(TINY))

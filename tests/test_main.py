@@ -62,9 +62,9 @@ def test_compiled_it_passes_too() -> None:
     "planted",
     [
         "import normuon_fn.algorithm.normalize as n; n.per_row = lambda *_: False",
-        "import normuon_fn.algorithm.stages as s; s.carried = lambda *_: 1.5",
-        "import normuon_fn.algorithm.stages as s, torch\ndef broken(*_): raise RuntimeError('no kernel image')\ns.iterate = broken",
-        "import normuon_fn.algorithm.stages as s; s.iterate = lambda x, *_: x * float('nan')",
+        "import normuon_fn.algorithm.bucket as b; b.carry = lambda *_: 1.5",
+        "import normuon_fn.algorithm.bucket as b, torch\ndef broken(*_): raise RuntimeError('no kernel image')\nb.iterate = broken",
+        "import normuon_fn.algorithm.bucket as b; b.iterate = lambda x, *_: x * float('nan')",
     ],
 )
 def test_a_step_that_is_wrong_fails_it_with_exit_code_1(planted: str) -> None:

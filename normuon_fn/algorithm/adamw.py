@@ -1,65 +1,64 @@
-"""AdamW for what is not a matrix, in the same step, behind the same guard."""
+"""AdamW for what is not a matrix: in the same step, behind the same guard, by the same stages with most of them empty.
+
+Source: arXiv 1711.05101, with the bias correction of torch.optim.AdamW.
+"""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from torch import Tensor
 
 from .. import ops
-from ..planning.plan import AdamWBucket
-from ..planning.run import Run
-from .guard import Decision
+from .bucket import Context, Kind, Members, Runs, Work, complete
+from .state import State
+from .weight_decay import rates
+
+STATES = (State("exp_avg", "entry"), State("exp_avg_sq", "entry"))
 
 
-class Moments(NamedTuple):
-    """AdamW's lists for one bucket: the parameters that have a gradient."""
+class AdamWWork(Work):
+    """Parameters of one learning rate, of any shapes. They are updated when the guard has decided, all at once."""
 
-    names: tuple[str, ...]
-    params: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    grads: list[Tensor]
-    rests: list[Tensor]  # with masters
-    salts: list[int]  # where parameters are rounded by chance
-    hyper: tuple[Tensor, ...]  # beta1, beta2, eps, and the bias corrections
-    bad: Tensor  # [2, n] bool
+    def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
+        self.members, self.runs, self.context = members, runs, context
+        self.moments: list[list[Tensor]] = []
+        self.bad: Tensor | None = None  # [2, n] bool: non-finite update, non-finite gradient
+        if members.tensors:
+            self.moments = [members.read(state.name) for state in STATES] + [members.read("grad")]
+            wide, hyper = self.moments[0][0].dtype, context.hyper
+            step, betas = context.adamw_step.double(), (hyper.adamw_beta1, hyper.adamw_beta2)
+            corrections = [(1 - beta.double() ** step).to(wide) for beta in betas]
+            self.rule = (*betas, hyper.adamw_eps, *corrections)
+            self.bad = ops.adamw_flags(*self.moments, *self.rule)
 
+    def bad_gradients(self) -> Tensor:
+        """Updates included: they are known by now."""
+        bad = complete(self.bad, self.runs, self.context)
+        return bad if self.bad is not None else bad.expand(2, -1)
 
-def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
-    names = tuple(name for name in bucket.names if run.grads[name] is not None)
-    hyper, state = run.hyper_of(bucket), run.state
-    wide = run.plan.state[f"{bucket.members[0]}.exp_avg"].dtype
-    # Bias correction counts accepted steps. With the guard's scope a bucket, others' skips must not count, so all steps do.
-    step = state["guard.step"] + 1
-    if run.plan.config.guard_scope == "step":
-        step = step - state["guard.skipped"]
-    betas = (hyper.adamw_beta1, hyper.adamw_beta2)
-    corrections = ((1 - beta.double() ** step.double()).to(wide) for beta in betas)
-    shared = (*betas, hyper.adamw_eps, *corrections)
-    lists = (
-        [run.params[name] for name in names],
-        [state[f"{name}.exp_avg"] for name in names],
-        [state[f"{name}.exp_avg_sq"] for name in names],
-        [run.grad(name) for name in names],
-    )
-    rests = [state[name + bucket.rest] for name in names] if bucket.rest else []
-    salts = [salt for name, salt in zip(bucket.names, bucket.salts, strict=False) if name in names]
-    bad = ops.adamw_flags(*lists[1:], *shared) if names else run.no_flags(2, 0)
-    return Moments(names, *lists, rests, salts, shared, bad)
+    def bad_updates(self) -> Tensor:
+        if self.context.early:  # the guard knows
+            return complete(None, self.runs, self.context).expand(2, -1)
+        return self.bad_gradients()
 
-
-def apply_adamw(run: Run, bucket: AdamWBucket, lists: Moments, skip: Decision) -> None:
-    if not lists.names:
-        return
-    hyper = run.hyper_of(bucket)
-    lr, decay = run.rates(bucket, hyper.adamw_lr, hyper.adamw_weight_decay, lists.exp_avgs[0].dtype)
-    moments, how = (lists.exp_avgs, lists.exp_avg_sqs, lists.grads), (lr, decay, *lists.hyper, skip)
-    suffixes = ["", *([bucket.rest] if bucket.rest else []), ".exp_avg", ".exp_avg_sq"]
-    if bucket.rest:
-        new = run.writes.adamw_wide(lists.params, lists.rests, *moments, *how)
-    else:
-        new = run.writes.adamw(lists.params, *moments, *how, *run.chances(lists.salts))
-    for suffix, parts in zip(suffixes, new, strict=True):
-        for name, part in zip(lists.names, parts, strict=True):
-            run.new[name + suffix] = [(None, part)]
+    def apply(self) -> None:
+        members, kind, hyper, writes = (
+            self.members,
+            self.members.kind,
+            self.context.hyper,
+            self.context.writes,
+        )
+        if not self.moments:
+            return
+        wide = self.moments[0][0].dtype
+        lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, kind.lr_mul, kind.wd_mul, wide)
+        params, how = members.read("param"), (*self.moments, lr, decay, *self.rule, self.skip)
+        names = ["param", *(state.name for state in STATES)]
+        if kind.master:
+            names.insert(1, kind.master)
+            new = writes.adamw_wide(params, members.read(kind.master), *how)
+        elif members.salts:
+            new = writes.adamw(params, *how, self.context.step, members.salts)
+        else:
+            new = writes.adamw(params, *how)
+        for name, tensors in zip(names, new, strict=True):
+            members.put(name, tensors)

@@ -1,94 +1,145 @@
-"""The guard against non-finite updates: from one finite flag a matrix to one decision, without a host sync.
+"""The guard against non-finite updates: one decision for a whole step and all of its ranks, without a host sync.
 
-finite [n_matrices]  --flags-->  [2, n_params] int32  --decide-->  what keeps its bits
+    flags by matrix, from every bucket  -->  flags by parameter  -->  agreed between ranks  -->  what keeps its bits
+
+The ranks agree once per step, by one all_reduce. With ``guard="full"`` they do it before anything is written, about
+gradients, if all who share in a bucket hear of its updates in the messages that they exchange anyway; otherwise they do
+it at the end of the step, about gradients and updates together, and the momentum is written only then.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..compat import all_reduce_max
-from ..types import Config
-
-
-def flags(bad: Tensor, matrix_of: Tensor) -> Tensor:
-    """Flags by parameter, [k, n_params] int32, from flags by matrix.
-
-    Args:
-        bad: [k, n_matrices + 1] bool: non-finite update, non-finite gradient; the last column is False.
-        matrix_of: [n_params, most] int64, the columns of ``bad`` that are a parameter's, filled up with any of its own.
-    """
-    return bad[:, matrix_of].any(-1).to(torch.int32)
-
-
-class Agreed(NamedTuple):
-    flags: Tensor  # [2, n_params] int32, of the parameters that this rank knows
-    seen: Tensor  # [2, k] int32: what is decided on
-
-
-def agree(flags: Tensor, group: str | None, alike: bool) -> Agreed:
-    """The flags of all ranks, by maximum: the one collective of the step. Nothing at all without a group.
-
-    ``alike``: the ranks have the same parameters. Otherwise each knows its own flags, and of the others' only whether there are
-    any.
-    """
-    if group is None:
-        return Agreed(flags, flags)
-    if alike:
-        flags = all_reduce_max(flags, group)
-        return Agreed(flags, flags)
-    return Agreed(flags, all_reduce_max(flags.amax(1, keepdim=True), group))
-
+from ..types import Guard, GuardScope
 
 Decision = Tensor | None
-"""0-d bool: what keeps its bits. ``None`` where nothing ever does: the graph then has no select at all."""
+"""0-d bool: whether something keeps its bits. ``None`` where nothing ever does: the graph then has no select."""
 
 
-def holds(
-    config: Config, bad_grad: Tensor | None, bucket_has: Tensor, found_inf: Tensor | None
-) -> list[Decision]:
-    """Whether each bucket's momentum keeps its bits: under ``guard="full"``, if a gradient of it (or of any) is not finite."""
-    if config.guard != "full":
-        return [_found(found_inf)] * bucket_has.shape[0]
-    assert bad_grad is not None
-    return _by_bucket(config, bad_grad, bucket_has, _found(found_inf))
+class Guarded(Protocol):
+    """A bucket on its way through the step, as far as the guard knows it."""
+
+    hold: Decision  # whether its momentum keeps its bits
+    skip: Decision  # whether its parameters, their masters, its variances and AdamW moments keep theirs
+
+    def bad_gradients(self) -> Tensor:
+        """[2, n_matrices] bool before anything is written: non-finite updates as far as they are known, gradients."""
+
+    def bad_updates(self) -> Tensor:
+        """[2, n_matrices] bool at the end: non-finite update, non-finite gradient (if nobody asked before)."""
 
 
-def decide(
-    config: Config,
-    flags: Tensor,  # [2, n_params] int32, agreed; or [2, 1], see `agree`
-    bucket_has: Tensor,  # [n_buckets, n_params] bool
-    found_inf: Tensor | None,
-) -> tuple[list[Decision], Tensor]:
-    """Whether each bucket's parameters, variances and AdamW moments keep their bits, and whether any of them does.
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """The static half of the guard."""
 
-    A bucket is bad if a parameter of it is: one whose splits lie in several buckets is never updated by half. ``found_inf`` > 0
-    skips everything, in every mode.
-    """
-    count, found = bucket_has.shape[0], _found(found_inf)
-    if config.guard == "off":
-        skipped = torch.zeros((), dtype=torch.bool, device=flags.device) if found is None else found
-        return [found] * count, skipped
-    bad = flags > 0
-    bad = bad.any(0) if config.guard == "full" else bad[0]
-    return _by_bucket(
-        config, bad, bucket_has, found
-    ), bad.any() if found is None else bad.any() | found
+    mode: Guard
+    scope: GuardScope
+    parameter_of: Tensor  # [n_matrices] int64 on the device: the place of its parameter in the plan, bucket by bucket
+    members: (
+        Tensor  # [n_buckets, n_params] bool on the device: which parameters a bucket decides about
+    )
+    group: str | None = None  # the process group whose ranks decide together
+    alike: bool = True  # all of them have these parameters
+    early: bool = False  # they agree before anything is written
 
+    @property
+    def holds_late(self) -> bool:
+        """Whether only the agreement at the end tells if a momentum must keep its bits."""
+        return self.mode == "full" and not self.early
 
-def _by_bucket(
-    config: Config, bad: Tensor, bucket_has: Tensor, found: Tensor | None
-) -> list[Decision]:
-    count = bucket_has.shape[0]
-    if config.guard_scope == "step":
-        each = bad.any() if found is None else bad.any() | found
-        return [each] * count
-    each = (bucket_has & bad).any(1)
-    return list((each if found is None else each | found).unbind(0))
+    def by_parameter(self, bad: Sequence[Tensor]) -> Tensor:
+        """[2, n_params] int32: whether any matrix of a parameter is bad. ``bad``: [2, n] bool for every bucket."""
+        columns = torch.cat(list(bad), 1).to(torch.int32)
+        index = self.parameter_of.expand(columns.shape)
+        none = columns.new_zeros((columns.shape[0], self.members.shape[1]))
+        return none.scatter_reduce(1, index, columns, "amax")
 
 
-def _found(found_inf: Tensor | None) -> Decision:
-    return None if found_inf is None else (found_inf > 0).reshape(())
+class Agreement:
+    """What is known of one step's faults, and what follows from it."""
+
+    def __init__(self, rule: Rule, found_inf: Tensor | None) -> None:
+        self.rule = rule
+        self.found: Decision = None if found_inf is None else (found_inf > 0).reshape(())
+        self.flags: Tensor | None = (
+            None  # [2, n_params] int32, of the parameters that this rank knows
+        )
+        self.seen: Tensor | None = None  # [2, n_params] or [2, 1] int32: what is decided on
+
+    def before(self, works: Sequence[Guarded]) -> None:
+        """Decides about momentums, before anything is written, as far as that can be told by then."""
+        if self.rule.early:
+            self._add([work.bad_gradients() for work in works])
+        if not self.rule.holds_late:
+            self._decide_holds(works)
+
+    def after(self, works: Sequence[Guarded]) -> None:
+        """Decides about everything else, and about momentums that nobody decided about yet."""
+        self._add([work.bad_updates() for work in works])
+        if self.rule.holds_late:
+            self._decide_holds(works)
+        bad = self._bad()
+        for work, decision in zip(works, self._by_bucket(bad), strict=True):
+            work.skip = decision
+        self.skipped = self._any(bad)
+
+    def _add(self, bad: Sequence[Tensor]) -> None:
+        """The first flags are agreed on: the one collective of the step. Later ones are known to all whom they concern."""
+        flags, rule = self.rule.by_parameter(bad), self.rule
+        if self.flags is None or self.seen is None:
+            self.flags = self.seen = flags
+            if rule.group is not None and rule.alike:
+                self.flags = self.seen = all_reduce_max(flags, rule.group)
+            elif (
+                rule.group is not None
+            ):  # of others' parameters a rank knows only whether there is a fault at all
+                self.seen = all_reduce_max(flags.amax(1, keepdim=True), rule.group)
+        else:
+            self.flags = torch.maximum(self.flags, flags)
+            later = flags if rule.alike else flags.amax(1, keepdim=True)
+            self.seen = torch.maximum(self.seen, later)
+
+    def _decide_holds(self, works: Sequence[Guarded]) -> None:
+        """Momentums keep their bits under ``guard="full"``, if a gradient of the bucket (or of any) is not finite."""
+        bad = None
+        if self.rule.mode == "full":
+            assert self.seen is not None
+            bad = self.seen[1] > 0
+        for work, decision in zip(works, self._by_bucket(bad), strict=True):
+            work.hold = decision
+
+    def _bad(self) -> Tensor | None:
+        """Whose update must not enter: [n_params] or [1] bool. With ``guard="off"`` nobody's."""
+        if self.rule.mode == "off":
+            return None
+        assert self.seen is not None
+        bad = self.seen > 0
+        return bad.any(0) if self.rule.mode == "full" else bad[0]
+
+    def _by_bucket(self, bad: Tensor | None) -> list[Decision]:
+        """One decision per bucket. ``found_inf`` > 0 skips everything, in every mode.
+
+        A bucket is bad if a parameter of it is: a parameter whose splits are in several buckets is never updated by half.
+        """
+        count = self.rule.members.shape[0]
+        if bad is None:
+            return [self.found] * count
+        if self.rule.scope == "step":
+            return [self._any(bad)] * count
+        each = (self.rule.members & bad).any(1)
+        return list((each if self.found is None else each | self.found).unbind(0))
+
+    def _any(self, bad: Tensor | None) -> Tensor:
+        """0-d bool: whether anything keeps its bits."""
+        if bad is None:
+            none = torch.zeros((), dtype=torch.bool, device=self.rule.members.device)
+            return none if self.found is None else self.found
+        return bad.any() if self.found is None else bad.any() | self.found

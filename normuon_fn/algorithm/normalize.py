@@ -1,90 +1,142 @@
-"""The variance of every neuron, and the one factor a row that everything after the orthogonalization comes down to.
+"""NorMuon's own step: one variance per neuron, and one number per row that says how far that row moves.
 
-    q = mean(o^2)  ->  v = lerp(v, q)  ->  1/sqrt(v)  ->  renormalize  ->  scale
-
-One read of the update gives q. The Frobenius norms before and after the division are sums of q and q/v, and whether
-everything was finite is read off those sums: no second pass over the matrix.
+Everything comes from one read of the update: with ``moment = mean(o*o, cols)`` the variance, the renormalization
+(sums over ``moment`` and ``moment / v``) and the finite test. The matrix itself is read again only when it is applied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..types import Config
+from ..types import Config, EpsForm, Reduction, Scale
+from .state import State
+
+States = tuple[Tensor, ...]  # in the order of `Normalizer.states`
 
 
-def per_row(config: Config, rows: int, cols: int, transposed: bool = False) -> bool:
-    """Whether a matrix has one variance a row; otherwise one a column. ``transposed``: its outputs are its columns."""
-    if transposed:
-        return config.reduction == "short" and cols < rows
-    return config.reduction == "rows" or rows >= cols
+class Normalized(NamedTuple):
+    """What `normalize` finds out about a stack."""
+
+    factor: Tensor  # [n, rows, 1] or [n, 1, cols]: the step's update is ``factor * update``
+    states: States  # the new ones
+    finite: Tensor  # [n] bool
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """One entry of `NORMALIZERS`. ``divide`` takes (moment, states, beta2, config), returns (divisor, new states)."""
+
+    divide: Callable[[Tensor, States, Tensor, Config], tuple[Tensor, States]] | None
+    source: str
+    states: tuple[State, ...] = ()
 
 
 def normalize(
     update: Tensor,  # [n, rows, cols], `carried` times the orthogonalized momentum
-    variance: Tensor
-    | None,  # [n, rows, 1], or [n, 1, cols] where `per_row` says so; None: not normalized
+    states: States,  # of the stage that `config` names: [n, rows, 1], or [n, 1, cols] where `per_row` is False
     beta2: Tensor,  # 0-d
     config: Config,
     carried: float = 1.0,
     transposed: bool = False,  # the outputs are the columns
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(factor, variance, finite)``: the step's update is ``factor * update``; ``finite`` [n] bool.
+) -> Normalized:
+    """By what factor every row (or column) of an update enters the step, and the new state.
 
     Source: arXiv 2510.05491, Algorithm 1; renormalization and the axis by shape: KellerJordan/modded-nanogpt#141.
     """
     rows, cols = update.shape[-2:]
     axis = -1 if per_row(config, rows, cols, transposed) else -2
-    compute = torch.promote_types(
-        update.dtype, torch.float32 if variance is None else variance.dtype
-    )
+    compute = torch.promote_types(update.dtype, states[0].dtype if states else torch.float32)
     moment = update.to(compute).square().mean(axis, keepdim=True) * carried**-2
     count = update.shape[axis]
     norm = (moment.sum((-2, -1), keepdim=True) * count).sqrt()
 
-    if variance is None:
+    divide = NORMALIZERS["neuron" if config.normalize else "none"].divide
+    if divide is None:
         divisor, normalized = torch.ones_like(moment), norm
     else:
-        variance = variance.to(compute) * beta2 + moment * (1 - beta2)
-        divisor = _inverse_root(variance, config)
+        divisor, states = divide(moment, states, beta2, config)
         normalized = ((moment * divisor.square()).sum((-2, -1), keepdim=True) * count).sqrt()
 
     if config.scale == "paper":
-        divisor = divisor * _divide(config.rms * (rows * cols) ** 0.5, normalized)
+        divisor = divisor * _divided(config.rms * (rows * cols) ** 0.5, normalized)
     else:
-        divisor = divisor * _shape_factor(config, *((cols, rows) if transposed else (rows, cols)))
+        outputs, inputs = (cols, rows) if transposed else (rows, cols)
+        divisor = divisor * SCALES[config.scale](config, outputs, inputs)
         if config.renormalize:
-            divisor = divisor * _divide(norm, normalized)
+            divisor = divisor * _divided(norm, normalized)
     finite = norm.isfinite() & normalized.isfinite()
-    if variance is not None:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
-        finite = finite & variance.isfinite().all((-2, -1), keepdim=True)
-    return divisor * (1.0 / carried), variance, finite.flatten()
+    for state in states:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
+        finite = finite & state.isfinite().all((-2, -1), keepdim=True)
+    return Normalized(divisor * (1.0 / carried), states, finite.flatten())
 
 
-def _inverse_root(variance: Tensor, config: Config) -> Tensor:
+def per_row(config: Config, rows: int, cols: int, transposed: bool = False) -> bool:
+    """Whether a matrix has one variance per row; otherwise it has one per column.
+
+    ``transposed``: the outputs of the matrix are its columns.
+    """
+    return REDUCTIONS[config.reduction](rows, cols, transposed)
+
+
+# (rows, cols, transposed) -> whether the mean is taken over the columns, which leaves one number per row.
+REDUCTIONS: dict[Reduction, Callable[[int, int, bool], bool]] = {
+    # One per neuron (output): arXiv 2510.05491.
+    "rows": lambda rows, cols, transposed: not transposed,
+    # Over the shorter axis, per output where both are as long: KellerJordan/modded-nanogpt, Emerging-Optimizers.
+    "short": lambda rows, cols, transposed: rows > cols or (rows == cols and not transposed),
+}
+
+# (config, outputs, inputs) -> what multiplies the update. "paper" fixes its RMS instead, which needs its norm.
+SCALES: dict[Scale, Callable[[Config, int, int], float]] = {
+    "spectral": lambda config, outputs, inputs: (outputs / inputs) ** 0.5,  # microsoft/dion
+    "rms": lambda config, outputs, inputs: (
+        config.rms * max(outputs, inputs) ** 0.5
+    ),  # Emerging-Optimizers
+    "muon": lambda config, outputs, inputs: (
+        max(1.0, outputs / inputs) ** 0.5
+    ),  # Keller Jordan, Muon
+    "none": lambda config, outputs, inputs: 1.0,
+}
+
+
+def _neuron(moment: Tensor, states: States, beta2: Tensor, config: Config) -> tuple[Tensor, States]:
+    """v <- b2 v + (1 - b2) moment, and 1 / sqrt(v)."""
+    (variance,) = states
+    variance = variance.to(moment.dtype) * beta2 + moment * (1 - beta2)
+    return INVERSE_ROOTS[config.eps_form if config.eps else "none"](variance, config.eps), (
+        variance,
+    )
+
+
+NORMALIZERS: dict[str, Normalizer] = {
+    "neuron": Normalizer(_neuron, "arXiv 2510.05491, Algorithm 1", (State("variance", "line"),)),
+    "none": Normalizer(None, "Keller Jordan, Muon (2024)"),
+}
+
+
+def _inverse_root(variance: Tensor, eps: float) -> Tensor:
     """1 / sqrt(v), and 0 for a dead neuron. NaN stays NaN: it must reach the guard."""
-    if config.eps and config.eps_form == "add":
-        return 1.0 / (variance.sqrt() + config.eps)
-    if config.eps:
-        return variance.clamp(min=config.eps).rsqrt()
     dead = (
         variance < torch.finfo(variance.dtype).tiny
     )  # v is in units of o^2, which no gradient's scale changes
     return torch.where(dead, 0.0, variance.rsqrt())
 
 
-def _divide(numerator: Tensor | float, norm: Tensor) -> Tensor:
+INVERSE_ROOTS: dict[EpsForm | str, Callable[[Tensor, float], Tensor]] = {
+    "none": _inverse_root,
+    "add": lambda variance, eps: (
+        1.0 / (variance.sqrt() + eps)
+    ),  # arXiv 2510.05491; zichongli5/NorMuon; dion
+    "floor": lambda variance, eps: variance.clamp(
+        min=eps
+    ).rsqrt(),  # modded-nanogpt, Emerging-Optimizers
+}
+
+
+def _divided(numerator: Tensor | float, norm: Tensor) -> Tensor:
     return torch.where(norm == 0, 0.0, numerator / norm)
-
-
-def _shape_factor(config: Config, rows: int, cols: int) -> float:
-    match config.scale:
-        case "spectral":
-            return (rows / cols) ** 0.5
-        case "rms":
-            return config.rms * max(rows, cols) ** 0.5
-        case "muon":
-            return max(1.0, rows / cols) ** 0.5
-        case _:
-            return 1.0

@@ -23,7 +23,8 @@ from ..algorithm.coefficients import resolve
 from ..algorithm.orthogonalize import Form, choose, newton_schulz
 from ..ops import reference
 from ..planning.make_plan import make_plan
-from ..planning.plan import Bucket, Group, Plan
+from ..planning.buckets import Bucket, Group
+from ..planning.plan import Plan
 from ..routing.table import render
 from ..types import Hyper, StepResult
 
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def gathers(plan: Plan) -> bool:
     """Whether the ranks that share DTensors have the same flags, so that all of them gather the same tensors."""
-    return plan.config.guard != "off" and plan.guard_alike
+    return plan.config.guard != "off" and plan.guard.alike
 
 
 def _gathered(

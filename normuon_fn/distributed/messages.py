@@ -33,7 +33,7 @@ class Part(NamedTuple):
     x: Tensor  # [n, rows, cols] times `power`, in the dtype of the products
     power: Tensor  # [n]; not finite where the variance is not, inf where nothing lies here but variances
     squares: Tensor  # [n] sum((x * power)**2), before it was rounded
-    variance: Tensor | None  # [n, rows or cols]
+    states: tuple[Tensor, ...]  # [n, rows or cols]
 
 
 class Whole(NamedTuple):
@@ -43,7 +43,7 @@ class Whole(NamedTuple):
     shift: Tensor  # [n, rows or 1, cols or 1]: times this, all parts are times `power`
     power: Tensor  # [n]
     squares: Tensor  # [n] sum((x * shift)**2)
-    variance: Tensor | None  # [n, rows or cols]
+    states: tuple[Tensor, ...]  # [n, rows or cols]
 
 
 class Update(NamedTuple):
@@ -51,7 +51,7 @@ class Update(NamedTuple):
 
     x: Tensor  # [n, rows, cols], tall ones transposed
     factor: Tensor  # [n, rows or cols]
-    variance: Tensor | None  # [n, rows or cols]
+    states: tuple[Tensor, ...]  # [n, rows or cols]
     finite: Tensor  # [n] bool, alike on all ranks that get it
 
 
@@ -211,7 +211,7 @@ class Exchange:
             extra = [
                 part.power[:, None],
                 part.squares[:, None],
-                *([] if part.variance is None else [part.variance]),
+                *part.states,
             ]
             sources += [part.x, torch.cat([x.to(self.wide) for x in extra], 1)]
         (words,) = ops.repack(sources, self.there.pack)
@@ -242,7 +242,7 @@ class Exchange:
             x = x.view(n, lane.rows, lane.cols)
             if self.dtype == self.wide:  # as exact as can be: the same sums as on one device
                 squares = (x * shift).square().sum((1, 2))
-            variance = extra[:, 2 * places :] if self.normalize else None
+            variance = (extra[:, 2 * places :],) if self.normalize else ()
             wholes.append(Whole(x, shift, power, squares, variance))
         return wholes
 
@@ -357,7 +357,7 @@ class Exchange:
             extra = [
                 update.finite[:, None],
                 update.factor,
-                *([] if update.variance is None else [update.variance]),
+                *update.states,
             ]
             sources += [update.x, torch.cat([x.to(self.wide) for x in extra], 1)]
         sources += [] if finite is None else [finite.to(self.wide)]
@@ -388,7 +388,7 @@ class Exchange:
             finite = extra[:, 0] > 0
             if alike is not None:
                 finite = finite & alike[lane.start : lane.start + lane.count]
-            variance = extra[:, 1 + along :] if self.normalize else None
+            variance = (extra[:, 1 + along :],) if self.normalize else ()
             updates.append(
                 Update(
                     x.view(lane.count, rect.rows, rect.cols),

@@ -85,8 +85,8 @@ def balance(groups: Sequence[Any]) -> dict[int, Spread]:
         short, long = sorted((group.rows, group.cols))
         return float(short * short * (short + long))
 
-    for group in sorted((g for g in groups if g.spread is not None), key=cost, reverse=True):
-        spread: Spread = group.spread
+    for group in sorted((g for g in groups if g.ownership is not None), key=cost, reverse=True):
+        spread: Spread = group.ownership
         ranks = [
             rank for of_shard in zip(*spread.cells, strict=True) for rank in of_shard
         ]  # alternately of all copies

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..algorithm.state import MASTERS
+from ..compat import storage_key
 from ..distributed.placements import describe, lies_as, local
 from ..types import Grads, Hyper, Tensors
 from .plan import Plan, Spec
@@ -48,7 +51,7 @@ def check_step(
     missing = [
         block.name
         for bucket in plan.buckets
-        if bucket.exchange
+        if bucket.shared_by
         for block in bucket.blocks
         if grads[block.name] is None
     ]
@@ -86,10 +89,13 @@ def _check_lies(what: str, tensor: Tensor, spec: Spec) -> None:
 
 def _check_readable(plan: Plan, params: Tensors, state: Tensors) -> None:
     """That views of what is written are its matrices: ``model.to(memory_format=...)`` changes strides after `make_plan`."""
+    states = (*plan.stages.states, *MASTERS.values())
     for block in [block for p in plan.parameters for block in p.blocks]:
-        for suffix in ("", ".momentum", ".variance", ".mantissa", ".master"):
-            what, given = ("state", state) if suffix else ("params", params)
-            name, view = block.name + suffix, block.view(suffix)
+        views = {block.name: block.param}
+        for kept in states:
+            views[f"{block.name}.{kept.name}"] = block.line if kept.per == "line" else block.param
+        for name, view in views.items():
+            what, given = ("params", params) if name == block.name else ("state", state)
             if name not in given or local(given[name]).is_contiguous():
                 continue
             try:
@@ -137,3 +143,47 @@ def check_tensors(
             raise ValueError(
                 f"{what}[{name!r}]: expected device {plan.device}, got {tensor.device}"
             )
+
+
+def check_params(params: Mapping[str, Tensor]) -> bool:
+    """Whether some are parts of one storage."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
+    if not params:
+        raise ValueError("params: expected at least one parameter, got an empty dict")
+    held: dict[object, list[tuple[int, int, str]]] = {}
+    device, first = None, ""
+    for name, tensor in params.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"params[{name!r}]: expected str -> Tensor, got {type(tensor).__name__}"
+            )
+        if (
+            tensor.layout != torch.strided
+            or not tensor.dtype.is_floating_point
+            or tensor.dtype.itemsize < 2
+        ):
+            raise TypeError(
+                f"params[{name!r}]: expected a dense float64, float32, bfloat16 or float16 tensor, got {tensor.dtype} "
+                f"{tensor.layout}; leave it out of params"
+            )
+        tensor = local(tensor)
+        if device is not None and tensor.device != device:
+            raise ValueError(
+                f"params[{name!r}]: on {tensor.device}, but {first!r} is on {device}; make one plan a device"
+            )
+        device, first = tensor.device, first or name
+        if tensor.numel():
+            reach = 1 + sum(
+                (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            start, end = (int(tensor.storage_offset() + at) * tensor.itemsize for at in (0, reach))
+            held.setdefault(storage_key(tensor), []).append((start, end, name))
+    for views in held.values():  # of one storage, as cuDNN keeps the weights of an LSTM
+        views.sort(key=lambda view: view[0])
+        for (_, end, name), (start, _, other) in pairwise(views):
+            if start < end:
+                raise ValueError(
+                    f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, clone() slices"
+                )
+    return any(len(views) > 1 for views in held.values())

@@ -45,23 +45,8 @@ class Block:
     name: str
     count: int
     param: View
-    variance: View
-    salts: tuple[int, ...] = ()  # one a matrix, where parameters are rounded by chance
-
-    def view(self, suffix: str) -> View:
-        return self.variance if suffix == ".variance" else self.param
-
-
-def pick(tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
-    """The matrices ``at`` of all those of a list, as a list."""
-    found, start = [], 0
-    for x in tensors:
-        n = x.shape[0] if x.ndim == 3 else 1
-        low, high = max(at.start - start, 0), min(at.stop - start, n)
-        if low < high:
-            found.append(x if high - low == n else x[low:high])
-        start += n
-    return found
+    line: View  # of a state with one number per row (or column) of every matrix
+    salts: tuple[int, ...] = ()  # one per matrix, where parameters are rounded by chance
 
 
 def join(parts: Sequence[tuple[View | None, Tensor]]) -> Tensor:

@@ -1,31 +1,32 @@
-"""`make_plan`: parameters, routes and options in, a `Plan` out. Everything here happens on the host, once."""
+"""`make_plan`: parameters, routes and options in, a `Plan` out. Everything here happens on the host, once.
+
+check the parameters -> a route each -> decide (parameters.py) -> buckets -> the guard's rule -> Plan
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algorithm.coefficients import resolve
+from ..algorithm.guard import Rule
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
-from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group, storage_key
+from ..algorithm.stages import Stages, stages_of
+from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group
 from ..distributed.messages import Exchange
-from ..distributed.owners import Lane, Spread, balance
-from ..distributed.placements import Sharded, covering, local, reduced, sharded
+from ..distributed.owners import Lane, balance
+from ..distributed.placements import Sharded, covering
 from ..routing.routes import Routes, resolve_routes
 from ..types import Config
-from .layout import Block, View, part_of
-from .plan import AdamWBucket, Bucket, Group, Parameter, Plan, Spec
-from .reading import read_as_matrices, variances
-
-Read = tuple[
-    View, int, int, int
-]  # of a block: how it is read, as how many matrices of how many rows and columns
+from .buckets import AdamWBucket, AnyBucket, Bucket, Group, SharedBucket, members_of, parameter_of
+from .checks import check_params
+from .parameters import Decided, Piece, decide
+from .plan import Plan, Spec
 
 
 def make_plan(
@@ -59,119 +60,40 @@ def make_plan(
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
-    one_storage = _check_params(params)
+    one_storage = check_params(params)
     prepare_inductor()
     routed = resolve_routes(params, {} if routes is None else routes)
+    hyper_of, hypers = _checked_hyper_of(params, hyper_of)
+    stages, device = stages_of(config), next(iter(params.values())).device
 
-    parameters: list[Parameter] = []
-    state: dict[str, Spec] = {}
-    hyper_of, hypers = _hyper_of(params, hyper_of)
-    groups: dict[tuple, tuple[list[Block], list[str]]] = {}
-    adamw: dict[tuple, tuple[list[str], list[str]]] = {}
-    for name, tensor in params.items():
-        route, reason = routed[name]
-        if route.unfrozen is not None and tensor.requires_grad:
-            route, reason = route.unfrozen, "requires a gradient by now"
-        route = replace(route, unfrozen=None)
-        lies = sharded(name, tensor)
-        spec = Spec(
-            tuple(tensor.shape) if lies is None else tuple(n for _, n in lies.here),
-            tensor.dtype,
-            lies,
-        )
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        blocks: tuple[Block, ...] = ()
-        rest, chance = (
-            ("", False) if route.algorithm == "frozen" else _master(name, tensor.dtype, config)
-        )
-        if rest:
-            state[name + rest] = Spec(
-                spec.shape, torch.int16 if rest == ".mantissa" else torch.float32, lies
-            )
-        here_at = () if lies is None else lies.here
-        if route.algorithm == "normuon":
-            read = read_as_matrices(name, tensor, route)
-            by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
-            here, spreads = _here(name, read, lies, mesh)
-            variance, views = variances(here, by_row)
-            salts = [
-                _salts(config.seed, name, (here_at, view.start), n if chance else 0)
-                for view, n, _, _ in here
-            ]
-            own = [
-                Block(name, n, view, own, of)
-                for (view, n, _, _), own, of in zip(here, views, salts, strict=True)
-            ]
-            state[f"{name}.momentum"] = Spec(spec.shape, config.momentum_dtype or wide, lies)
-            if config.normalize:
-                state[f"{name}.variance"] = Spec(
-                    variance, wide, _variance_lies(name, variances(read, by_row)[0], variance, lies)
-                )
-            for block, (_, _, rows, cols), spread in zip(own, read, spreads, strict=True):
-                others = rest, route.transposed, hyper_of[name]
-                key = (rows, cols, tensor.dtype, route.lr_mul, route.wd_mul, spread, *others)
-                held, names = groups.setdefault(key, ([], []))
-                held += [block] if block.count else []
-                names.append(name)
-            blocks = tuple(block for block in own if block.count)
-        elif route.algorithm == "adamw":
-            state[f"{name}.exp_avg"] = state[f"{name}.exp_avg_sq"] = Spec(spec.shape, wide, lies)
-            adamw_key = (rest, chance, tensor.dtype, route.lr_mul, route.wd_mul, hyper_of[name])
-            held_names, names = adamw.setdefault(adamw_key, ([], []))
-            held_names += [] if 0 in spec.shape else [name]
-            names.append(name)
-        parameters.append(Parameter(name, spec, route, reason, blocks, hyper=hyper_of[name]))
-    for counter in ("step", "skipped", "consecutive"):
-        state[f"guard.{counter}"] = Spec((), torch.int32)
+    decided = [
+        decide(name, tensor, *routed[name], config, stages, mesh, hyper_of[name])
+        for name, tensor in params.items()
+    ]
+    state = {key: spec for each in decided for key, spec in each.state.items()}
+    state |= {f"guard.{name}": Spec((), torch.int32) for name in ("step", "skipped", "consecutive")}
     for name in params.keys() & state.keys():
         raise ValueError(
-            f"params[{name!r}]: is the name of a tensor of the state too; give this parameter another one"
+            f"params[{name!r}]: is the name of a tensor of the state too; give this parameter another name"
         )
-
-    device = next(iter(params.values())).device
-    buckets = _bucket(groups, config, device)
-    of = {p.name: () if p.spec.sharded is None else p.spec.sharded.here for p in parameters}
-    adamw_buckets = tuple(
-        AdamWBucket(
-            tuple(held), lr, wd, tuple(names), rest,
-            tuple(salt for name in held for salt in _salts(config.seed, name, of[name], int(chance))), hyper,
-        )
-        for (rest, chance, _, lr, wd, hyper), (held, names) in adamw.items()
-    )  # fmt: skip
-    columns, total = _columns(buckets, adamw_buckets)
-    parameters = [replace(p, columns=tuple(columns.get(p.name, ()))) for p in parameters]
-    most = max(1, *(len(p.columns) for p in parameters)) if parameters else 1
-    table = [(list(p.columns) or [total]) for p in parameters]
-    index = torch.tensor(
-        [(row + row[:1] * most)[:most] for row in table], dtype=torch.int64, device=device
-    )
-    members = [{name for group in bucket.groups for name in group.names} for bucket in buckets]
-    members += [set(bucket.members) for bucket in adamw_buckets]
-    has = torch.tensor(
-        [[p.name in names for p in parameters] for names in members],
-        dtype=torch.bool,
-        device=device,
-    )
-    has = has.reshape(len(members), len(parameters))
-    lie = [p.spec.sharded for p in parameters]
-    group = _guard_group(config, lie, mesh, guard_mesh)
-    alike = (
-        group is None
-        or guard_mesh is None
-        or len({tuple(names) for names in gather_objects(list(params), group)}) == 1
-    )
-    if not alike and config.guard_scope == "bucket":
-        raise ValueError(
-            "guard_mesh: its ranks have other parameters, so that buckets mean nothing to them; guard_scope='step'"
-        )
-    sharded_at_all = any(of is not None for of in lie)
+    buckets, adamw = _matrix_buckets(decided, config, stages, device), _adamw_buckets(decided)
+    placements = [each.parameter.spec.sharded for each in decided]
     return Plan(
-        config, device, tuple(parameters), buckets, adamw_buckets, state, index, has, group, alike, sharded_at_all,
-        one_storage, hypers,
-    )  # fmt: skip
+        config=config,
+        stages=stages,
+        device=device,
+        parameters=tuple(each.parameter for each in decided),
+        buckets=buckets,
+        adamw=adamw,
+        state=state,
+        guard=_guard_rule(params, (*buckets, *adamw), config, device, placements, mesh, guard_mesh),
+        sharded=any(placement is not None for placement in placements),
+        one_storage=one_storage,
+        hypers=hypers,
+    )
 
 
-def _hyper_of(
+def _checked_hyper_of(
     params: Mapping[str, Tensor], given: Mapping[str, int] | None
 ) -> tuple[Mapping[str, int], int]:
     if given is None:
@@ -189,72 +111,141 @@ def _hyper_of(
     return given, 1 + max(given.values())
 
 
-def _master(name: str, dtype: torch.dtype, config: Config) -> tuple[str, bool]:
-    """The suffix of the state that makes a float32 master of a parameter, and whether it is rounded by chance instead."""
-    if config.master == "none" or dtype.itemsize > 2:
-        return "", False
-    if config.master == "fp32":
-        return ".master", False
-    if dtype != torch.bfloat16:
-        raise ValueError(
-            f"params[{name!r}]: Config.master={config.master!r} is for bfloat16, got {dtype}: 16 more bits do not make it a "
-            "float32, whose exponents reach further; use 'fp32'"
-        )
-    return (".mantissa", False) if config.master == "mantissa" else ("", True)
+# ------------------------------------------------------------------------------------- buckets
 
 
-def _salts(seed: int, name: str, where: object, count: int) -> tuple[int, ...]:
-    """Numbers in [0, 2**31), one a matrix: what tells its chances from those of others. Copies on other ranks have the same."""
-    digests = (
-        hashlib.blake2s(repr((seed, name, where, k)).encode(), digest_size=4).digest()
-        for k in range(count)
-    )
-    return tuple(int.from_bytes(digest, "little") >> 1 for digest in digests)
+def _matrix_buckets(
+    decided: Sequence[Decided], config: Config, stages: Stages, device: torch.device
+) -> tuple[Bucket, ...]:
+    chosen = resolve(config.coefficients, config.steps, config.safety_factor)
+    stacks: dict[tuple[Any, ...], list[Group]] = {}
+    for dtype, group in _groups(decided):
+        short, long = sorted((group.rows, group.cols))
+        form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, dtype)
+        apart = config.orthogonalizer is not None or dtype == torch.float64
+        own, at = (
+            dtype if apart else None,
+            group.ownership,
+        )  # own: what a stack may not mix with others
+        ranks = None if at is None else (at.group, at.shards, at.copies)
+        stacks.setdefault((short, long, form, own, ranks, group.hyper), []).append(group)
+
+    shared = balance([group for groups in stacks.values() for group in groups])
+    found: list[Bucket] = []
+    for (short, long, form, own, ranks, hyper), groups in stacks.items():
+        groups = [replace(group, ownership=shared.get(id(group))) for group in groups]
+        common: dict[str, Any] = {
+            "rows": short, "cols": long, "form": form, "coefficients": chosen,
+            "groups": tuple(groups), "hyper": hyper,
+        }  # fmt: skip
+        if ranks is None:
+            found.append(Bucket(**common))
+            continue
+        wide = torch.float64 if own == torch.float64 else torch.float32
+        dtype = wide if config.orthogonalizer else form.dtype
+        lanes = _lanes(groups, config, stages)
+        exchange = Exchange(lanes, dtype, wide, device, overlaps(ranks[0], device))
+        found.append(SharedBucket(**common, exchange=exchange))
+    # Those of one device are orthogonalized while the messages of the others travel.
+    return tuple(sorted(found, key=lambda bucket: bucket.shared_by is not None))
 
 
-def _here(
-    name: str, read: Sequence[Read], lies: Sharded | None, mesh: Ranks | None
-) -> tuple[list[Read], list[Spread | None]]:
-    """What of a parameter's blocks lies on this rank, and how each one's matrices lie on all of them."""
-    if lies is None:
-        return list(read), [Spread.of((), rows, cols, mesh) for _, _, rows, cols in read]
-    here: list[Read] = []
-    spreads: list[Spread | None] = []
-    for view, count, rows, cols in read:
-        try:
-            parts = [part_of(view, count, rows, cols, part) for part in lies.parts]
-        except ValueError as error:
-            raise ValueError(f"params[{name!r}]: {lies.placements}: {error}") from None
-        rects = [rect for _, _, rect in parts]
-        whole = all(rect == (0, rows, 0, cols) for rect in rects)
-        if not whole and any(n != count for _, n, _ in parts):
-            raise ValueError(
-                f"params[{name!r}]: {lies.placements} shards the matrices and the stack of them; shard only one of the two"
-            )
-        own, n, rect = parts[lies.rank]
-        here.append((own, n, rect.rows, rect.cols))
-        spreads.append(
-            None if any(n != count for _, n, _ in parts) else Spread.of(rects, rows, cols, lies)
-        )
-    return here, spreads
-
-
-def _variance_lies(
-    name: str, shape: tuple[int, ...], here: tuple[int, ...], lies: Sharded | None
-) -> Sharded | None:
-    try:
-        found = reduced(lies, shape)
-    except ValueError as error:
-        raise ValueError(f"params[{name!r}]: {error}") from None
-    if found is not None and tuple(length for _, length in found.here) != here:
-        raise ValueError(
-            f"params[{name!r}]: {found.placements} has no equal for a variance of shape {shape}; shard by whole heads"
-        )
+def _groups(decided: Sequence[Decided]) -> list[tuple[torch.dtype, Group]]:
+    """Blocks of one shape, dtype and rate, and their dtype."""
+    alike: dict[tuple[Any, ...], list[Piece]] = {}
+    for each in decided:
+        p, route = each.parameter, each.parameter.route
+        for piece in each.pieces:
+            key = (
+                piece.rows, piece.cols, p.spec.dtype, route.lr_mul, route.wd_mul, piece.ownership,
+                each.master, route.transposed, p.hyper,
+            )  # fmt: skip
+            alike.setdefault(key, []).append(piece)
+    found = []
+    for (rows, cols, dtype, lr, wd, ownership, master, transposed, hyper), pieces in alike.items():
+        group = Group(
+            rows=rows, cols=cols, lr_mul=lr, wd_mul=wd, master=master, transposed=transposed,
+            blocks=tuple(piece.block for piece in pieces if piece.block.count),
+            names=tuple(piece.name for piece in pieces), ownership=ownership, hyper=hyper,
+        )  # fmt: skip
+        found.append((dtype, group))
     return found
 
 
+def _lanes(groups: Sequence[Group], config: Config, stages: Stages) -> list[Lane]:
+    lanes, start = [], 0
+    for group in groups:
+        assert group.ownership is not None
+        short, long = sorted((group.rows, group.cols))
+        by_row = per_row(config, group.rows, group.cols, group.transposed)
+        states = len(stages.line_states) > 0
+        lanes.append(Lane(group.ownership, short, long, group.tall, by_row, states, start))
+        start += lanes[-1].count
+    return lanes
+
+
+def _adamw_buckets(decided: Sequence[Decided]) -> tuple[AdamWBucket, ...]:
+    alike: dict[tuple[Any, ...], list[Decided]] = {}
+    for each in decided:
+        p, route = each.parameter, each.parameter.route
+        if route.algorithm == "adamw":
+            key = (each.master, each.chance, p.spec.dtype, route.lr_mul, route.wd_mul, p.hyper)
+            alike.setdefault(key, []).append(each)
+    found = []
+    for (master, _, _, lr, wd, hyper), members in alike.items():
+        local = [each for each in members if 0 not in each.parameter.spec.shape]
+        found.append(
+            AdamWBucket(
+                lr_mul=lr, wd_mul=wd, master=master, hyper=hyper,
+                columns=[each.parameter.name for each in local],
+                names=[each.parameter.name for each in members],
+                salts=tuple(salt for each in local for salt in each.salts),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+# --------------------------------------------------------------------------------------- guard
+
+
+def _guard_rule(
+    params: Mapping[str, Tensor],
+    buckets: Sequence[AnyBucket],
+    config: Config,
+    device: torch.device,
+    placements: Sequence[Sharded | None],
+    mesh: Ranks | None,
+    guard_mesh: Ranks | None,
+) -> Rule:
+    group = _guard_group(config, placements, mesh, guard_mesh)
+    alike = True
+    if group is not None and guard_mesh is not None:
+        alike = len({tuple(names) for names in gather_objects(list(params), group)}) == 1
+    if not alike and config.guard_scope == "bucket":
+        raise ValueError(
+            "guard_mesh: its ranks have other parameters, so that buckets mean nothing to them; "
+            "write Config(guard_scope='step')"
+        )
+    # All who share a bucket hear of its updates in its messages: then gradients can be agreed on before anything is
+    # written. So it is, too, where nobody else decides.
+    stacks = [bucket for bucket in buckets if isinstance(bucket, Bucket)]
+    early = group is None or all(bucket.shared_by == group for bucket in stacks)
+    return Rule(
+        mode=config.guard,
+        scope=config.guard_scope,
+        parameter_of=parameter_of(buckets, list(params), device),
+        members=members_of(buckets, list(params), device),
+        group=group,
+        alike=alike,
+        early=config.guard == "full" and early,
+    )
+
+
 def _guard_group(
-    config: Config, lie: Sequence[Sharded | None], mesh: Ranks | None, guard_mesh: Ranks | None
+    config: Config,
+    placements: Sequence[Sharded | None],
+    mesh: Ranks | None,
+    guard_mesh: Ranks | None,
 ) -> str | None:
     for name, given in (("mesh", mesh), ("guard_mesh", guard_mesh)):
         if given is not None and not isinstance(given, Ranks):
@@ -267,108 +258,4 @@ def _guard_group(
     if ranks is not None:
         group = process_group(ranks)
         return group.group_name if group.size() > 1 else None
-    return covering(lie)
-
-
-def _check_params(params: Mapping[str, Tensor]) -> bool:
-    """Whether some are parts of one storage."""
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
-    if not params:
-        raise ValueError("params: expected at least one parameter, got an empty dict")
-    held: dict[object, list[tuple[int, int, str]]] = {}
-    device, first = None, ""
-    for name, tensor in params.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"params[{name!r}]: expected str -> Tensor, got {type(tensor).__name__}"
-            )
-        if (
-            tensor.layout != torch.strided
-            or not tensor.dtype.is_floating_point
-            or tensor.dtype.itemsize < 2
-        ):
-            raise TypeError(
-                f"params[{name!r}]: expected a dense float64, float32, bfloat16 or float16 tensor, got {tensor.dtype} "
-                f"{tensor.layout}; leave it out of params"
-            )
-        tensor = local(tensor)
-        if device is not None and tensor.device != device:
-            raise ValueError(
-                f"params[{name!r}]: on {tensor.device}, but {first!r} is on {device}; make one plan a device"
-            )
-        device, first = tensor.device, first or name
-        if tensor.numel():
-            reach = 1 + sum(
-                (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            start, end = (int(tensor.storage_offset() + at) * tensor.itemsize for at in (0, reach))
-            held.setdefault(storage_key(tensor), []).append((start, end, name))
-    for views in held.values():  # of one storage, as cuDNN keeps the weights of an LSTM
-        views.sort(key=lambda view: view[0])
-        for (_, end, name), (start, _, other) in pairwise(views):
-            if start < end:
-                raise ValueError(
-                    f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, clone() slices"
-                )
-    return any(len(views) > 1 for views in held.values())
-
-
-def _bucket(
-    groups: dict[tuple, tuple[list[Block], list[str]]], config: Config, device: torch.device
-) -> tuple[Bucket, ...]:
-    chosen = resolve(config.coefficients, config.steps, config.safety_factor)
-    buckets: dict[tuple, list[Group]] = {}
-    for (rows, cols, of, lr_mul, wd_mul, spread, *others), (blocks, names) in groups.items():
-        short, long = sorted((rows, cols))
-        form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, of)
-        own = (
-            of if config.orthogonalizer is not None or of == torch.float64 else None
-        )  # what a stack may not mix
-        ranks = None if spread is None else (spread.group, spread.shards, spread.copies)
-        group = Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread, *others)
-        buckets.setdefault((short, long, form, own, ranks, group.hyper), []).append(group)
-
-    shared = balance([group for parts in buckets.values() for group in parts])
-    found = []
-    for (short, long, form, own, _, hyper), parts in buckets.items():
-        parts = [replace(group, spread=shared.get(id(group))) for group in parts]
-        exchange = None
-        if parts[0].spread is not None:
-            wide = torch.float64 if own == torch.float64 else torch.float32
-            dtype = wide if config.orthogonalizer else form.dtype
-            exchange = Exchange(
-                _lanes(parts, config), dtype, wide, device, overlaps(parts[0].spread.group, device)
-            )
-        found.append(Bucket(tuple(parts), short, long, form, chosen, exchange, hyper))
-    return tuple(
-        sorted(found, key=lambda bucket: bucket.exchange is not None)
-    )  # what is here, while the rest is on its way
-
-
-def _lanes(groups: Sequence[Group], config: Config) -> list[Lane]:
-    lanes, start = [], 0
-    for group in groups:
-        assert group.spread is not None
-        short, long = sorted((group.rows, group.cols))
-        by_row = per_row(config, group.rows, group.cols, group.transposed)
-        lanes.append(Lane(group.spread, short, long, group.tall, by_row, config.normalize, start))
-        start += lanes[-1].count
-    return lanes
-
-
-def _columns(
-    buckets: tuple[Bucket, ...], adamw: tuple[AdamWBucket, ...]
-) -> tuple[dict[str, list[int]], int]:
-    columns: dict[str, list[int]] = {}
-    at = 0
-    for bucket in buckets:
-        for group in bucket.groups:
-            for block in group.blocks:
-                columns.setdefault(block.name, []).extend(range(at, at + block.count))
-                at += block.count
-    for names in adamw:
-        for name in names.names:
-            columns[name] = [at]
-            at += 1
-    return columns, at
+    return covering(placements)

@@ -135,7 +135,7 @@ def _split_stack(
     return blocks
 
 
-def variances(
+def line_views(
     blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bool]
 ) -> tuple[tuple[int, ...], list[View]]:
     """The shape of a parameter's variance in the state, and the view of it that belongs to each block.
@@ -156,7 +156,7 @@ def variances(
         base = (*lead, *across)
         return base, [View(base, (count, *across) if len(first.shape) == 3 else across)]
     if len(first.base) > 2 and len(set(per_row)) == 1:
-        return _stack_variances(blocks, per_row[0])
+        return _stack_line_views(blocks, per_row[0])
     if not any(per_row) and first.dim == 1:  # one a column, and the columns are what is split
         base = (1, first.base[1])
         return base, [
@@ -190,7 +190,7 @@ def variances(
     return base, views
 
 
-def _stack_variances(
+def _stack_line_views(
     blocks: Sequence[tuple[View, int, int, int]], per_row: bool
 ) -> tuple[tuple[int, ...], list[View]]:
     """Of a stack with splits: the stack's shape with the reduced axis 1, or one for every split."""

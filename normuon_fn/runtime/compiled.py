@@ -42,7 +42,7 @@ def step(
     if torch.compiler.is_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
     return to_dtensors(
-        run_compiled(local_update, params, grads, state, hyper, plan, found_inf), params, plan
+        run_compiled(local_update, params, grads, state, hyper, plan, found_inf), plan
     )
 
 
@@ -100,9 +100,7 @@ def run_compiled(
                 name="normuon_fn kernels",
                 daemon=True,
             ).start()
-        own[form] = compile_whole(
-            function, overlap=any(bucket.exchange for bucket in plan.buckets)
-        )
+        own[form] = compile_whole(function, overlap=plan.sends)
     given = params, grads, state
     try:
         if plan.sharded:
@@ -146,4 +144,4 @@ def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
             for p in kinds.values()
         }
         few = make_plan(params, plan.config, routes={p.name: p.route for p in kinds.values()})
-        function(params, params, init(few, params), Hyper.of(params, lr=0.0), few)
+        function(params, params, init(params, few), Hyper.of(params, lr=0.0), few)

@@ -1,0 +1,46 @@
+"""Weight decay: by what share of itself a parameter shrinks, and in which of its entries.
+
+    decoupled   W <- (1 - lr wd) W - lr U
+    cautious    the same, but only in entries where U W >= 0: decay never works against the update
+
+One pass over memory does it together with the update: the operators ``apply`` and ``apply_wide`` of ops/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..types import DecayForm
+
+
+@dataclass(frozen=True)
+class WeightDecay:
+    """One entry of `WEIGHT_DECAYS`."""
+
+    cautious: bool  # as the operators ``apply`` and ``apply_wide`` call it
+    source: str
+
+
+WEIGHT_DECAYS: dict[DecayForm, WeightDecay] = {
+    "decoupled": WeightDecay(False, "arXiv 1711.05101 (AdamW); arXiv 2510.05491, Algorithm 1"),
+    "cautious": WeightDecay(True, "KellerJordan/modded-nanogpt train_gpt.py, f411b3d3"),
+}
+
+
+def rates(
+    lr: Tensor,  # 0-d
+    weight_decay: Tensor,  # 0-d
+    lr_mul: float,
+    wd_mul: float,
+    dtype: torch.dtype,
+    lr_power: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """``(lr, decay)`` in the dtype of the arithmetic: the learning rate, and the share by which a parameter decays.
+
+    ``lr_power`` 2 makes that share lr^2 wd (KellerJordan/modded-nanogpt).
+    """
+    lr, weight_decay = lr.to(dtype) * lr_mul, weight_decay.to(dtype)
+    return lr, (lr * lr if lr_power == 2 else lr) * weight_decay * wd_mul

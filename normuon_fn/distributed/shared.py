@@ -1,0 +1,195 @@
+"""A bucket whose matrices several ranks have parts or replicas of: each rank orthogonalizes its share of them.
+
+    advance         the new momentums of the local parts, which then set out for the owners of their matrices
+    orthogonalize   the whole matrices that this rank owns; their updates set out for all that have a part of them
+    relay           from the replica that computed an update to the others
+    receive         the local part of every update
+    apply           as on one device
+
+See messages.py for what the messages hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..algorithm.bucket import (
+    Context,
+    Front,
+    MatrixKind,
+    MatrixWork,
+    Members,
+    Runs,
+    Stack,
+    Update,
+)
+from ..algorithm.orthogonalize import to_norm
+from . import messages
+from .messages import Exchange
+
+
+class SharedWork(MatrixWork):
+    """One rank's part in a bucket that others share in. Its groups are, in order, those of ``exchange.lanes``."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        groups: Sequence[Members[MatrixKind]],
+        runs: Runs,
+        context: Context,
+        exchange: Exchange,
+    ) -> None:
+        super().__init__(stack, [group for group in groups if group.local], runs, context)
+        self.exchange, self.all_groups = exchange, groups
+        names = [state.name for state in context.stages.line_states]
+        self.lines = [tuple(ops.stack(group.read(name)) for name in names) for group in groups]
+        self.sent: messages.Sent | None = None
+        self.finite: Tensor | None = None  # [n_matrices] bool, the same on all ranks
+
+    # --------------------------------------------------------- parts of momentums, to the owners of their matrices
+
+    def advance(self) -> None:
+        super().advance()
+        if self.exchange.sharded:
+            parts = [self._part(k, share) for k, share in enumerate(self._shares())]
+            self.sent = self.exchange.send(parts)
+
+    def _shares(self) -> list[Front | None]:
+        """By group, the matrices that this replica orthogonalizes; ``None`` where this rank has no part of them."""
+        shares: list[Front | None] = []
+        tensor = matrix = local = 0
+        for group, lane in zip(self.all_groups, self.exchange.lanes, strict=True):
+            if self.front is None or not group.local:
+                shares.append(None)
+                continue
+            front, share = self.front, lane.spread.share
+            end = tensor + group.tensors
+            momentums = picked(front.momentums[tensor:end], share)
+            grads = picked(front.grads[tensor:end], share)
+            largest, power, squares = (x[matrix:][share] for x in front.measures)
+            stacks = None if front.stacks is None else [front.stacks[local][share]]
+            own = Front(
+                [group], [len(momentums)], momentums, grads, (largest, power, squares), stacks
+            )
+            shares.append(own if momentums else None)
+            tensor, matrix, local = end, matrix + group.count, local + 1
+        return shares
+
+    def _line_states(self, k: int) -> tuple[Tensor, ...]:
+        """[n, rows or cols] each: of this replica's share of a group."""
+        return tuple(x.flatten(1)[self.exchange.lanes[k].spread.share] for x in self.lines[k])
+
+    def _part(self, k: int, share: Front | None) -> messages.Part | None:
+        """What the owners need of the local part of a group; ``None`` if there is none, not even of its line states."""
+        lane = self.exchange.lanes[k]
+        own, has_lines = lane.spread.share, lane.reduced(lane.spread.shards.number)[1] > 0
+        states = self._line_states(k) if has_lines and own.start < own.stop else ()
+        if share is not None:
+            _, power, squares = share.measures
+            x = self.gathered(share, power, torch.ones_like(power))
+        elif states:
+            squares, x = states[0].new_zeros(states[0].shape[:1]), states[0].new_empty(0)
+            power = squares + float("inf")
+        else:
+            return None
+        for state in states:  # other shards may have the same numbers and send theirs
+            power = torch.where(state.isfinite().all(1), power, float("nan"))
+        return messages.Part(x, power, squares, states)
+
+    # ----------------------------------------------- whole matrices on their owners, and updates to all that share them
+
+    def orthogonalize(self) -> None:
+        owned = self._owned()
+        stacks = [stack for stack, _ in owned if stack is not None]
+        whole = (
+            self.iterated(torch.cat(stacks) if len(stacks) > 1 else stacks[0]) if stacks else None
+        )
+        parts = iter(() if whole is None else whole.split([*map(len, stacks)]))
+        updates = [
+            None if stack is None else self._answer(k, next(parts), states)
+            for k, (stack, states) in enumerate(owned)
+        ]
+        sound = self._sound() if self.exchange.copies.size > 1 else None
+        self.sent = self.exchange.send_back(updates, sound)
+
+    def _owned(self) -> list[tuple[Tensor | None, tuple[Tensor, ...]]]:
+        """By group, the matrices that this rank owns, brought to norm 1, and their line states."""
+        if self.sent is None:  # replicas of whole matrices: the owner has them
+            return [
+                (None, ()) if share is None else (self.to_norm_1(share), self._line_states(k))
+                for k, share in enumerate(self._shares())
+            ]
+        return [
+            (None, ()) if whole is None else (self._whole_to_norm_1(whole), whole.states)
+            for whole in self.exchange.receive(self.sent)
+        ]
+
+    def _whole_to_norm_1(self, whole: messages.Whole) -> Tensor:
+        if self.context.config.orthogonalizer is not None:
+            return whole.x * (whole.shift / whole.power[:, None, None])
+        inverse = to_norm(whole.squares, self.stack.coefficients, self.stack.form.dtype)
+        scaled = whole.x.to(inverse.dtype) * (whole.shift * inverse[:, None, None])
+        return scaled.to(self.stack.form.dtype)
+
+    def _answer(self, k: int, part: Tensor, states: tuple[Tensor, ...]) -> messages.Update:
+        kind, dim = self.all_groups[k].kind, self._line_dim(k)
+        update = part.mT if kind.tall else part
+        found = self.normalized(kind, update, tuple(state.unsqueeze(dim) for state in states))
+        new = tuple(state.flatten(1) for state in found.states)
+        return messages.Update(part, found.factor.flatten(1), new, found.finite)
+
+    def _line_dim(self, k: int) -> int:
+        """The dimension that a line state has lost: [n, rows] of [n, rows, 1], [n, cols] of [n, 1, cols]."""
+        return 2 if self.exchange.lanes[k].by_row else 1
+
+    def _sound(self) -> Tensor:
+        """[n_matrices] bool: whether the local momentum and line states are finite. No owner sees another replica's."""
+        found, matrix = [], 0
+        for group, lines in zip(self.all_groups, self.lines, strict=True):
+            sound = torch.ones(group.count, dtype=torch.bool, device=self.context.step.device)
+            if self.front is not None and group.local:
+                sound = self.front.measures[2][matrix : matrix + group.count].isfinite()
+                matrix += group.count
+            for state in lines:
+                sound = sound & state.isfinite().flatten(1).all(1)
+            found.append(sound)
+        return torch.cat(found)
+
+    # ------------------------------------------------------------------------------------ the local part of every update
+
+    def relay(self) -> None:
+        assert self.sent is not None
+        self.sent = self.exchange.relay(self.sent)
+
+    def receive(self) -> None:
+        assert self.sent is not None
+        finite = []
+        for k, part in enumerate(self.exchange.receive_back(self.sent)):
+            group, dim = self.all_groups[k], self._line_dim(k)
+            finite.append(part.finite)
+            if not group.local and not part.factor.shape[1]:
+                continue  # nothing of it is local, not even a line state
+            new = tuple(state.unsqueeze(dim) for state in part.states)
+            update, factor = part.x.mT if group.kind.tall else part.x, part.factor.unsqueeze(dim)
+            self.updates.append(Update(group, update, factor, self.lines[k], new, part.finite))
+        self.finite = torch.cat(finite)
+
+    def bad_updates(self) -> Tensor:
+        assert self.finite is not None
+        return self.with_gradients(~self.finite)
+
+
+def picked(tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
+    """The matrices ``at`` of all those of a list, as a list."""
+    found, start = [], 0
+    for x in tensors:
+        n = x.shape[0] if x.ndim == 3 else 1
+        low, high = max(at.start - start, 0), min(at.stop - start, n)
+        if low < high:
+            found.append(x if high - low == n else x[low:high])
+        start += n
+    return found

@@ -1,0 +1,142 @@
+"""What is done together in a step: groups of matrices in buckets, and AdamW's parameters in theirs.
+
+A bucket knows how its work is done (`Bucket.work`): on one device, shared between ranks, or by AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..algorithm.adamw import AdamWWork
+from ..algorithm.bucket import Kind, MatrixKind, MatrixWork, Stack, Work
+from ..distributed.messages import Exchange
+from ..distributed.owners import Spread
+from ..distributed.shared import SharedWork
+from ..types import Config
+from .layout import Block
+from .tensors import StepTensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(MatrixKind):
+    """Blocks of one shape, dtype and rate: one stack for everything but the orthogonalization."""
+
+    blocks: tuple[Block, ...]
+    names: tuple[
+        str, ...
+    ]  # of all parameters that belong to it, also those of which nothing is on this rank
+    ownership: Spread | None = None  # where ranks share the matrices: who owns which
+    hyper: int = 0  # which entry of Hyper's tensors
+
+    @property
+    def local(self) -> bool:
+        """Whether any entry of it is on this rank."""
+        return self.ownership is None or self.ownership.here.size > 0
+
+    @property
+    def count(self) -> int:
+        return sum(block.count for block in self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket(Stack):
+    """Groups whose matrices, tall ones transposed, are orthogonalized as one stack [n, rows <= cols] on one device."""
+
+    groups: tuple[Group, ...]
+    hyper: int = 0
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for group in self.groups for block in group.blocks]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all parameters whose matrices are in it."""
+        return [name for group in self.groups for name in group.names]
+
+    @property
+    def columns(self) -> list[str]:
+        """The parameter of each of its matrices on this rank, in the order of the flags."""
+        return [block.name for block in self.blocks for _ in range(block.count)]
+
+    @property
+    def shared_by(self) -> str | None:
+        """The process group of the ranks that share its work."""
+        return None
+
+    def how(self, config: Config) -> str:
+        """How its matrices are orthogonalized, for the table of the plan."""
+        if config.orthogonalizer is not None:
+            return "own orthogonalizer"
+        kernels = ", symmetric kernels" if self.form.products == "symmetric" else ""
+        return f"{self.form.method} {short_name(self.form.dtype)}{kernels}"
+
+    def work(self, tensors: StepTensors) -> Work:
+        groups = [tensors.members(group, group.blocks) for group in self.groups]
+        runs = [(tensors.has_gradient(block.name), block.count) for block in self.blocks]
+        context = tensors.context(self.hyper)
+        return MatrixWork(self, [group for group in groups if group.tensors], runs, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedBucket(Bucket):
+    """The same where ranks have parts or replicas of the matrices: each rank orthogonalizes a share of them."""
+
+    exchange: Exchange
+
+    @property
+    def shared_by(self) -> str | None:
+        return self.exchange.group
+
+    def how(self, config: Config) -> str:
+        ranks = self.exchange.shards.size * self.exchange.copies.size
+        return f"{super().how(config)}, shared by {ranks} ranks"
+
+    def work(self, tensors: StepTensors) -> Work:
+        groups = [tensors.members(group, group.blocks, group.local) for group in self.groups]
+        runs = [(group.local, group.count) for group in self.groups]
+        context = tensors.context(self.hyper)
+        return SharedWork(self, groups, runs, context, self.exchange)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWBucket(Kind):
+    """Parameters that AdamW updates at one rate."""
+
+    columns: list[str]  # the parameters of which anything is on this rank
+    names: list[str]  # all of them
+    salts: tuple[int, ...] = ()  # one per column, where they are rounded by chance
+    hyper: int = 0
+
+    shared_by = None
+
+    def work(self, tensors: StepTensors) -> Work:
+        runs = [(tensors.has_gradient(name), 1) for name in self.columns]
+        members = tensors.whole_members(self, self.columns, self.salts)
+        return AdamWWork(members, runs, tensors.context(self.hyper))
+
+
+AnyBucket = Bucket | AdamWBucket
+
+
+def parameter_of(
+    buckets: Sequence[AnyBucket], names: Sequence[str], device: torch.device
+) -> Tensor:
+    """[n_matrices] int64: the place in ``names`` of the parameter of every matrix on this rank. See `guard.Rule`."""
+    place = {name: k for k, name in enumerate(names)}
+    found = [place[name] for bucket in buckets for name in bucket.columns]
+    return torch.tensor(found, dtype=torch.int64, device=device)
+
+
+def members_of(buckets: Sequence[AnyBucket], names: Sequence[str], device: torch.device) -> Tensor:
+    """[n_buckets, n_params] bool: which parameters each bucket decides about. See `guard.Rule`."""
+    rows = [[name in own for name in names] for own in (set(bucket.names) for bucket in buckets)]
+    return torch.tensor(rows, dtype=torch.bool, device=device).reshape(len(rows), len(names))
+
+
+def short_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

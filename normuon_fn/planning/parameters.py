@@ -1,0 +1,199 @@
+"""What one parameter brings into a plan: its state, and the blocks of matrices that go into buckets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..algorithm import adamw
+from ..algorithm.normalize import per_row
+from ..algorithm.stages import Stages
+from ..algorithm.state import MASTERS, State
+from ..compat import Ranks
+from ..distributed.owners import Spread
+from ..distributed.placements import Sharded, reduced, sharded
+from ..routing.routes import Route
+from ..types import Config
+from .layout import Block, View, part_of
+from .plan import Parameter, Spec
+from .reading import line_views, read_as_matrices
+
+Read = tuple[
+    View, int, int, int
+]  # a block: how it is read, as how many matrices of how many rows and columns
+
+
+class Piece(NamedTuple):
+    """One block of a parameter, and what it must have in common with those that it shares a group with."""
+
+    name: str
+    block: Block
+    rows: int
+    cols: int
+    ownership: Spread | None
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Everything that `make_plan` needs of one parameter."""
+
+    parameter: Parameter
+    state: dict[str, Spec]
+    master: str  # the state that makes a float32 master of it, or none
+    chance: bool  # it is rounded by chance instead
+    pieces: tuple[Piece, ...] = ()
+    salts: tuple[int, ...] = ()  # of a parameter of AdamW's
+
+
+def decide(
+    name: str,
+    tensor: Tensor,
+    route: Route,
+    reason: str,
+    config: Config,
+    stages: Stages,
+    mesh: Ranks | None,
+    hyper: int,
+) -> Decided:
+    """What a parameter brings into a plan.
+
+    Raises:
+        ValueError: the route does not fit the parameter, or its placements cut through what is one matrix.
+    """
+    if route.unfrozen is not None and tensor.requires_grad:
+        route, reason = route.unfrozen, "requires a gradient by now"
+    route = replace(route, unfrozen=None)
+    placed = sharded(name, tensor)
+    shape = tuple(tensor.shape) if placed is None else tuple(n for _, n in placed.here)
+    parameter = Parameter(name, Spec(shape, tensor.dtype, placed), route, reason, hyper=hyper)
+    if route.algorithm == "frozen":
+        return Decided(parameter, {}, "", False)
+    master, chance = _master(name, tensor.dtype, config)
+    states = [MASTERS[config.master]] if master else []
+    if route.algorithm == "adamw":
+        found = _entry_states(parameter, [*states, *adamw.STATES], config)
+        salts = _salts(config.seed, name, () if placed is None else placed.here, int(chance))
+        return Decided(parameter, found, master, chance, salts=salts)
+    entries = [state for state in stages.states if state.per == "entry"]
+    found = _entry_states(parameter, [*states, *entries], config)
+    pieces, lines = _matrices(parameter, tensor, config, mesh, chance, bool(stages.line_states))
+    for state in stages.line_states:
+        assert lines is not None
+        found[f"{name}.{state.name}"] = replace(lines, dtype=state.dtype_for(config, tensor.dtype))
+    blocks = tuple(piece.block for piece in pieces if piece.block.count)
+    return Decided(replace(parameter, blocks=blocks), found, master, chance, pieces)
+
+
+def _entry_states(parameter: Parameter, states: Sequence[State], config: Config) -> dict[str, Spec]:
+    """The specs of states that are shaped and placed as their parameter is."""
+    spec = parameter.spec
+    return {
+        f"{parameter.name}.{state.name}": Spec(
+            spec.shape,
+            state.dtype_for(config, spec.dtype),
+            spec.sharded,
+            state.starts_as == "parameter",
+        )
+        for state in states
+    }
+
+
+def _master(name: str, dtype: torch.dtype, config: Config) -> tuple[str, bool]:
+    """The state that makes a float32 master of a parameter, and whether it is rounded by chance instead."""
+    if config.master == "none" or dtype.itemsize > 2:
+        return "", False
+    if config.master == "fp32":
+        return MASTERS["fp32"].name, False
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"params[{name!r}]: Config.master={config.master!r} is for bfloat16, got {dtype}: 16 more bits do not "
+            "make it a float32, whose exponents reach further; use 'fp32'"
+        )
+    return ("", True) if config.master == "stochastic" else (MASTERS["mantissa"].name, False)
+
+
+def _matrices(
+    parameter: Parameter,
+    tensor: Tensor,
+    config: Config,
+    mesh: Ranks | None,
+    chance: bool,
+    lines: bool,
+) -> tuple[tuple[Piece, ...], Spec | None]:
+    """The blocks of a parameter, and the spec of a state with one number per row (or column) of its matrices."""
+    name, route, placed = parameter.name, parameter.route, parameter.spec.sharded
+    read = read_as_matrices(name, tensor, route)
+    by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
+    local, ownerships = _local(name, read, placed, mesh)
+    shape, views = line_views(local, by_row)
+    where = () if placed is None else placed.here
+    pieces = []
+    for (_, _, rows, cols), (view, n, _, _), line, ownership in zip(
+        read, local, views, ownerships, strict=True
+    ):
+        salts = _salts(config.seed, name, (where, view.start), n if chance else 0)
+        pieces.append(Piece(name, Block(name, n, view, line, salts), rows, cols, ownership))
+    spec = None
+    if lines:
+        whole_shape = line_views(read, by_row)[0]
+        spec = Spec(shape, torch.float32, _line_placement(name, whole_shape, shape, placed))
+    return tuple(pieces), spec
+
+
+def _local(
+    name: str, read: Sequence[Read], placed: Sharded | None, mesh: Ranks | None
+) -> tuple[list[Read], list[Spread | None]]:
+    """What this rank has of a parameter's blocks, and how the matrices of each are spread over all ranks."""
+    if placed is None:
+        return list(read), [Spread.of((), rows, cols, mesh) for _, _, rows, cols in read]
+    local: list[Read] = []
+    ownerships: list[Spread | None] = []
+    for view, count, rows, cols in read:
+        try:
+            parts = [part_of(view, count, rows, cols, part) for part in placed.parts]
+        except ValueError as error:
+            raise ValueError(f"params[{name!r}]: {placed.placements}: {error}") from None
+        rects = [rect for _, _, rect in parts]
+        whole, same = (
+            all(rect == (0, rows, 0, cols) for rect in rects),
+            all(n == count for _, n, _ in parts),
+        )
+        if not whole and not same:
+            raise ValueError(
+                f"params[{name!r}]: {placed.placements} shards the matrices and the stack of them; shard only "
+                "one of the two"
+            )
+        own, n, rect = parts[placed.rank]
+        local.append((own, n, rect.rows, rect.cols))
+        ownerships.append(Spread.of(rects, rows, cols, placed) if same else None)
+    return local, ownerships
+
+
+def _line_placement(
+    name: str, shape: tuple[int, ...], local: tuple[int, ...], placed: Sharded | None
+) -> Sharded | None:
+    """How a state with one number per row (or column) is placed on the mesh of its parameter."""
+    try:
+        found = reduced(placed, shape)
+    except ValueError as error:
+        raise ValueError(f"params[{name!r}]: {error}") from None
+    if found is not None and tuple(length for _, length in found.here) != local:
+        raise ValueError(
+            f"params[{name!r}]: {found.placements} has no counterpart for a state of shape {shape}, one number "
+            "per row or column of every matrix; shard by whole heads"
+        )
+    return found
+
+
+def _salts(seed: int, name: str, where: object, count: int) -> tuple[int, ...]:
+    """Numbers in [0, 2**31), one per matrix, which tell its chances from those of others. Replicas have the same."""
+    digests = (
+        hashlib.blake2s(repr((seed, name, where, k)).encode(), digest_size=4).digest()
+        for k in range(count)
+    )
+    return tuple(int.from_bytes(digest, "little") >> 1 for digest in digests)
