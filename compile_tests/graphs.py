@@ -262,10 +262,7 @@ def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
         put(shared)
         try:
             return function(
-                *(
-                    with_tensors(held) if value is plan else next(given)
-                    for value in args
-                )
+                *(with_tensors(held) if value is plan else next(given) for value in args)
             )
         finally:
             put(tables)

@@ -407,7 +407,9 @@ def test_a_further_exchange_goes_red(
 
 def test_a_second_reduction_goes_red(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = guard.all_reduce_max
-    monkeypatch.setattr(guard, "all_reduce_max", lambda flags, group: kept(kept(flags, group), group))
+    monkeypatch.setattr(
+        guard, "all_reduce_max", lambda flags, group: kept(kept(flags, group), group)
+    )
     with graphs.fake_ranks(8), pytest.raises(AssertionError, match=r"found .*'all_reduce': 2"):
         given = laid_out("FSDP2, rows", 8, nm.Config(guard="output", **SHORT))
         check(seen(given), sharded=2, reductions=1, flags=len(MATRICES))
@@ -423,7 +425,11 @@ def multiplied(sent: exchange.Sent) -> Tensor:
     [
         ("advance", lambda sent: wait(sent.words), "waited for before the first product"),
         ("advance", multiplied, "sent after the first product"),
-        ("orthogonalize", lambda sent: wait(sent.words), "updates waited for before the last product"),
+        (
+            "orthogonalize",
+            lambda sent: wait(sent.words),
+            "updates waited for before the last product",
+        ),
     ],
 )
 def test_waiting_at_once_goes_red(

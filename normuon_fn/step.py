@@ -2,8 +2,8 @@
 
     read -> momentum -> orthogonalize -> normalize -> guard -> apply -> StepResult
 
-`update` is the step as a pure function, for your own graph. `normuon_fn.step` is `update` compiled and
-`normuon_fn.step_` the same in place: see runtime/compiled.py.
+`update` is the step as a pure function, for your own graph. `normuon_fn.step` is `update` compiled
+and `normuon_fn.step_` the same in place: see runtime/compiled.py.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from .types import Grads, Hyper, StepResult, Tensors
 
 
 def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
-    """All state of all parameters, by name, on the plan's device: zeros, except that a float32 master begins as its parameter.
+    """All state of all parameters, by name, on the plan's device.
 
-    Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one number per row;
-    heads and splits have their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; with
-    `Config.master` also ``"<name>.mantissa"`` (int16) or ``"<name>.master"`` (float32), as the parameter;
-    ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d int32.
+    Everything begins as zeros, except a float32 master, which begins as its parameter.
 
-    Ranks that share work compare their plans here: a collective. The order ``init(plan, params)`` of version 0.1 is
-    accepted too.
+    Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one
+    number per row; heads and splits have their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"``
+    as the parameter; with `Config.master` also ``"<name>.mantissa"`` (int16) or ``"<name>.master"``
+    (float32), as the parameter; ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d
+    int32.
+
+    Ranks that share work compare their plans here: a collective. ``init(plan, params)``, the order
+    of version 0.1, is accepted too.
 
     Raises:
         TypeError: ``plan`` is not a Plan.
@@ -61,10 +64,10 @@ def update(
     *,
     found_inf: Tensor | None = None,  # 0-d or [1]; > 0 skips the step, as in torch.amp.GradScaler
 ) -> StepResult:
-    """One NorMuon step, pure: new parameters and state, the old ones untouched. For your own ``torch.compile``.
+    """One NorMuon step, pure: new parameters and new state; for your own ``torch.compile``.
 
-    A gradient of ``None`` leaves that parameter and its state as they are; which ones are ``None`` is static. The step
-    has no derivative.
+    A gradient of ``None`` leaves that parameter and its state as they are; which ones are ``None``
+    is static. The step has no derivative.
 
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
@@ -121,7 +124,7 @@ def _checked_step(
 
 
 def _whole_step(tensors: StepTensors, plan: Plan, found_inf: Tensor | None) -> StepResult:
-    """Every bucket goes through the same stages; what a stage is for it, its work knows. See algorithm/bucket.py."""
+    """Every bucket goes through the same stages; some leave some out. See algorithm/work.py."""
     works = [bucket.work(tensors) for bucket in plan.all_buckets]
     agreement = Agreement(plan.guard, found_inf)
     agreement.before(works)  # guard="full": are all gradients finite?

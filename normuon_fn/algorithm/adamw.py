@@ -1,4 +1,4 @@
-"""AdamW for what is not a matrix: in the same step, behind the same guard, by the same stages with most of them empty.
+"""AdamW for what is not a matrix: in the same step, behind the same guard, by the same stages.
 
 Source: arXiv 1711.05101, with the bias correction of torch.optim.AdamW.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from .bucket import Context, Kind, Members, Runs, Work, complete
 from .state import State
 from .weight_decay import rates
+from .work import Context, Kind, Members, Runs, Work, complete
 
 STATES = (State("exp_avg", "entry"), State("exp_avg_sq", "entry"))
 
 
 class AdamWWork(Work):
-    """Parameters of one learning rate, of any shapes. They are updated when the guard has decided, all at once."""
+    """Parameters of one learning rate, of any shapes, updated when the guard has decided."""
 
     def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
         self.members, self.runs, self.context = members, runs, context

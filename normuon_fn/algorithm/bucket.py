@@ -1,153 +1,26 @@
-"""One bucket of matrices on its way through the step. `MatrixWork` is the way on one device; read it top to bottom.
+"""A bucket of matrices on its way through the step, whole on this rank and nobody else's work.
 
-advance         momentum
-orthogonalize   to norm 1, precondition, Newton-Schulz, normalize
-relay, receive  nothing here: messages of matrices that ranks share (distributed/shared.py)
-apply           weight decay and update; or everything keeps its bits
+    advance         momentum
+    orthogonalize   to norm 1, precondition, Newton-Schulz, normalize
+    apply           weight decay and update; or everything keeps its bits
+
+Read `MatrixWork` from top to bottom. What matrices that ranks share need: distributed/shared.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops.reference import Measures
-from ..types import Config, Hyper
-from .coefficients import CoefficientSet
-from .guard import Decision
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
-from .orthogonalize import Form, carry, iterate, to_norm
-from .stages import Stages
+from .orthogonalize import carry, iterate, to_norm
 from .weight_decay import rates
-
-# ---------------------------------------------------------------------- what a bucket is made of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What the parameters of one group have in common."""
-
-    lr_mul: float
-    wd_mul: float
-    master: str = ""  # the state that makes float32 masters of them: "mantissa", "master" or none
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixKind(Kind):
-    """The same of matrices, which are one stack for everything but the orthogonalization."""
-
-    rows: int
-    cols: int
-    transposed: bool = False  # the outputs are the columns
-
-    @property
-    def tall(self) -> bool:
-        return self.rows > self.cols
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stack:
-    """What the groups of one bucket have in common: tall matrices transposed, they are one stack [n, rows, cols]."""
-
-    rows: int  # rows <= cols
-    cols: int
-    form: Form
-    coefficients: CoefficientSet
-
-
-K = TypeVar("K", bound=Kind, covariant=True)
-
-
-@dataclass(frozen=True)
-class Members(Generic[K]):
-    """The tensors of one group in this step. Whose they are, only ``read`` and ``put`` know."""
-
-    kind: K
-    count: int  # of matrices
-    tensors: (
-        int  # that these are in: each is one matrix [rows, cols] or several [count, rows, cols]
-    )
-    read: Callable[[str], list[Tensor]]  # "param", "grad", or the name of a state
-    put: Callable[[str, list[Tensor]], None]  # new ones in their place
-    salts: list[int]  # one per matrix, where parameters are rounded by chance
-    local: bool = True  # False: none of their entries is on this rank
-
-
-class Context(NamedTuple):
-    """What all works of a step share."""
-
-    config: Config
-    stages: Stages
-    hyper: Hyper  # 0-d tensors
-    writes: ops.Writes
-    step: Tensor  # 0-d int32, the number of steps so far: rounding by chance depends on it
-    adamw_step: Tensor  # 0-d int32, the number of this step for the bias correction of AdamW
-    early: bool  # the guard agrees about gradients before anything is written
-    holds_late: bool  # only the agreement at the end of the step tells if momentums keep their bits
-
-
-Runs = Sequence[
-    tuple[bool, int]
-]  # of a bucket's matrices in order: do they take part here, how many
-
-
-def complete(
-    flags: Tensor | None,  # [..., n] bool, of the matrices that take part; None: none does
-    runs: Runs,
-    context: Context,
-) -> Tensor:
-    """[..., n_matrices]: False for the matrices that take no part in this step on this rank."""
-    if flags is not None and all(here for here, _ in runs):
-        return flags
-    lead = () if flags is None else flags.shape[:-1]
-    found, at = [], 0
-    for here, count in runs:
-        if here and flags is not None:
-            found.append(flags[..., at : at + count])
-            at += count
-        else:
-            none = torch.zeros((*lead, count), dtype=torch.bool, device=context.step.device)
-            found.append(none)
-    return torch.cat(found, -1)
-
-
-class Work:
-    """The stages of the step, of which a bucket may leave any out. `guard.Agreement` sets ``hold`` and ``skip``."""
-
-    hold: Decision = None
-    skip: Decision = None
-
-    def bad_gradients(self) -> Tensor:
-        """See `guard.Guarded`."""
-        raise NotImplementedError
-
-    def bad_updates(self) -> Tensor:
-        """See `guard.Guarded`."""
-        raise NotImplementedError
-
-    def advance(self) -> None:
-        """The new momentum, and messages that can set out by then."""
-
-    def orthogonalize(self) -> None:
-        """The update of every matrix that this rank orthogonalizes."""
-
-    def relay(self) -> None:
-        """Updates to other replicas."""
-
-    def receive(self) -> None:
-        """Updates from other ranks."""
-
-    def apply(self) -> None:
-        """New parameters, or the old ones."""
-
-
-# -------------------------------------------------------------------------------- on one device
+from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
 
 
 class Front(NamedTuple):
@@ -190,18 +63,14 @@ class MatrixWork(Work):
     # ------------------------------------------------------------------------------- for the guard
 
     def bad_gradients(self) -> Tensor:
-        """A non-finite gradient makes a non-finite update, even where the momentum keeps its bits."""
-        grads = [group.read("grad") for group in self.groups]
-        largest = (
-            ops.largest([x for part in grads for x in part], [*map(len, grads)]) if grads else None
-        )
+        """A bad gradient makes a bad update, even where the momentum keeps its bits."""
+        largest = ops.largest(self._read("grad"), self.sizes) if self.groups else None
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
-        found = [update.finite for update in self.updates]
-        return self.with_gradients(
-            complete(~torch.cat(found) if found else None, self.runs, self.context)
-        )
+        finite = [update.finite for update in self.updates]
+        bad = ~torch.cat(finite) if finite else None
+        return self.with_gradients(complete(bad, self.runs, self.context))
 
     def with_gradients(self, update: Tensor) -> Tensor:
         """[2, n_matrices] bool from [n_matrices] bool."""
@@ -211,7 +80,7 @@ class MatrixWork(Work):
         return torch.stack([update | grad, grad])
 
     def _bad_by(self, largest: Tensor | None) -> Tensor:
-        """[n_matrices] bool: whether gradients with these largest entries are bad for the momentum."""
+        """[n_matrices] bool: whether gradients of these largest entries break the momentum."""
         if largest is None:
             return complete(None, self.runs, self.context)
         fine = keeps_momentum_finite(largest, self.context.hyper.momentum, self.context.config)
@@ -273,7 +142,7 @@ class MatrixWork(Work):
         return self.gathered(front, power, inverse)
 
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
-        """One stack of what is orthogonalized, ``(x * power) * inverse`` in the dtype of the products."""
+        """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
         context = self.context
         _, form, nesterov = self._rule()
         dtype = power.dtype if context.config.orthogonalizer else self.stack.form.dtype
@@ -292,12 +161,15 @@ class MatrixWork(Work):
         )
         if whole.shape[1:] != (rows, cols):
             raise ValueError(
-                f"Config.orthogonalizer: expected [n, {rows}, {cols}], got {tuple(whole.shape)}; it "
+                f"Config.orthogonalizer: expected [n, {rows}, {cols}], got {tuple(whole.shape)}; "
+                "it "
                 "must return a stack of the shape that it was given"
             )
         return whole
 
-    def normalized(self, kind: MatrixKind, update: Tensor, states: tuple[Tensor, ...]) -> Normalized:
+    def normalized(
+        self, kind: MatrixKind, update: Tensor, states: tuple[Tensor, ...]
+    ) -> Normalized:
         config = self.context.config
         carried = 1.0 if config.orthogonalizer else carry(self.stack.form.dtype)
         beta2 = self.context.hyper.beta2

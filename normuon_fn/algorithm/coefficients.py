@@ -1,8 +1,9 @@
 """Newton-Schulz coefficient sets, each with its source.
 
-One step maps every singular value ``x`` of a matrix to ``a*x + b*x**3 + c*x**5``. A set is a sequence of ``(a, b, c)`` rows,
-one a step, together with what the iteration has to do around them: how the matrix is brought to spectral norm <= 1 first, by
-which factor that norm is enlarged for safety, and what follows when more steps are asked for than rows are given.
+One step maps every singular value ``x`` of a matrix to ``a*x + b*x**3 + c*x**5``. A set is a
+sequence of ``(a, b, c)`` rows, one a step, together with what the iteration has to do around them:
+how the matrix is brought to spectral norm <= 1 first, by which factor that norm is enlarged for
+safety, and what follows when more steps are asked for than rows are given.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from ..types import Coefficients, Row, check_coefficients
 
 @dataclass(frozen=True)
 class CoefficientSet:
-    """``rows``: the polynomial of each step. ``beyond``: what follows the last row when more steps are asked for."""
+    """``rows``: the polynomial of each step. ``beyond``: what follows the last row."""
 
     rows: tuple[Row, ...]
     source: str
     beyond: Literal["repeat", "cycle"] = "repeat"
-    norm_factor: float = 1.0  # the Frobenius norm is multiplied by it, so that rounding never leaves a singular value above 1
+    # the Frobenius norm is multiplied by it, so that rounding never leaves a singular value above 1
+    norm_factor: float = 1.0
     rescale: Literal["frobenius", "aol"] = "frobenius"
     safety_factor: float | None = (
         None  # default divisor of the polynomial's argument; None: the rows are used as they are
@@ -50,7 +52,8 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
             (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
             (1.875, -1.25, 0.375),
         ),
-        "arXiv 2505.16932, Algorithm 1 (minimax quintics from sigma 1e-3); the last row, which converges, is never divided",
+        "arXiv 2505.16932, Algorithm 1 (minimax quintics from sigma 1e-3); the last row, which "
+        "converges, is never divided",
         safety_factor=1.05,
     ),
     "polar_express_cushioned": CoefficientSet(
@@ -61,10 +64,13 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
             (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
             (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
         ),
-        "modded-nanogpt, microsoft/dion, nanochat: arXiv 2505.16932 with cushion 2, 1.02 divided in",
+        "modded-nanogpt, microsoft/dion, nanochat: arXiv 2505.16932 with cushion 2, 1.02 divided "
+        "in",
         norm_factor=1.02,
     ),
-    "quintic": CoefficientSet(_YOU, "YouJiacheng / leloykun; NVIDIA-NeMo/Emerging-Optimizers `quintic`", "cycle"),
+    "quintic": CoefficientSet(
+        _YOU, "YouJiacheng / leloykun; NVIDIA-NeMo/Emerging-Optimizers `quintic`", "cycle",
+    ),
     "you": CoefficientSet(_YOU, "YouJiacheng / leloykun, the same rows as `quintic`", "cycle"),
     "cans": CoefficientSet(
         (
@@ -83,10 +89,14 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
             (2.7763, -2.3190, 0.5523),
             (2.4231, -2.2861, 0.8193),
         ),
-        "flash-newton-schulz; the almost-orthogonal-layer row rescale of arXiv 2208.03160 in the place of the Frobenius norm",
+        "flash-newton-schulz; the almost-orthogonal-layer row rescale of arXiv 2208.03160 in the "
+        "place of the Frobenius norm",
         rescale="aol",
     ),
-    "deepseekv4": CoefficientSet((_SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2, "DeepSeek-V4 report: 8 fast steps, 2 that converge"),
+    "deepseekv4": CoefficientSet(
+        (_SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2,
+        "DeepSeek-V4 report: 8 fast steps, 2 that converge",
+    ),
     "cubic5": CoefficientSet(
         (
             (3.3656576, -3.3420992, 0.0),
@@ -107,11 +117,12 @@ def resolve(
 ) -> CoefficientSet:
     """The set with exactly ``steps`` rows and the safety factor divided in.
 
-    ``safety_factor`` sf >= 1 replaces p(x) by p(x / sf) in every row but the last of the table, so that a singular value that
-    rounding pushed above 1 is still mapped to at most 1 (arXiv 2505.16932, section 4). ``None`` takes the set's own.
+    ``safety_factor`` sf >= 1 replaces p(x) by p(x / sf) in every row but the last of the table, so
+    that a singular value that rounding pushed above 1 is still mapped to at most 1 (arXiv
+    2505.16932, section 4). ``None`` takes the set's own.
 
     Raises:
-        ValueError: unknown name, malformed rows, ``steps`` < 1, a safety factor below 1, or steps the set does not have.
+        TypeError, ValueError: as `check_coefficients`.
     """
     checked = check_coefficients(coefficients, steps, safety_factor)
     if isinstance(checked, str):
@@ -137,15 +148,18 @@ def _divide(row: Row, factor: float) -> Row:
 
 @cache
 def gram_restarts(rows: tuple[Row, ...], careful: bool = False) -> tuple[int, ...]:
-    """The steps before which the Gram iteration must recompute ``x x^T``: as few as keep it well conditioned.
+    """The steps before which the Gram iteration must recompute ``x x^T``: as few as keep it well
+    conditioned.
 
-    In 16 bits ``x x^T`` has spurious eigenvalues near -4e-4, which the Gram recursion amplifies without bound. The recursion
-    is simulated on the spectrum ``sigma**2 - 4e-4``; a choice of restarts is judged by the worst condition number that any
-    factor ``q`` reaches, and restarts are added, the best one first, until it is below 1e3 (Gram Newton-Schulz, Dao-AILab).
+    In 16 bits ``x x^T`` has spurious eigenvalues near -4e-4, which the Gram recursion amplifies
+    without bound. The recursion is simulated on the spectrum ``sigma**2 - 4e-4``; a choice of
+    restarts is judged by the worst condition number that any factor ``q`` reaches, and restarts are
+    added, the best one first, until it is below 1e3 (Gram Newton-Schulz, Dao-AILab).
 
-    ``careful`` adds steps 2 and 3. Matrices with few rows or nearly square need it: Gaussian, Polar Express, float16, median
-    error of a row with restarts (2,) against (2, 3): 32x64 .56 against .21 %, 128x128 1.8 against .21 %, 128x256 .19 against
-    .18 % (2026-11-22, CPU). ``cans`` restarts at every step, which is the standard form: nothing less keeps it below 1e3.
+    ``careful`` adds steps 2 and 3. Matrices with few rows or nearly square need it: Gaussian, Polar
+    Express, float16, median error of a row with restarts (2,) against (2, 3): 32x64 .56 against .21
+    %, 128x128 1.8 against .21 %, 128x256 .19 against .18 % (2026-11-22, CPU). ``cans`` restarts at
+    every step, which is the standard form: nothing less keeps it below 1e3.
     """
     chosen: tuple[int, ...] = ()
     while len(chosen) < len(rows) - 1 and _worst_condition(rows, chosen) >= 1e3:

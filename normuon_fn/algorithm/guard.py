@@ -1,10 +1,11 @@
-"""The guard against non-finite updates: one decision for a whole step and all of its ranks, without a host sync.
+"""The guard against non-finite updates: one decision per step for all ranks, without a host sync.
 
-    flags by matrix, from every bucket  -->  flags by parameter  -->  agreed between ranks  -->  what keeps its bits
+    flags by matrix  -->  flags by parameter  -->  agreed between ranks  -->  what keeps its bits
 
-The ranks agree once per step, by one all_reduce. With ``guard="full"`` they do it before anything is written, about
-gradients, if all who share in a bucket hear of its updates in the messages that they exchange anyway; otherwise they do
-it at the end of the step, about gradients and updates together, and the momentum is written only then.
+The ranks agree once per step, by one all_reduce. With ``guard="full"`` they do it before anything
+is written, about gradients, if all who share in a bucket hear of its updates in the messages that they
+exchange anyway; otherwise they do it at the end of the step, about gradients and updates together,
+and the momentum is written only then.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from ..compat import all_reduce_max
 from ..types import Guard, GuardScope
 
 Decision = Tensor | None
-"""0-d bool: whether something keeps its bits. ``None`` where nothing ever does: the graph then has no select."""
+"""0-d bool: whether something keeps its bits. ``None``: it never does, and there is no select."""
 
 
 class Guarded(Protocol):
     """A bucket on its way through the step, as far as the guard knows it."""
 
     hold: Decision  # whether its momentum keeps its bits
-    skip: Decision  # whether its parameters, their masters, its variances and AdamW moments keep theirs
+    # whether its parameters, their masters, its variances and AdamW moments keep theirs
+    skip: Decision
 
     def bad_gradients(self) -> Tensor:
-        """[2, n_matrices] bool before anything is written: non-finite updates as far as they are known, gradients."""
+        """[2, n_matrices] bool before anything is written: updates as far as known, gradients."""
 
     def bad_updates(self) -> Tensor:
-        """[2, n_matrices] bool at the end: non-finite update, non-finite gradient (if nobody asked before)."""
+        """[2, n_matrices] bool at the end: update, gradient (if nobody asked before)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,8 @@ class Rule:
 
     mode: Guard
     scope: GuardScope
-    parameter_of: Tensor  # [n_matrices] int64 on the device: the place of its parameter in the plan, bucket by bucket
+    # [n_matrices] int64 on the device: the place of its parameter in the plan, bucket by bucket
+    parameter_of: Tensor
     members: (
         Tensor  # [n_buckets, n_params] bool on the device: which parameters a bucket decides about
     )
@@ -56,7 +59,10 @@ class Rule:
         return self.mode == "full" and not self.early
 
     def by_parameter(self, bad: Sequence[Tensor]) -> Tensor:
-        """[2, n_params] int32: whether any matrix of a parameter is bad. ``bad``: [2, n] bool for every bucket."""
+        """[2, n_params] int32: whether any matrix of a parameter is bad.
+
+        ``bad``: [2, n] bool per bucket.
+        """
         columns = torch.cat(list(bad), 1).to(torch.int32)
         index = self.parameter_of.expand(columns.shape)
         none = columns.new_zeros((columns.shape[0], self.members.shape[1]))
@@ -75,7 +81,7 @@ class Agreement:
         self.seen: Tensor | None = None  # [2, n_params] or [2, 1] int32: what is decided on
 
     def before(self, works: Sequence[Guarded]) -> None:
-        """Decides about momentums, before anything is written, as far as that can be told by then."""
+        """Decides about momentums before anything is written, as far as that is known by then."""
         if self.rule.early:
             self._add([work.bad_gradients() for work in works])
         if not self.rule.holds_late:
@@ -92,7 +98,7 @@ class Agreement:
         self.skipped = self._any(bad)
 
     def _add(self, bad: Sequence[Tensor]) -> None:
-        """The first flags are agreed on: the one collective of the step. Later ones are known to all whom they concern."""
+        """The first flags are agreed on, the one collective; later ones all concerned know."""
         flags, rule = self.rule.by_parameter(bad), self.rule
         if self.flags is None or self.seen is None:
             self.flags = self.seen = flags
@@ -108,7 +114,7 @@ class Agreement:
             self.seen = torch.maximum(self.seen, later)
 
     def _decide_holds(self, works: Sequence[Guarded]) -> None:
-        """Momentums keep their bits under ``guard="full"``, if a gradient of the bucket (or of any) is not finite."""
+        """Under ``guard="full"`` a momentum keeps its bits if a gradient of it, or any, is bad."""
         bad = None
         if self.rule.mode == "full":
             assert self.seen is not None
@@ -127,7 +133,8 @@ class Agreement:
     def _by_bucket(self, bad: Tensor | None) -> list[Decision]:
         """One decision per bucket. ``found_inf`` > 0 skips everything, in every mode.
 
-        A bucket is bad if a parameter of it is: a parameter whose splits are in several buckets is never updated by half.
+        A bucket is bad if a parameter of it is: a parameter whose splits are in several buckets is
+        never updated by half.
         """
         count = self.rule.members.shape[0]
         if bad is None:

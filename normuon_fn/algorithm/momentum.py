@@ -5,8 +5,9 @@ With M the momentum, G the gradient and b its coefficient (`Hyper.momentum`):
     ema    M <- b M + (1 - b) G;   with Nesterov, b M + (1 - b) G is what is orthogonalized
     sum    M <- b M + G;           with Nesterov, b M + G
 
-One pass over memory does it: the operators ``advance``, ``lookahead`` and ``gather`` of ops/, which know the forms by
-name. Multiplying by b and adding, instead of a ``lerp``, keeps the sum finite where G - M would overflow.
+One pass over memory does it: the operators ``advance``, ``lookahead`` and ``gather`` of ops/, which
+know the forms by name. Multiplying by b and adding, instead of a ``lerp``, keeps the sum finite
+where G - M would overflow.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def keeps_momentum_finite(
     beta: Tensor,  # 0-d
     config: Config,
 ) -> Tensor:
-    """[n] bool: whether such gradients keep the momentum finite, which would otherwise stay non-finite for good."""
+    """[n] bool: whether such gradients keep the momentum finite. Non-finite, it would stay so."""
     if config.momentum_dtype is None and config.momentum_form == "ema":
         return largest.isfinite()
     dtypes = (config.momentum_dtype or largest.dtype, largest.dtype)

@@ -1,7 +1,9 @@
-"""NorMuon's own step: one variance per neuron, and one number per row that says how far that row moves.
+"""NorMuon's own step: one variance per neuron, and one number per row that says how far that row
+moves.
 
-Everything comes from one read of the update: with ``moment = mean(o*o, cols)`` the variance, the renormalization
-(sums over ``moment`` and ``moment / v``) and the finite test. The matrix itself is read again only when it is applied.
+Everything comes from one read of the update: with ``moment = mean(o*o, cols)`` the variance, the
+renormalization (sums over ``moment`` and ``moment / v``) and the finite test. The matrix itself is
+read again only when it is applied.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ class Normalized(NamedTuple):
 
 @dataclass(frozen=True)
 class Normalizer:
-    """One entry of `NORMALIZERS`. ``divide`` takes (moment, states, beta2, config), returns (divisor, new states)."""
+    """One entry of `NORMALIZERS`.
+
+    ``divide`` takes (moment, states, beta2, config) and returns (divisor, new states).
+    """
 
     divide: Callable[[Tensor, States, Tensor, Config], tuple[Tensor, States]] | None
     source: str
@@ -38,7 +43,8 @@ class Normalizer:
 
 def normalize(
     update: Tensor,  # [n, rows, cols], `carried` times the orthogonalized momentum
-    states: States,  # of the stage that `config` names: [n, rows, 1], or [n, 1, cols] where `per_row` is False
+    # of the stage that `config` names: [n, rows, 1], or [n, 1, cols] where `per_row` is False
+    states: States,
     beta2: Tensor,  # 0-d
     config: Config,
     carried: float = 1.0,
@@ -46,7 +52,8 @@ def normalize(
 ) -> Normalized:
     """By what factor every row (or column) of an update enters the step, and the new state.
 
-    Source: arXiv 2510.05491, Algorithm 1; renormalization and the axis by shape: KellerJordan/modded-nanogpt#141.
+    Source: arXiv 2510.05491, Algorithm 1; renormalization and the axis by shape:
+    KellerJordan/modded-nanogpt#141.
     """
     rows, cols = update.shape[-2:]
     axis = -1 if per_row(config, rows, cols, transposed) else -2
@@ -83,15 +90,18 @@ def per_row(config: Config, rows: int, cols: int, transposed: bool = False) -> b
     return REDUCTIONS[config.reduction](rows, cols, transposed)
 
 
-# (rows, cols, transposed) -> whether the mean is taken over the columns, which leaves one number per row.
+# (rows, cols, transposed) -> whether the mean is taken over the columns, which leaves one number
+# per row.
 REDUCTIONS: dict[Reduction, Callable[[int, int, bool], bool]] = {
     # One per neuron (output): arXiv 2510.05491.
     "rows": lambda rows, cols, transposed: not transposed,
-    # Over the shorter axis, per output where both are as long: KellerJordan/modded-nanogpt, Emerging-Optimizers.
+    # Over the shorter axis, per output where both are as long: KellerJordan/modded-nanogpt,
+    # Emerging-Optimizers.
     "short": lambda rows, cols, transposed: rows > cols or (rows == cols and not transposed),
 }
 
-# (config, outputs, inputs) -> what multiplies the update. "paper" fixes its RMS instead, which needs its norm.
+# (config, outputs, inputs) -> what multiplies the update. "paper" fixes its RMS instead, which
+# needs its norm.
 SCALES: dict[Scale, Callable[[Config, int, int], float]] = {
     "spectral": lambda config, outputs, inputs: (outputs / inputs) ** 0.5,  # microsoft/dion
     "rms": lambda config, outputs, inputs: (

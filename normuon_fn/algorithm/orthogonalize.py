@@ -1,10 +1,10 @@
-"""The orthogonal polar factor of a matrix, by Newton-Schulz: ``U V^T`` for ``x = U S V^T``, approximately.
+"""The orthogonal polar factor of a matrix, ``U V^T`` for ``x = U S V^T``, by Newton-Schulz.
 
-    x [n, rows, cols]  -prescale->  largest entry in [2, 4)  -to_unit_norm->  Frobenius norm 1  -iterate->  polar factor
+    x  -prescale->  largest entry in [2, 4)  -to_unit_norm->  Frobenius norm 1  -iterate->  factor
 
-Prescaling divides by a power of two taken from the largest entry's exponent, which is exact. Everything after it sees the
-same bits for ``x`` and ``2**k * x``, as long as all non-zero entries of both are normal numbers: no eps and no floor is needed
-anywhere, and zero maps to zero.
+Prescaling divides by a power of two taken from the largest entry's exponent, which is exact.
+Everything after it sees the same bits for ``x`` and ``2**k * x``, as long as all non-zero entries
+of both are normal numbers: no eps and no floor is needed anywhere, and zero maps to zero.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..compat import has_bfloat16_matrix_unit
 from ..types import COMPUTE_DTYPES, Method
 from .coefficients import CoefficientSet, gram_restarts
 
-# float16 has 5 bits of exponent: a matrix of Frobenius norm 1 is carried as 2^7 X, so that small rows stay normal numbers.
-# 2^7 is the most whose square times the largest eigenvalue of X X^T (< 2) still fits.
+# float16 has 5 bits of exponent: a matrix of Frobenius norm 1 is carried as 2^7 X, so that small
+# rows stay normal numbers. 2^7 is the most whose square times the largest eigenvalue of X X^T (< 2)
+# still fits.
 _CARRY = {torch.float16: 2.0**7}
 
 
@@ -57,8 +58,9 @@ def choose(
 ) -> Form:
     """The form for matrices ``rows <= cols`` of dtype ``of``, where the caller left it open.
 
-    Gram pays from cols/rows = 1.5 (fewer FLOP even without symmetric kernels), if its restarts do not eat the gain. bfloat16
-    makes it unsafe (singular values up to 2.0 where the polynomial has 1.14), so bfloat16 takes the standard form.
+    Gram pays from cols/rows = 1.5 (fewer FLOP even without symmetric kernels), if its restarts do
+    not eat the gain. bfloat16 makes it unsafe (singular values up to 2.0 where the polynomial has
+    1.14), so bfloat16 takes the standard form.
     """
     if method not in ("auto", "standard", "gram"):
         raise ValueError(f"method: expected 'auto', 'standard' or 'gram', got {method!r}")
@@ -96,7 +98,8 @@ def newton_schulz(
 ) -> Tensor:
     """`iterate` on `to_unit_norm`, in ``dtype`` and without the carried factor.
 
-    Tall ones come transposed; square ones are iterated on as ``which`` has them, and come as they were.
+    Tall ones come transposed; square ones are iterated on as ``which`` has them, and come as they
+    were.
     """
     out = iterate(to_unit_norm(x, chosen, form.dtype, which), chosen, form)
     carried = carry(form.dtype)
@@ -116,7 +119,8 @@ def carry(dtype: torch.dtype) -> float:
 def to_unit_norm(
     x: Tensor, chosen: CoefficientSet, dtype: torch.dtype, which: Tensor | None = None
 ) -> Tensor:
-    """Frobenius norm ``1 / norm_factor``, times `carry`, in ``dtype``. Zero stays zero, NaN stays NaN.
+    """Frobenius norm ``1 / norm_factor``, times `carry`, in ``dtype``. Zero stays zero, NaN stays
+    NaN.
 
     Tall ones come transposed, square ones as ``which`` (of `ops.orientation`) has them.
     """
@@ -134,7 +138,7 @@ def to_unit_norm(
 
 
 def to_norm(squares: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
-    """The factor that brings matrices with those sums of squares to the norm that `iterate` starts from; 0 for zero."""
+    """The factor to the norm that `iterate` starts from, by sums of squares; 0 for zero."""
     return torch.where(squares == 0, 0.0, carry(dtype) / (squares.sqrt() * chosen.norm_factor))
 
 
@@ -149,7 +153,10 @@ Gram = Callable[
 
 
 def iterate(x: Tensor, chosen: CoefficientSet, form: Form, gram: Gram = times_transpose) -> Tensor:
-    """The Newton-Schulz steps on [n, rows, cols], rows <= cols, from `to_unit_norm`; the result keeps `carry` and dtype."""
+    """The Newton-Schulz steps on [n, rows, cols], rows <= cols, from `to_unit_norm`.
+
+    The result keeps `carry` and the dtype.
+    """
     products = ops.SYMMETRIC if form.products == "symmetric" else ops.LIBRARY
     if chosen.rescale == "aol":
         x = _almost_orthogonal(x, products, gram)
@@ -169,11 +176,13 @@ def _standard(x: Tensor, chosen: CoefficientSet, products: ops.Products, gram: G
 def _gram(
     x: Tensor, chosen: CoefficientSet, restarts: tuple[int, ...], products: ops.Products, gram: Gram
 ) -> Tensor:
-    """The same polynomials on r = x x^T: with h(r) = a I + b r + c r^2, q <- q h(r) and r <- h(r) r h(r).
+    """The same polynomials on r = x x^T: with h(r) = a I + b r + c r^2, q <- q h(r) and r <- h(r) r
+    h(r).
 
-    x itself is touched at the restarts only; all else is symmetric and commutes. The first factor after a start stays split as
-    a I + z: rounding that sum to 16 bits, before the next factor brings it back to order 1, would triple the error of the whole
-    (Gaussian 192x768, float16, median per row: 4.8e-3 against 1.6e-3; 2026-11-22, CPU).
+    x itself is touched at the restarts only; all else is symmetric and commutes. The first factor
+    after a start stays split as a I + z: rounding that sum to 16 bits, before the next factor
+    brings it back to order 1, would triple the error of the whole (Gaussian 192x768, float16,
+    median per row: 4.8e-3 against 1.6e-3; 2026-11-22, CPU).
     """
     times = products.symmetric_addmm
     q: Tensor | tuple[Tensor, float] = (x, 0.0)
@@ -209,7 +218,10 @@ def _cross_terms(z0: Tensor, a0: float, z1: Tensor, a1: float) -> Tensor:
 
 
 def _almost_orthogonal(x: Tensor, products: ops.Products, gram: Gram) -> Tensor:
-    """Rows divided by the root of their absolute sum in x x^T, which bounds the spectral norm by 1 (arXiv 2208.03160)."""
+    """Rows divided by the root of their absolute sum in x x^T, so the spectral norm is at most 1.
+
+    Source: arXiv 2208.03160.
+    """
     reach = (
         gram(x, products)
         .abs()

@@ -14,8 +14,9 @@ from .state import State
 class Preconditioner:
     """One entry of `PRECONDITIONERS`.
 
-    ``function`` takes a stack [n, rows, cols] with rows <= cols whose spectral norms are at most 1, and returns one
-    like it. A scale common to a whole matrix does not matter to what follows, except that this bound must hold.
+    ``function`` takes a stack [n, rows, cols] with rows <= cols whose spectral norms are at most 1,
+    and returns one like it. A scale common to a whole matrix does not matter to what follows,
+    except that this bound must hold.
     """
 
     function: Callable[[Tensor], Tensor]

@@ -2,9 +2,10 @@
 
     momentum -> precondition -> orthogonalize -> normalize -> weight decay
 
-Every stage is a pure function on stacks of matrices [n, rows, cols], chosen by a field of `Config` from the table
-in the file of its name; each entry of a table names its source. A stage declares the state that it keeps of every
-matrix (`State`), and whoever makes, saves, shards or sends state reads that declaration.
+Every stage is a pure function on stacks of matrices [n, rows, cols], chosen by a field of `Config`
+from the table in the file of its name; each entry of a table names its source. A stage declares the
+state that it keeps of every matrix (`State`), and whoever makes, saves, shards or sends state reads
+that declaration.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Stages(NamedTuple):
 
     @property
     def line_states(self) -> tuple[State, ...]:
-        """Those with one number per row (or column), which the owner of a matrix needs from all of its shards."""
+        """Those with one number per row (or column): an owner needs them from all shards."""
         return tuple(state for state in self.states if state.per == "line")
 
 

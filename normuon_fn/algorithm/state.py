@@ -1,4 +1,4 @@
-"""What a stage of the step, AdamW or a master keeps between steps: a declaration that everything else reads."""
+"""What is kept between steps: a declaration that everything else reads."""
 
 from __future__ import annotations
 

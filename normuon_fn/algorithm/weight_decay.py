@@ -3,7 +3,8 @@
     decoupled   W <- (1 - lr wd) W - lr U
     cautious    the same, but only in entries where U W >= 0: decay never works against the update
 
-One pass over memory does it together with the update: the operators ``apply`` and ``apply_wide`` of ops/.
+One pass over memory does it together with the update: the operators ``apply`` and ``apply_wide`` of
+ops/.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def rates(
     dtype: torch.dtype,
     lr_power: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """``(lr, decay)`` in the dtype of the arithmetic: the learning rate, and the share by which a parameter decays.
+    """``(lr, decay)``: the learning rate, and the share by which a parameter decays.
 
     ``lr_power`` 2 makes that share lr^2 wd (KellerJordan/modded-nanogpt).
     """

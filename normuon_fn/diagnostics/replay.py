@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from ..algorithm.coefficients import resolve
 from ..algorithm.orthogonalize import Form, choose, newton_schulz
 from ..ops import reference
-from ..planning.make_plan import make_plan
 from ..planning.buckets import Bucket, Group
+from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
 from ..routing.table import render
 from ..types import Hyper, StepResult

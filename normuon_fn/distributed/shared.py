@@ -1,7 +1,7 @@
-"""A bucket whose matrices several ranks have parts or replicas of: each rank orthogonalizes its share of them.
+"""A bucket whose matrices several ranks have parts or replicas of: each orthogonalizes a share.
 
-    advance         the new momentums of the local parts, which then set out for the owners of their matrices
-    orthogonalize   the whole matrices that this rank owns; their updates set out for all that have a part of them
+    advance         momentums of the local parts, which set out for the owners of their matrices
+    orthogonalize   the matrices that this rank owns; updates set out for all that have a part
     relay           from the replica that computed an update to the others
     receive         the local part of every update
     apply           as on one device
@@ -17,23 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..algorithm.bucket import (
-    Context,
-    Front,
-    MatrixKind,
-    MatrixWork,
-    Members,
-    Runs,
-    Stack,
-    Update,
-)
+from ..algorithm.bucket import Front, MatrixWork, Update
 from ..algorithm.orthogonalize import to_norm
+from ..algorithm.work import Context, MatrixKind, Members, Runs, Stack
 from . import messages
 from .messages import Exchange
 
 
 class SharedWork(MatrixWork):
-    """One rank's part in a bucket that others share in. Its groups are, in order, those of ``exchange.lanes``."""
+    """One rank's part in a bucket that others share in. Its groups are those of the exchange."""
 
     def __init__(
         self,
@@ -50,7 +42,7 @@ class SharedWork(MatrixWork):
         self.sent: messages.Sent | None = None
         self.finite: Tensor | None = None  # [n_matrices] bool, the same on all ranks
 
-    # --------------------------------------------------------- parts of momentums, to the owners of their matrices
+    # ----------------------------------------- parts of momentums, to the owners of their matrices
 
     def advance(self) -> None:
         super().advance()
@@ -59,7 +51,7 @@ class SharedWork(MatrixWork):
             self.sent = self.exchange.send(parts)
 
     def _shares(self) -> list[Front | None]:
-        """By group, the matrices that this replica orthogonalizes; ``None`` where this rank has no part of them."""
+        """By group, the matrices that this replica orthogonalizes; ``None``: no part is local."""
         shares: list[Front | None] = []
         tensor = matrix = local = 0
         for group, lane in zip(self.all_groups, self.exchange.lanes, strict=True):
@@ -84,7 +76,7 @@ class SharedWork(MatrixWork):
         return tuple(x.flatten(1)[self.exchange.lanes[k].spread.share] for x in self.lines[k])
 
     def _part(self, k: int, share: Front | None) -> messages.Part | None:
-        """What the owners need of the local part of a group; ``None`` if there is none, not even of its line states."""
+        """What the owners need of the local part of a group; ``None``: nothing is local."""
         lane = self.exchange.lanes[k]
         own, has_lines = lane.spread.share, lane.reduced(lane.spread.shards.number)[1] > 0
         states = self._line_states(k) if has_lines and own.start < own.stop else ()
@@ -100,7 +92,7 @@ class SharedWork(MatrixWork):
             power = torch.where(state.isfinite().all(1), power, float("nan"))
         return messages.Part(x, power, squares, states)
 
-    # ----------------------------------------------- whole matrices on their owners, and updates to all that share them
+    # -------------------------- whole matrices on their owners
 
     def orthogonalize(self) -> None:
         owned = self._owned()
@@ -143,11 +135,14 @@ class SharedWork(MatrixWork):
         return messages.Update(part, found.factor.flatten(1), new, found.finite)
 
     def _line_dim(self, k: int) -> int:
-        """The dimension that a line state has lost: [n, rows] of [n, rows, 1], [n, cols] of [n, 1, cols]."""
+        """The dimension that a line state lacks: [n, rows] of [n, rows, 1]."""
         return 2 if self.exchange.lanes[k].by_row else 1
 
     def _sound(self) -> Tensor:
-        """[n_matrices] bool: whether the local momentum and line states are finite. No owner sees another replica's."""
+        """[n_matrices] bool: whether the local momentum and line states are finite.
+
+        No owner sees those of another replica.
+        """
         found, matrix = [], 0
         for group, lines in zip(self.all_groups, self.lines, strict=True):
             sound = torch.ones(group.count, dtype=torch.bool, device=self.context.step.device)
@@ -159,7 +154,7 @@ class SharedWork(MatrixWork):
             found.append(sound)
         return torch.cat(found)
 
-    # ------------------------------------------------------------------------------------ the local part of every update
+    # -------------------------------------------------------------- the local part of every update
 
     def relay(self) -> None:
         assert self.sent is not None

@@ -145,7 +145,7 @@ def settle_values(group: dict[str, Any], where: str = "") -> None:
 
 def _check_value(name: str, value: Any) -> None:
     value = _number(value)
-    check_number(name, value, 0.0)
+    check_number(name, value)
     if name.endswith(("momentum", "beta2", "adamw_betas")) and value >= ONE:
         raise ValueError(f"{name}: expected a number in [0, 1) in float32, got {value!r}")
 

@@ -1,6 +1,7 @@
 """What is done together in a step: groups of matrices in buckets, and AdamW's parameters in theirs.
 
-A bucket knows how its work is done (`Bucket.work`): on one device, shared between ranks, or by AdamW.
+A bucket knows how its work is done (`Bucket.work`): on one device, shared between ranks, or by
+AdamW.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..algorithm.adamw import AdamWWork
-from ..algorithm.bucket import Kind, MatrixKind, MatrixWork, Stack, Work
+from ..algorithm.bucket import MatrixWork
+from ..algorithm.work import Kind, MatrixKind, Stack, Work
 from ..distributed.messages import Exchange
 from ..distributed.owners import Spread
 from ..distributed.shared import SharedWork
@@ -44,7 +46,7 @@ class Group(MatrixKind):
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket(Stack):
-    """Groups whose matrices, tall ones transposed, are orthogonalized as one stack [n, rows <= cols] on one device."""
+    """Groups whose matrices are orthogonalized as one stack [n, rows <= cols], on one device."""
 
     groups: tuple[Group, ...]
     hyper: int = 0
@@ -84,7 +86,7 @@ class Bucket(Stack):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedBucket(Bucket):
-    """The same where ranks have parts or replicas of the matrices: each rank orthogonalizes a share of them."""
+    """The same where ranks have parts or replicas: each of them orthogonalizes a share."""
 
     exchange: Exchange
 
@@ -126,7 +128,7 @@ AnyBucket = Bucket | AdamWBucket
 def parameter_of(
     buckets: Sequence[AnyBucket], names: Sequence[str], device: torch.device
 ) -> Tensor:
-    """[n_matrices] int64: the place in ``names`` of the parameter of every matrix on this rank. See `guard.Rule`."""
+    """[n_matrices] int64: the place in ``names`` of the parameter of every local matrix."""
     place = {name: k for k, name in enumerate(names)}
     found = [place[name] for bucket in buckets for name in bucket.columns]
     return torch.tensor(found, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a step's arguments, found without looking at a value: it costs nothing per step."""
+"""What can be wrong with the arguments of a step, found without looking at a value."""
 
 from __future__ import annotations
 
@@ -57,15 +57,17 @@ def check_step(
     ]
     if missing and plan.config.missing_grads == "skip":
         raise ValueError(
-            f"grads: None for {missing[:8]}, whose matrices are shared between ranks: a rank that has no gradient would keep "
-            "the others waiting. Give zeros on every rank that lacks it: Config(missing_grads='zeros')"
+            f"grads: None for {missing[:8]}, whose matrices are shared between ranks: a rank that "
+            "has no gradient would keep "
+            "the others waiting. Give zeros on every rank that lacks it: "
+            "Config(missing_grads='zeros')"
         )
     if found_inf is not None and not (isinstance(found_inf, Tensor) and found_inf.numel() == 1):
         raise TypeError(f"found_inf: expected None or a tensor with one element, got {found_inf!r}")
 
 
-def check_lies(plan: Plan, params: Tensors, grads: Grads, state: Tensors) -> None:
-    """That DTensors lie as the plan says, of a step that is compiled for the parts that lie here."""
+def check_placements(plan: Plan, params: Tensors, grads: Grads, state: Tensors) -> None:
+    """That DTensors are placed as the plan says; a compiled step sees only their local parts."""
     of_params = {p.name: p.spec for p in plan.parameters}
     for what, given, specs in (
         ("params", params, of_params),
@@ -74,10 +76,10 @@ def check_lies(plan: Plan, params: Tensors, grads: Grads, state: Tensors) -> Non
     ):
         for name, tensor in given.items():
             if tensor is not None and name in specs:
-                _check_lies(f"{what}[{name!r}]", tensor, specs[name])
+                _check_placement(f"{what}[{name!r}]", tensor, specs[name])
 
 
-def _check_lies(what: str, tensor: Tensor, spec: Spec) -> None:
+def _check_placement(what: str, tensor: Tensor, spec: Spec) -> None:
     if not lies_as(tensor, spec.sharded):
         expected = (
             "a plain tensor"
@@ -88,7 +90,10 @@ def _check_lies(what: str, tensor: Tensor, spec: Spec) -> None:
 
 
 def _check_readable(plan: Plan, params: Tensors, state: Tensors) -> None:
-    """That views of what is written are its matrices: ``model.to(memory_format=...)`` changes strides after `make_plan`."""
+    """That views of what is written are its matrices.
+
+    ``model.to(memory_format=...)`` changes strides after `make_plan`.
+    """
     states = (*plan.stages.states, *MASTERS.values())
     for block in [block for p in plan.parameters for block in p.blocks]:
         views = {block.name: block.param}
@@ -129,7 +134,7 @@ def check_tensors(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{what}[{name!r}]: expected a Tensor, got {type(tensor).__name__}")
-        _check_lies(f"{what}[{name!r}]", tensor, spec)
+        _check_placement(f"{what}[{name!r}]", tensor, spec)
         tensor = local(tensor)
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(
@@ -164,13 +169,15 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
             or tensor.dtype.itemsize < 2
         ):
             raise TypeError(
-                f"params[{name!r}]: expected a dense float64, float32, bfloat16 or float16 tensor, got {tensor.dtype} "
+                f"params[{name!r}]: expected a dense float64, float32, bfloat16 or float16 "
+                f"tensor, got {tensor.dtype} "
                 f"{tensor.layout}; leave it out of params"
             )
         tensor = local(tensor)
         if device is not None and tensor.device != device:
             raise ValueError(
-                f"params[{name!r}]: on {tensor.device}, but {first!r} is on {device}; make one plan a device"
+                f"params[{name!r}]: on {tensor.device}, but {first!r} is on {device}; make one "
+                "plan a device"
             )
         device, first = tensor.device, first or name
         if tensor.numel():
@@ -184,6 +191,7 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
         for (_, end, name), (start, _, other) in pairwise(views):
             if start < end:
                 raise ValueError(
-                    f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, clone() slices"
+                    f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, "
+                    "clone() slices"
                 )
     return any(len(views) > 1 for views in held.values())

@@ -13,7 +13,7 @@ from ..distributed.shards import Rect, Span
 
 @dataclass(frozen=True)
 class View:
-    """A slice of a tensor read as one matrix [rows, cols], or as a stack of matrices [count, rows, cols]."""
+    """A slice of a tensor read as a matrix [rows, cols] or a stack [count, rows, cols]."""
 
     base: tuple[int, ...]  # the shape of the whole tensor
     shape: tuple[int, ...]  # the slice's shape as it is read, before `swap`
@@ -63,10 +63,11 @@ def join(parts: Sequence[tuple[View | None, Tensor]]) -> Tensor:
 def part_of(
     view: View, count: int, rows: int, cols: int, part: Sequence[Span]
 ) -> tuple[View, int, Rect]:
-    """What a part of the tensor holds of a block: how to read it there, of how many of its matrices, and what of each.
+    """What a shard has of a block: how to read it, of how many matrices, which part of each.
 
     Raises:
-        ValueError: the part begins or ends inside a head, or has some columns of a dimension that is flattened.
+        ValueError: the shard begins or ends inside a head, or has some columns of a dimension that
+            is flattened.
     """
     here = tuple(length for _, length in part)
     if len(view.base) > 2 and len(view.shape) == 2:  # flattened
@@ -101,7 +102,8 @@ def part_of(
         head = length // count
         if begin % head or kept % head:
             raise ValueError(
-                f"a shard of {kept} from {begin} on cuts through heads of {head} along dimension {view.dim}"
+                f"a shard of {kept} from {begin} on cuts through heads of {head} along dimension "
+                f"{view.dim}"
             )
         n, along = kept // head, (0, head)
     else:

@@ -1,6 +1,6 @@
-"""`make_plan`: parameters, routes and options in, a `Plan` out. Everything here happens on the host, once.
+"""`make_plan`: parameters, routes and options in, a `Plan` out; on the host, once.
 
-check the parameters -> a route each -> decide (parameters.py) -> buckets -> the guard's rule -> Plan
+check the parameters -> a route each -> decide (parameters.py) -> buckets -> the guard's rule
 """
 
 from __future__ import annotations
@@ -38,24 +38,27 @@ def make_plan(
     guard_mesh: Ranks | None = None,
     hyper_of: Mapping[str, int] | None = None,
 ) -> Plan:
-    """The plan of a step over ``params``: routes, validates, buckets. Everything here happens on the host, once.
+    """The plan of a step over ``params``: what each of them gets, and what is done together.
 
     Args:
         params: name -> tensor; shapes, dtypes and the device are read, never the values.
-        routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that matches a parameter decides.
-            Without one: matrices and stacks of matrices get NorMuon, but embeddings and output heads (by name) and everything
-            else AdamW. Or the table of `routes_for`, which has them all.
-        mesh: the ranks that hold the same plain tensors (DeviceMesh or ProcessGroup): each orthogonalizes its share. DTensors
-            bring their own.
-        guard_mesh: the ranks that skip a step together, for example the stages of a pipeline: they may have other parameters.
-            With it, this is a collective. ``None``: all that hold a part of a parameter.
-        hyper_of: name -> which entry of `Hyper`'s tensors a parameter takes; these are then 1-d (`Hyper.stack`). For parameter
-            groups whose hyperparameters move apart: one graph and one guard. Matrices of different entries are not stacked.
+        routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that
+            matches a parameter decides. Without one, matrices and stacks of matrices get NorMuon,
+            and embeddings, output heads (by name) and everything else AdamW. Or the table of
+            `routes_for`, which has an entry for every parameter.
+        mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
+            orthogonalizes a share. DTensors bring their own mesh.
+        guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
+            may have other parameters. With it, this is a collective. ``None``: all ranks that have
+            a part of a parameter.
+        hyper_of: name -> which entry of `Hyper`'s tensors a parameter takes; these are then 1-d
+            (`Hyper.stack`). For parameter groups whose hyperparameters move apart: one graph and
+            one guard. Matrices of different entries are not stacked.
 
     Raises:
-        TypeError: parameters or options of the wrong kind (integer, complex, sparse, not tensors).
-        ValueError: an empty dict, parameters that share memory or lie on several devices, a route that matches nothing or
-            does not fit its parameter. Each names the parameter.
+        TypeError: parameters or options of the wrong kind (integer, complex, sparse, no tensors).
+        ValueError: an empty dict, parameters that share memory or are on several devices, a route
+            that matches nothing or does not fit its parameter. Each names the parameter.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
@@ -74,7 +77,8 @@ def make_plan(
     state |= {f"guard.{name}": Spec((), torch.int32) for name in ("step", "skipped", "consecutive")}
     for name in params.keys() & state.keys():
         raise ValueError(
-            f"params[{name!r}]: is the name of a tensor of the state too; give this parameter another name"
+            f"params[{name!r}]: is the name of a tensor of the state too; give this parameter "
+            "another name"
         )
     buckets, adamw = _matrix_buckets(decided, config, stages, device), _adamw_buckets(decided)
     placements = [each.parameter.spec.sharded for each in decided]
@@ -226,8 +230,8 @@ def _guard_rule(
             "guard_mesh: its ranks have other parameters, so that buckets mean nothing to them; "
             "write Config(guard_scope='step')"
         )
-    # All who share a bucket hear of its updates in its messages: then gradients can be agreed on before anything is
-    # written. So it is, too, where nobody else decides.
+    # All who share a bucket hear of its updates in its messages: then gradients can be agreed on
+    # before anything is written. So it is, too, where nobody else decides.
     stacks = [bucket for bucket in buckets if isinstance(bucket, Bucket)]
     early = group is None or all(bucket.shared_by == group for bucket in stacks)
     return Rule(

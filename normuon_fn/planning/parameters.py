@@ -1,4 +1,4 @@
-"""What one parameter brings into a plan: its state, and the blocks of matrices that go into buckets."""
+"""What one parameter brings into a plan: its state, and its blocks of matrices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Read = tuple[
 
 
 class Piece(NamedTuple):
-    """One block of a parameter, and what it must have in common with those that it shares a group with."""
+    """One block of a parameter, and what groups it with others."""
 
     name: str
     block: Block
@@ -63,7 +63,8 @@ def decide(
     """What a parameter brings into a plan.
 
     Raises:
-        ValueError: the route does not fit the parameter, or its placements cut through what is one matrix.
+        ValueError: the route does not fit the parameter, or its placements cut through what is one
+        matrix.
     """
     if route.unfrozen is not None and tensor.requires_grad:
         route, reason = route.unfrozen, "requires a gradient by now"
@@ -104,14 +105,15 @@ def _entry_states(parameter: Parameter, states: Sequence[State], config: Config)
 
 
 def _master(name: str, dtype: torch.dtype, config: Config) -> tuple[str, bool]:
-    """The state that makes a float32 master of a parameter, and whether it is rounded by chance instead."""
+    """The state that makes a float32 master of a parameter; whether chance rounds it instead."""
     if config.master == "none" or dtype.itemsize > 2:
         return "", False
     if config.master == "fp32":
         return MASTERS["fp32"].name, False
     if dtype != torch.bfloat16:
         raise ValueError(
-            f"params[{name!r}]: Config.master={config.master!r} is for bfloat16, got {dtype}: 16 more bits do not "
+            f"params[{name!r}]: Config.master={config.master!r} is for bfloat16, got {dtype}: 16 "
+            "more bits do not "
             "make it a float32, whose exponents reach further; use 'fp32'"
         )
     return ("", True) if config.master == "stochastic" else (MASTERS["mantissa"].name, False)
@@ -125,7 +127,7 @@ def _matrices(
     chance: bool,
     lines: bool,
 ) -> tuple[tuple[Piece, ...], Spec | None]:
-    """The blocks of a parameter, and the spec of a state with one number per row (or column) of its matrices."""
+    """The blocks of a parameter, and the spec of a state with one number per row (or column)."""
     name, route, placed = parameter.name, parameter.route, parameter.spec.sharded
     read = read_as_matrices(name, tensor, route)
     by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
@@ -148,7 +150,7 @@ def _matrices(
 def _local(
     name: str, read: Sequence[Read], placed: Sharded | None, mesh: Ranks | None
 ) -> tuple[list[Read], list[Spread | None]]:
-    """What this rank has of a parameter's blocks, and how the matrices of each are spread over all ranks."""
+    """What this rank has of the blocks, and how the matrices of each are spread over ranks."""
     if placed is None:
         return list(read), [Spread.of((), rows, cols, mesh) for _, _, rows, cols in read]
     local: list[Read] = []
@@ -165,7 +167,8 @@ def _local(
         )
         if not whole and not same:
             raise ValueError(
-                f"params[{name!r}]: {placed.placements} shards the matrices and the stack of them; shard only "
+                f"params[{name!r}]: {placed.placements} shards the matrices and the stack of "
+                "them; shard only "
                 "one of the two"
             )
         own, n, rect = parts[placed.rank]
@@ -184,14 +187,18 @@ def _line_placement(
         raise ValueError(f"params[{name!r}]: {error}") from None
     if found is not None and tuple(length for _, length in found.here) != local:
         raise ValueError(
-            f"params[{name!r}]: {found.placements} has no counterpart for a state of shape {shape}, one number "
+            f"params[{name!r}]: {found.placements} has no counterpart for a state of shape "
+            f"{shape}, one number "
             "per row or column of every matrix; shard by whole heads"
         )
     return found
 
 
 def _salts(seed: int, name: str, where: object, count: int) -> tuple[int, ...]:
-    """Numbers in [0, 2**31), one per matrix, which tell its chances from those of others. Replicas have the same."""
+    """Numbers in [0, 2**31), one per matrix: they tell its chances from those of others.
+
+    Replicas have the same.
+    """
     digests = (
         hashlib.blake2s(repr((seed, name, where, k)).encode(), digest_size=4).digest()
         for k in range(count)

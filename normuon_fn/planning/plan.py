@@ -1,4 +1,4 @@
-"""`Plan`: what a step does, decided once. What each parameter gets and why, how it is read, what is done together."""
+"""`Plan`: what a step does, decided once: which rule each parameter gets, what is done together."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Parameter:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The static half of a step. ``str(plan)`` is a table; ``plan.names`` is the order of ``StepResult.flags``."""
+    """The static half of a step. ``str(plan)`` is a table; ``plan.names`` orders the flags."""
 
     config: Config
     stages: Stages

@@ -18,11 +18,13 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
     shape = tuple(tensor.shape)
     if len(shape) < 2:
         raise ValueError(
-            f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it to 'adamw'"
+            f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it "
+            "to 'adamw'"
         )
     if len(shape) > 2 and route.heads is not None:
         raise ValueError(
-            f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack can have splits"
+            f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack "
+            "can have splits"
         )
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
@@ -33,15 +35,18 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
         is_window = len(shape) == 3 and wide in (1, 3, 5, 7)
     if is_window and not route.flatten:
         warnings.warn(
-            f"params[{name!r}]: shape {shape} is read as {torch.Size(shape[:-2]).numel()} matrices of {shape[-2]}x{shape[-1]}; "
-            "for a convolution use Route(flatten=True), or routes=nm.routes_for(model), which sees what it is",
+            f"params[{name!r}]: shape {shape} is read as {torch.Size(shape[:-2]).numel()} "
+            f"matrices of {shape[-2]}x{shape[-1]}; "
+            "for a convolution use Route(flatten=True), or routes=nm.routes_for(model), which "
+            "sees what it is",
             stacklevel=4,
         )
     size = shape[len(shape) - 2 + route.dim]
     splits = route.splits
     if splits is not None and sum(splits) != size:
         raise ValueError(
-            f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is {size}"
+            f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is "
+            f"{size}"
         )
     if route.flatten:
         return _readable(
@@ -58,7 +63,8 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
     for part, count in zip(parts, heads, strict=True):
         if count is not None and part % count:
             raise ValueError(
-                f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} equal heads"
+                f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} "
+                "equal heads"
             )
     return _readable(
         name, tensor, matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim)
@@ -74,7 +80,8 @@ def _readable(
                 view.read(tensor)
     except RuntimeError as error:
         raise ValueError(
-            f"params[{name!r}]: strides {tensor.stride()} do not let it be read as {read[0][0].shape}; make it contiguous()"
+            f"params[{name!r}]: strides {tensor.stride()} do not let it be read as "
+            f"{read[0][0].shape}; make it contiguous()"
         ) from error
     return read
 
@@ -87,7 +94,7 @@ def matrices(
     splits: tuple[int, ...] | None,
     dim: int,
 ) -> list[tuple[View, int, int, int]]:
-    """(view, count, rows, cols) of every block of a parameter of that shape. ``heads`` has one entry a split."""
+    """(view, count, rows, cols) of every block of a parameter. ``heads``: one entry per split."""
     if len(shape) > 2 and splits is not None:
         return _split_stack(shape, splits, dim)
     if flatten or len(shape) > 2:
@@ -138,10 +145,12 @@ def _split_stack(
 def line_views(
     blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bool]
 ) -> tuple[tuple[int, ...], list[View]]:
-    """The shape of a parameter's variance in the state, and the view of it that belongs to each block.
+    """The shape of a parameter's variance in the state, and the view of it that belongs to each
+    block.
 
-    It is the parameter's shape with the reduced axis 1 (every head or split its own), where that can be said; blocks of one
-    parameter that reduce different axes lie one behind the other in a vector.
+    It is the parameter's shape with the reduced axis 1 (every head or split its own), where that
+    can be said; blocks of one parameter that reduce different axes lie one behind the other in a
+    vector.
     """
     first, count, rows, cols = blocks[0]
     parts = (

@@ -1,4 +1,4 @@
-"""One step's tensors: where its buckets find their matrices in the flat dicts, and where new ones go."""
+"""The tensors of one step: where its buckets find their matrices, and where new ones go."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from .. import ops
-from ..algorithm.bucket import Context, Kind, Members
 from ..algorithm.guard import Rule
 from ..algorithm.stages import Stages
+from ..algorithm.work import Context, Kind, Members
 from ..types import Config, Grads, Hyper, Tensors
 from .layout import Block, View, join
 
@@ -45,8 +45,8 @@ class StepTensors:
         """What the works of a step share. ``hyper``: which entry of `Hyper`'s tensors."""
         own = self.hyper if self.hypers == 0 else Hyper(*(values[hyper] for values in self.hyper))
         step = self.state["guard.step"]
-        # The bias correction counts accepted steps. With the guard's scope a bucket, the skips of other buckets must
-        # not count, so all steps do.
+        # The bias correction counts accepted steps. With the guard's scope a bucket, the skips of
+        # other buckets must not count, so all steps do.
         count = step + 1
         if self.config.guard_scope == "step":
             count = count - self.state["guard.skipped"]

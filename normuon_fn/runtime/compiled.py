@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..compat import apart, compile_whole, without_autocast
 from ..distributed import placements as mesh
-from ..planning.checks import check_lies, check_step
+from ..planning.checks import check_placements, check_step
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
@@ -104,7 +104,7 @@ def run_compiled(
     given = params, grads, state
     try:
         if plan.sharded:
-            check_lies(plan, *given)
+            check_placements(plan, *given)
             params, grads, state = map(mesh.local_of, given)
         if zeros:
             grads = zeros_for_none(params, grads)

@@ -1,0 +1,139 @@
+"""What a bucket is made of, and the stages that it goes through.
+
+`MatrixWork` (bucket.py), `SharedWork` (distributed/shared.py) and `AdamWWork` (adamw.py) implement
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..types import Config, Hyper
+from .coefficients import CoefficientSet
+from .guard import Decision
+from .orthogonalize import Form
+from .stages import Stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the parameters of one group have in common."""
+
+    lr_mul: float
+    wd_mul: float
+    master: str = ""  # the state that makes float32 masters of them: "mantissa", "master" or none
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixKind(Kind):
+    """The same of matrices, which are one stack for everything but the orthogonalization."""
+
+    rows: int
+    cols: int
+    transposed: bool = False  # the outputs are the columns
+
+    @property
+    def tall(self) -> bool:
+        return self.rows > self.cols
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What the groups of one bucket share: tall ones transposed, one stack [n, rows, cols]."""
+
+    rows: int  # rows <= cols
+    cols: int
+    form: Form
+    coefficients: CoefficientSet
+
+
+K = TypeVar("K", bound=Kind, covariant=True)
+
+
+@dataclass(frozen=True)
+class Members(Generic[K]):
+    """The tensors of one group in this step. Whose they are, only ``read`` and ``put`` know."""
+
+    kind: K
+    count: int  # of matrices
+    tensors: (
+        int  # that these are in: each is one matrix [rows, cols] or several [count, rows, cols]
+    )
+    read: Callable[[str], list[Tensor]]  # "param", "grad", or the name of a state
+    put: Callable[[str, list[Tensor]], None]  # new ones in their place
+    salts: list[int]  # one per matrix, where parameters are rounded by chance
+    local: bool = True  # False: none of their entries is on this rank
+
+
+class Context(NamedTuple):
+    """What all works of a step share."""
+
+    config: Config
+    stages: Stages
+    hyper: Hyper  # 0-d tensors
+    writes: ops.Writes
+    step: Tensor  # 0-d int32, the number of steps so far: rounding by chance depends on it
+    adamw_step: Tensor  # 0-d int32, the number of this step for the bias correction of AdamW
+    early: bool  # the guard agrees about gradients before anything is written
+    holds_late: bool  # only the agreement at the end of the step tells if momentums keep their bits
+
+
+Runs = Sequence[
+    tuple[bool, int]
+]  # of a bucket's matrices in order: do they take part here, how many
+
+
+def complete(
+    flags: Tensor | None,  # [..., n] bool, of the matrices that take part; None: none does
+    runs: Runs,
+    context: Context,
+) -> Tensor:
+    """[..., n_matrices]: False for the matrices that take no part in this step on this rank."""
+    if flags is not None and all(here for here, _ in runs):
+        return flags
+    lead = () if flags is None else flags.shape[:-1]
+    found, at = [], 0
+    for here, count in runs:
+        if here and flags is not None:
+            found.append(flags[..., at : at + count])
+            at += count
+        else:
+            none = torch.zeros((*lead, count), dtype=torch.bool, device=context.step.device)
+            found.append(none)
+    return torch.cat(found, -1)
+
+
+class Work:
+    """The stages of the step; a bucket may leave any out. `guard.Agreement` sets the decisions."""
+
+    hold: Decision = None
+    skip: Decision = None
+
+    def bad_gradients(self) -> Tensor:
+        """See `guard.Guarded`."""
+        raise NotImplementedError
+
+    def bad_updates(self) -> Tensor:
+        """See `guard.Guarded`."""
+        raise NotImplementedError
+
+    def advance(self) -> None:
+        """The new momentum, and messages that can set out by then."""
+
+    def orthogonalize(self) -> None:
+        """The update of every matrix that this rank orthogonalizes."""
+
+    def relay(self) -> None:
+        """Updates to other replicas."""
+
+    def receive(self) -> None:
+        """Updates from other ranks."""
+
+    def apply(self) -> None:
+        """New parameters, or the old ones."""
