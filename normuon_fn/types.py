@@ -131,7 +131,7 @@ class Config:
                 "Config.orthogonalizer: expected a callable [n, rows, cols] -> same, got "
                 f"{self.orthogonalizer!r}"
             )
-        checked = check_coefficients(self.coefficients, self.steps, self.safety_factor)
+        checked = check_coefficients(self.coefficients, self.steps, self.safety_factor, "Config.")
         object.__setattr__(self, "coefficients", checked)
 
     @staticmethod
@@ -139,8 +139,8 @@ class Config:
         """The published variant ``name``, with any field overridden.
 
         The formulas are theirs; the floors and eps inside their Newton-Schulz norms are not: those
-        make small gradients vanish. ``"emerging_optimizers"`` follows the axis of its code, of which
-        its comment states the opposite. An unknown name or field is a ValueError or a TypeError.
+        make small gradients vanish. ``"emerging_optimizers"`` follows the axis of its code, and not
+        that of its comment. An unknown name or field is a ValueError or a TypeError.
         """
         if name not in _PRESETS:
             raise ValueError(f"preset: expected one of {sorted(_PRESETS)}, got {name!r}")
@@ -260,7 +260,9 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r} as float32")
 
 
-def check_coefficients(coefficients: object, steps: object, safety_factor: object) -> Coefficients:
+def check_coefficients(
+    coefficients: object, steps: object, safety_factor: object, where: str = ""
+) -> Coefficients:
     """``coefficients`` as a name, or as rows of floats.
 
     Raises TypeError or ValueError for malformed ones, or ``steps`` that a set does not have.
@@ -268,34 +270,38 @@ def check_coefficients(coefficients: object, steps: object, safety_factor: objec
     checked: Any = coefficients
     names = get_args(CoefficientsName)
     if not isinstance(coefficients, str):
-        checked = _check_rows(coefficients)
+        checked = _check_rows(coefficients, where)
     elif coefficients not in names:
         raise ValueError(
-            f"coefficients: expected one of {sorted(names)} or a tuple of (a, b, c) rows, got "
+            f"{where}coefficients: expected one of {sorted(names)} or a tuple of (a, b, c) rows, got "
             f"{coefficients!r}"
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected an int >= 1, got {steps!r}")
+        raise ValueError(f"{where}steps: expected an int >= 1, got {steps!r}")
     factor = 1.0 if safety_factor is None else safety_factor
     if not isinstance(factor, (int, float)) or not 1.0 <= factor < 2.0:
-        raise ValueError(f"safety_factor: expected a number in [1, 2), got {safety_factor!r}")
+        raise ValueError(
+            f"{where}safety_factor: expected a number in [1, 2), got {safety_factor!r}"
+        )
     fixed = FIXED_STEPS.get(checked, steps) if isinstance(checked, str) else steps
     if steps != fixed:
         raise ValueError(
-            f"steps: {coefficients!r} is one composition of exactly {fixed} steps and cannot be "
+            f"{where}steps: {coefficients!r} is one composition of exactly {fixed} steps and cannot be "
             f"cut or continued; got {steps}"
         )
     return checked
 
 
-def _check_rows(rows: object) -> tuple[Row, ...]:
+def _check_rows(rows: object, where: str) -> tuple[Row, ...]:
     if not isinstance(rows, Sequence) or not all(isinstance(row, Sequence) for row in rows):
-        raise TypeError(f"coefficients: expected a name or a tuple of (a, b, c) rows, got {rows!r}")
+        raise TypeError(
+            f"{where}coefficients: expected a name or a tuple of (a, b, c) rows, got {rows!r}"
+        )
     for row in rows:
         if len(row) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in row):
             raise ValueError(
-                f"coefficients: expected rows of three finite numbers (a, b, c), got {row!r}"
+                f"{where}coefficients: expected rows of three finite numbers (a, b, c), got {row!r}"
             )
     if not rows:
-        raise ValueError("coefficients: expected at least one (a, b, c) row, got none")
+        raise ValueError(f"{where}coefficients: expected at least one (a, b, c) row, got none")
     return tuple((float(a), float(b), float(c)) for a, b, c in rows)

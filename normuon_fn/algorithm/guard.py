@@ -3,9 +3,9 @@
     flags by matrix  -->  flags by parameter  -->  agreed between ranks  -->  what keeps its bits
 
 The ranks agree once per step, by one all_reduce. With ``guard="full"`` they do it before anything
-is written, about gradients, if all who share in a bucket hear of its updates in the messages that they
-exchange anyway; otherwise they do it at the end of the step, about gradients and updates together,
-and the momentum is written only then.
+is written, about gradients, if all who share in a bucket hear of its updates in the messages that
+they exchange anyway; otherwise they do it at the end of the step, about gradients and updates
+together, and the momentum is written only then.
 """
 
 from __future__ import annotations
