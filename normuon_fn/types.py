@@ -64,7 +64,7 @@ class Config:
                              ``"rms"``: rms sqrt(max(m, n)).  ``"muon"``: sqrt(max(1, m/n)).
     ``weight_decay_form``    ``"decoupled"``: W <- (1 - lr wd) W - lr U.  ``"cautious"``: decays only entries with U W >= 0.
     ``weight_decay_lr_power``  2: lr^2 wd in the place of lr wd (modded-nanogpt).
-    ``coefficients``         the name of a set in ``normuon_fn.coefficients``, or rows (a, b, c) of your own.
+    ``coefficients``         the name of a set in ``normuon_fn.COEFFICIENTS``, or rows (a, b, c) of your own.
     ``safety_factor``        p(x / sf) in the place of p(x); ``None``: the set's own (Polar Express 1.05).
     ``steps``                Newton-Schulz steps.
     ``method``               ``"standard"``, ``"gram"``, or by aspect ratio and dtype (``"auto"``).
