@@ -130,5 +130,7 @@ def test_the_wheel_has_the_marker_of_types_and_the_operators(tmp_path: Path) -> 
         [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    names = set(zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]).namelist())
+    wheel = done.stdout.splitlines()[-1]
+    assert wheel.startswith(f"normuon_fn-{normuon_fn.__version__}-")
+    names = set(zipfile.ZipFile(tmp_path / wheel).namelist())
     assert {"normuon_fn/py.typed", "normuon_fn/__main__.py", "normuon_fn/ops/launch.py"} <= names
