@@ -123,7 +123,7 @@ def test_a_folder_of_runs_is_of_one_size_one_length_and_one_text(
     options = Options(corpus, tmp_path, TINY, steps=20, compiled=False)
     assert run_all([], options) == run_all([], options) == {}
     for other in ({"steps": None}, {"size": dataclasses.replace(TINY, width=64)}):
-        with pytest.raises(ValueError, match="give another folder"):
+        with pytest.raises(ValueError, match="choose another folder"):
             run_all([], dataclasses.replace(options, **other))
     (tmp_path / "study.json").write_text(
         (tmp_path / "study.json").read_text().replace('"corpus": "', '"corpus": "0')
