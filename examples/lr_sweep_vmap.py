@@ -1,10 +1,14 @@
-"""Eight learning rates at once: the whole training step, loss, backward and NorMuon, under vmap, as one compiled graph.
+"""Eight learning rates at once: a whole training step under vmap, as one compiled graph.
+
+The step is loss, backward and NorMuon.
 
     python examples/lr_sweep_vmap.py                 # runs/lr_sweep.png
-    python examples/lr_sweep_vmap.py --steps 12      # a quick look: 19 s on 2 CPU cores with a warm compile cache
+    # a quick look: 19 s on 2 CPU cores with a warm compile cache
+    python examples/lr_sweep_vmap.py --steps 12
 
-The members share the data and the start, and differ in `Hyper`: stacked, every value has a leading axis of 8. A member whose
-loss explodes skips its own steps (guard "full") and leaves the others alone.
+The members share the data and the start, and differ in `Hyper`: stacked, every value has a leading
+axis of 8. A member whose loss explodes skips its own steps (guard "full") and leaves the others
+alone.
 """
 
 import argparse

@@ -1,9 +1,12 @@
-"""One bad batch ends a run without the guard and does nothing with it: the same training twice, NaNs injected into both.
+"""One bad batch ends a run without the guard and does nothing with it.
 
-    python examples/nan_survival.py          # 8 minutes on 2 busy CPU cores; writes examples/nan_survival.png
+The same training twice, with NaNs injected into both:
 
-Every 40th step (--every) one entry of one gradient is NaN, as a flipped bit or a bad kernel leaves it. The third run never
-sees those batches: the guarded one must end with its weights, bit for bit.
+    # 8 minutes on 2 busy CPU cores; writes examples/nan_survival.png
+    python examples/nan_survival.py
+
+Every 40th step (--every) one entry of one gradient is NaN, as a flipped bit or a bad kernel leaves
+it. The third run never sees those batches: the guarded one must end with its weights, bit for bit.
 """
 
 import argparse

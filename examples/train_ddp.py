@@ -1,10 +1,15 @@
-"""The GPT of train_gpt.py under DistributedDataParallel: all ranks hold everything, each orthogonalizes its share of it.
+"""The GPT of train_gpt.py under DistributedDataParallel.
 
-    torchrun --standalone --nproc-per-node 2 examples/train_ddp.py                          # GPUs over NCCL, or CPUs over gloo
+All ranks have all parameters, and each orthogonalizes its share of them.
+
+    # GPUs over NCCL, or CPUs over gloo
+    torchrun --standalone --nproc-per-node 2 examples/train_ddp.py
     torchrun --standalone --nproc-per-node 2 examples/train_ddp.py --checkpoint run --save-every 50
-    torchrun --standalone --nproc-per-node 4 examples/train_ddp.py --resume run/step-50.pt  # on any number of ranks
+    # resumes on any number of ranks
+    torchrun --standalone --nproc-per-node 4 examples/train_ddp.py --resume run/step-50.pt
 
-DDP averages the gradients; the step gathers the updates. All ranks end up with the same bits: rank 0 saves its own.
+DDP averages the gradients; the step gathers the updates. All ranks end up with the same bits: rank
+0 saves its own.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A small convolutional network on scikit-learn's 1797 handwritten digits, with NorMuon or AdamW."""
+"""A small convolutional network on scikit-learn's 1797 handwritten digits: NorMuon or AdamW."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def main() -> None:
             schedule.step()
         reached = accuracy(model, images[TRAIN:], targets[TRAIN:])
         print(
-            f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {reached:.4f}, {time.perf_counter() - start:.1f} s"
+            f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {reached:.4f}, "
+            f"{time.perf_counter() - start:.1f} s"
         )
     print(f"accuracy: {reached:.4f} {args.optimizer}")
 

@@ -1,10 +1,16 @@
-"""The GPT of train_gpt.py under FSDP2: parameters, gradients and optimizer state are sharded DTensors, stepped where they lie.
+"""The GPT of train_gpt.py under FSDP2.
 
-    torchrun --standalone --nproc-per-node 2 examples/train_fsdp2.py                        # GPUs over NCCL, or CPUs over gloo
-    torchrun --standalone --nproc-per-node 2 examples/train_fsdp2.py --checkpoint run --save-every 50
-    torchrun --standalone --nproc-per-node 4 examples/train_fsdp2.py --resume run/step-50   # on any number of ranks
+Parameters, gradients and optimizer state are sharded DTensors; each rank steps its shards.
 
-A checkpoint says where every shard belongs: whoever resumes reads its own part of it, and goes on with the same losses.
+    # GPUs over NCCL, or CPUs over gloo
+    torchrun --standalone --nproc-per-node 2 examples/train_fsdp2.py
+    torchrun --standalone --nproc-per-node 2 examples/train_fsdp2.py --checkpoint run \\
+        --save-every 50
+    # resumes on any number of ranks
+    torchrun --standalone --nproc-per-node 4 examples/train_fsdp2.py --resume run/step-50
+
+A checkpoint says where every shard belongs: whoever resumes reads its own part of it, and goes on
+with the same losses.
 """
 
 import argparse

@@ -1,14 +1,18 @@
 """Train a small character-level GPT on Shakespeare with NorMuon, as a loop of pure functions.
 
-    python examples/train_gpt.py                          # NorMuon and AdamW, each at its best learning rate
+    # NorMuon and AdamW, each at its best learning rate
+    python examples/train_gpt.py
     python examples/train_gpt.py --optimizer normuon      # one of the two
-    python examples/train_gpt.py --lr-grid                # each at three learning rates; says which was best
+    # each at three learning rates; says which was best
+    python examples/train_gpt.py --lr-grid
     python examples/train_gpt.py --data my.txt --steps 2000 --guard full
 
-    python examples/train_gpt.py --optimizer normuon --save run.safetensors     # interrupt it where you like, then:
-    python examples/train_gpt.py --optimizer normuon --resume run.safetensors   # the losses it would have had
+    # interrupt it where you like; resumed, it has the losses that it would have had
+    python examples/train_gpt.py --optimizer normuon --save run.safetensors
+    python examples/train_gpt.py --optimizer normuon --resume run.safetensors
 
-The AdamW baseline goes through the same `nm.step`, with every parameter routed to AdamW. Loss curves land in --out.
+The AdamW baseline goes through the same `nm.step`, with every parameter routed to AdamW. Loss
+curves land in --out.
 """
 
 import argparse
@@ -19,8 +23,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Read when torch loads. GNU OpenMP's threads spin for long while they wait, which costs a quiet machine nothing (this: 3 %),
-# but 2 cores with two more busy processes 5-17x (400 small matmuls, torch 2.13, 2026-11-22).
+# Read when torch loads. GNU OpenMP's threads spin for long while they wait, which costs a quiet
+# machine nothing (this: 3 %), but 2 cores with two more busy processes 5-17x (400 small matmuls,
+# torch 2.13, 2026-11-22).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import matplotlib
@@ -40,7 +45,8 @@ CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 128, 16, 128, 4, 4
 STEPS, EVAL_EVERY, LOG_EVERY, MAX_SKIPS = 400, 100, 10, 20
 PIECE = 32 * CONTEXT  # 4096 characters: one or two pages of every play are held out at a time
 
-# Validation loss after the default 400 steps, seed 0, 2 CPU cores, torch 2.13, 2026-11-22 (another seed: +-0.01):
+# Validation loss after the default 400 steps, seed 0, 2 CPU cores, torch 2.13, 2026-11-22 (another
+# seed: +-0.01):
 #   normuon  5e-3 1.660   1e-2 1.625   2e-2 1.638
 #   adamw  2.5e-3 1.713   5e-3 1.709   1e-2 1.806
 LR_GRID = {"normuon": (5e-3, 1e-2, 2e-2), "adamw": (2.5e-3, 5e-3, 1e-2)}
@@ -61,7 +67,10 @@ def rotary(
     x: Tensor,  # [batch, heads, time, features]
     turns: Tensor,  # of `angles`
 ) -> Tensor:
-    """x with each pair of features turned by an angle that grows with its position. Source: arXiv 2104.09864, eq. 34."""
+    """x with each pair of features turned by an angle that grows with its position.
+
+    Source: arXiv 2104.09864, eq. 34.
+    """
     cos, sin = turns[:, : x.shape[-2]].to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -113,9 +122,8 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for name, p in self.named_parameters():
-            if (
-                p.ndim == 2
-            ):  # what writes to the residual stream starts at zero: every block starts as the identity
+            if p.ndim == 2:
+                # What writes to the residual stream starts at zero: blocks start as the identity.
                 nn.init.normal_(
                     p,
                     std=0.0
@@ -136,7 +144,10 @@ class GPT(nn.Module):
 
 
 class Text:
-    """The characters of a file as integers: of every ten pieces in a row nine to train on, the tenth to validate."""
+    """The characters of a file as integers, to train on and to validate.
+
+    Of every ten pieces in a row nine are for training, the tenth for validation.
+    """
 
     def __init__(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
@@ -270,7 +281,8 @@ class Trainer:
         routes = {"*norm*": nm.Route("adamw", wd_mul=0.0)}
         if optimizer == "adamw":
             routes["*"] = nm.Route("adamw")
-        else:  # wte and head go to AdamW by default; a fused qkv is three matrices, to be orthogonalized one by one
+        else:
+            # wte and head go to AdamW by default; a fused qkv is three matrices.
             routes["*.qkv.weight"] = nm.Route("normuon", splits=(WIDTH, WIDTH, WIDTH))
         plan = nm.make_plan(
             params,
@@ -365,7 +377,8 @@ def report(runs: list[Run]) -> None:
         )
         times = f"{run.compile_seconds:>10.1f} {run.train_seconds:>8.1f}"
         print(
-            f"{run!s:<18} {loss:>14.4f} {run.val[-1][1]:>16.4f} {times} {skipped:>14} (guard {run.settings['guard']})"
+            f"{run!s:<18} {loss:>14.4f} {run.val[-1][1]:>16.4f} {times} {skipped:>14} "
+            f"(guard {run.settings['guard']})"
         )
 
 
@@ -438,7 +451,8 @@ def main() -> None:
     if len(best) == 2:
         losses = [run.val[-1][1] for run in best]
         print(
-            f"validation loss: {losses[0]:.4f} {best[0]}, {losses[1]:.4f} {best[1]}: {losses[1] - losses[0]:+.4f}"
+            f"validation loss: {losses[0]:.4f} {best[0]}, {losses[1]:.4f} {best[1]}: "
+            f"{losses[1] - losses[0]:+.4f}"
         )
     plot(runs, args.out / "loss.png")
 

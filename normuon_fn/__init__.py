@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .algorithm.coefficients import COEFFICIENTS
 from .distributed.orthogonalize import orthogonalize
 from .optim.foreach import ForeachResult, foreach_step_
 from .planning.make_plan import make_plan
@@ -14,14 +15,17 @@ from .step import init, update
 from .types import Config, Hyper, StepResult
 
 if TYPE_CHECKING:
-    from .diagnostics.report import NonFiniteStepError, SkipMonitor, capture, check
+    from .diagnostics.capture import capture
+    from .diagnostics.skips import NonFiniteStepError, SkipMonitor, check
     from .optim.normuon import NorMuon
-    from .persistence.checkpoint import Checkpoint, CheckpointError, load, save
-    from .persistence.converters import convert_state
+    from .persistence.checkpoint import Checkpoint, load, save
+    from .persistence.converters import convert_state, names_in
+    from .persistence.file_format import CheckpointError
     from .runtime.graphed import GraphedStep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
+    "COEFFICIENTS",
     "Checkpoint",
     "CheckpointError",
     "Config",
@@ -42,6 +46,7 @@ __all__ = [
     "init",
     "load",
     "make_plan",
+    "names_in",
     "orthogonalize",
     "routes_for",
     "save",
@@ -53,21 +58,26 @@ __all__ = [
 
 _LATER = {
     "Checkpoint": "persistence.checkpoint",
-    "CheckpointError": "persistence.checkpoint",
+    "CheckpointError": "persistence.file_format",
     "GraphedStep": "runtime.graphed",
-    "NonFiniteStepError": "diagnostics.report",
-    "SkipMonitor": "diagnostics.report",
-    "capture": "diagnostics.report",
-    "check": "diagnostics.report",
+    "NonFiniteStepError": "diagnostics.skips",
+    "SkipMonitor": "diagnostics.skips",
+    "capture": "diagnostics.capture",
+    "check": "diagnostics.skips",
     "NorMuon": "optim.normuon",
     "convert_state": "persistence.converters",
     "load": "persistence.checkpoint",
+    "names_in": "persistence.converters",
     "save": "persistence.checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """The host side comes when it is first used: `python -m normuon_fn.diagnostics.report` must find it not yet imported."""
+    """Imports a name of the host side when it is first used: a step alone does not need them."""
     if name in _LATER:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,9 @@
-"""``python -m normuon_fn``: versions, devices, the kernels in use, and one step beside a float64 reference of its own."""
+"""The command line of the package.
+
+``python -m normuon_fn``: versions, devices, the kernels in use, and one step compared with a
+float64 reference of its own. ``python -m normuon_fn replay FILE``: what `capture` saved, and what
+every method and dtype makes of it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops
+from .diagnostics.replay import replay
 from .planning.make_plan import make_plan
 from .planning.plan import Plan
 from .routing.table import render
@@ -29,7 +35,7 @@ SHAPES = {
     "stack": (3, 24, 32),
 }
 LR, MOMENTUM, BETA2, DECAY = 0.02, 0.9, 0.8, 0.1
-# Of the change of a parameter, relative. Seen: float32 6e-6 (CPU, torch 2.13, 2026-11-23).
+# Relative error of the change of a parameter. Seen: float32 6e-6 (CPU, torch 2.13, 2026-11-23).
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 Matrices = dict[str, Tensor]
@@ -40,7 +46,7 @@ class Outcome(NamedTuple):
 
     device: str
     kernels: str
-    error: float  # the largest of all parameters, over the largest that is allowed
+    error: float  # the largest error of all parameters, divided by the one that is allowed
     shown: str
     ms: float
 
@@ -50,7 +56,10 @@ class Outcome(NamedTuple):
 
 
 def reference(w: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor) -> Tensor:
-    """The paper's step (arXiv 2510.05491, algorithm 1) of one matrix in float64: by singular values, without an iteration."""
+    """One matrix after the paper's step (arXiv 2510.05491, algorithm 1) in float64.
+
+    The polynomial is applied to singular values, without an iteration on matrices.
+    """
     momentum = MOMENTUM * momentum + (1 - MOMENTUM) * grad
     u, sigma, vt = torch.linalg.svd(momentum, full_matrices=False)
     sigma = sigma / sigma.square().sum().sqrt()
@@ -81,10 +90,10 @@ def problem(device: torch.device) -> tuple[Matrices, Matrices, Matrices]:
 
 
 def self_test(device: torch.device, *, compiled: bool) -> Outcome:
-    """Waits for the device. One step of five parameters, the second time timed."""
-    params, grads, given = problem(device)
+    """One step of five parameters against the reference; its second call is timed. Waits."""
+    params, grads, before = problem(device)
     plan = make_plan(params, Config.preset("paper"))
-    state = {name: given.get(name, zeros) for name, zeros in init(plan, params).items()}
+    state = {name: before.get(name, zeros) for name, zeros in init(plan, params).items()}
     hyper = Hyper.of(params, lr=LR, momentum=MOMENTUM, beta2=BETA2, weight_decay=DECAY)
     run = step if compiled else update
     run(params, grads, state, hyper, plan)
@@ -97,9 +106,9 @@ def self_test(device: torch.device, *, compiled: bool) -> Outcome:
     for name in SHAPES:
         parts = [
             x.double().cpu().reshape(-1, *x.shape[-2:])
-            for x in (params[name], grads[name], given[f"{name}.momentum"])
+            for x in (params[name], grads[name], before[f"{name}.momentum"])
         ]
-        variance = given[f"{name}.variance"].double().cpu().reshape(-1, SHAPES[name][-2], 1)
+        variance = before[f"{name}.variance"].double().cpu().reshape(-1, SHAPES[name][-2], 1)
         want = torch.stack([reference(*matrix) for matrix in zip(*parts, variance, strict=True)])
         error = float(
             (result.params[name].double().cpu().reshape(want.shape) - want).norm()
@@ -113,7 +122,7 @@ def self_test(device: torch.device, *, compiled: bool) -> Outcome:
 
 
 def kernels(plan: Plan) -> str:
-    """Which implementations the step of a plan takes."""
+    """The implementations that the step of a plan uses, in words."""
     probe = [torch.empty(1, device=plan.device)]
     lists = (
         "Triton"
@@ -147,10 +156,13 @@ def versions() -> str:
     try:
         import triton
 
-        of_triton = triton.__version__
+        triton_version = triton.__version__
     except ImportError:
-        of_triton = "not installed"
-    return f"normuon_fn {__version__}, torch {torch.__version__}, triton {of_triton}, python {platform.python_version()}"
+        triton_version = "not installed"
+    return (
+        f"normuon_fn {__version__}, torch {torch.__version__}, triton {triton_version}, "
+        f"python {platform.python_version()}"
+    )
 
 
 def devices() -> list[tuple[torch.device, str]]:
@@ -164,42 +176,56 @@ def devices() -> list[tuple[torch.device, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m normuon_fn", description=__doc__)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: all there are")
+    parser = argparse.ArgumentParser(
+        prog="python -m normuon_fn",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; the default is every device")
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="the compiled step in the place of the eager one (takes a minute)",
+        help="test the compiled step instead of the eager one (takes a minute)",
     )
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="replay")
+    shown = "show a capture and what every method and dtype makes of it"
+    shows = commands.add_parser("replay", help=shown, description=shown)
+    shows.add_argument("file", help="the .json or .safetensors file that capture wrote")
     args = parser.parse_args(arguments)
+    if args.command == "replay":
+        try:
+            print(replay(args.file))
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
+    tested = [
+        (device, what)
+        for device, what in devices()
+        if args.device in (None, str(device), device.type)
+    ]
+    if not tested:
+        parser.error(f"--device: expected a device of this machine, got {args.device!r}")
+    return test_all(tested, compiled=args.compile)
+
+
+def test_all(tested: list[tuple[torch.device, str]], *, compiled: bool) -> int:
+    """The self-test of every device as a table. Returns 1 where one of them failed."""
     print(versions())
     rows = [("device", "what", "kernels", "error", "ms", "self-test")]
     failed = False
-    for device, what in devices():
-        if args.device and args.device not in (str(device), device.type):
-            continue
+    for device, what in tested:
         try:
-            outcome = self_test(device, compiled=args.compile)
+            outcome = self_test(device, compiled=compiled)
         except Exception as error:
             failed = True
-            rows.append(
-                (
-                    str(device),
-                    what,
-                    "-",
-                    f"{type(error).__name__}: {str(error).splitlines()[0][:80]}",
-                    "-",
-                    "FAIL",
-                )
-            )
+            first_line = (str(error).splitlines() or [""])[0]
+            shown = f"{type(error).__name__}: {first_line[:80]}"
+            rows.append((str(device), what, "-", shown, "-", "FAIL"))
             continue
         failed |= not outcome.passed
         verdict = "pass" if outcome.passed else "FAIL"
-        rows.append(
-            (outcome.device, what, outcome.kernels, outcome.shown, f"{outcome.ms:.2f}", verdict)
-        )
-    if len(rows) == 1:
-        parser.error(f"no device {args.device!r} here")
+        ms = f"{outcome.ms:.2f}"
+        rows.append((outcome.device, what, outcome.kernels, outcome.shown, ms, verdict))
     print(render(rows))
     return int(failed)
 

@@ -273,8 +273,8 @@ def check_coefficients(
         checked = _check_rows(coefficients, where)
     elif coefficients not in names:
         raise ValueError(
-            f"{where}coefficients: expected one of {sorted(names)} or a tuple of (a, b, c) rows, got "
-            f"{coefficients!r}"
+            f"{where}coefficients: expected one of {sorted(names)} or a tuple of (a, b, c) rows, "
+            f"got {coefficients!r}"
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{where}steps: expected an int >= 1, got {steps!r}")
@@ -286,8 +286,8 @@ def check_coefficients(
     fixed = FIXED_STEPS.get(checked, steps) if isinstance(checked, str) else steps
     if steps != fixed:
         raise ValueError(
-            f"{where}steps: {coefficients!r} is one composition of exactly {fixed} steps and cannot be "
-            f"cut or continued; got {steps}"
+            f"{where}steps: {coefficients!r} is one composition of exactly {fixed} steps, which "
+            f"cannot be cut or continued; got {steps}"
         )
     return checked
 

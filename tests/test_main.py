@@ -23,7 +23,10 @@ ROOT = Path(__file__).parent.parent
 def run(
     *arguments: str, before: str = "", warnings: str = "error", seconds: int = 120
 ) -> subprocess.CompletedProcess[str]:
-    code = f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}\n{before}\nrunpy.run_module('normuon_fn', run_name='__main__')"
+    code = (
+        f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}\n{before}\n"
+        "runpy.run_module('normuon_fn', run_name='__main__')"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-W", warnings, "-c", code],
@@ -43,13 +46,17 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
         lines[0],
     )
     assert re.search(
-        r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed .* \d+\.\d\d +pass$",
+        r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed .* "
+        r"\d+\.\d\d +pass$",
         lines[-1],
     )
 
 
 def test_compiled_it_passes_too() -> None:
-    shows = "import torch._dynamo.utils as u, atexit; atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
+    shows = (
+        "import torch._dynamo.utils as u, atexit\n"
+        "atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
+    )
     done = run(
         "--device", "cpu", "--compile", before=shows, warnings="ignore", seconds=600
     )  # Inductor's own
@@ -63,7 +70,8 @@ def test_compiled_it_passes_too() -> None:
     [
         "import normuon_fn.algorithm.normalize as n; n.per_row = lambda *_: False",
         "import normuon_fn.algorithm.bucket as b; b.carry = lambda *_: 1.5",
-        "import normuon_fn.algorithm.bucket as b, torch\ndef broken(*_): raise RuntimeError('no kernel image')\nb.iterate = broken",
+        "import normuon_fn.algorithm.bucket as b\n"
+        "def broken(*_): raise RuntimeError('no kernel image')\nb.iterate = broken",
         "import normuon_fn.algorithm.bucket as b; b.iterate = lambda x, *_: x * float('nan')",
     ],
 )
@@ -81,6 +89,7 @@ def test_help_and_unknown_devices() -> None:
         timeout=120,
     )
     assert asked.returncode == 0 and "--device" in asked.stdout and "self-test" not in asked.stderr
+    assert "replay" in asked.stdout
     with pytest.raises(SystemExit) as left:
         command.main(["--device", "tpu"])
     assert left.value.code == 2
@@ -102,7 +111,7 @@ def test_the_reference_of_the_self_test_is_the_oracles_step() -> None:
 
 
 def test_the_names_that_come_later_are_all_there() -> None:
-    assert set(normuon_fn._LATER) <= set(normuon_fn.__all__)
+    assert set(normuon_fn._LATER) <= set(normuon_fn.__all__) <= set(dir(normuon_fn))
     for name in normuon_fn.__all__:
         assert getattr(normuon_fn, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -121,5 +130,7 @@ def test_the_wheel_has_the_marker_of_types_and_the_operators(tmp_path: Path) -> 
         [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    names = set(zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]).namelist())
+    wheel = done.stdout.splitlines()[-1]
+    assert wheel.startswith(f"normuon_fn-{normuon_fn.__version__}-")
+    names = set(zipfile.ZipFile(tmp_path / wheel).namelist())
     assert {"normuon_fn/py.typed", "normuon_fn/__main__.py", "normuon_fn/ops/launch.py"} <= names

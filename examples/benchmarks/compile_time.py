@@ -1,22 +1,29 @@
-"""What compiling the step costs, and what a warm call of it costs the host: 72 matrices in 3 buckets, 144 in 6.
+"""What compiling the step costs, and what a warm call of it costs the host.
+
+72 matrices in 3 buckets, and 144 in 6.
 
     python examples/benchmarks/compile_time.py                # about 4 minutes on 2 CPU cores
     python examples/benchmarks/compile_time.py --json         # the same as JSON
     python examples/benchmarks/compile_time.py --case 72x3    # one of the two
 
-Compiling: each number comes from a process of its own. "Cold" starts from an empty cache directory, "warm" from the one that
-the cold process left. A function `x * 2 + 1` is compiled first and timed apart: what it costs (probing the CPU, building
-headers, imports) is paid once by whatever is compiled first, and is not in the numbers of the step. Matrices of 64 to 384.
+Compiling: each number comes from a process of its own. "Cold" starts from an empty cache directory,
+"warm" from the one that the cold process left. A function `x * 2 + 1` is compiled first and timed
+apart: what it costs (probing the CPU, building headers, imports) is paid once by whatever is
+compiled first, and is not in the numbers of the step. Matrices of 64 to 384.
 
-The host: matrices of 2 x 2 and a little more, so that there is next to nothing to compute; medians over many calls of `step_`.
+The host: matrices of 2 x 2 and a little more, so that there is next to nothing to compute; medians
+over many calls of `step_`.
 
     call        all of it
-    operators   the part of it inside the package's operators, which lead from the parameters to stacks and back
-    dynamo      the in-place step with its graph replaced by a function that keeps its first result: guards, arguments, results
+    operators   the part of it inside the package's operators, which lead from the parameters to
+                stacks and back
+    dynamo      the in-place step with its graph replaced by a function that keeps its first result:
+                guards, arguments, results
     guards      what of that disappears without guards (torch.compiler.skip_all_guards_unsafe)
 
-set_stance(skip_guard_eval_unsafe=True) does not serve to measure the guards: with one compiled version it still evaluates
-them, and took longer (144 matrices: 0.98 ms against 0.69; torch 2.13.0, 2026-11-22).
+set_stance(skip_guard_eval_unsafe=True) does not serve to measure the guards: with one compiled
+version it still evaluates them, and took longer (144 matrices: 0.98 ms against 0.69; torch 2.13.0,
+2026-11-22).
 """
 
 import argparse

@@ -1,31 +1,37 @@
 """What a step should cost on 8 to 4096 ranks: bytes that are counted, at rates that are given.
 
-    python examples/benchmarks/scale_model.py --plot scale.png                   # FSDP2 and HSDP, the matrices of a 1.3B model
-    python examples/benchmarks/scale_model.py --workload 8x256x256 --ranks 8,16 --layouts fsdp2 --json
+    # FSDP2 and HSDP, the matrices of a 1.3B model
+    python examples/benchmarks/scale_model.py --plot scale.png
+    python examples/benchmarks/scale_model.py --workload 8x256x256 --ranks 8,16 --layouts fsdp2 \\
+        --json
     python examples/benchmarks/scale_model.py --network 20e9 --message-us 5
 
     fsdp2    [Shard(0)] on all ranks
     hsdp     [Replicate, Shard(0)], 8 ranks a shard group, one node each
     ddp      replicated, every rank orthogonalizes its share
 
-Counted: the step runs on tensors without values under a fake process group, and every collective that it calls is caught with
-the sizes it has for every other rank. A count is of one rank; of several (those that own most, in all and of a shape, or least,
-the first and the last) the largest counts. Matrices of one shape are one stack here, Shard(1) instead of Shard(0): the same
-words, fewer tensors.
+Counted: the step runs on tensors without values under a fake process group, and every collective
+that it calls is caught with the sizes it has for every other rank. A count is of one rank; of
+several (those that own most, in all and of a shape, or least, the first and the last) the largest
+counts. Matrices of one shape are one stack here, Shard(1) instead of Shard(0): the same words,
+fewer tensors.
 
-Computed: the products of the matrices that a rank owns, passes over its parameters, passes that pack and unpack what is sent.
-A collective takes its bytes to and from other nodes at the network's speed, or those within the node (8 ranks) at NVLink's,
-whichever takes longer, in or out, and a message's cost for every rank that is met. Then
+Computed: the products of the matrices that a rank owns, passes over its parameters, passes that
+pack and unpack what is sent. A collective takes its bytes to and from other nodes at the network's
+speed, or those within the node (8 ranks) at NVLink's, whichever takes longer, in or out, and a
+message's cost for every rank that is met. Then
 
     ms = first exchange in + max(compute, all other exchanges)
 
-The guard is off: it adds one all_reduce of 8 bytes a parameter. Not in it: that few matrices keep a GPU less busy than many
-do, launches, congestion, and that packing comes before the first exchange. From about 100 ranks on it is a lower bound.
+The guard is off: it adds one all_reduce of 8 bytes a parameter. Not in it: that few matrices keep a
+GPU less busy than many do, launches, congestion, and that packing comes before the first exchange.
+From about 100 ranks on it is a lower bound.
 
-Rates, unless given: one H200, 1.3B parameters in float32, torch 2.11, 2026-11-22. 69.6 ms a step, of which 60 ms are products
-(their FLOP by step.py: the rate), and 9.6 ms passes at 4.3 TB/s (41 GB, 34 B a parameter; step.py's floor has 26). Two of them,
-FSDP2, when nothing overlapped: 44.3 ms, NCCL 5.4 ms for the 1.2 GB that a rank sends (224 GB/s each way), packing 5 ms.
-Network: an assumption, 400 Gbit/s a GPU at 80 %; a message: another one, 1 us.
+Rates, unless given: one H200, 1.3B parameters in float32, torch 2.11, 2026-11-22. 69.6 ms a step,
+of which 60 ms are products (their FLOP by step.py: the rate), and 9.6 ms passes at 4.3 TB/s (41 GB,
+34 B a parameter; step.py's floor has 26). Two of them, FSDP2, when nothing overlapped: 44.3 ms,
+NCCL 5.4 ms for the 1.2 GB that a rank sends (224 GB/s each way), packing 5 ms. Network: an
+assumption, 400 Gbit/s a GPU at 80 %; a message: another one, 1 us.
 """
 
 import argparse
@@ -57,7 +63,8 @@ in_place = import_module(
 
 NODE = 8  # ranks
 LAYOUTS = ("fsdp2", "hsdp", "ddp")
-# float16 everywhere sends as many bytes as bfloat16 and float16 do on a GPU, and chooses the same forms.
+# float16 everywhere sends as many bytes as bfloat16 and float16 do on a GPU, and chooses the same
+# forms.
 CONFIG = nm.Config(guard="off", orthogonalize_dtype=torch.float16)
 MEASURED = [  # ranks, layout, ms, overlapped, what of it the rates come from
     (1, "", 68.7, True, "products and passes"),
@@ -229,7 +236,10 @@ def count(shapes: Shapes, layout: str, world: int, rank: int) -> tuple[Rank, nm.
 
 
 def counts(shapes: Shapes, layout: str, world: int) -> tuple[list[Rank], int]:
-    """Of the ranks that own most (in all, and of each group) and least, the first and the last; the most that one owns."""
+    """The ranks that own most (in all, and of each group) and least, the first and the last.
+
+    And the most that one of them owns.
+    """
     first, plan = count(shapes, layout, world, 0)
     work = [owned(plan, rank) for rank in range(world)]
     most_flop = max(range(world), key=lambda rank: work[rank][1])
@@ -439,7 +449,8 @@ def main() -> None:
     else:
         for b in beside:
             print(
-                f"{b['ranks']} H200 {b['layout']}: predicted {b['predicted_ms']:.1f} ms, measured {b['measured_ms']:.1f} ms, "
+                f"{b['ranks']} H200 {b['layout']}: predicted {b['predicted_ms']:.1f} ms, "
+                f"measured {b['measured_ms']:.1f} ms, "
                 f"{100 * b['deviation']:+.1f} % (rates that come from it: {b['rates_from_it']})"
             )
         print(f"\n{args.workload}, {asdict(rates)}\n{table(rows)}")

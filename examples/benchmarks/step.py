@@ -1,29 +1,36 @@
 """What a step costs, and how far that is from what the device could do.
 
-    python examples/benchmarks/step.py                                        # the matrices of GPT-2 124M
+    python examples/benchmarks/step.py                        # the matrices of GPT-2 124M
     python examples/benchmarks/step.py --workload 1.3b --guard off,full --plot step.png
     python examples/benchmarks/step.py --workload 12x768x768,4x3072x768 --dtype bfloat16 --json
-    python examples/benchmarks/step.py --only Muon,graph --no-first-step      # the rows whose name holds one of these
+    # the rows whose name has one of these
+    python examples/benchmarks/step.py --only Muon,graph --no-first-step
     python examples/benchmarks/step.py --device cpu --workload cpu            # ratios
-    python examples/benchmarks/step.py --bars                                 # every bar of the project, as Markdown
-    torchrun --nproc-per-node 2 examples/benchmarks/step.py --workload 1.3b --layout fsdp2    # or ddp; rank 0's times
+    python examples/benchmarks/step.py --bars                 # every bar of the project: Markdown
+    # or ddp; rank 0's times
+    torchrun --nproc-per-node 2 examples/benchmarks/step.py --workload 1.3b --layout fsdp2
 
-All rows of a workload share one process, one set of parameters and gradients (random, made on the device), and their calls are
-interleaved in blocks, forwards and backwards in turn: drift of clocks and temperature meets all alike, and a ratio (the median
-over rounds of block median against block median) is good to less than the spread that stands beside it.
+All rows of a workload share one process, one set of parameters and gradients (random, made on the
+device), and their calls are interleaved in blocks, forwards and backwards in turn: drift of clocks
+and temperature meets all alike, and a ratio (the median over rounds of block median against block
+median) is good to less than the spread that stands beside it.
 
     median p10 p90   ms a call, by CUDA events; on CPU by the clock
     x first          against the first row
-    TFLOP/s          the arithmetic of the Newton-Schulz form that the plan chose, symmetric products counted as half
-    floor            max(arithmetic, bytes) summed over the products of each bucket, plus 26 B a parameter in float32 for the
-                     passes over parameters, gradients and momentum, at this device's own ceilings: a matmul of 8192^3
-                     and a large copy, measured here
+    TFLOP/s          the arithmetic of the Newton-Schulz form that the plan chose, symmetric
+                     products counted as half
+    floor            max(arithmetic, bytes) summed over the products of each bucket, plus 26 B per
+                     parameter in float32 for the passes over parameters, gradients and momentum, at
+                     this device's own ceilings: a matmul of 8192^3 and a large copy, measured here
     host ms          of one call on an idle device
-    peak GiB         the most that was allocated (2^30) above params + grads + state; the first call and the capture included
-    first s          the first call in a process of its own, with empty compile caches, without imports and the device's start
+    peak GiB         the most that was allocated (2^30) above params + grads + state, including the
+                     first call and the capture
+    first s          the first call in a process of its own, with empty compile caches, without
+                     imports and the device's start
 
-A row that fails says why in its own line, and the others go on. A peer counts if its update is finite and changed every
-parameter. microsoft/dion and Emerging-Optimizers join where they can be imported.
+A row that fails says why in its own line, and the others go on. A peer counts if its update is
+finite and changed every parameter. microsoft/dion and Emerging-Optimizers join where they can be
+imported.
 """
 
 import argparse
@@ -210,10 +217,13 @@ def short(error: BaseException) -> str:
 def products(
     count: int, rows: int, cols: int, method: str, coefficients: list[Any], restarts: int
 ) -> list[tuple[float, float]]:
-    """(FLOP, bytes) of every batched product of one stack in a 2-byte dtype; symmetric results cost half.
+    """(FLOP, bytes) of every batched product of one stack in a 2-byte dtype.
 
-    Standard: x x^T, (x x^T)^2, the product with x, at every step. Gram: x x^T and the product with x for every start, and on
-    the small side up to four products a step. Together 15a + 5 and, with one restart, 6a + 14 times rows^3 FLOP for five steps.
+    Symmetric results cost half.
+
+    Standard: x x^T, (x x^T)^2, the product with x, at every step. Gram: x x^T and the product with
+    x for every start, and on the small side up to four products a step. Together 15a + 5 and, with
+    one restart, 6a + 14 times rows^3 FLOP for five steps.
     """
     n2, nm_ = rows * rows, rows * cols
     gram, square, wide = (
@@ -267,7 +277,9 @@ def total_flop(parts: list[tuple[torch.dtype, list[tuple[float, float]]]]) -> fl
 
 
 def pass_bytes(params: dict[str, Tensor]) -> float:
-    """Read g, read and write the float32 momentum, write the update; read it twice, read and write p: 26 B in float32."""
+    """26 B in float32: read g, read and write the momentum, write the update, read it twice, and
+    read and write p.
+    """
     return sum(p.numel() * (3 * p.element_size() + 8 + 6) for p in params.values())
 
 
@@ -284,7 +296,10 @@ class Entry:
 
 
 class Workload:
-    """Parameters and gradients on the device, shared by all rows; on several ranks sharded or replicated."""
+    """Parameters and gradients on the device, shared by all rows.
+
+    On several ranks they are sharded or replicated.
+    """
 
     def __init__(
         self,
@@ -332,7 +347,8 @@ class Workload:
         device = self.device
         device.clear()
         before = device.allocated()
-        plan = nm.make_plan(self.params, nm.Config(guard=guard), mesh=self.mesh)  # type: ignore[arg-type]
+        config = nm.Config(guard=guard)  # type: ignore[arg-type]
+        plan = nm.make_plan(self.params, config, mesh=self.mesh)
         state, hyper = nm.init(plan, self.params), nm.Hyper.of(self.params, lr=1e-4)
         own = sum(
             torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in plan.state.values()
@@ -498,7 +514,10 @@ def reported(row: Row) -> Iterator[None]:
 def interleave(
     device: Device, entries: list[Entry], rounds: int, what: str, base: Row | None
 ) -> None:
-    """Blocks of calls in turn, forwards and backwards; then every row's ratio to ``base``, if that was measured."""
+    """Blocks of calls in turn, forwards and backwards.
+
+    Then every row's ratio to ``base``, if that was measured.
+    """
     for k in tqdm(range(rounds), desc=f"{what}: rounds", disable=None):
         for entry in entries[:: 1 if k % 2 == 0 else -1]:
             if entry.row.error is None:
@@ -510,7 +529,7 @@ def interleave(
 
 
 def ratio(row: Row, base: Row) -> tuple[float, float]:
-    """The median over rounds of block median against block median, and half the distance of the quartiles."""
+    """The median over rounds of block median against block median; half the quartiles' distance."""
     each = sorted(
         statistics.median(a) / statistics.median(b)
         for a, b in zip(row.times, base.times, strict=True)
@@ -549,7 +568,8 @@ def first_step_seconds(device: Device, spec: str, dtype: torch.dtype, guard: str
 
 def first_step(device: Device, spec: str, options: Options) -> float:
     workload = Workload(device, shapes_of(spec), options.dtype)
-    plan = nm.make_plan(workload.params, nm.Config(guard=options.guards[0]))  # type: ignore[arg-type]
+    config = nm.Config(guard=options.guards[0])  # type: ignore[arg-type]
+    plan = nm.make_plan(workload.params, config)
     state, hyper = nm.init(plan, workload.params), nm.Hyper.of(workload.params, lr=1e-4)
     device.sync()
 
@@ -787,7 +807,7 @@ def value(row: Row, what: str) -> tuple[float | None, str]:
 
 
 def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, list[Row]]]:
-    """Everything that the project's bars name, in this process (the first step in one of its own)."""
+    """Everything that the project's bars name, in this process (the first step in its own)."""
     small, large = ("tiny", "tiny") if tiny else ("gpt2", "1.3b")
     squares, wides = ("2x64x64", "2x64x256") if tiny else ("96x2048x2048", "48x2048x8192")
     found: list[Bar] = []

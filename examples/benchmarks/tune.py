@@ -1,14 +1,16 @@
 """Which configuration of the product kernel is fastest on this CUDA device, beside cuBLAS.
 
     python examples/benchmarks/tune.py                                  # about 4 minutes
-    python examples/benchmarks/tune.py --quick                          # fewer shapes and candidates: 1 minute
+    python examples/benchmarks/tune.py --quick              # fewer shapes and candidates: 1 minute
     python examples/benchmarks/tune.py --shape 48x768x768 --dtype bfloat16 --json results.json
 
-Three variants, all of ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both operands by tensor
-descriptors, and "persistent" does so in one program per SM. What wins goes into `CONFIGS` of ``ops/products.py``.
+Three variants, all of ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both
+operands by tensor descriptors, and "persistent" does so in one program per SM. What wins goes into
+`CONFIGS` of ``ops/products.py``.
 
-Times are medians over replays of a CUDA graph of several launches, divided by their number: no host time is in them.
-"effective" counts 2 rows^2 cols of a symmetric product, as a full one costs, "real" only the tiles that are computed.
+Times are medians over replays of a CUDA graph of several launches, divided by their number: no host
+time is in them. "effective" counts 2 rows^2 cols of a symmetric product, as a full one costs,
+"real" only the tiles that are computed.
 """
 
 import argparse
@@ -81,7 +83,7 @@ QUICK = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------------------------ runs
+# -------------------------------------------------------------------------------------- runs
 
 
 def inputs(n: int, rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -237,7 +239,8 @@ def table(title: str, results: dict[str, dict[str, Any]]) -> str:
     lines = [title]
     for operation, found in results.items():
         lines.append(
-            f"  {operation:17} cuBLAS {found['cublas_ms']:8.4f} ms  {found['cublas_tflops']:6.0f} TFLOP/s"
+            f"  {operation:17} cuBLAS {found['cublas_ms']:8.4f} ms  "
+            f"{found['cublas_tflops']:6.0f} TFLOP/s"
         )
         for row in found["candidates"][:3]:
             ratio = found["cublas_ms"] / row["ms"]
@@ -250,7 +253,7 @@ def table(title: str, results: dict[str, dict[str, Any]]) -> str:
 
 
 def default_dtype(rows: int, cols: int) -> torch.dtype:
-    """Of the products on CUDA: for wide matrices `normuon_fn.orthogonalize` takes the Gram form, in float16."""
+    """The products' dtype on CUDA: `orthogonalize` takes the Gram form in float16 for wide ones."""
     return torch.float16 if cols >= 1.5 * rows else torch.bfloat16
 
 
@@ -321,7 +324,8 @@ def main() -> None:
             operation: measure(candidates, given[operation], tolerance, args.replays)
             for operation in OPERATIONS
         }
-        title = f"\n{n} x {rows} x {cols}, {str(dtype).removeprefix('torch.')} ({time.perf_counter() - start:.0f} s)"
+        shape, name = f"{n} x {rows} x {cols}", str(dtype).removeprefix("torch.")
+        title = f"\n{shape}, {name} ({time.perf_counter() - start:.0f} s)"
         print(table(title, found), flush=True)
         results.append(
             {"n": n, "rows": rows, "cols": cols, "dtype": str(dtype), "operations": found}

@@ -1,11 +1,15 @@
-"""What bad batches cost: a NaN in one gradient at 0.1 % and at 1 % of the steps, with the guard and without.
+"""What bad batches cost: a NaN in one gradient at some steps, with the guard and without.
+
+At 0.1 % of the steps and at 1 %.
 
     python -m examples.study.corpus --out runs/corpus.npz
-    python -m examples.study.batch_skip --corpus runs/corpus.npz --lr 4e-3      # the best of examples.study.training
-    python -m examples.study.batch_skip --from-csv                              # table and figure once more, without training
+    # 4e-3: the best rate of examples.study.training
+    python -m examples.study.batch_skip --corpus runs/corpus.npz --lr 4e-3
+    # table and figure once more, without training
+    python -m examples.study.batch_skip --from-csv
 
-One entry of one gradient is NaN, as a flipped bit or a bad kernel leaves it. With `Config(guard="full")` such a step changes
-nothing, so that what it costs is its batch.
+One entry of one gradient is NaN, as a flipped bit or a bad kernel leaves it. With
+`Config(guard="full")` such a step changes nothing, so that what it costs is its batch.
 """
 
 from __future__ import annotations
@@ -51,12 +55,15 @@ def study(
     for name, results in found.items():
         losses = [r.loss for r in results]
         alive = all(map(math.isfinite, losses))
+        more = [f"{r.loss - by_seed[r.job.seed]:+.4f}" for r in results]
         rows.append({
             "faults": name, "loss": f"{statistics.mean(losses):.4f}" if alive else "dead",
-            "seeds": " ".join(f"{loss:.4f}" for loss in losses), "spread": f"{max(losses) - min(losses):.4f}" if alive else "-",
+            "seeds": " ".join(f"{loss:.4f}" for loss in losses),
+            "spread": f"{max(losses) - min(losses):.4f}" if alive else "-",
             "to the clean runs": f"{statistics.mean(losses) - clean:+.4f}" if alive else "-",
-            "by seed": " ".join(f"{r.loss - by_seed[r.job.seed]:+.4f}" for r in results) if alive else "-",
-            "NaNs": " ".join(str(r.faults) for r in results), "skipped": " ".join(str(r.skipped) for r in results),
+            "by seed": " ".join(more) if alive else "-",
+            "NaNs": " ".join(str(r.faults) for r in results),
+            "skipped": " ".join(str(r.skipped) for r in results),
         })  # fmt: skip
     first = found["no faults"][0]
     about = {
@@ -86,8 +93,8 @@ def section(about: dict[str, Any]) -> str:
 
 {about["corpus"]}.
 
-{about["steps"]} steps of the training study's NorMuon, with a NaN in one gradient at some of them, drawn step by step. `by
-seed`: less the clean run with the same seed.
+{about["steps"]} steps of the training study's NorMuon, with a NaN in one gradient at some of them,
+drawn step by step. `by seed`: less the clean run with the same seed.
 
 ![validation loss with and without faults](batch_skip.png)
 

@@ -1,6 +1,7 @@
 """What the studies share: where their results go, and what a result was measured on.
 
-A study writes ``<name>.csv``, ``<name>.png`` and its section of RESULTS.md, between two marks that name it.
+A study writes ``<name>.csv``, ``<name>.png`` and its section of RESULTS.md, between two marks that
+name it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def measured_on(device: torch.device) -> str:
         where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, triton {triton}"
     else:
         where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = f"normuon_fn {nm.__version__}, torch {torch.__version__}, python {platform.python_version()}"
+    versions = (
+        f"normuon_fn {nm.__version__}, torch {torch.__version__}, "
+        f"python {platform.python_version()}"
+    )
     return f"{where}, {versions}, {date.today()}"
 
 
@@ -53,7 +57,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write_section(results: Path, name: str, text: str) -> None:
-    """Put ``text`` in the place of the section of that name in a Markdown file, or behind the last one."""
+    """Replaces the section of that name in a Markdown file by ``text``, or appends it."""
     section = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->"
     pages = results.read_text() if results.exists() else ""
     old = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end of {re.escape(name)} -->", re.DOTALL)

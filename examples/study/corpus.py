@@ -1,12 +1,16 @@
-"""The text of the training studies: the Python source of well-known packages, in tokens of a vocabulary trained on it.
+"""The text of the training studies: the Python source of well-known packages, in tokens.
 
-    python -m examples.study.corpus --out runs/corpus.npz      # 1 minute on 2 cores; wants the dev extra
+The vocabulary is trained on the same text.
 
-Every ``.py`` file below 200 kB of the packages below as installed, each text once, in an order that their hashes give: every
-40th file is for validation. Larger files are tables of numbers. The vocabulary (byte-level BPE) is trained on the training
-files. What came out is named by a SHA-256: another version of a package, torch among them, is another corpus. So install with
-constraints.txt, in an environment of its own if need be, and copy the file to where you train.
-Files that are nearly alike may lie on both sides of the split.
+    # 1 minute on 2 cores; wants the dev extra
+    python -m examples.study.corpus --out runs/corpus.npz
+
+Every ``.py`` file below 200 kB of the packages below as installed, each text once, in an order that
+their hashes give: every 40th file is for validation. Larger files are tables of numbers. The
+vocabulary (byte-level BPE) is trained on the training files. What came out is named by a SHA-256:
+another version of a package, torch among them, is another corpus. So install with constraints.txt,
+in an environment of its own if need be, and copy the file to where you train. Files that are nearly
+alike may lie on both sides of the split.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ class Corpus:
         digest = _digest(train.numpy().astype(np.uint16), val.numpy().astype(np.uint16))
         if digest != about["sha256"]:
             raise ValueError(
-                f"{file}: its tokens have the SHA-256 {digest}, it says {about['sha256']}; make it again"
+                f"{file}: its tokens have the SHA-256 {digest}, it says {about['sha256']}; "
+                "make it again"
             )
         return Corpus(train, val, about)
 
@@ -57,9 +62,11 @@ class Corpus:
     def __str__(self) -> str:
         about = self.about
         return (
-            f"{about['megabytes']} MB of Python source ({about['packages']}), {about['vocabulary']} tokens of byte-level BPE "
+            f"{about['megabytes']} MB of Python source ({about['packages']}), "
+            f"{about['vocabulary']} tokens of byte-level BPE "
             f"(tokenizers {about['tokenizers']}): "
-            f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate; SHA-256 {str(about['sha256'])[:16]}"
+            f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate; "
+            f"SHA-256 {str(about['sha256'])[:16]}"
         )
 
 
@@ -70,7 +77,8 @@ def files_of(packages: list[str]) -> list[tuple[str, str]]:
         spec = importlib.util.find_spec(MODULES.get(package, package))
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(
-                f"{package}: not an installed package; pip install -e '.[dev]' has all that is wanted here"
+                f"{package}: not an installed package; pip install -e '.[dev]' has all that is "
+                "wanted here"
             )
         for file in Path(spec.submodule_search_locations[0]).rglob("*.py"):
             content = file.read_bytes()

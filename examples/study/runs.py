@@ -1,8 +1,11 @@
-"""One training run of the studies: a GPT on the corpus, an optimizer, a learning rate, a seed. Every run is kept as a file.
+"""One training run of the studies: a GPT on the corpus, an optimizer, a learning rate, a seed.
+
+Every run is kept as a file.
 
     Job -> Trainer.run -> Result -> <folder>/<key of the job>.json
 
-`run_all` runs what is not there yet, on as many GPUs as there are. Runs are deterministic: the same job has the same bits.
+`run_all` runs what is not there yet, on as many GPUs as there are. Runs are deterministic: the same
+job has the same bits.
 """
 
 from __future__ import annotations
@@ -174,7 +177,8 @@ def parse(parser: argparse.ArgumentParser, command: str) -> tuple[argparse.Names
     )
     if not args.from_csv and not args.corpus.exists():
         parser.error(
-            f"--corpus: there is no {args.corpus}; python -m examples.study.corpus --out {args.corpus} makes it"
+            f"--corpus: there is no {args.corpus}; "
+            f"python -m examples.study.corpus --out {args.corpus} makes it"
         )
     return args, options, command
 
@@ -202,7 +206,8 @@ def _of_one_study(options: Options) -> None:
         file.write_text(json.dumps(study))
     elif json.loads(file.read_text()) != study:
         raise ValueError(
-            f"--runs {options.folder}: has runs of another size, length or text (study.json); give another folder"
+            f"--runs {options.folder}: has runs of another size, length or text (study.json); "
+            "choose another folder"
         )
 
 
@@ -368,9 +373,10 @@ class Trainer:
         for name in names:
             digest.update(params[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return Result(
-            job, sum(p.numel() for p in params.values()), size.batch * size.context, steps, val, seconds, step_ms, optimizer_ms,
-            captured is not None,
-            int(broken.sum()), int(state["guard.skipped"]), digest.hexdigest(), measured_on(self.device),
+            job, sum(p.numel() for p in params.values()), size.batch * size.context, steps, val,
+            seconds, step_ms, optimizer_ms, captured is not None,
+            int(broken.sum()), int(state["guard.skipped"]), digest.hexdigest(),
+            measured_on(self.device),
         )  # fmt: skip
 
     def now_sync(self) -> float:
@@ -386,7 +392,7 @@ class Trainer:
         return event
 
     def milliseconds(self, marks: list[list[Any]]) -> tuple[float, float]:
-        """The medians of whole steps and of the optimizer's part. The device is idle when this is called."""
+        """The medians of whole steps and of the optimizer's part. The device must be idle."""
 
         def between(a: Any, b: Any) -> float:
             return 1e3 * (b - a) if self.device.type != "cuda" else a.elapsed_time(b)

@@ -1,24 +1,28 @@
 """The small-gradient study: what is left of a Muon update when gradients are tiny.
 
     python -m examples.study.small_gradients                # 3 minutes on 2 CPU cores
-    python -m examples.study.small_gradients --from-csv     # table and figure once more, without training
+    # table and figure once more, without training
+    python -m examples.study.small_gradients --from-csv
 
-In NVIDIA/Megatron-LM#5394 a few layers have huge gradients, and the global clip multiplies everybody's by 2e-8; a small loss
-scale does the same. Newton-Schulz brings a matrix to norm 1 first, by norm + eps or max(norm, eps) with eps = 1e-7 in many
-implementations. Far below eps it is linear, O = c M: not orthogonal, as small as M, and nothing says so.
+In NVIDIA/Megatron-LM#5394 a few layers have huge gradients, and the global clip multiplies
+everybody's by 2e-8; a small loss scale does the same. Newton-Schulz brings a matrix to norm 1
+first, by norm + eps or max(norm, eps) with eps = 1e-7 in many implementations. Far below eps it is
+linear, O = c M: not orthogonal, as small as M, and nothing says so.
 
-A small GPT trains on Shakespeare with every matrix gradient multiplied by 1, 2^-26 (1.5e-8) and 2^-66 (1.4e-20). Powers of two,
-because they multiply without rounding: without an eps all bits stay, and what differs is the eps. Every arm has the same start,
-batches, learning rate and momentum, no Nesterov, no weight decay, and q, k, v as one matrix.
+A small GPT trains on Shakespeare with every matrix gradient multiplied by 1, 2^-26 (1.5e-8) and
+2^-66 (1.4e-20). Powers of two, because they multiply without rounding: without an eps all bits
+stay, and what differs is the eps. Every arm has the same start, batches, learning rate and
+momentum, no Nesterov, no weight decay, and q, k, v as one matrix.
 
     NorMuon                 normuon_fn, Config(): Polar Express coefficients
     Muon                    the same without normalization, at the scale "rms"
-    torch.optim.Muon        at that scale (match_rms_adamw); other coefficients (Keller Jordan's), products in bfloat16
+    torch.optim.Muon        at that scale (match_rms_adamw); other coefficients (Keller Jordan's),
+                            products in bfloat16
     Muon, norm + 1e-7       Muon with a textbook Newton-Schulz: float32, the same coefficients
     NorMuon, norm + 1e-7    NorMuon with it
 
-Embedding, head and norms get AdamW and their plain gradients in every arm: AdamW's own eps (1e-8) and the underflow of its
-squares are another matter.
+Embedding, head and norms get AdamW and their plain gradients in every arm: AdamW's own eps (1e-8)
+and the underflow of its squares are another matter.
 """
 
 import argparse
@@ -119,9 +123,12 @@ def torch_step(matrices: list[str], start: Tensors, lr: float) -> Step:
 
 
 def last_update(before: Tensors, after: Tensors, matrices: list[str], lr: float) -> Row:
-    """RMS over all matrices in units of lr, as it arrived in the weights; and the mean stable rank |U|_F^2 / |U|_2^2.
+    """RMS over all matrices in units of lr, as it arrived in the weights; and the mean stable rank.
 
-    The stable rank is in units of the rank: 1 for an orthogonal matrix, and 0 for one that did not move.
+    The stable rank is |U|_F^2 / |U|_2^2.
+
+    The stable rank is in units of the rank: 1 for an orthogonal matrix, and 0 for one that did not
+    move.
     """
     updates = [(before[name] - after[name]).double() / lr for name in matrices]
     squares = torch.stack([u.square().sum() for u in updates])
@@ -208,7 +215,10 @@ def seen(rows: list[Row], arm: str) -> str:
         )
     changes = []
     for row in small:
-        update = f"{row['rms'] / plain['rms']:.2g} times the RMS and {row['rank'] / plain['rank']:.2g} times the stable rank"
+        update = (
+            f"{row['rms'] / plain['rms']:.2g} times the RMS and "
+            f"{row['rank'] / plain['rank']:.2g} times the stable rank"
+        )
         loss = f"the validation loss changes by {row['val'] - plain['val']:+.3f}"
         changes.append(f"at 2^{row['exponent']} the last update has {update}, and {loss}")
     return fill(
@@ -236,15 +246,18 @@ def section(facts: Row) -> str:
 
 {facts["measured_on"]}
 
-The matrices' gradients are multiplied by `scale`, the same at every step; a gradient clip brought them to 2e-8 of their size in
-NVIDIA/Megatron-LM#5394. "Muon" is `Config(normalize=False, scale="rms")`: no update is brought to an RMS there.
-AdamW's parameters (embedding, head, norms) get theirs plain in every arm, because AdamW's eps is another matter. "norm + 1e-7"
-is a textbook Newton-Schulz in the place of normuon_fn's. Blocks start as the identity: where the matrices stand still, what is
-left learns which character follows which. NorMuon brings any update to RMS 0.2; whether it is orthogonal its stable rank tells.
+The matrices' gradients are multiplied by `scale`, the same at every step; a gradient clip brought
+them to 2e-8 of their size in NVIDIA/Megatron-LM#5394. "Muon" is
+`Config(normalize=False, scale="rms")`: no update is brought to an RMS there. AdamW's parameters
+(embedding, head, norms) get theirs plain in every arm, because AdamW's eps is another matter.
+"norm + 1e-7" is a textbook Newton-Schulz in the place of normuon_fn's. Blocks start as the
+identity: where the matrices stand still, what is left learns which character follows which. NorMuon
+brings any update to RMS 0.2; its stable rank tells whether it is orthogonal.
 
 {said}
 
-Training loss: mean of the last {LAST} steps. Update: of the last step, as it arrived in the weights.
+Training loss: mean of the last {LAST} steps. Update: that of the last step, as it arrived in the
+weights.
 
 {markdown(table)}
 

@@ -1,11 +1,16 @@
-"""The soak study: a long run with faults in its gradients and restarts in its course stays what it was.
+"""The soak study: a long run keeps its memory, its time and its bits.
 
-    python -m examples.study.soak                # 2000 steps on CUDA or 500 on a CPU, twice; 1 if a claim does not hold
-    python -m examples.study.soak --from-csv     # the table and the figure again, from soak-<device>.csv and .json
+Its gradients have faults, and it is restarted on the way.
 
-The small GPT of train_gpt.py, guard="full". With probability --fault-rate a step finds one entry of one gradient NaN or inf.
-The run "resumed" saves itself every quarter, drops everything and goes on from the file with a new model, plan, compiled step
-and captured graph; "uninterrupted" does not. Both must end with the same bits. On CUDA the step is a GraphedStep.
+    # 2000 steps on CUDA or 500 on a CPU, twice; exit code 1 if a claim does not hold
+    python -m examples.study.soak
+    # the table and the figure again, from soak-<device>.csv and .json
+    python -m examples.study.soak --from-csv
+
+The small GPT of train_gpt.py, guard="full". With probability --fault-rate a step finds one entry of
+one gradient NaN or inf. The run "resumed" saves itself every quarter, drops everything and goes on
+from the file with a new model, plan, compiled step and captured graph; "uninterrupted" does not.
+Both must end with the same bits. On CUDA the step is a GraphedStep.
 """
 
 import argparse
@@ -62,18 +67,22 @@ MEMORY_BAR, TIME_BAR = (
     5.0,
 )  # MB between the least and the most; % of the mean over the whole run
 MEMORY = {"cuda": "allocated", "cpu": "rss"}  # what the bar is for
-ABOUT = """A small GPT on Shakespeare, `guard="full"`, trained twice with one seed and the same faults: one entry of a gradient
-is NaN or inf. "resumed" is saved, dropped and loaded three times, "uninterrupted" is not. The first tenth of every piece is
-warm-up. RSS is read after `gc.collect()` and glibc's `malloc_trim(0)`."""
+ABOUT = """A small GPT on Shakespeare, `guard="full"`, trained twice with one seed and the same
+faults: one entry of a gradient is NaN or inf. "resumed" is saved, dropped and loaded three times,
+"uninterrupted" is not. The first tenth of every piece is warm-up. RSS is read after `gc.collect()`
+and glibc's `malloc_trim(0)`."""
 ABOUT_TIME = {
     "cpu": "",
-    "cuda": """ The batch is so large that the GPU is never done before the host, and time a step is the GPU's: with
-a batch of 16 it was the host's, which wandered by 20 % over a run.""",
+    "cuda": """ The batch is so large that the GPU is never done before the host, and the time of a
+step is the GPU's: with a batch of 16 it was the host's, which varied by 20 % over a run.""",
 }
 
 
 def draw_faults(args: argparse.Namespace) -> dict[int, list[float]]:
-    """By step: which gradient, which entry of it, NaN or inf; each a number in [0, 1). From the seed alone."""
+    """By step: which gradient, which entry of it, NaN or inf; each a number in [0, 1).
+
+    They depend on the seed alone.
+    """
     generator = torch.Generator().manual_seed(args.seed + 1)
     steps = (
         (torch.rand(args.steps, generator=generator) < args.fault_rate).nonzero().flatten().tolist()
@@ -84,7 +93,7 @@ def draw_faults(args: argparse.Namespace) -> dict[int, list[float]]:
 
 
 class Clock:
-    """The time between marks. On CUDA marks are events, read once a window: no step waits for the device."""
+    """The time between marks. On CUDA marks are events, read once per window: no step waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -109,7 +118,8 @@ class Clock:
 def memory_mb(device: torch.device) -> Row:
     """Of the process, and of PyTorch on the device.
 
-    What Python has not collected and what glibc keeps for later is given back first: RSS then holds what is in use.
+    What Python has not collected and what glibc keeps for later is given back first: RSS then holds
+    what is in use.
     """
     gc.collect()
     libc, statm = ctypes.CDLL(None), Path("/proc/self/statm")
@@ -127,7 +137,7 @@ def memory_mb(device: torch.device) -> Row:
 
 
 class Trainer:
-    """What all pieces of all runs have in common: the text, the faults, the compiled gradients of the model."""
+    """What all pieces of all runs share: text, faults, the compiled gradients of the model."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
@@ -158,7 +168,9 @@ class Trainer:
         self.loss_and_grad(params, self.tokens(torch.Generator()))
 
     def piece(self, run: str, first: int, last: int, checkpoint: Path) -> tuple[list[Row], Tensors]:
-        """Steps ``first`` to ``last`` of a run, everything made afresh; where it was is read from the checkpoint.
+        """Steps ``first`` to ``last`` of a run, everything made afresh.
+
+        Where the run was is read from the checkpoint.
 
         Returns a row for every window of steps, and parameters and state at the end, on the CPU.
         """
@@ -260,7 +272,7 @@ def soak(args: argparse.Namespace) -> tuple[list[Row], Row]:
 
 
 def claims(rows: list[Row], facts: Row, device: str) -> list[Row]:
-    """A row for each: what was measured, its bar, whether it holds; None where it is only reported."""
+    """Rows: what was measured, its bar, whether it holds; None where it is only reported."""
     found: list[tuple[str, object, object, bool | None]] = []
     for run, cuts in facts["cuts"].items():
         mine = [row for row in rows if row["run"] == run]

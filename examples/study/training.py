@@ -1,13 +1,16 @@
-"""AdamW, Muon and NorMuon on one corpus: the loss they reach, how many tokens and how much time it takes them.
+"""AdamW, Muon and NorMuon on one corpus: the loss they reach, in how many tokens and what time.
 
     python -m examples.study.corpus --out runs/corpus.npz
-    python -m examples.study.training --corpus runs/corpus.npz      # 50 runs; on several GPUs they are shared out
-    python -m examples.study.training --from-csv                    # table and figure once more, without training
+    # 50 runs; several GPUs share them
+    python -m examples.study.training --corpus runs/corpus.npz
+    # table and figure once more, without training
+    python -m examples.study.training --from-csv
 
-First every optimizer at every learning rate of one grid, with seed 0, AdamW with and without gradient clipping; then, each at
-its best, three seeds; NorMuon also in other forms, at NorMuon's best, and over less text. One epoch; a run over less text sees
-the first of its shuffled windows. The spread of a row is the largest difference between its seeds. Comparisons with AdamW are
-with the better of its two.
+First every optimizer at every learning rate of one grid, with seed 0, AdamW with and without
+gradient clipping; then, each at its best, three seeds; NorMuon also in other forms, at NorMuon's
+best, and over less text. One epoch; a run over less text sees the first of its shuffled windows.
+The spread of a row is the largest difference between its seeds. Comparisons with AdamW are with the
+better of its two.
 """
 
 from __future__ import annotations
@@ -66,7 +69,10 @@ def seed_jobs(best: dict[str, float]) -> list[Job]:
 
 
 def step_of(loss: float, val: list[tuple[int, float]]) -> float | None:
-    """The step at which the validation loss first is ``loss``, on a straight line between two looks; None if never."""
+    """The step at which the validation loss first is ``loss``; None if never.
+
+    Between two looks the loss is taken as a straight line.
+    """
     for (before, high), (after, low) in pairwise(val):
         if low <= loss:
             return (
@@ -104,27 +110,34 @@ def study(
         losses = sorted(r.loss for r in results)
         reached = [step_of(goal, r.val) for r in results]
         at = None if None in reached else statistics.mean(s for s in reached if s is not None)
-        took, adamw_took, part = step[name], step[baseline], optimizer[name]
+        took, part = step[name], optimizer[name]
+        whole = base[0].steps * step[baseline] if step[baseline] else None
+        pairs = list(zip(results, by_name["Muon"], strict=True))
+        apart = "yes" if _apart(results, base) else "no"
+        parts = [f"{s / base[0].steps:.1%}" for s in reached if s]
         rows.append({
             "run": name, "lr": results[0].job.lr, "loss": f"{mean[name]:.4f}",
-            "seeds": " ".join(f"{r.loss:.4f}" for r in results), "spread": f"{losses[-1] - losses[0]:.4f}",
+            "seeds": " ".join(f"{r.loss:.4f}" for r in results),
+            "spread": f"{losses[-1] - losses[0]:.4f}",
             "to AdamW": f"{mean[name] - goal:+.4f}",
-            "to Muon, by seed": " ".join(f"{a.loss - b.loss:+.4f}" for a, b in zip(results, by_name["Muon"], strict=True)),
-            "apart from AdamW": "-" if name == baseline else "yes" if _apart(results, base) else "no",
+            "to Muon, by seed": " ".join(f"{a.loss - b.loss:+.4f}" for a, b in pairs),
+            "apart from AdamW": "-" if name == baseline else apart,
             "tokens to AdamW's loss": "-" if at is None else f"{at / base[0].steps:.1%}",
-            "tokens, by seed": "-" if at is None else " ".join(f"{s / base[0].steps:.1%}" for s in reached if s),
-            "time to AdamW's loss": "-" if None in (at, took) else f"{at * took / (base[0].steps * adamw_took):.1%}",
+            "tokens, by seed": "-" if at is None else " ".join(parts),
+            "time to AdamW's loss": "-" if None in (at, took) else f"{at * took / whole:.1%}",
             "ms a step": f"{took:.2f}" if took else "-",
             "optimizer, ms": f"{part:.2f}" if took else "-",
             "optimizer": f"{part / took:.1%}" if took else "-",
         })  # fmt: skip
     lrs = [{"lr": lr, **{v: f"{grid[Job(v, lr, 0)].loss:.4f}" for v in MAIN}} for lr in GRID]
     plain, guarded = by_name["NorMuon"], by_name["NorMuon, guard"]
+    same = all(a.digest == b.digest for a, b in zip(plain, guarded, strict=True))
     gram, standard = by_name["NorMuon, Gram"], by_name["NorMuon, standard"]
     about = {
-        "on": base[0].on, "corpus": corpus, "parameters": base[0].parameters, "steps": base[0].steps,
+        "on": base[0].on, "corpus": corpus, "parameters": base[0].parameters,
+        "steps": base[0].steps,
         "tokens a step": base[0].tokens, "validated": validated, "rows": rows, "grid": lrs,
-        "guard keeps the bits": all(a.digest == b.digest for a, b in zip(plain, guarded, strict=True)),
+        "guard keeps the bits": same,
         "Gram and standard apart": _apart(gram, standard), "baseline": baseline, "command": command,
     }  # fmt: skip
     named = [(name, r) for name, results in by_name.items() for r in results]
@@ -159,37 +172,42 @@ def section(about: dict[str, Any]) -> str:
 
 {about["corpus"]}.
 
-GPT of {about["parameters"] / 1e6:.1f} million parameters, {about["steps"]} steps of {about["tokens a step"]:,} tokens{epoch},
-bfloat16 autocast; linear warm-up over 5 % of the steps, then linear decay to 0; weight decay 0.1, but none on norms. Losses
-are nats a token, on the first {about["validated"]:,} tokens of the validation text: the rates were chosen on the same text,
-with seed 0, which counts among the three.
+GPT of {about["parameters"] / 1e6:.1f} million parameters, {about["steps"]} steps of
+{about["tokens a step"]:,} tokens{epoch}, bfloat16 autocast; linear warm-up over 5 % of the steps,
+then linear decay to 0; weight decay 0.1, but none on norms. Losses are nats per token, on the first
+{about["validated"]:,} tokens of the validation text: the rates were chosen on the same text, with
+seed 0, which counts among the three.
 
-All optimizers are normuon_fn's own. AdamW has betas 0.9 and 0.95, and steps the embedding, the head and the norms in every
-row, at the row's learning rate. "clipped": the norm of all gradients together is at most 1; no other row is clipped. "Muon"
-is `Config(normalize=False)`: NorMuon without its variance, every update brought to RMS 0.2, no Nesterov. "NorMuon" is
-`Config()`, which takes the Gram form of Newton-Schulz for wide and tall matrices; "Gram" and "standard" take one form for
-all; "guard" is `guard="full"`; "bfloat16" has all parameters in bfloat16, "+ mantissa" with `master="mantissa"`.
+All optimizers are normuon_fn's own. AdamW has betas 0.9 and 0.95, and steps the embedding, the head
+and the norms in every row, at the row's learning rate. "clipped": the norm of all gradients
+together is at most 1; no other row is clipped. "Muon" is `Config(normalize=False)`: NorMuon without
+its variance, every update brought to RMS 0.2, no Nesterov. "NorMuon" is `Config()`, which takes the
+Gram form of Newton-Schulz for wide and tall matrices; "Gram" and "standard" take one form for all;
+"guard" is `guard="full"`; "bfloat16" has all parameters in bfloat16, "+ mantissa" with
+`master="mantissa"`.
 
 ![validation loss by tokens](training.png)
 
 {markdown(about["rows"])}
 
-- `loss` is the mean of three seeds, `spread` the largest difference between them; `to Muon, by seed`: less Muon's with the
-  same seed; `apart from AdamW`: all seeds of this row are on one side of all of AdamW's. In this and the next columns AdamW
-  is the better of its two rows, "{about["baseline"]}".
-- `tokens to AdamW's loss`: where the validation loss, on the way down with its own schedule, first is AdamW's at the end,
-  in parts of AdamW's tokens, on a line between two looks (one in {about["steps"] // FULL.evaluations} steps); `time` the
-  same with each one's time a step. `-`: not reached by every seed.
-- `ms a step` is the device's, the median of a run's last 100 steps, of the fastest run of this optimizer at any rate with
-  its step in a captured graph; `optimizer` its part, with the copy of all gradients to where the graph reads them. Less than
-  1 % between two rows is noise.
-- Runs with the guard {same} the bits of those without, all parameters of all seeds. Gram and standard Newton-Schulz are
-  {forms}.
-- What it does not show: this is one token a parameter, far less than models are trained on. Rates of their own for embedding
-  and head, other betas or another clip might bring AdamW closer; the others were not clipped, and the grid has no rate
-  between 0.004 and 0.008. The paper reports 21.7 % better
-  training efficiency than Adam and 11.3 % than Muon at 1.1 billion parameters (arXiv 2510.05491): here the step from Muon to
-  NorMuon is small.
+- `loss` is the mean of three seeds, `spread` the largest difference between them;
+  `to Muon, by seed`: less Muon's with the same seed; `apart from AdamW`: all seeds of this row are
+  on one side of all of AdamW's. In this and the next columns AdamW is the better of its two rows,
+  "{about["baseline"]}".
+- `tokens to AdamW's loss`: where the validation loss, on the way down with its own schedule, first
+  is AdamW's at the end, in parts of AdamW's tokens, on a line between two looks (one in
+  {about["steps"] // FULL.evaluations} steps); `time` the same with each one's time per step. `-`:
+  not reached by every seed.
+- `ms a step` is the device's, the median of a run's last 100 steps, of the fastest run of this
+  optimizer at any rate with its step in a captured graph; `optimizer` its part, with the copy of
+  all gradients to where the graph reads them. Less than 1 % between two rows is noise.
+- Runs with the guard {same} the bits of those without, all parameters of all seeds. Gram and
+  standard Newton-Schulz are {forms}.
+- What it does not show: this is one token per parameter, far less than models are trained on. Rates
+  of their own for embedding and head, other betas or another clip might bring AdamW closer; the
+  others were not clipped, and the grid has no rate between 0.004 and 0.008. The paper reports
+  21.7 % better training efficiency than Adam and 11.3 % than Muon at 1.1 billion parameters
+  (arXiv 2510.05491): here the step from Muon to NorMuon is small.
 
 The grid, seed 0; the best of each column is used above, NorMuon's for all of its forms:
 

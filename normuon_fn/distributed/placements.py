@@ -243,3 +243,13 @@ def check_alike(lines: Sequence[str], group: str) -> None:
             raise ValueError(
                 f"the plans of the ranks differ: rank {rank} of the group has another one in {len(pairs)} lines: {shown}"
             )
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor of a DTensor, which is a collective; a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,4 +1,4 @@
-"""The training and batch-skip studies, with a model of nothing; and that the pages show what the files hold."""
+"""The training and batch-skip studies, with a tiny model; and that the pages show the files."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_a_run_is_exact_and_is_not_run_twice(
     command = [
         sys.executable,
         "-c",
-        f"from pathlib import *; from examples.study.runs import *; run_all([{job!r}], {options!r})",
+        "from pathlib import *; from examples.study.runs import *\n"
+        f"run_all([{job!r}], {options!r})",
     ]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
     (file,) = tmp_path.glob("NorMuon*.json")
@@ -122,7 +123,7 @@ def test_a_folder_of_runs_is_of_one_size_one_length_and_one_text(
     options = Options(corpus, tmp_path, TINY, steps=20, compiled=False)
     assert run_all([], options) == run_all([], options) == {}
     for other in ({"steps": None}, {"size": dataclasses.replace(TINY, width=64)}):
-        with pytest.raises(ValueError, match="give another folder"):
+        with pytest.raises(ValueError, match="choose another folder"):
             run_all([], dataclasses.replace(options, **other))
     (tmp_path / "study.json").write_text(
         (tmp_path / "study.json").read_text().replace('"corpus": "', '"corpus": "0')
@@ -236,8 +237,8 @@ def test_a_section_is_replaced_where_it_stands(tmp_path: Path) -> None:
     for name, text in (("a", "first"), ("b", "second"), ("a", r"third \1")):
         write_section(pages, name, text)
     assert (
-        pages.read_text()
-        == "# Title\n\n<!-- a -->\nthird \\1\n<!-- end of a -->\n\n<!-- b -->\nsecond\n<!-- end of b -->\n"
+        pages.read_text() == "# Title\n\n<!-- a -->\nthird \\1\n<!-- end of a -->\n\n"
+        "<!-- b -->\nsecond\n<!-- end of b -->\n"
     )
     assert markdown([{"x": 1, "y": "z"}]) == "| x | y |\n| --- | --- |\n| 1 | z |"
 

@@ -1,4 +1,7 @@
-"""The soak study at a size of seconds: what it claims of a short run, and that it would notice if it were otherwise."""
+"""The soak study at a size of seconds.
+
+What it claims about a short run, and that it notices when a claim does not hold.
+"""
 
 from __future__ import annotations
 

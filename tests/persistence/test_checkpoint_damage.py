@@ -1,4 +1,7 @@
-"""A checkpoint that is damaged is refused and touches nothing; a process that dies while it saves leaves a whole file."""
+"""A damaged checkpoint is refused and touches nothing.
+
+A process that dies while it saves leaves a complete file.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import normuon_fn as nm
-from normuon_fn.persistence import checkpoint
+from normuon_fn.persistence import file_format
 from tests.persistence.test_checkpoint import copies, problem, same
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +114,7 @@ def test_another_format_and_other_files_are_refused(
     saved: tuple[Path, nm.Plan, Tensors, Tensors], monkeypatch
 ) -> None:
     path, plan, params, state = saved
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(file_format, "FORMAT", 2)
     with pytest.raises(
         nm.CheckpointError, match="has format 1, this version of normuon_fn reads format 2"
     ):
@@ -152,12 +155,12 @@ def test_what_could_not_be_loaded_is_not_saved_or_written_and_the_old_file_stays
         nm.load(tmp_path / "run", plan, **given)
 
 
-# ----------------------------------------------------------------------------------------------------------- death while saving
+# ----------------------------------------------------------------------- death while saving
 
 WRITER = """
 import os, random, signal, sys, time
 import torch, normuon_fn as nm
-from normuon_fn.persistence import checkpoint
+from normuon_fn.persistence import file_format
 path, how, times, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 params = {f"w{k}": torch.zeros(64, 512) for k in range(12)}
 plan = nm.make_plan(params)
@@ -186,7 +189,7 @@ for k in range(2, 2 + times):
     if child == 0:
         if how == "half": safetensors.torch.save_file = half
         if how == "replace": os.replace = die
-        if how == "sync": checkpoint._sync = die
+        if how == "sync": file_format._sync = die
         version(k)
         os._exit(0)
     if how == "random":
@@ -245,9 +248,9 @@ def test_what_is_synced_is_written_and_the_folder_after_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    keep = checkpoint._sync, os.replace
+    keep = file_format._sync, os.replace
     monkeypatch.setattr(
-        checkpoint,
+        file_format,
         "_sync",
         lambda p: (order.append("folder" if Path(p).is_dir() else "file"), keep[0](p)),
     )
@@ -266,7 +269,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(file_format, "_sync", full)
     with pytest.raises(OSError, match="No space left"):
         nm.save(tmp_path / "run", params, state, plan=plan, extra={"step": 2})
     assert os.listdir(tmp_path) == ["run"] and nm.load(tmp_path / "run").extra == {"step": 1}

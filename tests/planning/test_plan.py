@@ -421,7 +421,7 @@ def test_state_and_params_of_another_plan_are_refused() -> None:
         ValueError, match=r"state\['w.momentum'\]: expected shape \(8, 8\), got \(8, 4\)"
     ):
         nm.update(params, params, other_state, hyper, plan)
-    with pytest.raises(ValueError, match=r"result: of another plan, which differs in \['.*'\]"):
+    with pytest.raises(ValueError, match=r"got one whose parameters differ in \['.*'\]"):
         nm.check(nm.update(params, params, state, hyper, plan), nm.make_plan({"w": W}))
     with pytest.raises(TypeError, match="plan: expected a Plan"):
         nm.init(None, others)  # type: ignore[arg-type]

@@ -145,7 +145,7 @@ def test_reports_are_of_the_plan_that_stepped() -> None:
     optimizer = nm.NorMuon(model.named_parameters(), lr=0.1, guard="full")
     with pytest.raises(
         TypeError,
-        match="plan: expected a Plan, got NoneType; an optimizer has one after its first step",
+        match="plan: expected a Plan, got NoneType; an optimizer has it as .plan after its first",
     ):
         nm.SkipMonitor(optimizer.plan)  # type: ignore[arg-type]
     model["a"](torch.randn(2, 4)).sum().backward()
@@ -155,7 +155,7 @@ def test_reports_are_of_the_plan_that_stepped() -> None:
     optimizer.zero_grad()
     (model["b"](torch.randn(2, 4)) * float("nan")).sum().backward()
     optimizer.step()
-    with pytest.raises(ValueError, match="result: of another plan, which differs in"):
+    with pytest.raises(ValueError, match="expected a result of this plan, got one whose"):
         monitor(optimizer.result)  # type: ignore[arg-type]
     with pytest.warns(RuntimeWarning, match=r"b\.weight"):
         assert monitor(optimizer.result, optimizer.plan) == 1  # type: ignore[arg-type]

@@ -9,13 +9,16 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import normuon_fn as nm
+from normuon_fn import __main__ as command_line
+from normuon_fn.diagnostics.replay import replay
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {"qkv": (24, 8), "tall": (16, 8), "experts": (2, 8, 12), "bias": (8,)}
@@ -48,7 +51,7 @@ def test_the_second_skip_at_the_same_place_is_not_swallowed() -> None:
     assert [str(w.message) for w in seen] == [
         "step 2 skipped, 1 in a row: tall (non-finite gradient and update)"
     ] * 3
-    assert {Path(w.filename).name for w in seen} == {"test_report.py"}
+    assert {Path(w.filename).name for w in seen} == {Path(__file__).name}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("ignore")  # the caller's own filter holds
         assert nm.check(result, plan) is True
@@ -126,13 +129,12 @@ def test_capture_rebuilds_exactly_what_the_orthogonalizer_was_given(
         given.append(x.clone())
         return x
 
-    config = nm.Config(guard=guard, nesterov=nesterov, momentum_form=form, orthogonalizer=recorder)  # type: ignore[arg-type]
+    options: Any = {"guard": guard, "nesterov": nesterov, "momentum_form": form}
+    config = nm.Config(**options, orthogonalizer=recorder)
     result, plan, grads, hyper, _ = run(config, bad="experts")
-    if (
-        guard == "full"
-    ):  # momentum was held, and the orthogonalizer saw the old one: rebuilt is what it was spared
+    if guard == "full":  # the orthogonalizer received the old momentum: what the guard refused
         run(replace(config, guard="off"), bad="experts")
-    path = nm.capture(result, plan, grads, tmp_path, hyper=hyper)
+    path = nm.capture(result, grads, plan, tmp_path, hyper=hyper)
     saved = load_file(path.with_suffix(".safetensors"))
     expected = next(x for x in reversed(given) if x.shape == (2, 8, 12))
     assert torch.equal(saved["experts.input"].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
@@ -141,7 +143,7 @@ def test_capture_rebuilds_exactly_what_the_orthogonalizer_was_given(
 
 def test_capture_says_who_when_and_with_what(tmp_path: Path) -> None:
     result, plan, grads, hyper, _ = run(nm.Config(guard="full", method="gram"), bad="qkv")
-    path = nm.capture(result, plan, grads, tmp_path, hyper=hyper)
+    path = nm.capture(result, grads, plan, tmp_path, hyper=hyper)
     assert path == tmp_path / "step2-rank0.json" and sorted(p.name for p in tmp_path.iterdir()) == [
         "step2-rank0.json",
         "step2-rank0.safetensors",
@@ -164,10 +166,18 @@ def test_capture_says_who_when_and_with_what(tmp_path: Path) -> None:
     )
 
 
+def test_the_order_of_the_first_version_writes_the_same_capture(tmp_path: Path) -> None:
+    result, plan, grads, hyper, _ = run(nm.Config(guard="full"), bad="tall")
+    new = nm.capture(result, grads, plan, tmp_path / "new", hyper=hyper)
+    old = nm.capture(result, plan, grads, tmp_path / "old", hyper=hyper)  # type: ignore[arg-type]
+    for suffix in (".json", ".safetensors"):
+        assert old.with_suffix(suffix).read_bytes() == new.with_suffix(suffix).read_bytes()
+
+
 def test_the_command_prints_and_replays_a_capture(tmp_path: Path) -> None:
     result, plan, grads, hyper, _ = run(nm.Config(guard="full"), bad="tall")
-    path = nm.capture(result, plan, grads, tmp_path, hyper=hyper)
-    command = [sys.executable, "-W", "error", "-m", "normuon_fn.diagnostics.report", str(path)]
+    path = nm.capture(result, grads, plan, tmp_path, hyper=hyper)
+    command = [sys.executable, "-W", "error", "-m", "normuon_fn", "replay", str(path)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in printed.splitlines() if line.startswith("tall.input")]
     assert rows[0][:3] == ["tall.input", "1x16x8", "float32"]
@@ -176,19 +186,14 @@ def test_the_command_prints_and_replays_a_capture(tmp_path: Path) -> None:
         for method in ("standard", "gram")
         for dtype in ("float64", "float32", "bfloat16", "float16")
     ]
-    assert all(
-        row[-3] == "128" for row in rows[1:]
-    )  # a NaN goes through every method: all entries of the result
+    # A NaN reaches all entries of the result in every method.
+    assert all(row[-3] == "128" for row in rows[1:])
 
 
 def test_a_replay_shows_which_method_fails(tmp_path: Path) -> None:
-    """A momentum that float16 cannot hold is fine after the prescale: no method fails, and each has a small error."""
+    """The prescale makes a momentum too large for float16 harmless: all errors are small."""
     result, plan, grads, hyper, _ = run(nm.Config(guard="full"), bad="tall")
-    path = nm.capture(result, plan, grads, tmp_path, hyper=hyper)
-    from safetensors.torch import save_file
-
-    from normuon_fn.diagnostics.replay import replay
-
+    path = nm.capture(result, grads, plan, tmp_path, hyper=hyper)
     tensors = load_file(path.with_suffix(".safetensors"))
     tensors["tall.input"] = torch.randn(1, 16, 8) * 1e30
     save_file(tensors, path.with_suffix(".safetensors"))
@@ -199,16 +204,17 @@ def test_a_replay_shows_which_method_fails(tmp_path: Path) -> None:
 
 
 def test_a_damaged_capture_is_refused(tmp_path: Path) -> None:
-    from normuon_fn.diagnostics.replay import replay
-
     result, plan, grads, hyper, _ = run(nm.Config(guard="full"), bad="tall")
-    path = nm.capture(result, plan, grads, tmp_path, hyper=hyper)
+    path = nm.capture(result, grads, plan, tmp_path, hyper=hyper)
     whole = path.with_suffix(".safetensors").read_bytes()
     path.with_suffix(".safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="not a capture that can be read"):
         replay(path)
     with pytest.raises(ValueError, match="not a capture that can be read"):
         replay(tmp_path / "nothing.json")
+    with pytest.raises(SystemExit) as left:
+        command_line.main(["replay", str(path)])
+    assert left.value.code == 2
 
 
 def test_the_environment_switches_capture_on_for_check(
@@ -225,4 +231,4 @@ def test_the_environment_switches_capture_on_for_check(
     clean, _, clean_grads, _, _ = run(nm.Config(guard="full"))
     nm.check(clean, plan, grads=clean_grads, hyper=hyper)
     with pytest.raises(ValueError, match="no parameter was flagged"):
-        nm.capture(clean, plan, clean_grads, tmp_path, hyper=hyper)
+        nm.capture(clean, clean_grads, plan, tmp_path, hyper=hyper)

@@ -1,6 +1,6 @@
-"""The host side of the guard: what was skipped and why. Only `check` and `SkipMonitor.wait` wait for the device.
+"""Says which steps were skipped, and which parameters caused it.
 
-``python -m normuon_fn.report FILE`` prints what `capture` saved and replays it through every method and dtype.
+Only `check` and `SkipMonitor.wait` wait for the device.
 """
 
 from __future__ import annotations
@@ -10,25 +10,22 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.placements import rank_and_world_size
 from ..planning.plan import Plan
 from ..routing.table import render
-from ..types import Hyper, StepResult
-from .replay import capture, gathers, main
-
-__all__ = ["NonFiniteStepError", "SkipMonitor", "capture", "check"]
+from ..types import Grads, Hyper, StepResult
+from .capture import can_gather, capture
 
 logger = logging.getLogger("normuon_fn")
 
 
 class NonFiniteStepError(RuntimeError):
-    """Too many steps in a row were skipped. The message holds the table of the parameters at fault."""
+    """Too many steps in a row were skipped. The message has a table of the parameters at fault."""
 
 
 def check(
@@ -36,42 +33,57 @@ def check(
     plan: Plan,
     *,
     max_consecutive: int | None = None,
-    grads: Mapping[str, Tensor | None] | None = None,
+    grads: Grads | None = None,
     hyper: Hyper | None = None,
 ) -> bool:
-    """Waits for the device (one copy). Whether the step was skipped; on rank 0 warns with the parameters at fault.
+    """Whether the step was skipped. Waits for the device (one copy of the flags).
+
+    Rank 0 warns with the names of the parameters at fault; the other ranks write to the log.
 
     Args:
         max_consecutive: raise once that many steps in a row were skipped.
-        grads, hyper: of this step; with them, and ``NORMUON_CAPTURE_DIR`` set to a folder, a non-finite step is captured there.
+        grads, hyper: those of this step. With them, and with the environment variable
+            ``NORMUON_CAPTURE_DIR`` set to a folder, a non-finite step is captured there.
 
     Raises:
-        NonFiniteStepError: ``max_consecutive`` steps in a row were skipped. Every rank raises: all have the same flags.
-        TypeError: no StepResult, or no Plan.
-        ValueError: ``max_consecutive`` < 1, or a result of another plan.
+        NonFiniteStepError: ``max_consecutive`` steps in a row were skipped. All ranks raise, for
+            all of them have the same flags.
+        TypeError: ``result`` is not a StepResult, or ``plan`` is not a Plan.
+        ValueError: ``max_consecutive`` < 1, or ``result`` belongs to another plan.
     """
     _check_arguments(result, plan, max_consecutive)
     outcome = _Outcome.of(plan, _packed(result).tolist())
     folder = os.environ.get("NORMUON_CAPTURE_DIR")
     if outcome.failed and folder:
-        if grads is None or hyper is None:
-            logger.warning(
-                "NORMUON_CAPTURE_DIR is set, but check() was not given grads= and hyper=: nothing captured"
-            )
-        elif plan.sharded and not gathers(plan):
-            logger.warning(
-                "NORMUON_CAPTURE_DIR is set, but of DTensors nothing is captured without a guard of all their ranks"
-            )
-        else:
-            logger.warning("captured %s", capture(result, plan, grads, folder, hyper=hyper))
+        _capture_into(folder, result, grads, plan, hyper)
     return _report(outcome, plan, max_consecutive, depth=2)
 
 
-class SkipMonitor:
-    """`check` without the wait: the flags go to pinned memory by a non-blocking copy and are looked at once they are there.
+def _capture_into(
+    folder: str, result: StepResult, grads: Grads | None, plan: Plan, hyper: Hyper | None
+) -> None:
+    if grads is None or hyper is None:
+        logger.warning(
+            "NORMUON_CAPTURE_DIR is set, but check() captures nothing without grads= and hyper="
+        )
+    elif plan.sharded and not can_gather(plan):
+        logger.warning(
+            "NORMUON_CAPTURE_DIR is set, but a step of DTensors is captured only with a guard over "
+            "all ranks that share them: Config(guard='output' or 'full')"
+        )
+    else:
+        logger.warning("captured %s", capture(result, grads, plan, folder, hyper=hyper))
 
-    On CUDA a step is reported by the first call after its copy arrived, usually one step later; on CPU at once. Call it after
-    every step, and `wait` at the end. ``max_consecutive`` as in `check`.
+
+class SkipMonitor:
+    """`check` without the wait for the device.
+
+    The flags are copied to pinned memory by a non-blocking copy and read once they have arrived.
+    On CUDA the first call after that reports the step, usually one step later; on the CPU the step
+    is reported at once. Call it after every step, and `wait` at the end.
+
+    Args:
+        max_consecutive: as in `check`.
     """
 
     def __init__(self, plan: Plan, *, max_consecutive: int | None = None) -> None:
@@ -80,13 +92,14 @@ class SkipMonitor:
         self._pending: deque[tuple[Plan, Tensor, torch.cuda.Event | None]] = deque()
 
     def __call__(self, result: StepResult, plan: Plan | None = None) -> int:
-        """How many of the steps that became known now were skipped.
+        """The number of skipped steps among those whose flags have arrived since the last call.
 
         Args:
-            plan: from this step on, where it is another: ``monitor(optimizer.result, optimizer.plan)``.
+            plan: the plan from this step on, where it has changed:
+                ``monitor(optimizer.result, optimizer.plan)``.
 
         Raises:
-            NonFiniteStepError, TypeError, ValueError: as `check`.
+            NonFiniteStepError, TypeError, ValueError: as in `check`.
         """
         if plan is not None:
             _check_plan(plan)
@@ -104,7 +117,7 @@ class SkipMonitor:
         return self._look(wait=False)
 
     def wait(self) -> int:
-        """Waits for the device. As the call, for all steps that are still on their way."""
+        """The same for all steps whose flags have not been read yet. Waits for the device."""
         return self._look(wait=True)
 
     def _look(self, *, wait: bool) -> int:
@@ -129,7 +142,7 @@ class _Outcome(NamedTuple):
     step: int
     consecutive: int
     skipped: bool
-    bad: tuple[tuple[str, str], ...]  # (parameter, what of it was not finite)
+    bad: tuple[tuple[str, str], ...]  # (parameter, "gradient", "update" or both)
 
     @property
     def failed(self) -> bool:
@@ -150,7 +163,7 @@ class _Outcome(NamedTuple):
 
 
 def _packed(result: StepResult) -> Tensor:
-    """Everything that is looked at, in one tensor: one copy to the host."""
+    """All counters and flags in one tensor, so that one copy brings them to the host."""
     counters = [
         result.state["guard.step"],
         result.state["guard.consecutive"],
@@ -167,68 +180,61 @@ def _check_arguments(result: StepResult, plan: Plan, max_consecutive: int | None
     _check_plan(plan)
     if not isinstance(result, StepResult):
         raise TypeError(
-            f"result: expected a StepResult, got {type(result).__name__}; an optimizer has one after its first step"
+            f"result: expected a StepResult, got {type(result).__name__}; an optimizer has it as "
+            ".result after its first step"
         )
     if result.params.keys() != set(plan.names):
         other = sorted(result.params.keys() ^ set(plan.names))[:8]
         raise ValueError(
-            f"result: of another plan, which differs in {other}; NorMuon has the one of its last step as .plan"
+            f"result: expected a result of this plan, got one whose parameters differ in {other}; "
+            "NorMuon has the plan of its last step as .plan"
         )
 
 
 def _check_plan(plan: Plan) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(
-            f"plan: expected a Plan, got {type(plan).__name__}; an optimizer has one after its first step"
+            f"plan: expected a Plan, got {type(plan).__name__}; an optimizer has it as .plan after "
+            "its first step"
         )
 
 
 def _report(outcome: _Outcome, plan: Plan, max_consecutive: int | None, *, depth: int) -> bool:
     if not outcome.failed:
         return False
-    what = (
-        "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad)
-        or "found_inf, or a rank of guard_mesh"
-    )
+    named = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad)
+    what = named or "found_inf was set, or another rank of guard_mesh had a non-finite value"
     fate = (
         f"skipped, {outcome.consecutive} in a row"
         if outcome.skipped
         else f"not skipped (guard={plan.config.guard!r})"
     )
     message = f"step {outcome.step} {fate}: {what}"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world_size()[0] == 0:
         logger.warning(message)
-        # Without a registry: the caller's filters hold, but Python's "once per place" does not swallow the second skip.
+        # Without a registry the caller's filters apply, and Python shows the second skip at the
+        # same place too.
         frame = sys._getframe(depth)
         warnings.warn_explicit(message, RuntimeWarning, frame.f_code.co_filename, frame.f_lineno)
     else:
         logger.info(message)
     if max_consecutive is not None and outcome.consecutive >= max_consecutive:
         raise NonFiniteStepError(
-            f"{outcome.consecutive} steps in a row were skipped (max_consecutive={max_consecutive}), the last at step "
-            f"{outcome.step}:\n{_offenders(outcome, plan)}"
+            f"{outcome.consecutive} steps in a row were skipped (max_consecutive="
+            f"{max_consecutive}), the last at step {outcome.step}:\n{_offenders(outcome, plan)}"
         )
     return outcome.skipped
 
 
 def _offenders(outcome: _Outcome, plan: Plan) -> str:
-    of = {p.name: p for p in plan.parameters}
+    if not outcome.bad:
+        return (
+            "in each of them the caller set found_inf, or a rank of guard_mesh with other "
+            "parameters had a non-finite value"
+        )
+    parameters = {p.name: p for p in plan.parameters}
     rows = [("parameter", "shape", "route", "non-finite")]
     for name, what in outcome.bad:
-        rows.append(
-            (
-                name,
-                "x".join(map(str, of[name].spec.shape)) or "scalar",
-                of[name].route.algorithm,
-                what,
-            )
-        )
-    return (
-        render(rows)
-        if outcome.bad
-        else "found_inf was set by the caller in each of them, or a rank of guard_mesh with other parameters had a fault"
-    )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        shape = "x".join(map(str, parameters[name].spec.shape)) or "scalar"
+        rows.append((name, shape, parameters[name].route.algorithm, what))
+    return render(rows)
