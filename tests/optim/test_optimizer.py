@@ -23,6 +23,7 @@ from compile_tests import graphs
 from tests.runtime.test_graphed import Rehearsed
 
 optimizer_module = importlib.import_module("normuon_fn.optim.normuon")
+planned_module = importlib.import_module("normuon_fn.optim.planned")
 step_module = importlib.import_module("normuon_fn.step")
 Named = list[tuple[str, nn.Parameter]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -57,7 +58,7 @@ def rehearse(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
             super().__init__(plan)
             made.append(self)
 
-    monkeypatch.setattr(optimizer_module, "GraphedStep", Recorded)
+    monkeypatch.setattr(planned_module, "GraphedStep", Recorded)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return made
 
@@ -273,7 +274,7 @@ def test_a_table_of_routes_for_is_followed_and_a_group_goes_before_it() -> None:
     )
     table = nm.routes_for(model, {"4.weight": nm.Route("adamw")})
     optimizer = nm.NorMuon(model.named_parameters(), routes=table)
-    (stage,) = optimizer._stages.values()
+    (stage,) = optimizer._planner.steps.values()
     assert {p.name: p.route for p in stage.plan.parameters} == dict(table)
     assert table["0.weight"] == nm.Route(flatten=True) and table["3.in_proj_weight"] == nm.Route(
         splits=(6, 6, 6)
@@ -283,7 +284,7 @@ def test_a_table_of_routes_for_is_followed_and_a_group_goes_before_it() -> None:
         {"params": named[:2], "algorithm": "adamw"},
         {"params": named[2:], "routes": {"2.weight": nm.Route(lr_mul=2.0)}},
     ]
-    (stage,) = nm.NorMuon(groups, routes=table)._stages.values()
+    (stage,) = nm.NorMuon(groups, routes=table)._planner.steps.values()
     own = {"0.weight": nm.Route("adamw"), "2.weight": nm.Route(lr_mul=2.0)}
     assert {p.name: p.route for p in stage.plan.parameters} == dict(table) | own
 
@@ -464,14 +465,14 @@ def test_a_value_that_did_not_change_is_not_written_again() -> None:
     model = Net()
     optimizer = nm.NorMuon(three(model))
     train(model, optimizer, range(1))
-    versions = [x._version for x in optimizer._hyper.hyper]
+    versions = [x._version for x in optimizer._planner.hyper.hyper]
     train(model, optimizer, range(2))
-    assert [x._version for x in optimizer._hyper.hyper] == versions
+    assert [x._version for x in optimizer._planner.hyper.hyper] == versions
     optimizer.param_groups[1]["beta2"] = 0.75
     train(model, optimizer, range(1))
-    changed = [x._version - v for x, v in zip(optimizer._hyper.hyper, versions, strict=True)]
+    changed = [x._version - v for x, v in zip(optimizer._planner.hyper.hyper, versions, strict=True)]
     assert nm.Hyper(*changed)._asdict() == dict.fromkeys(nm.Hyper._fields, 0) | {"beta2": 1}
-    assert optimizer._hyper.hyper.beta2.tolist() == torch.tensor([0.95, 0.75, 0.95]).tolist()
+    assert optimizer._planner.hyper.hyper.beta2.tolist() == torch.tensor([0.95, 0.75, 0.95]).tolist()
 
 
 def test_a_compiled_step_has_the_same_bits_and_is_compiled_once(
@@ -1000,7 +1001,7 @@ def test_on_cuda_a_captured_step_follows_scheduler_and_scaler_without_a_wait() -
             scaler.update()
             schedule.step()
         if graphed:
-            (stage,) = optimizer._stages.values()
+            (stage,) = optimizer._planner.steps.values()
             assert stage.graphed is not None and stage.graphed.captured
         results.append((weights(model), states(optimizer)))
         optimizer.release()
@@ -1047,7 +1048,7 @@ def test_errors_name_what_to_do() -> None:
         (lambda: nm.NorMuon([{"params": named, "nesterov": True}]), TypeError, r"NorMuon\(config=Config\(nesterov=...\)\)"),
         (lambda: nm.NorMuon([{"params": named}, {"params": [("up.weight", one)]}]), ValueError, "'up.weight'.*prefix"),
         (lambda: nm.NorMuon([*named, ("tied", nn.Parameter(model.up.weight.data))]), ValueError, "pass tied weights once"),
-        (lambda: nm.NorMuon([*named, ("far", far)]), ValueError, "one optimizer a device"),
+        (lambda: nm.NorMuon([*named, ("far", far)]), ValueError, "one optimizer per device"),
         (lambda: nm.make_plan(dict(named), hyper_of={"up.weight": 0}), ValueError, r"hyper_of\['embed.weight'\]"),
     ]  # fmt: skip
     for make, kind, message in cases:

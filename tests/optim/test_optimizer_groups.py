@@ -25,8 +25,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def named(optimizer: nm.NorMuon) -> dict[str, Tensor]:
-    optimizer._resettle()
-    return dict(optimizer._named)
+    return dict(optimizer._settled().named)
 
 
 # --- names
@@ -72,7 +71,7 @@ def test_a_parameter_that_moves_to_another_group_keeps_its_name_and_takes_its_va
     optimizer.param_groups[1]["params"].insert(0, moved)
     train(model, optimizer, range(1, 2))
     assert (
-        named(optimizer)["up.weight"] is model.up.weight and optimizer._hyper_of["up.weight"] == 1
+        named(optimizer)["up.weight"] is model.up.weight and optimizer._planner.group_of["up.weight"] == 1
     )
     assert int(optimizer.state[model.up.weight]["step"]) == 2
 
@@ -129,7 +128,7 @@ def test_a_key_that_asks_for_what_a_group_cannot_give_is_refused() -> None:
     matrices, rest = split(model)
     for key, value in (("beta2", 0.999), ("momentum", 0.9)):
         with pytest.raises(
-            TypeError, match=f"'{key}' is for matrices; with algorithm='adamw' give adamw_betas"
+            TypeError, match=f"'{key}' is for matrices; with algorithm='adamw' write adamw_betas"
         ):
             nm.NorMuon([{"params": matrices}, {"params": rest, "algorithm": "adamw", key: value}])
 
@@ -239,7 +238,7 @@ def test_a_group_that_fails_in_any_way_leaves_the_optimizer_as_it_was() -> None:
 
 
 def routes_of(optimizer: nm.NorMuon) -> dict[str, nm.Route]:
-    (stage,) = optimizer._stages.values()
+    (stage,) = optimizer._planner.steps.values()
     return {p.name: p.route for p in stage.plan.parameters}
 
 

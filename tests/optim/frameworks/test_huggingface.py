@@ -44,7 +44,7 @@ class Seen(transformers.TrainerCallback):
         self.norms.append(problem.norm_of(model.parameters()))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.rates.append(self.optimizer._hyper.hyper.lr.tolist())
+        self.rates.append(self.optimizer._planner.hyper.hyper.lr.tolist())
 
 
 def llama(seed: int) -> Any:

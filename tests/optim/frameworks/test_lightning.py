@@ -68,7 +68,7 @@ class Module(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         self.own = problem.optimizer_of(self.net, self.lr, **self.options)
         self.own.register_step_post_hook(
-            lambda own, *_: self.rates.append(own._hyper.hyper.lr.tolist())
+            lambda own, *_: self.rates.append(own._planner.hyper.hyper.lr.tolist())
         )
         return {
             "optimizer": self.own,
