@@ -51,11 +51,11 @@ def foreach_step_(
     It writes ``params``, ``momentums``, ``variances``, ``masters`` and ``step`` in place, and has
     the bits of `step_`. All parameters get NorMuon; for AdamW use torch's.
 
-    The first call with certain shapes, dtypes, device, ``config`` and ``routes`` makes a plan. Later
-    calls find it again, whatever the tensors. The last 64 plans are kept, each with its graph.
-    Finding one takes 0.5 ms for 144 matrices (one core of a 2-core CPU machine, torch 2.13.0,
-    2026-11-23). The plan names a parameter by its place in the list, "0", "1" and so on; errors of
-    the step use these names.
+    The first call with certain shapes, dtypes, device, ``config`` and ``routes`` makes a plan, and
+    later calls with such tensors use it again: finding it takes 0.5 ms for 144 matrices (one core
+    of a 2-core CPU machine, torch 2.13.0, 2026-11-23). The last 64 plans are kept, each with its
+    graph. A plan names a parameter by its place in the list, "0", "1" and so on, and so do errors
+    of the step.
 
     Args:
         momentums, variances, masters: zeros at first, but a float32 master equals its parameter.

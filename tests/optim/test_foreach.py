@@ -255,7 +255,9 @@ def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return int(made != (len(list_plans._plans), max(list_plans._plans, default=-1)))
 
-    assert [call(rows) for rows in (2, 3, 4, 2, 5)] == [1, 1, 1, 0, 1] and len(list_plans._plans) == 3
+    assert [call(rows) for rows in (2, 3, 4, 2, 5)] == [1, 1, 1, 0, 1] and len(
+        list_plans._plans
+    ) == 3
     assert [call(2), call(3)] == [0, 1]  # the one used longest ago went
 
 

@@ -71,7 +71,8 @@ def test_a_parameter_that_moves_to_another_group_keeps_its_name_and_takes_its_va
     optimizer.param_groups[1]["params"].insert(0, moved)
     train(model, optimizer, range(1, 2))
     assert (
-        named(optimizer)["up.weight"] is model.up.weight and optimizer._planner.group_of["up.weight"] == 1
+        named(optimizer)["up.weight"] is model.up.weight
+        and optimizer._planner.group_of["up.weight"] == 1
     )
     assert int(optimizer.state[model.up.weight]["step"]) == 2
 
