@@ -1,4 +1,4 @@
-"""`NorMuon` with `Config.master`: bfloat16 parameters that are float32 inside, whatever is done with the optimizer."""
+"""`NorMuon` with `Config.master`: bfloat16 parameters that are float32 inside, in every use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is put into, loaded into or taken out of `NorMuon`'s state is what goes on, and a load that fails changes nothing."""
+"""State that is put in, loaded or taken out is what goes on; a load that fails changes nothing."""
 
 from __future__ import annotations
 
