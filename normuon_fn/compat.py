@@ -56,7 +56,7 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Dynamo has one cache, and one limit of 8 recompilations, per code object. With a code object per
     plan a process may have any number of plans (dion#23). Closures and partials would share one
-    code object; ``torch.compile(isolate_recompiles=True)`` exists on newer torch only (2.13 has it).
+    code object; ``torch.compile(isolate_recompiles=True)`` exists only later (2.13 has it).
     """
     own = types.FunctionType(
         function.__code__.replace(),
