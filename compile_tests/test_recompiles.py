@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +15,14 @@ from safetensors.torch import load, save
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import ROUTES, SHORT, SMALL, TINY, problem, tensors
+from normuon_fn import compat
 
 STEPS = pytest.mark.parametrize("step", [nm.step, nm.step_], ids=["step", "step_"])
 
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
-    """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
+    """Counts what `step` and `step_` compile, with dynamo's guards, and runs the graph as it is."""
     return graphs.counting(monkeypatch)
 
 
@@ -83,3 +88,32 @@ def test_with_and_without_found_inf_or_a_gradient_are_graphs_of_their_own(
         nm.step(*given, found_inf=torch.zeros(()))
         nm.step(*without)
     assert counter.frame_count == 3
+
+
+def test_guards_on_the_plan_are_dropped_and_all_others_are_kept(
+    counter: graphs.CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose, kept, dropped = compat.not_of_the_plan, [], []
+
+    def recorded(guards: Sequence[Any]) -> list[bool]:
+        chosen = choose(guards)
+        for guard, keep in zip(guards, chosen, strict=True):
+            (kept if keep else dropped).append(guard.name)
+        return chosen
+
+    monkeypatch.setattr(compat, "not_of_the_plan", recorded)
+    nm.step(*problem(TINY, nm.Config(**SHORT)))
+    assert dropped and all(re.search(r"\bplan\b", name) for name in dropped)
+    assert not [name for name in kept if re.search(r"\bplan\b", name)]
+    assert any(name.startswith("params") for name in kept)
+
+
+def test_a_plan_that_nobody_uses_any_more_is_freed_with_its_graph(
+    counter: graphs.CompileCounter,
+) -> None:
+    given = problem(TINY, nm.Config(**SHORT))
+    nm.step(*given)
+    plan = weakref.ref(given.plan)
+    del given
+    gc.collect()
+    assert plan() is None

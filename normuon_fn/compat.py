@@ -1,10 +1,10 @@
-"""Every private or version-dependent torch import, in one place. Supported: torch 2.11 to 2.14."""
+"""Every private or version-dependent torch import. Supported: torch 2.11 to 2.15."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import re
+import sys
 import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -28,10 +28,35 @@ Ranks = DeviceMesh | ProcessGroup
 def compile_whole(
     function: Callable[..., Any], backend: str = "inductor", *, overlap: bool = False
 ) -> Callable[..., Any]:
-    """``function`` as one graph, with a compile cache of its own. ``overlap``: it sends to other ranks, and waits as written.
+    """``function`` as one graph, with a compile cache of its own.
 
-    Dynamo keeps its cache, and its limit of 8 recompilations, per code object. A copy of the code object gives every plan a
-    cache of its own, so that a process may hold any number of plans (dion#23).
+    ``function`` may have an argument named ``plan``, which must be the same at every call.
+    ``overlap``: the graph has collectives; they start and are waited for in the order written.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": not_of_the_plan}
+    if backend == "inductor":
+        # Without it Inductor times several forms of each reduction on the device and takes the
+        # fastest: the same step compiled twice might add in different orders.
+        options["deterministic"] = True
+        # Guards check sizes before the asserts would. Only our own operators, which check for
+        # themselves, and loads of scalars read the caller's tensors, so Inductor need not know
+        # their alignment. Each saves 0.3 ms per call for 600 tensors.
+        options |= {"size_asserts": False, "assume_aligned_inputs": True}
+        # Products and sums are rounded as written, and never fused depending on what else is in a
+        # kernel: `step` and `step_` are two graphs with the same bits.
+        options["emulate_precision_casts"] = True
+        if overlap:  # otherwise Inductor sends as late as it can, to save memory, and waits at once
+            options["reorder_for_peak_memory"] = False
+    own = _with_own_code(function)
+    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
+
+    Dynamo has one cache, and one limit of 8 recompilations, per code object. With a code object per
+    plan a process may have any number of plans (dion#23). Closures and partials would share one
+    code object; ``torch.compile(isolate_recompiles=True)`` exists only later (2.13 has it).
     """
     own = types.FunctionType(
         function.__code__.replace(),
@@ -41,31 +66,38 @@ def compile_whole(
         function.__closure__,
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    # Without it Inductor times several forms of each reduction on the device and takes the fastest: the same step compiled
-    # twice may then add in different orders.
-    options: dict[str, Any] = {"guard_filter_fn": not_of_the_plan}
-    if backend == "inductor":
-        # Sizes are guarded before they are asserted; and only our own operators, which look for themselves, and loads of
-        # scalars meet the caller's tensors, so that their alignment is nothing to Inductor. 0.3 ms each for 600 tensors.
-        options |= {"deterministic": True, "size_asserts": False, "assume_aligned_inputs": True}
-        # Products and sums are rounded as written, and not fused where a kernel's other contents happen to allow it: `step`
-        # and `step_` are two graphs, and have the same bits.
-        options["emulate_precision_casts"] = True
-        if overlap:  # otherwise Inductor, to save memory, sends as late as it can and waits at once
-            options["reorder_for_peak_memory"] = False
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
+    return own
 
 
 def not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
-    """Which guards to keep. A plan never changes and has its functions to itself: 0.4 ms a call for 144 matrices.
+    """Which guards to keep: all but those on what is read from the argument ``plan``.
 
-    A name is ``L['plan'].x``, ``plan.x``, or one of these in calls: ``type(plan.x)``, ``dict(type(plan.x)...``.
+    A plan never changes, and every plan has its own cache, so these guards cannot fail. Without
+    them a call is 0.4 ms faster for 144 matrices. The plan could leave the arguments, but dynamo
+    guards a closure in the same way, and a plan in the function's globals would never be freed.
     """
-    return [re.match(r"(\w+\()*(L\['plan'\]|plan\b)", guard.name) is None for guard in guards]
+    return [_argument(guard.orig_guard.originating_source) != "plan" for guard in guards]
+
+
+def _argument(source: Any) -> str | None:
+    """The name of the argument from which dynamo reads something, if it is one."""
+    while hasattr(source, "base"):
+        source = source.base
+    return getattr(source, "local_name", None)
+
+
+def read_by_grad_scaler() -> bool:
+    """Whether a method of a GradScaler reads the property which calls this function.
+
+    GradScaler and Lightning read the same attribute, ``_step_supports_amp_scaling``: GradScaler
+    waits for the device unless it is True, Lightning refuses to clip gradients unless it is False.
+    A property is not told who reads it, so only the reader's frame can tell the two apart.
+    """
+    return isinstance(sys._getframe(2).f_locals.get("self"), torch.amp.GradScaler)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Keeps the dtypes that were chosen, in a region of the caller's that has others."""
+    """Turns autocast off, where the caller's region has it on: the step has chosen its dtypes."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -73,10 +105,11 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 @functools.cache
 def prepare_inductor() -> None:
-    """Tells Inductor that our operators are operators, before it wonders.
+    """Registers our operators as fallbacks with Inductor, before it finds that it has no lowering.
 
-    torch 2.11 writes the whole graph into a log message for every operator it has no lowering for, whether it is logged or
-    not: 40 of the 65 seconds of a first step of 72 matrices (H100, 2026-11-22). Later versions wait until somebody reads it.
+    For every operator without a lowering torch 2.11 writes the whole graph into a log message, even
+    if nothing is logged: 40 of the 65 seconds of a first step of 72 matrices (H100, 2026-11-22).
+    Later versions write it only when somebody reads it.
     """
     if torch.__version__ >= (2, 13):  # type: ignore[operator]
         return
@@ -98,15 +131,15 @@ def storage_key(tensor: Tensor) -> Hashable:
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Whether `torch.func.grad` or the like is to differentiate by it. Not asked for inside a graph."""
+    """Whether ``torch.func.grad`` or the like differentiates by it. Always False in a graph."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(tensor)
 
 
 def apart(tensor: Tensor) -> Tensor:
-    """The same memory with a storage of its own, for parameters that are parts of one.
+    """The same memory with a storage of its own, for parameters that are parts of one storage.
 
-    torch 2.11 compiles a step that writes to several parts of a storage wrongly: some parameters get what happens to lie in
-    memory (CPU, 2026-11-23; 2.13 and 2.14 do not).
+    torch 2.11 compiles a step that writes to several parts of one storage wrongly: some parameters
+    get whatever is in memory (CPU, 2026-11-23; not with 2.13 and 2.14).
     """
     return from_dlpack(to_dlpack(tensor.detach())) if tensor.numel() else tensor
 
@@ -116,25 +149,29 @@ def has_bfloat16_matrix_unit(device: torch.device) -> bool:
     return _HAS_AMX if device.type == "cpu" else device.type == "cuda"
 
 
-_HAS_AMX = bool(
-    getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-)  # asked here, for dynamo refuses to trace the question
+# At import, because dynamo refuses to trace the question.
+_HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def process_group(ranks: Ranks) -> ProcessGroup:
-    """One group of all ranks of a mesh of any number of dimensions."""
+    """The process group of all ranks of a mesh, which may have several dimensions."""
     return ranks if isinstance(ranks, ProcessGroup) else process_group_of(ranks, range(ranks.ndim))
 
 
 def process_group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup:
-    """One group of the ranks along some dimensions of a mesh."""
+    """The process group of the ranks along some dimensions of a mesh.
+
+    Raises:
+        ValueError: there are several dimensions, and they have no names.
+    """
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     if len(dims) == mesh.ndim and mesh.size() == dist.get_world_size():
         return dist.distributed_c10d._get_default_group()
     if mesh.mesh_dim_names is None:
         raise ValueError(
-            "mesh: name its dimensions (mesh_dim_names), so that they can be flattened into one group"
+            f"mesh: expected names of its {mesh.ndim} dimensions, which become one group, got none;"
+            " pass mesh_dim_names to init_device_mesh"
         )
     part = mesh if len(dims) == mesh.ndim else mesh[tuple(mesh.mesh_dim_names[k] for k in dims)]
     return part._flatten().get_group()
@@ -149,23 +186,26 @@ def all_reduce_sum(tensor: Tensor, group: str) -> Tensor:
 
 
 def _all_reduce(tensor: Tensor, operation: str, group: str) -> Tensor:
-    reduced = collectives.all_reduce(tensor, operation, group)  # traced, it waits of itself
+    reduced = collectives.all_reduce(tensor, operation, group)  # waits by itself when traced
     return reduced if torch.compiler.is_compiling() else collectives.wait_tensor(reduced)
 
 
-# The next three are the operators below the functional collectives, which wait at once when traced: what is sent first is then
-# waited for last, and the arithmetic in between overlaps it.
+# When traced, functional collectives wait at once. The next three functions are the operators below
+# them: what is sent first is waited for last, and the arithmetic in between overlaps it.
 
 
 def all_to_all(tensor: Tensor, incoming: list[int], outgoing: list[int], group: str) -> Tensor:
-    """[sum(incoming)] from [sum(outgoing)]: so many from and to every rank. To be waited for."""
+    """[sum(incoming)] from [sum(outgoing)], which are the numbers of entries per rank.
+
+    The caller must `wait` for the result.
+    """
     return torch.ops._c10d_functional.all_to_all_single(
         tensor.contiguous(), incoming, outgoing, group
     )
 
 
 def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
-    """[ranks * n] from [n]. To be waited for."""
+    """[ranks * n] from [n]. The caller must `wait` for the result."""
     return torch.ops._c10d_functional.all_gather_into_tensor(tensor.contiguous(), ranks, group)
 
 
@@ -174,27 +214,37 @@ def wait(tensor: Tensor) -> Tensor:
 
 
 def is_strided(placement: Any) -> bool:
-    """A shard of what another dimension of the mesh has sharded already, as FSDP of tensor-parallel parameters makes it."""
+    """Whether it shards a dimension that another dimension of the mesh has sharded already.
+
+    FSDP makes such placements of tensor-parallel parameters.
+    """
     return isinstance(placement, _StridedShard)
 
 
 def overlaps(group: str, device: torch.device) -> bool:
-    """Whether several collectives of a group may be on their way at once.
+    """Whether several collectives of a group may be in flight at once.
 
-    Not on the CPU: with several in flight some runs of 2 and of 4 ranks died of a corrupted heap (gloo, torch 2.11.0 and
-    2.13.0, 2026-11-23). It is not ours: plain functional collectives of mixed sizes, up to 7 in flight on 2 ranks, without
-    this package, died so too, once in 7 runs of 35 to 60 seconds. None that waited for each at once did. The fake backend
-    sends nothing.
+    Not on the CPU: with several in flight some runs of 2 and of 4 ranks died of a corrupted heap
+    (gloo, torch 2.11.0 and 2.13.0, 2026-11-23). The cause is not in this package: plain functional
+    collectives of mixed sizes, up to 7 in flight on 2 ranks, died without it too, once in 7 runs of
+    35 to 60 seconds. No run died that waited for each collective at once. The fake backend sends
+    nothing.
     """
-    ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type, unused-ignore]
-    return device.type != "cpu" or dist.get_backend(ranks) == "fake"
+    return device.type != "cpu" or dist.get_backend(_group_named(group)) == "fake"
 
 
 def gather_objects(value: Any, group: str) -> list[Any]:
-    """``value`` of every rank of a group, by rank; on the host. Under the fake backend, which sends nothing, of this one."""
-    ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type, unused-ignore]
+    """The ``value`` of every rank of a group, by rank, on the host.
+
+    Under the fake backend, which sends nothing, only this rank's.
+    """
+    ranks = _group_named(group)
     if dist.get_backend(ranks) == "fake":
         return [value]
     found: list[Any] = [None] * ranks.size()
     dist.all_gather_object(found, value, group=ranks)
     return found
+
+
+def _group_named(name: str) -> ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, unused-ignore]

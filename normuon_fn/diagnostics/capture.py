@@ -20,8 +20,8 @@ from torch import Tensor
 from .. import __version__
 from ..distributed.placements import full_tensor, rank_and_world_size
 from ..ops import reference
-from ..planning.make_plan import make_plan
 from ..planning.buckets import Bucket, Group
+from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
 from ..types import Grads, Hyper, StepResult
 

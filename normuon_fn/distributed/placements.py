@@ -151,6 +151,11 @@ def is_dtensor(tensor: object) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def mesh_and_placements(tensor: Tensor) -> tuple[Any, ...]:
+    """The mesh and the placements of a DTensor; nothing for a plain tensor."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part that lies here; a plain tensor is one already."""
     if not isinstance(tensor, DTensor):

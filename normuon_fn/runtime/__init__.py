@@ -1,0 +1,7 @@
+"""How a step runs: compiled, or captured in a CUDA graph.
+
+What happens here: `step` and `step_` compile one graph per plan (compiled); `GraphedStep` captures
+`step_` and replays it as long as its inputs are the same (graphed, inputs), on streams that are
+used again (streams). Read in this order: compiled, graphed, inputs, streams. This wing must never
+know what a step computes; it calls it with the arguments that it was called with.
+"""

@@ -1,4 +1,7 @@
-"""How `step` and `step_` run: one compiled graph for every plan and every set of missing gradients."""
+"""`step` and `step_`: one compiled graph per plan and per set of missing gradients.
+
+arguments -> the graph for them, compiled at its first use -> local tensors in, results out
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..compat import apart, compile_whole, without_autocast
-from ..distributed import placements as mesh
+from ..distributed import placements
 from ..planning.checks import check_placements, check_step
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
@@ -19,10 +22,9 @@ from ..step import init, local_update, local_update_, to_dtensors, update, zeros
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
 
-Form = tuple[
-    Callable[..., StepResult], tuple[bool, ...]
-]  # what is compiled: a function, and which gradients it is without
-_cache: WeakKeyDictionary[Plan, dict[Form, Callable[..., StepResult]]] = WeakKeyDictionary()
+StepFunction = Callable[..., StepResult]
+GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
+_graphs: WeakKeyDictionary[Plan, dict[GraphKey, StepFunction]] = WeakKeyDictionary()
 
 
 def step(
@@ -34,16 +36,16 @@ def step(
     *,
     found_inf: Tensor | None = None,
 ) -> StepResult:
-    """`update` as one compiled graph (``torch.compile(fullgraph=True, dynamic=False)``), compiled once for every plan.
+    """The result of `update`, as one compiled graph (``torch.compile(fullgraph=True)``).
 
-    Pass detached parameters: a result fed back then meets the graph it came from. Each set of gradients that are None is
-    compiled once; with ``Config(missing_grads="zeros")`` there is only one.
+    It is compiled once per plan. Pass detached parameters, so that a result which is passed to the
+    next step meets the same graph. Each set of gradients that are None is compiled once; with
+    ``Config(missing_grads="zeros")`` there is only one.
     """
     if torch.compiler.is_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
-    return to_dtensors(
-        run_compiled(local_update, params, grads, state, hyper, plan, found_inf), plan
-    )
+    result = _run_compiled(local_update, params, grads, state, hyper, plan, found_inf)
+    return to_dtensors(result, params, plan)
 
 
 def step_(
@@ -55,87 +57,89 @@ def step_(
     *,
     found_inf: Tensor | None = None,
 ) -> StepResult:
-    """`step` in place: ``params`` and ``state`` are written, nothing else is. The result holds the same tensors.
+    """The result of `step` in place: it writes ``params`` and ``state``, and nothing else.
 
-    Inside a graph of your own on torch 2.11, parameters must not be parts of one storage: see compat.apart. `update` is safe.
+    The result has the same tensors. Inside a graph of your own on torch 2.11, parameters must not
+    be parts of one storage (see compat.apart); `update` has no such limit.
     """
     if torch.compiler.is_compiling():
         result = local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
     else:
-        result = run_compiled(local_update_, params, grads, state, hyper, plan, found_inf)
-        if plan.one_storage:
-            torch.autograd.graph.increment_version([mesh.local(p) for p in params.values()])
+        result = _run_compiled(local_update_, params, grads, state, hyper, plan, found_inf)
+        if plan.one_storage:  # the graph wrote through `apart`, which does not count the versions
+            torch.autograd.graph.increment_version([placements.local(p) for p in params.values()])
     return result._replace(params=dict(params), state=dict(state))
 
 
-def run_compiled(
-    function: Callable[..., StepResult],
+def _run_compiled(
+    function: StepFunction,
     params: Tensors,
     grads: Grads,
     state: Tensors,
     hyper: Hyper,
     plan: Plan,
-    found_inf: torch.Tensor | None,
+    found_inf: Tensor | None,
 ) -> StepResult:
-    """``function`` of the same arguments, compiled at its first call. What is wrong with them is said in plain words.
+    """The result of ``function`` for the same arguments, on this rank.
 
-    Parameters that are parts of one storage come with storages of their own: who writes to them counts their versions up.
+    Arguments are checked when a graph is made, and whenever something raises.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
-    own = _cache.setdefault(plan, {})
+    passed = params, grads, state
     zeros = plan.config.missing_grads == "zeros"
-    without = (
-        ()
-        if zeros or not isinstance(grads, Mapping)
-        else tuple([grad is None for grad in grads.values()])
-    )
-    form = function, without
-    if form not in own:
-        if not own and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
-            check_step(plan, params, grads, state, hyper, found_inf)
-            threading.Thread(
-                target=_compile_kernels,
-                args=(plan, function),
-                name="normuon_fn kernels",
-                daemon=True,
-            ).start()
-        own[form] = compile_whole(function, overlap=plan.sends)
-    given = params, grads, state
+    missing: tuple[bool, ...] = ()
+    if not zeros and isinstance(grads, Mapping):
+        missing = tuple([grad is None for grad in grads.values()])
+    graphs = _graphs.setdefault(plan, {})
+    compiled = graphs.get((function, missing))
+    if compiled is None:
+        if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
+            check_step(plan, *passed, hyper, found_inf)
+            _compile_kernels_beside(plan, function)
+        compiled = compile_whole(function, overlap=plan.sends)
+        graphs[function, missing] = compiled
     try:
         if plan.sharded:
-            check_placements(plan, *given)
-            params, grads, state = map(mesh.local_of, given)
+            check_placements(plan, *passed)
+            params, grads, state = map(placements.local_of, passed)
         if zeros:
             grads = zeros_for_none(params, grads)
         if plan.one_storage:
             params = {name: apart(p) for name, p in params.items()}
         with without_autocast(plan.device):
-            return own[form](params, grads, state, hyper, plan, found_inf=found_inf)
+            return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception as error:
-        check_step(
-            plan, *given, hyper, found_inf
-        )  # tracing stumbled over it: say it in plain words
+        check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
         if type(error).__name__ == "FailOnRecompileLimitHit":
             raise RuntimeError(
-                "step: compiled for many forms of its arguments already. Keep them alike from step to step: the order of the "
-                "keys, the strides of the gradients, requires_grad, and whether gradients are recorded"
+                "step: it was compiled for too many forms of its arguments. Keep these the same "
+                "from step to step: the order of the keys, the strides of the gradients, "
+                "requires_grad, and whether gradients are recorded"
             ) from error
         raise
 
 
-def _compile_kernels(plan: Plan, function: Callable[..., StepResult]) -> None:
-    """A step of one parameter of each kind, on zeros, beside the tracing: Triton then has what the first step needs."""
-    if (
-        plan.config.orthogonalizer is not None
-    ):  # the caller's, who does not expect it in another thread
+def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
+    """Starts a thread that compiles the Triton kernels of a step while dynamo traces it.
+
+    It runs a step of one parameter of each kind, on zeros: the first step then finds its kernels.
+    """
+    if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
         return
+    run = threading.Thread(
+        target=_step_on_zeros, args=(plan, function), name="normuon_fn kernels", daemon=True
+    )
+    run.start()
+
+
+def _step_on_zeros(plan: Plan, function: StepFunction) -> None:
     kinds = {
         (p.spec, p.route.algorithm, tuple((b.count, b.param) for b in p.blocks)): p
         for p in plan.parameters
     }
     with (
-        contextlib.suppress(Exception),  # whatever is wrong shows in the step itself
+        contextlib.suppress(Exception),  # the step itself will raise it
         torch.cuda.device(plan.device),
         torch.cuda.stream(streams.beside(plan.device)),
     ):

@@ -1,14 +1,16 @@
-"""CUDA streams of our own, and why there are so few of them.
+"""Our own CUDA streams, and why there are so few of them.
 
-cuBLAS writes to a workspace, 32 MiB on an H100, which torch keeps for every stream and thread that ever multiplied on it: a new
-stream for every plan or graph would be that much memory for good. And a captured graph goes on writing to the workspace that it
-met, whoever has the memory by then: Inductor gives all workspaces back when it records a graph, and newer torch (2.13, not
-2.11) those of a stream when any graph that was captured there goes (pytorch/pytorch#193402). So there are two kinds, both used
-again:
+cuBLAS writes to a workspace, 32 MiB on an H100, which torch keeps for every stream and thread that
+ever multiplied on it. A new stream for every plan or graph would keep that much memory for good.
+And a captured graph goes on writing to the workspace that it was captured with, whoever has that
+memory by then: Inductor frees all workspaces when it records a graph, and newer torch (2.13, not
+2.11) frees those of a stream when any graph that was captured on it is freed
+(pytorch/pytorch#193402). So there are two kinds of streams, and both are used again:
 
-- `beside`: for work that is thrown away. One for all.
-- `borrow`, `give_back`: to capture a graph on. Of two live graphs each has its own, and its workspace lies in memory that is
-  never anybody else's. (torch hands out 32 streams in turn. Only code that makes as many meets ours.)
+- `beside`: one for all work whose result is thrown away.
+- `borrow` and `give_back`: to capture a graph on. Two graphs that exist at the same time have
+  different ones, with workspaces in memory that nobody else ever gets. (torch gives out 32 streams
+  in turn, so only code that makes as many can share ours.)
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 
 @dataclass(frozen=True)
 class CaptureStream:
-    """A stream to capture on, and where its workspace lies."""
+    """A stream to capture on, and the memory of its workspace."""
 
     stream: torch.cuda.Stream
     memory: torch.cuda.MemPool
@@ -32,18 +34,19 @@ _idle: dict[torch.device, list[CaptureStream]] = {}
 
 @functools.cache
 def beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream for work whose result is thrown away."""
     return torch.cuda.Stream(device)
 
 
 def borrow(device: torch.device) -> CaptureStream:
-    """One that no live graph was captured on."""
+    """A stream on which no graph was captured that still exists. `give_back` it with the graph."""
     with torch.cuda.device(device):
         try:
             lent = _idle.setdefault(device, []).pop()
         except IndexError:
             lent = CaptureStream(torch.cuda.Stream(device), torch.cuda.MemPool())
         with torch.cuda.stream(lent.stream), torch.cuda.use_mem_pool(lent.memory, device):
-            torch.cuda.current_blas_handle()  # allocates the workspace here and now, if it is not there
+            torch.cuda.current_blas_handle()  # allocates the workspace now, if there is none
     return lent
 
 
@@ -52,7 +55,7 @@ def give_back(device: torch.device, lent: CaptureStream) -> None:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of the device, which need not be the current device, is being captured."""
+    """Whether the current stream of ``device``, not of the current device, is being captured."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):

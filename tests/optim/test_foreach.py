@@ -10,7 +10,7 @@ from torch import Tensor
 
 import normuon_fn as nm
 from normuon_fn.compat import compile_whole
-from normuon_fn.optim import foreach
+from normuon_fn.optim import list_plans
 from normuon_fn.step import local_update_
 from tests.inputs import gaussian
 
@@ -105,7 +105,7 @@ def test_compiled_it_is_step_bit_for_bit_and_other_lists_of_these_shapes_do_not_
     nm.step_(*by_name(expected, config))
     nm.foreach_step_(*given, **HYPER, config=config)
     assert same(given, expected)
-    plans = len(foreach._plans)
+    plans = len(list_plans._plans)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in (1, 2):
             again = lists(config, dtype, seed, count=1)
@@ -119,7 +119,7 @@ def test_compiled_it_is_step_bit_for_bit_and_other_lists_of_these_shapes_do_not_
                 **hyper,
                 config=nm.Config(**SHORT, master="mantissa", weight_decay_form="cautious"),
             )
-    assert len(foreach._plans) == plans
+    assert len(list_plans._plans) == plans
 
 
 @pytest.mark.parametrize("case", ["plain", "mantissa"])
@@ -244,18 +244,20 @@ def test_routes_and_a_counter_for_what_is_rounded_by_chance() -> None:
 
 
 def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_SIZE", 3), ("_plans", {}), ("_numbers", foreach.OrderedDict())):
-        monkeypatch.setattr(foreach, name, value)
+    for name, value in (("_SIZE", 3), ("_plans", {}), ("_numbers", list_plans.OrderedDict())):
+        monkeypatch.setattr(list_plans, name, value)
     config = nm.Config(**SHORT, normalize=False)
 
     def call(rows: int) -> int:
-        made = len(foreach._plans), max(foreach._plans, default=-1)
+        made = len(list_plans._plans), max(list_plans._plans, default=-1)
         nm.foreach_step_(
             *([torch.ones(rows, 2)] for _ in range(3)), [], **HYPER, config=config, compiled=False
         )
-        return int(made != (len(foreach._plans), max(foreach._plans, default=-1)))
+        return int(made != (len(list_plans._plans), max(list_plans._plans, default=-1)))
 
-    assert [call(rows) for rows in (2, 3, 4, 2, 5)] == [1, 1, 1, 0, 1] and len(foreach._plans) == 3
+    assert [call(rows) for rows in (2, 3, 4, 2, 5)] == [1, 1, 1, 0, 1] and len(
+        list_plans._plans
+    ) == 3
     assert [call(2), call(3)] == [0, 1]  # the one used longest ago went
 
 
@@ -342,7 +344,7 @@ def test_a_tensor_that_would_be_written_twice_is_refused_at_every_call(into: int
     before = copies(given)
     with pytest.raises(
         ValueError,
-        match=rf"{LISTS[max(into, of)]}\[.\]: is the tensor of {LISTS[min(into, of)]}\[.\], and would be",
+        match=rf"{LISTS[max(into, of)]}\[.\]: is the tensor of {LISTS[min(into, of)]}\[.\], and",
     ):
         nm.foreach_step_(*given, **HYPER, config=config, compiled=False)
     assert same(given, before)
@@ -363,7 +365,7 @@ def test_a_parameter_that_lies_otherwise_than_at_the_first_call_is_refused_by_it
     for compiled in (False, True):
         with pytest.raises(
             ValueError,
-            match=r"params\['0'\]: strides .* do not let it be read as \(6, 36\); make it contiguous",
+            match=r"params\['0'\]: strides .* do not let it be read as \(6, 36\); make it",
         ):
             nm.foreach_step_(params, grads, momentums, variances, **given, compiled=compiled)
     assert same((params, momentums, variances), before)

@@ -1,4 +1,4 @@
-"""Groups of `NorMuon`: who is in them keeps its name, what they cannot mean is refused, and what fails leaves them alone."""
+"""Groups of `NorMuon`: parameters keep their names, a wrong group is refused without effect."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def named(optimizer: nm.NorMuon) -> dict[str, Tensor]:
-    optimizer._resettle()
-    return dict(optimizer._named)
+    return dict(optimizer._settled().named)
 
 
 # --- names
@@ -72,12 +71,13 @@ def test_a_parameter_that_moves_to_another_group_keeps_its_name_and_takes_its_va
     optimizer.param_groups[1]["params"].insert(0, moved)
     train(model, optimizer, range(1, 2))
     assert (
-        named(optimizer)["up.weight"] is model.up.weight and optimizer._hyper_of["up.weight"] == 1
+        named(optimizer)["up.weight"] is model.up.weight
+        and optimizer._planner.group_of["up.weight"] == 1
     )
     assert int(optimizer.state[model.up.weight]["step"]) == 2
 
 
-def test_a_parameter_that_is_put_in_by_hand_is_refused_and_one_in_the_place_of_another_takes_its_name() -> (
+def test_a_parameter_put_in_by_hand_is_refused_and_one_that_replaces_another_takes_its_name() -> (
     None
 ):
     model = Net()
@@ -117,19 +117,24 @@ def test_names_stay_with_their_parameters_in_a_copy() -> None:
 def test_a_key_that_asks_for_what_a_group_cannot_give_is_refused() -> None:
     model = Net()
     cases: list[tuple[str, Any, str]] = [
-        ("maximize", True, "negate the loss"), ("amsgrad", True, "there is none"), ("beta1", 0.9, "adamw_betas"),
-        ("epsilon", 1e-8, "adamw_eps"), ("adjust_lr", "rms_norm", r"Config\(scale="),
-        ("adjust_lr_fn", "original", r"Config\(scale="), ("ns_steps", 5, r"Config\(steps="),
-        ("ns_coefficients", (1.0, 2.0, 3.0), r"Config\(coefficients="), ("cautious_wd", True, "'cautious'"),
+        ("maximize", True, "negate the loss"),
+        ("amsgrad", True, "there is none"),
+        ("beta1", 0.9, "adamw_betas"),
+        ("epsilon", 1e-8, "adamw_eps"),
+        ("adjust_lr", "rms_norm", r"Config\(scale="),
+        ("adjust_lr_fn", "original", r"Config\(scale="),
+        ("ns_steps", 5, r"Config\(steps="),
+        ("ns_coefficients", (1.0, 2.0, 3.0), r"Config\(coefficients="),
+        ("cautious_wd", True, "'cautious'"),
         ("flatten", True, r"Route\(flatten=True\)"),
-    ]  # fmt: skip
+    ]
     for key, value, message in cases:
         with pytest.raises(TypeError, match=f"param_group: {key}=.*{message}"):
             nm.NorMuon([{"params": list(model.named_parameters()), key: value}])
     matrices, rest = split(model)
     for key, value in (("beta2", 0.999), ("momentum", 0.9)):
         with pytest.raises(
-            TypeError, match=f"'{key}' is for matrices; with algorithm='adamw' give adamw_betas"
+            TypeError, match=f"'{key}' is for matrices; with algorithm='adamw' write adamw_betas"
         ):
             nm.NorMuon([{"params": matrices}, {"params": rest, "algorithm": "adamw", key: value}])
 
@@ -239,7 +244,7 @@ def test_a_group_that_fails_in_any_way_leaves_the_optimizer_as_it_was() -> None:
 
 
 def routes_of(optimizer: nm.NorMuon) -> dict[str, nm.Route]:
-    (stage,) = optimizer._stages.values()
+    (stage,) = optimizer._planner.steps.values()
     return {p.name: p.route for p in stage.plan.parameters}
 
 

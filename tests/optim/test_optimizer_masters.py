@@ -1,4 +1,4 @@
-"""`NorMuon` with `Config.master`: bfloat16 parameters that are float32 inside, whatever is done with the optimizer."""
+"""`NorMuon` with `Config.master`: bfloat16 parameters that are float32 inside, in every use."""
 
 from __future__ import annotations
 
@@ -204,12 +204,12 @@ def test_state_that_was_moved_away_and_back_is_the_one_that_is_stepped_and_saved
     for k in range(4):
         train(model, optimizer, range(k, k + 1))
         train(other, still, range(k, k + 1))
-        plans = [id(stage.plan) for stage in optimizer._stages.values()]
+        plans = [id(stage.plan) for stage in optimizer._planner.steps.values()]
         for p in list(optimizer.state):
             optimizer.state[p] = {kind: x.clone() for kind, x in optimizer.state[p].items()}
     train(model, optimizer, range(4, 5))
     train(other, still, range(4, 5))
     assert same(weights(model), weights(other)) and same(states(optimizer), states(still))
     assert [
-        id(stage.plan) for stage in optimizer._stages.values()
+        id(stage.plan) for stage in optimizer._planner.steps.values()
     ] == plans  # nothing is compiled again

@@ -1,4 +1,4 @@
-"""What every framework is given here: a small network on tokens that can be learned, and the bits it ends with."""
+"""What every framework trains: a small network on tokens that can be learned, and its last bits."""
 
 from __future__ import annotations
 

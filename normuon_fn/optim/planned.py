@@ -1,0 +1,150 @@
+"""Planned steps: one for each set of parameters that an optimizer's groups have gradients for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import Ranks
+from ..distributed import placements
+from ..planning.make_plan import make_plan
+from ..planning.plan import Plan
+from ..routing.routes import Routes
+from ..runtime.graphed import GraphedStep
+from ..types import Config
+from .groups import AddedGroup, fingerprint_of, names_of, route
+from .hyper import GroupHyper, Groups
+from .state import States, collect
+
+Chosen = tuple[bool, ...]  # by parameter: whether a step is planned for it
+
+
+@dataclass
+class PlannedStep:
+    """Everything that a step needs except the values of gradients, for one set of parameters."""
+
+    plan: Plan
+    places: list[int]  # of its parameters among all parameters of the optimizer
+    params: dict[str, Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)  # flat, as `init` makes it
+    collected: list[tuple[Tensor, list[tuple[str, Tensor]]]] = field(default_factory=list)
+    stepped: bool = False
+    graphed: GraphedStep | None = None
+
+    def is_current(self, states: States) -> bool:
+        """Whether ``optimizer.state`` still has the tensors that were collected."""
+        pairs = [(states[p], kinds) for p, kinds in self.collected]
+        return all([now.get(kind) is x for now, kinds in pairs for kind, x in kinds])  # noqa: C419 - a list is faster
+
+
+class Planner:
+    """The parameters of the groups as they are now, by name, and the steps planned for them.
+
+    A change of the groups or of their parameters makes another planner.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        added: Sequence[AddedGroup],
+        config: Config,
+        routes: Routes | None,
+        mesh: Ranks | None,
+        guard_mesh: Ranks | None,
+    ) -> None:
+        self.fingerprint = fingerprint_of(groups)
+        self.named, self.group_of = names_of(added)
+        self._routes = route(added, routes, self.named)
+        self._config, self._mesh, self._guard_mesh = config, mesh, guard_mesh
+        params = list(self.named.values())
+        device = placements.local(params[0]).device if params else torch.device("cpu")
+        self.hyper = GroupHyper(1 + max(self.group_of.values(), default=0), device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self.steps: dict[Chosen, PlannedStep] = {}
+        self._had_gradients: set[str] | None = None
+
+    def prepare(self, states: States, begun: set[str]) -> None:
+        """Plans for all parameters that require a gradient, which makes their state."""
+        chosen = tuple(p.requires_grad for p in self.named.values())
+        if any(chosen):
+            self.steps[chosen] = self.plan(chosen, states, begun)
+
+    def first(
+        self, chosen: Chosen, states: States, begun: set[str], *, late: str, graphed: bool
+    ) -> PlannedStep:
+        """The planned step for a set of parameters that was not stepped before.
+
+        Raises:
+            ValueError: ``late`` is "error" and a parameter has its first gradient now; or the step
+                is to be ``graphed`` and is not on a CUDA device.
+        """
+        names = {*compress(self.named, chosen)}
+        had = names if self._had_gradients is None else self._had_gradients
+        new = [name for name in self.named if name in names - had]
+        if new and late == "error":
+            raise ValueError(
+                f"{new[:8]}: first gradient after the first step, which means another plan and "
+                "another compilation. Pass zeros as gradients from the start, freeze the parameter "
+                "(requires_grad_(False)), or write late_gradients='replan'"
+            )
+        planned = self.steps.get(chosen)
+        if planned is None:
+            planned = self.plan(chosen, states, begun)
+        else:
+            self.collect(planned, states, begun)
+        if graphed:
+            _check_device(planned.plan.device, GraphedStep._device_type)
+            planned.graphed = GraphedStep(planned.plan)
+        self._had_gradients = names | had
+        self.steps[chosen] = planned
+        return planned
+
+    def plan(self, chosen: Chosen, states: States, begun: set[str]) -> PlannedStep:
+        """A planned step for the chosen parameters, with its state. It is not remembered here."""
+        params = dict(compress(self.named.items(), chosen))
+        devices = {str(placements.local(p).device): name for name, p in params.items()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"params: expected one device, got {devices}; make one optimizer per device"
+            )
+        plan = make_plan(
+            params,
+            self._config,
+            routes={name: route for name, route in self._routes.items() if name in params},
+            mesh=self._mesh,
+            guard_mesh=self._guard_mesh,
+            hyper_of=self.group_of if self.hyper.several else None,
+        )
+        for ranks in plan.shared_by:
+            placements.check_alike(plan.summary, ranks)
+        planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)
+        self.collect(planned, states, begun)
+        return planned
+
+    def collect(self, planned: PlannedStep, states: States, begun: set[str]) -> None:
+        """Takes a planned step's state from ``optimizer.state``, the owner (see state.py).
+
+        All planned steps have the same counters.
+        """
+        known: Any = next((step.state for step in self.steps.values()), {})
+        planned.state = collect(states, planned.plan, planned.params, known, begun)
+        planned.collected = [(p, [*states[p].items()]) for p in planned.params.values()]
+
+    def release(self) -> None:
+        """Frees the graphs that were captured."""
+        for planned in self.steps.values():
+            if planned.graphed is not None:
+                planned.graphed.release()
+
+
+def _check_device(device: torch.device, expected: str) -> None:
+    if device.type != expected:
+        raise ValueError(
+            f"graphed=True: expected parameters on a {expected.upper()} device, got {device}; "
+            "leave out graphed=True, the step is the same without it"
+        )
