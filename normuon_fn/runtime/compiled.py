@@ -45,7 +45,7 @@ def step(
     if torch.compiler.is_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
     result = _run_compiled(local_update, params, grads, state, hyper, plan, found_inf)
-    return to_dtensors(result, params, plan)
+    return to_dtensors(result, plan)
 
 
 def step_(
