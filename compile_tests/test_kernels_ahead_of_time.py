@@ -11,13 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from normuon_fn.ops import product_kernels, products
+from normuon_fn.ops import adamw, advance, apply, gather, launch, product_configs, product_kernels
 
-# Not `from normuon_fn.ops import advance`: that is the operator.
-advance, apply, adamw, gather, launch, repack = (
-    importlib.import_module(f"normuon_fn.ops.{name}")
-    for name in ("advance", "apply", "adamw", "gather", "launch", "repack")
-)
+repack = importlib.import_module("normuon_fn.ops.repack")  # the package names the function the same
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -31,7 +27,7 @@ ARCHITECTURES: dict[int | str, int] = {
     8: 80,
     9: 90,
     10: 100,
-}  # of the keys of `products.CONFIGS`
+}  # of the keys of `product_configs.CONFIGS`
 
 
 class Case(NamedTuple):
@@ -49,7 +45,7 @@ class Case(NamedTuple):
 
 
 def product_cases() -> Iterator[tuple[str, Case]]:
-    for generation, table in products.CONFIGS.items():
+    for generation, table in product_configs.CONFIGS.items():
         for (kind, large), config in table.items():
             name = f"{kind}-{generation}-{'large' if large else 'small'}"
             yield name, product_case(kind, config, ARCHITECTURES[generation])
@@ -57,12 +53,12 @@ def product_cases() -> Iterator[tuple[str, Case]]:
                 yield (
                     f"{name}-without-descriptors",
                     product_case(
-                        kind, products.WITHOUT_DESCRIPTORS[large], ARCHITECTURES[generation]
+                        kind, product_configs.WITHOUT_DESCRIPTORS[large], ARCHITECTURES[generation]
                     ),
                 )
     descriptors, pointers = (
-        products.CONFIGS[9]["symmetric_matmul", True],
-        products.WITHOUT_DESCRIPTORS[True],
+        product_configs.CONFIGS[9]["symmetric_matmul", True],
+        product_configs.WITHOUT_DESCRIPTORS[True],
     )
     yield "symmetric_matmul-bf16", product_case("symmetric_matmul", descriptors, 90, dtype="bf16")
     yield (
@@ -75,14 +71,14 @@ def product_cases() -> Iterator[tuple[str, Case]]:
     )
     yield (
         "addmm-of-transposed",
-        product_case("addmm", products.CONFIGS[9]["addmm", True], 90, transposed=True),
+        product_case("addmm", product_configs.CONFIGS[9]["addmm", True], 90, transposed=True),
     )
     yield "symmetric_matmul-odd", product_case("symmetric_matmul", pointers, 90, even=False)
 
 
 def product_case(
     kind: str,
-    config: products.Config,
+    config: product_configs.TileConfig,
     architecture: int,
     *,
     transposed: bool = False,  # x is
@@ -194,7 +190,7 @@ def list_cases() -> Iterator[tuple[str, Case]]:
     options = {"num_warps": 4, "enable_fp_fusion": False}
     for (dtype, kind), architecture in itertools.product(floats.items(), (80, 90, 100)):
         for grad, write, cols in ((True, True, 768), (True, False, 768), (False, False, 3072)):
-            (br, bc), loop = launch.tile(cols, advance._TILE), advance._LOOP
+            (br, bc), loop = launch.tile(cols, advance.TILE), advance.LOOP
             flags = {
                 "GRAD": grad,
                 "WRITE": write,
@@ -238,7 +234,7 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             flags = {
                 "AHEAD": True,
                 "NESTEROV": True,
-                "TALL": tall,
+                "TRANSPOSE": tall,
                 "M": kind,
                 "G": kind,
                 "BR": br,
@@ -303,10 +299,10 @@ def list_cases() -> Iterator[tuple[str, Case]]:
                 if skip
                 else ("flags_ptr", "skip_ptr")
             )
-            blocks = {"CHUNK": adamw._CHUNK, "BLOCK": adamw._BLOCK}
+            blocks = {"CHUNK": adamw.CHUNK, "BLOCK": adamw.BLOCK}
             constexprs = {**fixed, **flags, **blocks, **dict.fromkeys(absent)}
             name = f"adamw-{'flags' if flags_only else 'step'}-{skip}-{dtype}-{architecture}"
-            wide = (3 if flags_only else 7) * accesses(adamw._BLOCK, dtype)
+            wide = (3 if flags_only else 7) * accesses(adamw.BLOCK, dtype)
             yield (
                 name,
                 case_of(adamw.adamw_kernel, architecture, shared, constexprs, options, wide=wide),
@@ -315,13 +311,13 @@ def list_cases() -> Iterator[tuple[str, Case]]:
 
 def low_precision_cases() -> Iterator[tuple[str, Case]]:
     """apply and adamw of bfloat16 parameters that keep small updates."""
-    of, language, blocks = dict(list_cases()), triton.language, accesses(adamw._BLOCK, "fp32")
+    of, language, blocks = dict(list_cases()), triton.language, accesses(adamw.BLOCK, "fp32")
     rests = {"mantissa": (language.int16, "bf16"), "master": (language.float32, "fp32")}
     for architecture in (80, 90, 100):
         of_apply, of_adamw = (
             f"{name}-True-bf16-{architecture}" for name in ("apply-place-row", "adamw-step")
         )
-        for base, elements, states in ((of_apply, 4096, 0), (of_adamw, adamw._BLOCK, 4)):
+        for base, elements, states in ((of_apply, 4096, 0), (of_adamw, adamw.BLOCK, 4)):
             case = of[base]
             constexprs = {**case.constexprs, **({"S": language.float32} if states else {})}
             for name, (kind, dtype) in rests.items():

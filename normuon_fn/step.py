@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
 from .algorithm import guard
 from .algorithm.adamw import Moments, apply_adamw, read_moments
 from .algorithm.stages import Back, Front, momentum_late, momentum_of, updates_of
@@ -87,7 +86,7 @@ def local_update(
     """`update`, whose result is what lies on this rank."""
     check_step(plan, params, grads, state, hyper, found_inf)
     with torch.no_grad(), without_autocast(plan.device):
-        return _advance(params, grads, state, hyper, plan, found_inf, ops.PURE)
+        return _advance(params, grads, state, hyper, plan, found_inf, in_place=False)
 
 
 def local_update_(
@@ -101,7 +100,7 @@ def local_update_(
 ) -> StepResult:
     check_step(plan, params, grads, state, hyper, found_inf)
     with torch.no_grad(), without_autocast(plan.device):
-        return _advance(params, grads, state, hyper, plan, found_inf, ops.IN_PLACE)
+        return _advance(params, grads, state, hyper, plan, found_inf, in_place=True)
 
 
 def to_dtensors(result: StepResult, params: Tensors, plan: Plan) -> StepResult:
@@ -134,12 +133,13 @@ def _advance(
     hyper: Hyper,
     plan: Plan,
     found_inf: Tensor | None,
-    writes: ops.Writes,
+    *,
+    in_place: bool,
 ) -> StepResult:
     params, grads, state = mesh.local_of(params), mesh.local_of(grads), mesh.local_of(state)
     if plan.config.missing_grads == "zeros":
         grads = zeros_for_none(params, grads)
-    run = Run(params, grads, state, hyper, plan, found_inf, writes, {})
+    run = Run(params, grads, state, hyper, plan, found_inf, in_place, {})
 
     moments = [read_moments(run, bucket) for bucket in plan.adamw]
     early: guard.Agreed | None = None
@@ -214,7 +214,9 @@ def _bad_early(run: Run, moments: list[Moments]) -> Flags:
         groups = [group for group in bucket.with_grad(run.grads) if group.held]
         grads = [run.read(group.blocks, ".grad") for group in groups]
         found = (
-            ops.largest([grad for part in grads for grad in part], [*map(len, grads)])
+            run.operators(bucket).largest(
+                [grad for part in grads for grad in part], [*map(len, grads)]
+            )
             if groups
             else None
         )
@@ -305,19 +307,21 @@ def _apply(run: Run, back: Back, skip: guard.Decision) -> None:
     cautious = config.weight_decay_form == "cautious"
     if back.group.held:
         params, rest = run.read(blocks, ""), back.group.rest
-        how = (back.update, back.factor * lr, decay, skip, cautious)
+        how = (back.update, back.factor * lr, decay, skip)
+        operators = run.operators(back.group)
         if rest:
-            params, rests = run.writes.apply_wide(params, run.read(blocks, rest), *how)
+            rests = run.read(blocks, rest)
+            params, rests = operators.apply_wide(params, rests, *how, cautious=cautious)
             run.put(blocks, rest, rests)
         else:
-            params = run.writes.apply(
-                params, *how, *run.chances([salt for block in blocks for salt in block.salts])
-            )
+            chances = run.chances([salt for block in blocks for salt in block.salts])
+            params = operators.apply(params, *how, *chances, cautious=cautious)
         run.put(blocks, "", params)
     if back.variances is not None:
         old, new = back.variances
         new = new if skip is None else torch.where(skip, old, new)
-        run.put(blocks, ".variance", run.writes.unstack(run.read(blocks, ".variance"), new))
+        variances = run.operators(back.group).unstack(run.read(blocks, ".variance"), new)
+        run.put(blocks, ".variance", variances)
 
 
 def _count(run: Run, skipped: Tensor) -> None:
@@ -332,5 +336,5 @@ def _count(run: Run, skipped: Tensor) -> None:
     }
     for name, value in counted.items():
         run.new[name] = [(None, value)]
-        if run.writes is ops.IN_PLACE:
+        if run.in_place:
             run.state[name].copy_(value)

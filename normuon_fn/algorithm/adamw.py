@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     grads: list[Tensor]
     rests: list[Tensor]  # with masters
     salts: list[int]  # where parameters are rounded by chance
-    hyper: tuple[Tensor, ...]  # beta1, beta2, eps, and the bias corrections
+    rates: ops.AdamWRates
     bad: Tensor  # [2, n] bool
 
 
@@ -36,7 +36,7 @@ def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
         step = step - state["guard.skipped"]
     betas = (hyper.adamw_beta1, hyper.adamw_beta2)
     corrections = ((1 - beta.double() ** step.double()).to(wide) for beta in betas)
-    shared = (*betas, hyper.adamw_eps, *corrections)
+    rates = ops.AdamWRates(*betas, hyper.adamw_eps, *corrections)
     lists = (
         [run.params[name] for name in names],
         [state[f"{name}.exp_avg"] for name in names],
@@ -45,8 +45,9 @@ def read_moments(run: Run, bucket: AdamWBucket) -> Moments:
     )
     rests = [state[name + bucket.rest] for name in names] if bucket.rest else []
     salts = [salt for name, salt in zip(bucket.names, bucket.salts, strict=False) if name in names]
-    bad = ops.adamw_flags(*lists[1:], *shared) if names else run.no_flags(2, 0)
-    return Moments(names, *lists, rests, salts, shared, bad)
+    operators = run.operators(bucket)
+    bad = operators.adamw_flags(*lists[1:], rates) if names else run.no_flags(2, 0)
+    return Moments(names, *lists, rests, salts, rates, bad)
 
 
 def apply_adamw(run: Run, bucket: AdamWBucket, lists: Moments, skip: Decision) -> None:
@@ -54,12 +55,17 @@ def apply_adamw(run: Run, bucket: AdamWBucket, lists: Moments, skip: Decision) -
         return
     hyper = run.hyper_of(bucket)
     lr, decay = run.rates(bucket, hyper.adamw_lr, hyper.adamw_weight_decay, lists.exp_avgs[0].dtype)
-    moments, how = (lists.exp_avgs, lists.exp_avg_sqs, lists.grads), (lr, decay, *lists.hyper, skip)
+    operators, moments = run.operators(bucket), (lists.exp_avgs, lists.exp_avg_sqs, lists.grads)
     suffixes = ["", *([bucket.rest] if bucket.rest else []), ".exp_avg", ".exp_avg_sq"]
+    new: tuple[list[Tensor], ...]
     if bucket.rest:
-        new = run.writes.adamw_wide(lists.params, lists.rests, *moments, *how)
+        new = operators.adamw_wide(
+            lists.params, lists.rests, *moments, lr, decay, lists.rates, skip
+        )
     else:
-        new = run.writes.adamw(lists.params, *moments, *how, *run.chances(lists.salts))
+        new = operators.adamw(
+            lists.params, *moments, lr, decay, lists.rates, skip, *run.chances(lists.salts)
+        )
     for suffix, parts in zip(suffixes, new, strict=True):
         for name, part in zip(lists.names, parts, strict=True):
             run.new[name + suffix] = [(None, part)]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.reference import Measures
 from ..planning.layout import Block
 from ..planning.plan import Bucket, Group
 from ..planning.run import Run
@@ -25,7 +24,7 @@ class Front(NamedTuple):
     sizes: list[int]  # how many blocks each group has
     grads: list[Tensor]
     momentums: list[Tensor]  # the new ones; with `Run.holds_late` still the old
-    measures: Measures  # see ops/advance.py
+    measures: ops.Measures  # see ops/advance.py
     stacks: list[Tensor] | None = None  # the momentums as stacks, where `advance` has them anyway
 
 
@@ -48,11 +47,12 @@ def momentum_of(run: Run, bucket: Bucket, hold: guard.Decision) -> Front | None:
         return None
     grads, momentums = run.read(blocks, ".grad"), run.read(blocks, ".momentum")
     sizes = [len(group.blocks) for group in groups]
-    how = (sizes, config.momentum_form, config.nesterov)
+    how = (sizes, ops.MomentumRule(config.momentum_form, config.nesterov))
+    operators = run.operators(bucket)
     if run.holds_late:
-        measures = ops.lookahead(momentums, grads, run.hyper_of(bucket).momentum, *how)
+        measures = operators.lookahead(momentums, grads, run.hyper_of(bucket).momentum, *how)
         return Front(groups, blocks, sizes, grads, momentums, measures)
-    momentums, measures, stacks = run.writes.advance(
+    momentums, measures, stacks = operators.advance(
         momentums, grads, run.hyper_of(bucket).momentum, hold, *how
     )
     run.put(blocks, ".momentum", momentums)
@@ -60,8 +60,9 @@ def momentum_of(run: Run, bucket: Bucket, hold: guard.Decision) -> Front | None:
 
 
 def momentum_late(run: Run, bucket: Bucket, front: Front, hold: guard.Decision) -> None:
-    how = (front.sizes, run.plan.config.momentum_form, run.plan.config.nesterov)
-    new, *_ = run.writes.advance(
+    config = run.plan.config
+    how = (front.sizes, ops.MomentumRule(config.momentum_form, config.nesterov))
+    new, *_ = run.operators(bucket).advance(
         front.momentums, front.grads, run.hyper_of(bucket).momentum, hold, *how
     )
     run.put(front.blocks, ".momentum", new)
@@ -103,9 +104,10 @@ def gathered(
 ) -> Tensor:
     config = run.plan.config
     dtype = power.dtype if config.orthogonalizer else bucket.form.dtype
-    return ops.gather(
+    return run.operators(bucket).gather(
         front.momentums, front.grads, run.hyper_of(bucket).momentum, power, inverse, front.sizes,
-        config.momentum_form, config.nesterov, run.holds_late, dtype, turn, stacks=front.stacks,
+        rule=ops.MomentumRule(config.momentum_form, config.nesterov), ahead=run.holds_late,
+        dtype=dtype, transpose=turn, stacks=front.stacks,
     )  # fmt: skip
 
 

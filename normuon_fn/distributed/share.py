@@ -84,8 +84,8 @@ def _shares(bucket: Bucket, front: Front | None) -> list[Front | None]:
         grads, momentums = (
             pick(tensors[block : block + size], share) for tensors in (front.grads, front.momentums)
         )
-        largest, power, squares = (
-            x[matrix + share.start : matrix + share.stop] for x in front.measures
+        measures = ops.Measures(
+            *(x[matrix + share.start : matrix + share.stop] for x in front.measures)
         )
         stacks = None if front.stacks is None else [front.stacks[k][share]]
         piece = Front(
@@ -94,7 +94,7 @@ def _shares(bucket: Bucket, front: Front | None) -> list[Front | None]:
             [len(momentums)],
             grads,
             momentums,
-            (largest, power, squares),
+            measures,
             stacks,
         )
         found.append(piece if share.start < share.stop else None)

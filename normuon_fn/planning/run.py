@@ -23,7 +23,7 @@ class Run(NamedTuple):
     hyper: Hyper
     plan: Plan
     found_inf: Tensor | None
-    writes: ops.Writes
+    in_place: bool  # new values are written to params and state
     new: dict[str, list[tuple[View | None, Tensor]]]
 
     @property
@@ -44,6 +44,16 @@ class Run(NamedTuple):
             if self.plan.hypers == 0
             else Hyper(*(values[of.hyper] for values in self.hyper))
         )
+
+    def operators(self, of: Bucket | Group | AdamWBucket) -> ops.Operators:
+        """The operators for these parameters, by their device and dtypes."""
+        if isinstance(of, AdamWBucket):
+            names, moment = of.members, ".exp_avg"
+        else:
+            groups = of.groups if isinstance(of, Bucket) else (of,)
+            names, moment = tuple(name for g in groups for name in g.names), ".momentum"
+        dtypes = [x.dtype for n in names for x in (self.params[n], self.state[n + moment])]
+        return ops.Operators(ops.kernels_for(self.plan.device, dtypes), self.in_place)
 
     def grad(self, name: str) -> Tensor:
         grad = self.grads[name]
@@ -81,7 +91,7 @@ class Run(NamedTuple):
         return lr, (lr * lr if power == 2 else lr) * weight_decay * group.wd_mul
 
     def result(self, flags: Tensor, skipped: Tensor) -> StepResult:
-        if self.writes is ops.IN_PLACE:
+        if self.in_place:
             return StepResult(dict(self.params), dict(self.state), flags, skipped)
         return StepResult(
             {name: self._joined(name, old) for name, old in self.params.items()},

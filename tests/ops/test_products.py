@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from normuon_fn.ops import products
+from normuon_fn.ops import product_configs, products
 from normuon_fn.ops.products import addmm, symmetric_addmm, symmetric_matmul
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -278,19 +278,21 @@ def test_errors_name_the_argument() -> None:
 def test_the_tiles_of_a_symmetric_result_are_those_that_meet_its_lower_triangle(
     block_m: int, ratio: int
 ) -> None:
-    config = products.Config(block_m, ratio * block_m, 64, 8, 4, 3)
+    config = product_configs.TileConfig(block_m, ratio * block_m, 64, 8, 4, 3)
     for rows in range(1, 12 * block_m, block_m // 4):
         below = sum(
             min(i + block_m, rows) - 1 >= j
             for i in range(0, rows, block_m)
             for j in range(0, rows, config.block_n)
         )
-        assert products.tile_count(True, rows, rows, config) == below
+        assert product_configs.tile_count(True, rows, rows, config) == below
 
 
 def test_every_config_fits_the_kernel() -> None:
-    for generation, table in products.CONFIGS.items():
-        assert set(table) == {(kind, large) for kind in products.KINDS for large in (False, True)}
+    for generation, table in product_configs.CONFIGS.items():
+        assert set(table) == {
+            (kind, large) for kind in product_configs.KINDS for large in (False, True)
+        }
         for (kind, _), config in table.items():
             assert kind == "addmm" or config.block_n in (config.block_m, 2 * config.block_m), (
                 generation
@@ -306,7 +308,7 @@ def test_the_interpreted_kernel_holds_the_same_claims() -> None:
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(root / "tests" / "interpreted_products.py")],
+        [sys.executable, str(Path(__file__).with_name("interpreted_products.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
         cwd=root,
         stdout=subprocess.PIPE,
