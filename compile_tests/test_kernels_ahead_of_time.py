@@ -1,4 +1,4 @@
-"""Every Triton kernel, in every configuration that is shipped, compiled for its architecture without a GPU."""
+"""Every Triton kernel, in every shipped configuration, compiled for its device without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler, not its interpreter"
 )
 
-# Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability".
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ARCHITECTURES: dict[int | str, int] = {
     "lean": 89,
@@ -31,7 +32,10 @@ ARCHITECTURES: dict[int | str, int] = {
 
 
 class Case(NamedTuple):
-    """One compilation. A trailing ``!`` in the signature: divisible by 16, as aligned pointers and even sizes are."""
+    """One compilation.
+
+    A trailing ``!`` in the signature: divisible by 16, as aligned pointers and even sizes are.
+    """
 
     kernel: Any
     architecture: int
@@ -208,7 +212,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             )
             signature = {**shared, "largest_ptr": "*i32!", "squares_ptr": "*fp64!"}
             constexprs = {**fixed, **flags, **nothing, "LOOP": loop, "BR": br, "BC": bc}
-            name = f"front-{'grad' if grad else 'measure'}-{'write' if write else 'read'}-{dtype}-{architecture}"
+            what = f"{'grad' if grad else 'measure'}-{'write' if write else 'read'}"
+            name = f"front-{what}-{dtype}-{architecture}"
             wide = loop * (1 + write + grad) * accesses(br * bc, dtype)
             yield (
                 name,
@@ -268,7 +273,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
                 "BC": bc,
             }
             nothing = {} if skip else {"skip_ptr": None}
-            name = f"apply-{'pure' if pure else 'place'}-{'row' if per_row else 'column'}-{skip}-{dtype}-{architecture}"
+            what = f"{'pure' if pure else 'place'}-{'row' if per_row else 'column'}-{skip}"
+            name = f"apply-{what}-{dtype}-{architecture}"
             signature = {**shared, "update_ptr": "*bf16!"}
             wide = 2 * accesses(br * bc, dtype) + accesses(br * bc, "bf16")
             yield (

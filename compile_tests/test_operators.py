@@ -1,4 +1,7 @@
-"""Every operator is what its registration says: schema, aliasing, fake kernel, autograd, AOT dispatch; pure and in place."""
+"""Every operator is what its registration says, pure and in place.
+
+That is: schema, aliasing, fake kernel, autograd, AOT dispatch.
+"""
 
 from __future__ import annotations
 

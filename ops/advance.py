@@ -112,7 +112,7 @@ def _launch(
     """[3, n]: the measures. With ``write``, the new momentums are written."""
     found = []
     for part, _ in reference.runs(sizes, lists[0]):
-        # In place, the same list is passed twice, and the table is smaller for it.
+        # In place, the same list is passed twice. It stays one list, so that its key is made once.
         parts = {id(tensors): tensors[part] for tensors in lists}
         run = [parts[id(tensors)] for tensors in lists]
         found.append(_launch_run(run, grad, write, beta, keep, form, nesterov))

@@ -4,8 +4,9 @@
     python examples/benchmarks/tune.py --quick                          # fewer shapes and candidates: 1 minute
     python examples/benchmarks/tune.py --shape 48x768x768 --dtype bfloat16 --json results.json
 
-Three variants, all of ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both operands by tensor
-descriptors, and "persistent" does so in one program per SM. What wins goes into `CONFIGS` of ``ops/product_configs.py``.
+All three variants are in ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both
+operands by tensor descriptors, and "persistent" does so in one program per SM. What wins goes into
+`CONFIGS` in ``ops/product_configs.py``.
 
 Times are medians over replays of a CUDA graph of several launches, divided by their number: no host time is in them.
 "effective" counts 2 rows^2 cols of a symmetric product, as a full one costs, "real" only the tiles that are computed.

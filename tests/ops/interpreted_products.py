@@ -1,4 +1,7 @@
-"""The kernels of the products on the CPU, interpreted: ``TRITON_INTERPRET=1 python tests/ops/interpreted_products.py``."""
+"""The kernels of the products on the CPU, in Triton's interpreter.
+
+TRITON_INTERPRET=1 python tests/ops/interpreted_products.py
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def integers(*shape: int, largest: int = 1) -> Tensor:
 
 
 def close(out: Tensor, exact: Tensor) -> bool:
-    """Equal; in bfloat16 to 1 ulp, because the interpreter truncates where the device rounds to nearest even."""
+    """Whether both are equal; in bfloat16 to 1 ulp.
+
+    There the interpreter truncates, and the device rounds to nearest even.
+    """
     if out.dtype == torch.bfloat16:
         return bool(((out.double() - exact).abs() <= exact.abs() * 2.0**-7).all())
     return torch.equal(out, exact.to(out.dtype))
@@ -47,7 +53,11 @@ def close(out: Tensor, exact: Tensor) -> bool:
 def check(
     n: int, rows: int, cols: int, dtype: torch.dtype, config: TileConfig, transposed: bool
 ) -> None:
-    """``transposed``: all operands are, or of a kernel that takes descriptors those that need not have contiguous rows."""
+    """The three products are exact.
+
+    ``transposed``: all operands are; for a kernel that takes descriptors, only those operands that
+    need not have contiguous rows.
+    """
 
     def view(x: Tensor) -> Tensor:
         x = x.to(dtype)
@@ -64,7 +74,8 @@ def check(
     assert close(out, 0.5 * wide_x @ wide_x.mT)
     assert torch.equal(out, out.mT)
     assert close(product(a, x, c, -1.0, 2.0, False, config), 2.0 * wide_c - wide_a @ wide_x)
-    # a b is not symmetric here: whole rows of a, whole columns of b and the lower triangle of c decide
+    # a b is not symmetric here: whole rows of a, whole columns of b and the lower triangle of c
+    # decide.
     b = view(integers(n, rows, rows))
     if (
         config.variant != "pointers" and not transposed
@@ -110,7 +121,10 @@ def check_non_finite(dtype: torch.dtype, config: TileConfig) -> None:
 
 
 def check_choice() -> None:
-    """Descriptors where they take the operands, and the pointer kernel elsewhere; who asks for descriptors gets no other."""
+    """Descriptors are taken where the operands fit them, and the pointer kernel elsewhere.
+
+    A caller who asks for descriptors never gets the pointer kernel.
+    """
 
     def variant(a: Tensor, b: Tensor) -> str:
         out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])

@@ -1,6 +1,7 @@
-"""The kernels over lists against their twins in ops/reference.py: on a CUDA device, or else in Triton's interpreter.
+"""The kernels over lists against their twins, on a CUDA device or else in Triton's interpreter.
 
-The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs itself in a process of its own.
+The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs
+itself in a process of its own.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def tensors(kind: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
 
 
 def close(a: Any, b: Any, dtype: torch.dtype) -> None:
-    # In the interpreter a cast to bfloat16 truncates: one ulp. Seen there: float32 2.1e-6, bfloat16 7.8e-3, float16 0.
+    # In the interpreter a cast to bfloat16 truncates: one ulp. Seen there: float32 2.1e-6,
+    # bfloat16 7.8e-3, float16 0.
     tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10 if dtype == torch.float16 else 5e-6
     torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-7, equal_nan=True)
 
@@ -469,7 +471,8 @@ def test_adamw_with_masters_and_by_chance() -> None:
             both("adamw", torch.bfloat16, *given, writes=3),
             adamw_reference.adamw(*given),
         )
-        # Where the sums round otherwise (interpreted, numpy's), one chance in a thousand falls otherwise: seen 0 of 17157.
+        # Where the sums round differently (the interpreter uses numpy's), one chance in a thousand
+        # falls differently: seen 0 of 17157.
         others = sum(int((a != b).sum()) for a, b in zip(found[0], expected[0], strict=True))
         assert others <= 17
         assert skip or not exactly(found[0], adamw_reference.adamw(*given[:-2])[0])
