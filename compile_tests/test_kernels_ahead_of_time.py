@@ -1,4 +1,4 @@
-"""Every Triton kernel, in every configuration that is shipped, compiled for its architecture without a GPU."""
+"""Every Triton kernel, in every shipped configuration, compiled for its device without a GPU."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from normuon_fn.ops import product_kernels, products
+from normuon_fn.ops import adamw, advance, apply, gather, launch, product_configs, product_kernels
 
-# Not `from normuon_fn.ops import advance`: that is the operator.
-advance, apply, adamw, gather, launch, repack = (
-    importlib.import_module(f"normuon_fn.ops.{name}")
-    for name in ("advance", "apply", "adamw", "gather", "launch", "repack")
-)
+repack = importlib.import_module("normuon_fn.ops.repack")  # the package names the function the same
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler, not its interpreter"
 )
 
-# Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability".
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ARCHITECTURES: dict[int | str, int] = {
     "lean": 89,
     8: 80,
     9: 90,
     10: 100,
-}  # of the keys of `products.CONFIGS`
+}  # of the keys of `product_configs.CONFIGS`
 
 
 class Case(NamedTuple):
-    """One compilation. A trailing ``!`` in the signature: divisible by 16, as aligned pointers and even sizes are."""
+    """One compilation.
+
+    A trailing ``!`` in the signature: divisible by 16, as aligned pointers and even sizes are.
+    """
 
     kernel: Any
     architecture: int
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 def product_cases() -> Iterator[tuple[str, Case]]:
-    for generation, table in products.CONFIGS.items():
+    for generation, table in product_configs.CONFIGS.items():
         for (kind, large), config in table.items():
             name = f"{kind}-{generation}-{'large' if large else 'small'}"
             yield name, product_case(kind, config, ARCHITECTURES[generation])
@@ -57,12 +57,12 @@ def product_cases() -> Iterator[tuple[str, Case]]:
                 yield (
                     f"{name}-without-descriptors",
                     product_case(
-                        kind, products.WITHOUT_DESCRIPTORS[large], ARCHITECTURES[generation]
+                        kind, product_configs.WITHOUT_DESCRIPTORS[large], ARCHITECTURES[generation]
                     ),
                 )
     descriptors, pointers = (
-        products.CONFIGS[9]["symmetric_matmul", True],
-        products.WITHOUT_DESCRIPTORS[True],
+        product_configs.CONFIGS[9]["symmetric_matmul", True],
+        product_configs.WITHOUT_DESCRIPTORS[True],
     )
     yield "symmetric_matmul-bf16", product_case("symmetric_matmul", descriptors, 90, dtype="bf16")
     yield (
@@ -75,14 +75,14 @@ def product_cases() -> Iterator[tuple[str, Case]]:
     )
     yield (
         "addmm-of-transposed",
-        product_case("addmm", products.CONFIGS[9]["addmm", True], 90, transposed=True),
+        product_case("addmm", product_configs.CONFIGS[9]["addmm", True], 90, transposed=True),
     )
     yield "symmetric_matmul-odd", product_case("symmetric_matmul", pointers, 90, even=False)
 
 
 def product_case(
     kind: str,
-    config: products.Config,
+    config: product_configs.TileConfig,
     architecture: int,
     *,
     transposed: bool = False,  # x is
@@ -194,7 +194,7 @@ def list_cases() -> Iterator[tuple[str, Case]]:
     options = {"num_warps": 4, "enable_fp_fusion": False}
     for (dtype, kind), architecture in itertools.product(floats.items(), (80, 90, 100)):
         for grad, write, cols in ((True, True, 768), (True, False, 768), (False, False, 3072)):
-            (br, bc), loop = launch.tile(cols, advance._TILE), advance._LOOP
+            (br, bc), loop = launch.tile(cols, advance.TILE), advance.LOOP
             flags = {
                 "GRAD": grad,
                 "WRITE": write,
@@ -212,7 +212,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             )
             signature = {**shared, "largest_ptr": "*i32!", "squares_ptr": "*fp64!"}
             constexprs = {**fixed, **flags, **nothing, "LOOP": loop, "BR": br, "BC": bc}
-            name = f"front-{'grad' if grad else 'measure'}-{'write' if write else 'read'}-{dtype}-{architecture}"
+            what = f"{'grad' if grad else 'measure'}-{'write' if write else 'read'}"
+            name = f"front-{what}-{dtype}-{architecture}"
             wide = loop * (1 + write + grad) * accesses(br * bc, dtype)
             yield (
                 name,
@@ -238,7 +239,7 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             flags = {
                 "AHEAD": True,
                 "NESTEROV": True,
-                "TALL": tall,
+                "TRANSPOSE": tall,
                 "M": kind,
                 "G": kind,
                 "BR": br,
@@ -272,7 +273,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
                 "BC": bc,
             }
             nothing = {} if skip else {"skip_ptr": None}
-            name = f"apply-{'pure' if pure else 'place'}-{'row' if per_row else 'column'}-{skip}-{dtype}-{architecture}"
+            what = f"{'pure' if pure else 'place'}-{'row' if per_row else 'column'}-{skip}"
+            name = f"apply-{what}-{dtype}-{architecture}"
             signature = {**shared, "update_ptr": "*bf16!"}
             wide = 2 * accesses(br * bc, dtype) + accesses(br * bc, "bf16")
             yield (
@@ -303,10 +305,10 @@ def list_cases() -> Iterator[tuple[str, Case]]:
                 if skip
                 else ("flags_ptr", "skip_ptr")
             )
-            blocks = {"CHUNK": adamw._CHUNK, "BLOCK": adamw._BLOCK}
+            blocks = {"CHUNK": adamw.CHUNK, "BLOCK": adamw.BLOCK}
             constexprs = {**fixed, **flags, **blocks, **dict.fromkeys(absent)}
             name = f"adamw-{'flags' if flags_only else 'step'}-{skip}-{dtype}-{architecture}"
-            wide = (3 if flags_only else 7) * accesses(adamw._BLOCK, dtype)
+            wide = (3 if flags_only else 7) * accesses(adamw.BLOCK, dtype)
             yield (
                 name,
                 case_of(adamw.adamw_kernel, architecture, shared, constexprs, options, wide=wide),
@@ -315,13 +317,13 @@ def list_cases() -> Iterator[tuple[str, Case]]:
 
 def low_precision_cases() -> Iterator[tuple[str, Case]]:
     """apply and adamw of bfloat16 parameters that keep small updates."""
-    of, language, blocks = dict(list_cases()), triton.language, accesses(adamw._BLOCK, "fp32")
+    of, language, blocks = dict(list_cases()), triton.language, accesses(adamw.BLOCK, "fp32")
     rests = {"mantissa": (language.int16, "bf16"), "master": (language.float32, "fp32")}
     for architecture in (80, 90, 100):
         of_apply, of_adamw = (
             f"{name}-True-bf16-{architecture}" for name in ("apply-place-row", "adamw-step")
         )
-        for base, elements, states in ((of_apply, 4096, 0), (of_adamw, adamw._BLOCK, 4)):
+        for base, elements, states in ((of_apply, 4096, 0), (of_adamw, adamw.BLOCK, 4)):
             case = of[base]
             constexprs = {**case.constexprs, **({"S": language.float32} if states else {})}
             for name, (kind, dtype) in rests.items():

@@ -123,10 +123,9 @@ def self_test(device: torch.device, *, compiled: bool) -> Outcome:
 
 def kernels(plan: Plan) -> str:
     """The implementations that the step of a plan uses, in words."""
-    probe = [torch.empty(1, device=plan.device)]
     lists = (
         "Triton"
-        if ops.has_kernel(probe)
+        if ops.kernels_for(plan.device, [torch.float32])
         else "CPU reference"
         if plan.device.type == "cpu"
         else "PyTorch"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
 from .algorithm.guard import Agreement
 from .compat import without_autocast
 from .distributed.placements import check_alike, local, local_of, whole
@@ -86,7 +85,7 @@ def local_update(
     found_inf: Tensor | None = None,
 ) -> StepResult:
     """`update`, whose result are the local parts of DTensors."""
-    return _checked_step(params, grads, state, hyper, plan, found_inf, ops.PURE)
+    return _checked_step(params, grads, state, hyper, plan, found_inf, in_place=False)
 
 
 def local_update_(
@@ -99,7 +98,7 @@ def local_update_(
     found_inf: Tensor | None = None,
 ) -> StepResult:
     """The same in place: ``params`` and ``state`` are written, nothing else is."""
-    return _checked_step(params, grads, state, hyper, plan, found_inf, ops.IN_PLACE)
+    return _checked_step(params, grads, state, hyper, plan, found_inf, in_place=True)
 
 
 def _checked_step(
@@ -109,7 +108,8 @@ def _checked_step(
     hyper: Hyper,
     plan: Plan,
     found_inf: Tensor | None,
-    writes: ops.Writes,
+    *,
+    in_place: bool,
 ) -> StepResult:
     check_step(plan, params, grads, state, hyper, found_inf)
     with torch.no_grad(), without_autocast(plan.device):
@@ -118,7 +118,7 @@ def _checked_step(
             grads = zeros_for_none(params, grads)
         tensors = StepTensors(
             params, grads, state, hyper, hypers=plan.hypers, config=plan.config, stages=plan.stages,
-            rule=plan.guard, writes=writes,
+            rule=plan.guard, in_place=in_place,
         )  # fmt: skip
         return _whole_step(tensors, plan, found_inf)
 

@@ -1,52 +1,48 @@
-"""The operators of the step. Imports nothing of ``normuon_fn``, under which it is shipped as ``normuon_fn.ops``."""
+"""The operators of the step: kernels, their twins in plain PyTorch, and how one is chosen.
+
+Shipped as ``normuon_fn.ops``, and imports nothing of ``normuon_fn``.
+
+Read operators.py first: it is what the step calls. Then lists.py (what a list is), reference.py
+(what is computed), and per operation one file with kernel, launch and registration: advance.py,
+gather.py, apply.py, adamw.py, orient.py, repack.py; products*.py for Newton-Schulz. They stand on
+launch.py, tables.py, registration.py and implementations.py.
+
+A device, a dtype and memory are all that an operator knows: nothing of names, plans or ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from .adamw import adamw, adamw_, adamw_flags, adamw_wide, adamw_wide_
-from .advance import advance, advance_, largest, lookahead, measure
-from .apply import apply, apply_, apply_wide, apply_wide_
-from .gather import gather
-from .launch import has_kernel
-from .lists import stack, unstack, unstack_
+from .launch import kernels_for
+from .lists import stack
+from .operators import (
+    AdamWRates,
+    Advanced,
+    Measures,
+    MomentumRule,
+    Operators,
+    measure,
+    scale_and_cast,
+)
 from .orient import orient, orientation
 from .products import LIBRARY, SYMMETRIC, Products
 from .reinterpret import reinterpret
 from .repack import repack
 
 __all__ = [
-    "IN_PLACE",
     "LIBRARY",
-    "PURE",
     "SYMMETRIC",
+    "AdamWRates",
+    "Advanced",
+    "Measures",
+    "MomentumRule",
+    "Operators",
     "Products",
-    "Writes",
-    "adamw_flags",
-    "gather",
-    "has_kernel",
-    "largest",
-    "lookahead",
+    "kernels_for",
     "measure",
     "orient",
     "orientation",
     "reinterpret",
     "repack",
+    "scale_and_cast",
     "stack",
 ]
-
-
-class Writes(NamedTuple):
-    """The operators that give new parameters and state: as new tensors (`PURE`) or in the old ones' place (`IN_PLACE`)."""
-
-    advance: Callable[..., Any]
-    apply: Callable[..., Any]
-    unstack: Callable[..., Any]
-    adamw: Callable[..., Any]
-    apply_wide: Callable[..., Any]  # of parameters with float32 masters
-    adamw_wide: Callable[..., Any]
-
-
-PURE = Writes(advance, apply, unstack, adamw, apply_wide, adamw_wide)
-IN_PLACE = Writes(advance_, apply_, unstack_, adamw_, apply_wide_, adamw_wide_)

@@ -1,4 +1,4 @@
-"""AdamW over a list of tensors of any shapes, and what of it would not be finite."""
+"""AdamW over a list of tensors of any shapes, and which of its updates would not be finite."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .launch import address_table, chunk_table, dtype_of, has_kernel, jit, launch, salt_table, tl
+from . import adamw_reference as reference
+from .launch import dtype_of, has_kernel, jit, launch, tl
 from .registration import Lists, empty_like, register
 from .rounding_kernels import joined_with, parted, rounded_by_chance
+from .tables import address_table, chunk_table, salt_table
 
-_CHUNK, _BLOCK = 16384, 2048
+CHUNK, BLOCK = 16384, 2048  # entries of a program, and entries that it loads at a time
 
 
 @jit
 def adamw_kernel(
-    addresses, chunks, flags_ptr, lr_ptr, decay_ptr, beta1_ptr, beta2_ptr, eps_ptr, correction1_ptr, correction2_ptr, skip_ptr,
-    salts, step_ptr,
-    P: tl.constexpr, R: tl.constexpr, S: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    addresses, chunks, flags_ptr, lr_ptr, decay_ptr, beta1_ptr, beta2_ptr, eps_ptr,
+    correction1_ptr, correction2_ptr, skip_ptr, salts, step_ptr,
+    P: tl.constexpr, R: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr,
     FLAGS: tl.constexpr, SKIP: tl.constexpr, PURE: tl.constexpr, CHANCE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk. Addresses: exp_avg, exp_avg_sq, gradient; then parameter and the new three, unless it only FLAGS.
+    """One chunk.
 
-    With R, rest and new rest follow.
+    Addresses: exp_avg, exp_avg_sq, the gradient. Without FLAGS: the parameter, and where the new
+    parameter, exp_avg and exp_avg_sq go. With R: the rest, and where the new rest goes.
     """
     entry = chunks + tl.program_id(0).to(tl.int64) * 3
     which, start, size = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -48,9 +51,9 @@ def adamw_kernel(
         mask = k < size
         if SKIP and not PURE:
             mask = mask & moves
-        first = tl.load(_pointers(row, k, S, ALIGNED), mask, other=0.0)
-        second = tl.load(_pointers(row + 1, k, S, ALIGNED), mask, other=0.0)
-        grad = tl.load(_pointers(row + 2, k, G, ALIGNED), mask, other=0.0).to(tl.float32)
+        first = tl.load(_pointers_at(row, k, S, ALIGNED), mask, other=0.0)
+        second = tl.load(_pointers_at(row + 1, k, S, ALIGNED), mask, other=0.0)
+        grad = tl.load(_pointers_at(row + 2, k, G, ALIGNED), mask, other=0.0).to(tl.float32)
         new_first = first * beta1 + grad * (1 - beta1)
         new_second = second * beta2 + grad * grad * (1 - beta2)
         update = tl.div_rn(
@@ -61,9 +64,9 @@ def adamw_kernel(
             bad_update = bad_update | (mask & (finite == 0)).to(tl.int32)
             bad_grad = bad_grad | (mask & ((tl.abs(grad) < float("inf")) == 0)).to(tl.int32)
         else:
-            old = tl.load(_pointers(row + 3, k, P, ALIGNED), mask, other=0.0)
+            old = tl.load(_pointers_at(row + 3, k, P, ALIGNED), mask, other=0.0)
             if WIDE:
-                old_rest = tl.load(_pointers(row + 7, k, R, ALIGNED), mask, other=0)
+                old_rest = tl.load(_pointers_at(row + 7, k, R, ALIGNED), mask, other=0)
                 wide = joined_with(old, old_rest, MANTISSA)
             else:
                 wide = old.to(tl.float32)
@@ -72,7 +75,7 @@ def adamw_kernel(
                 new, rest = parted(moved, P, MANTISSA)
                 if SKIP and PURE:
                     rest = tl.where(moves, rest, old_rest)
-                tl.store(_pointers(row + 8, k, R, ALIGNED), rest, mask)
+                tl.store(_pointers_at(row + 8, k, R, ALIGNED), rest, mask)
             elif CHANCE:
                 salt, step = tl.load(salts + which).to(tl.uint32), tl.load(step_ptr).to(tl.uint32)
                 new = rounded_by_chance(moved, P, salt, k.to(tl.uint32), step)
@@ -82,170 +85,188 @@ def adamw_kernel(
                 new = tl.where(moves, new, old)
                 new_first = tl.where(moves, new_first, first)
                 new_second = tl.where(moves, new_second, second)
-            tl.store(_pointers(row + 4, k, P, ALIGNED), new, mask)
-            tl.store(_pointers(row + 5, k, S, ALIGNED), new_first, mask)
-            tl.store(_pointers(row + 6, k, S, ALIGNED), new_second, mask)
+            tl.store(_pointers_at(row + 4, k, P, ALIGNED), new, mask)
+            tl.store(_pointers_at(row + 5, k, S, ALIGNED), new_first, mask)
+            tl.store(_pointers_at(row + 6, k, S, ALIGNED), new_second, mask)
     if FLAGS:
         tl.atomic_max(flags_ptr + 2 * which, tl.max(bad_update, 0))
         tl.atomic_max(flags_ptr + 2 * which + 1, tl.max(bad_grad, 0))
 
 
 @jit
-def _pointers(entry, k, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _pointers_at(entry, k, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointers = tl.load(entry).to(tl.pointer_type(DTYPE), bitcast=True) + k
-    return tl.multiple_of(pointers, 16) if ALIGNED else pointers  # not the address: see `launch.at`
+    return tl.multiple_of(pointers, 16) if ALIGNED else pointers  # the hint: see `launch.at`
 
 
 def _launch(
-    lists: list[list[Tensor]], n: int, flags: Tensor | None, scalars: tuple[Any, ...], skip: Tensor | None,
-    step: Tensor | None = None, salts: Sequence[int] = (),
-) -> None:  # fmt: skip
-    """``lists``: exp_avgs, exp_avg_sqs, grads; params, and where the new values go; rests, and where theirs go."""
-    places = address_table(*lists)
-    if not places.aligned or any(x.dtype != y[0].dtype for y in lists for x in y):
-        for k in range(n):  # one by one: the others keep their wide loads
-            if n > 1:
-                _launch(
-                    [[x[k]] for x in lists],
-                    1,
-                    None if flags is None else flags[k],
-                    scalars,
-                    skip,
-                    step,
-                    salts[k : k + 1],
-                )
-        if n > 1:
-            return
-    table = None if step is None else salt_table(salts, step.device)
-    chunks = chunk_table(tuple(x.numel() for x in lists[0]), _CHUNK, lists[0][0].device).entries
+    lists: list[list[Tensor]],  # in the order of the kernel's addresses
+    flags: Tensor | None,
+    scalars: tuple[Any, ...],
+    skip: Tensor | None,
+    step: Tensor | None = None,
+    salts: Sequence[int] = (),
+) -> None:
+    n, table = len(lists[0]), address_table(*lists)
+    mixed = any(x.dtype != tensors[0].dtype for tensors in lists for x in tensors)
+    if n > 1 and (mixed or not table.aligned):  # one by one: the aligned ones keep wide loads
+        for k in range(n):
+            own_flags = None if flags is None else flags[k]
+            own_lists = [[tensors[k]] for tensors in lists]
+            _launch(own_lists, own_flags, scalars, skip, step, salts[k : k + 1])
+        return
+    salt = None if step is None else salt_table(salts, step.device)
+    chunks = chunk_table(tuple(x.numel() for x in lists[0]), CHUNK, lists[0][0].device).entries
+    even = all(x.numel() % 16 == 0 for x in lists[0])
+    only_flags = flags is not None
+    param_dtype = None if only_flags else dtype_of(lists[3][0])
+    rest_dtype = dtype_of(lists[7][0]) if len(lists) > 7 else None
+    pure = not only_flags and lists[3][0] is not lists[4][0]
     launch(
-        adamw_kernel, chunks.shape[0], (places.entries, chunks, flags, *scalars, skip, table, step),
+        adamw_kernel, chunks.shape[0], (table.entries, chunks, flags, *scalars, skip, salt, step),
         (
-            dtype_of(lists[3][0]) if flags is None else None, dtype_of(lists[7][0]) if len(lists) > 7 else None,
-            dtype_of(lists[0][0]), dtype_of(lists[2][0]), places.aligned,
-            all(x.numel() % 16 == 0 for x in lists[0]), flags is not None, skip is not None,
-            flags is None and lists[3][0] is not lists[4][0], step is not None, _CHUNK, _BLOCK,
+            param_dtype, rest_dtype, dtype_of(lists[0][0]), dtype_of(lists[2][0]),
+            table.aligned, even, only_flags, skip is not None, pure, step is not None, CHUNK, BLOCK,
         ),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _adamw_flags(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], *scalars: Tensor
+def _run_flags(
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    *rates: Tensor,
 ) -> Tensor:
     if not has_kernel(exp_avgs, grads):
-        return reference.adamw_flags(exp_avgs, exp_avg_sqs, grads, *scalars)
+        return reference.adamw_flags(exp_avgs, exp_avg_sqs, grads, *rates)
     flags = exp_avgs[0].new_zeros((len(grads), 2), dtype=torch.int32)
-    lists = [[x.contiguous() for x in given] for given in (exp_avgs, exp_avg_sqs, grads)]
-    _launch(lists, len(grads), flags, (None, None, *scalars), None)
+    lists = [[x.contiguous() for x in tensors] for tensors in (exp_avgs, exp_avg_sqs, grads)]
+    _launch(lists, flags, (None, None, *rates), None)
     return flags.T.ne(0).contiguous()
 
 
-def _adamw(
-    into: Lists, params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
-    lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
-    skip: Tensor | None, step: Tensor | None = None, salts: Sequence[int] = (),
-) -> None:  # fmt: skip
+def _run_adamw(
+    into: Lists,
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    lr: Tensor,
+    decay: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    correction1: Tensor,
+    correction2: Tensor,
+    skip: Tensor | None,
+    step: Tensor | None = None,
+    salts: Sequence[int] = (),
+) -> None:
     scalars = (lr, decay, beta1, beta2, eps, correction1, correction2)
+    olds = (params, exp_avgs, exp_avg_sqs)
     if has_kernel(params, exp_avgs, grads):
-        _write(into, (params, exp_avgs, exp_avg_sqs), grads, scalars, skip, step, salts)
-        return
-    for targets, values in zip(
-        into,
-        reference.adamw(params, exp_avgs, exp_avg_sqs, grads, *scalars, skip, step, salts),
-        strict=True,
-    ):
-        torch._foreach_copy_(targets, values)
+        _launch_adamw(into, olds, grads, scalars, skip, step, salts)
+    else:
+        _copy(into, reference.adamw(*olds, grads, *scalars, skip, step, salts))
 
 
-def _adamw_wide(
-    into: Lists, params: list[Tensor], rests: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    grads: list[Tensor], lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor,
-    correction2: Tensor, skip: Tensor | None,
-) -> None:  # fmt: skip
+def _run_adamw_wide(
+    into: Lists,
+    params: list[Tensor],
+    rests: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    lr: Tensor,
+    decay: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    correction1: Tensor,
+    correction2: Tensor,
+    skip: Tensor | None,
+) -> None:
     scalars = (lr, decay, beta1, beta2, eps, correction1, correction2)
     if has_kernel(params, rests, exp_avgs, grads):
-        news, lacks, first, second = into
-        _write(
-            (news, first, second, lacks),
+        new_params, new_rests, new_avgs, new_sqs = into
+        into, olds = (
+            (new_params, new_avgs, new_sqs, new_rests),
             (params, exp_avgs, exp_avg_sqs, rests),
-            grads,
-            scalars,
-            skip,
-            None,
-            (),
         )
-        return
-    for targets, values in zip(
-        into,
-        reference.adamw_wide(params, rests, exp_avgs, exp_avg_sqs, grads, *scalars, skip),
-        strict=True,
-    ):
+        _launch_adamw(into, olds, grads, scalars, skip)
+    else:
+        olds = (params, rests, exp_avgs, exp_avg_sqs)
+        _copy(into, reference.adamw_wide(*olds, grads, *scalars, skip))
+
+
+def _copy(into: Lists, results: Lists) -> None:
+    for targets, values in zip(into, results, strict=True):
         torch._foreach_copy_(targets, values)
 
 
-def _write(
-    into: Lists, lists: Lists, grads: list[Tensor], scalars: tuple[Tensor, ...], skip: Tensor | None,
-    step: Tensor | None, salts: Sequence[int],
-) -> None:  # fmt: skip
-    """By the kernel. ``lists``: params, exp_avgs, exp_avg_sqs, and rests if there are any."""
-    olds = [[x.contiguous() for x in given] for given in lists]
-    news = [
-        old
-        if targets[0] is given[0]
-        else [x if x.is_contiguous() else torch.empty_like(x).contiguous() for x in targets]
-        for targets, given, old in zip(into, lists, olds, strict=True)
+def _launch_adamw(
+    into: Lists,  # in the order of ``olds``
+    olds: Lists,  # params, exp_avgs, exp_avg_sqs; with masters, rests
+    grads: list[Tensor],
+    scalars: tuple[Tensor, ...],
+    skip: Tensor | None,
+    step: Tensor | None = None,
+    salts: Sequence[int] = (),
+) -> None:
+    """The kernel reads and writes contiguous tensors: others are copied there and back."""
+    sources = [[x.contiguous() for x in tensors] for tensors in olds]
+    results = [
+        source if targets[0] is old[0] else [_contiguous_like(x) for x in targets]
+        for targets, old, source in zip(into, olds, sources, strict=True)
     ]
-    more = [olds[3], news[3]] if len(olds) > 3 else []
-    order = [olds[1], olds[2], [x.contiguous() for x in grads], olds[0], *news[:3], *more]
-    _launch(order, len(grads), None, scalars, skip, step, salts)
-    for targets, written in zip(into, news, strict=True):
-        for target, x in zip(targets, written, strict=True):
+    params, exp_avgs, exp_avg_sqs, *rests = sources
+    order = [exp_avgs, exp_avg_sqs, [x.contiguous() for x in grads], params, *results[:3]]
+    if rests:
+        order += [rests[0], results[3]]
+    _launch(order, None, scalars, skip, step, salts)
+    for targets, values in zip(into, results, strict=True):
+        for target, x in zip(targets, values, strict=True):
             if target is not x and not target.is_contiguous():
                 target.copy_(x)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else torch.empty_like(x).contiguous()
 
 
 def _flags_fake(exp_avgs: list[Tensor], *rest: Any) -> Tensor:
     return exp_avgs[0].new_empty((2, len(exp_avgs)), dtype=torch.bool)
 
 
-def _adamw_fake(
-    params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *rest: Any
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return empty_like(params), empty_like(exp_avgs), empty_like(exp_avg_sqs)
+def _adamw_fake(*arguments: Any) -> tuple[list[Tensor], ...]:
+    return tuple(map(empty_like, arguments[:3]))
 
 
-def _adamw_wide_fake(
-    params: list[Tensor],
-    rests: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *more: Any,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    return empty_like(params), empty_like(rests), empty_like(exp_avgs), empty_like(exp_avg_sqs)
+def _adamw_wide_fake(*arguments: Any) -> tuple[list[Tensor], ...]:
+    return tuple(map(empty_like, arguments[:4]))
 
 
-_SCALARS = "Tensor beta1, Tensor beta2, Tensor eps, Tensor correction1, Tensor correction2"
+_MOMENTS = "Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads"
+_RATES = "Tensor beta1, Tensor beta2, Tensor eps, Tensor correction1, Tensor correction2"
 
+# Always operators, on every device: the twin's lists would be nodes per parameter in the graph.
 adamw_flags, _ = register(
-    "adamw_flags",
-    f"(Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads, {_SCALARS}) -> Tensor",
-    _adamw_flags,
-    _flags_fake,
+    "adamw_flags", f"({_MOMENTS}, {_RATES}) -> Tensor", _run_flags, _flags_fake
 )
 adamw, adamw_ = register(
     "adamw",
-    "(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads, Tensor lr, Tensor decay, "
-    f"{_SCALARS}, Tensor? skip, Tensor? step=None, int[] salts=[]) -> (Tensor[], Tensor[], Tensor[])",
-    _adamw,
+    f"(Tensor[] params, {_MOMENTS}, Tensor lr, Tensor decay, {_RATES}, Tensor? skip, "
+    "Tensor? step=None, int[] salts=[]) -> (Tensor[], Tensor[], Tensor[])",
+    _run_adamw,
     _adamw_fake,
     writes=("params", "exp_avgs", "exp_avg_sqs"),
 )
 adamw_wide, adamw_wide_ = register(
     "adamw_wide",
-    "(Tensor[] params, Tensor[] rests, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads, Tensor lr, Tensor decay, "
-    f"{_SCALARS}, Tensor? skip) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
-    _adamw_wide,
+    f"(Tensor[] params, Tensor[] rests, {_MOMENTS}, Tensor lr, Tensor decay, {_RATES}, "
+    "Tensor? skip) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
+    _run_adamw_wide,
     _adamw_wide_fake,
     writes=("params", "rests", "exp_avgs", "exp_avg_sqs"),
 )

@@ -1,13 +1,9 @@
 """The front pass: gradients into momentums, and what it takes to bring the update to norm 1.
 
-``advance`` gives the new momentums; ``lookahead`` measures the same without writing, for a step that may write them only once
-every rank agrees; ``measure`` takes tensors as they are. The three measure each of the n matrices:
-
-    largest   the gradient's largest entry: not finite if any entry is not
-    power     the power of two that brings the update's largest entry into [2, 4)
-    squares   sum((update * power)**2)
-
-``largest`` gives only the first of these rows.
+``advance`` returns the new momentums. ``lookahead`` measures the same without writing, for a step
+that may write momentums only once every rank agrees. ``measure`` takes tensors as they are. All
+three measure each of the n matrices, and return `Measures`: largest, power and squares.
+``largest`` returns only the first of these rows.
 """
 
 from __future__ import annotations
@@ -19,20 +15,27 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .launch import at, dtype_of, jit, launch, matrix_table, tile, tl, with_kernel
+from .implementations import with_kernel
+from .launch import at, dtype_of, jit, launch, tile, tl
 from .lists import count
-from .reference import Measures, compute_dtype
+from .reference import compute_dtype
 from .registration import Lists, empty_like
+from .tables import matrix_table
+
+TILE, LOOP = 2048, 4  # entries of a tile, and tiles of a strip
 
 
 @jit
 def front_kernel(
     table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, rows, cols, across, strips,
     M: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
-    GRAD: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, EMA: tl.constexpr, NESTEROV: tl.constexpr,
-    LOOP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    GRAD: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, EMA: tl.constexpr,
+    NESTEROV: tl.constexpr, LOOP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One strip of LOOP tiles, one below the other. Table: momentum, where the new one goes, gradient (WRITE, GRAD)."""
+    """One strip of LOOP tiles, one below the other.
+
+    Table: the momentum, the new momentum's place (WRITE), the gradient (GRAD).
+    """
     pid = tl.program_id(0)
     matrix, strip = pid // strips, pid % strips
     entry = table + matrix.to(tl.int64) * (3 + 3 * WRITE + 3 * GRAD)
@@ -48,9 +51,8 @@ def front_kernel(
         mask = (r < rows)[:, None] & (c < cols)[None, :]
         old = tl.load(at(entry, r, c, M, UNIT, ALIGNED), mask, other=0.0)
         if GRAD:
-            grad = tl.load(at(entry + 3 + 3 * WRITE, r, c, G, UNIT, ALIGNED), mask, other=0.0).to(
-                tl.float32
-            )
+            grad = tl.load(at(entry + 3 + 3 * WRITE, r, c, G, UNIT, ALIGNED), mask, other=0.0)
+            grad = grad.to(tl.float32)
             share = grad * (1 - beta) if EMA else grad
             new = (old.to(tl.float32) * beta + share).to(M)
             if WRITE:
@@ -62,7 +64,8 @@ def front_kernel(
             most_grad = tl.maximum(most_grad, grad.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         else:
             x = old.to(tl.float32)
-        # As integers, absolute floats keep their order, inf above them and NaN above inf: none is lost.
+        # As integers, absolute floats keep their order, with inf above them and NaN above inf: no
+        # inf and no NaN is lost.
         most = tl.maximum(most, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         wide = x.to(tl.float64)  # the square of no float32 overflows here
         total += wide * wide
@@ -75,7 +78,7 @@ def front_kernel(
 
 @jit
 def combine_kernel(largest_ptr, squares_ptr, out_ptr, n, strips, BLOCK: tl.constexpr):
-    """The strips of one matrix -> out [3, n] float32: largest, power, squares."""
+    """From the strips of one matrix to out [3, n] float32: largest, power, squares."""
     matrix = tl.program_id(0).to(tl.int64)
     most_grad = tl.zeros([BLOCK], tl.int32)
     most = tl.zeros([BLOCK], tl.int32)
@@ -95,23 +98,28 @@ def combine_kernel(largest_ptr, squares_ptr, out_ptr, n, strips, BLOCK: tl.const
     tl.store(out_ptr + 2 * n + matrix, (tl.sum(total, 0) * wide * wide).to(tl.float32))
 
 
-def _front(
-    into: list[Tensor] | None, momentums: list[Tensor], grads: list[Tensor] | None, beta: Tensor | None, keep: Tensor | None,
-    sizes: list[int], form: str, nesterov: bool,
-) -> Tensor:  # fmt: skip
-    pieces = []
-    for part, _ in reference.runs(sizes, momentums):
-        own = momentums[part]
-        lists = [
-            own if x is momentums else x[part] for x in (momentums, into, grads) if x is not None
-        ]
-        pieces.append(
-            _front_run(lists, grads is not None, into is not None, beta, keep, form, nesterov)
-        )
-    return reference.joined(pieces, 1)
+def _launch(
+    lists: Sequence[list[Tensor]],  # momentums; with write, the new ones; with grad, gradients
+    sizes: list[int],
+    *,
+    grad: bool = True,
+    write: bool = False,
+    beta: Tensor | None = None,
+    keep: Tensor | None = None,
+    form: str = "",
+    nesterov: bool = False,
+) -> Tensor:
+    """[3, n]: the measures. With ``write``, the new momentums are written."""
+    found = []
+    for part, _ in reference.runs(sizes, lists[0]):
+        # In place, the same list is passed twice. It stays one list, so that its key is made once.
+        parts = {id(tensors): tensors[part] for tensors in lists}
+        run = [parts[id(tensors)] for tensors in lists]
+        found.append(_launch_run(run, grad, write, beta, keep, form, nesterov))
+    return reference.joined(found, 1)
 
 
-def _front_run(
+def _launch_run(
     lists: Sequence[list[Tensor]],
     grad: bool,
     write: bool,
@@ -125,36 +133,42 @@ def _front_run(
     if n * rows * cols == 0:
         nothing = reference.stack(lists[0]).float()
         return torch.stack(reference.measures(nothing, nothing))
-    places = matrix_table(*lists)
-    (high, wide), loop = tile(cols, _TILE), _LOOP
+    table = matrix_table(*lists)
+    high, wide = tile(cols, TILE)
     across = -(-cols // wide)
-    strips = across * -(-rows // (high * loop))
+    strips = across * -(-rows // (high * LOOP))
     largest = first.new_empty((n * strips, 2), dtype=torch.int32)
     squares = first.new_empty(n * strips, dtype=torch.float64)
     out = first.new_empty((3, n), dtype=torch.float32)
+    # No fusion of products and sums: every variant of the kernel has the same bits.
     launch(
-        front_kernel, n * strips, (places.entries, beta, keep, largest, squares),
+        front_kernel, n * strips, (table.entries, beta, keep, largest, squares),
         (
-            rows, cols, across, strips, dtype_of(first), dtype_of(lists[-1][0]), places.unit, places.aligned,
-            grad, write, keep is not None, form == "ema", nesterov, loop, high, wide,
+            rows, cols, across, strips, dtype_of(first), dtype_of(lists[-1][0]),
+            table.unit, table.aligned,
+            grad, write, keep is not None, form == "ema", nesterov, LOOP, high, wide,
         ),
-        num_warps=4, enable_fp_fusion=False,  # the same bits, whatever else a variant of the kernel does
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     launch(combine_kernel, n, (largest, squares, out), (n, strips, 256), num_warps=4)
     return out
 
 
-_TILE, _LOOP = 2048, 4
+def _launch_advance(
+    into: Lists,
+    momentums: list[Tensor],
+    grads: list[Tensor],
+    beta: Tensor,
+    keep: Tensor | None,
+    sizes: list[int],
+    form: str,
+    nesterov: bool,
+) -> Tensor:
+    lists = (momentums, into[0], grads)
+    return _launch(lists, sizes, write=True, beta=beta, keep=keep, form=form, nesterov=nesterov)
 
 
-def _advance(
-    into: Lists, momentums: list[Tensor], grads: list[Tensor], beta: Tensor, keep: Tensor | None, sizes: list[int],
-    form: str, nesterov: bool,
-) -> Tensor:  # fmt: skip
-    return _front(into[0], momentums, grads, beta, keep, sizes, form, nesterov)
-
-
-def _lookahead(
+def _launch_lookahead(
     momentums: list[Tensor],
     grads: list[Tensor],
     beta: Tensor,
@@ -162,21 +176,20 @@ def _lookahead(
     form: str,
     nesterov: bool,
 ) -> Tensor:
-    return _front(None, momentums, grads, beta, None, sizes, form, nesterov)
+    return _launch((momentums, grads), sizes, beta=beta, form=form, nesterov=nesterov)
 
 
-def _measure(tensors: list[Tensor], sizes: list[int]) -> Tensor:
-    return _front(None, tensors, None, None, None, sizes, "", False)
+def _launch_measure(tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    return _launch((tensors,), sizes, grad=False)
 
 
-def _largest(tensors: list[Tensor], sizes: list[int]) -> Tensor:
-    return _measure(tensors, sizes)[0].clone()
+def _launch_largest(tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    return _launch_measure(tensors, sizes)[0].clone()
 
 
 def _measure_fake(tensors: list[Tensor], *rest: Any) -> Tensor:
-    return tensors[0].new_empty(
-        (3, sum(map(count, tensors))), dtype=compute_dtype(tensors[0].dtype)
-    )
+    shape = (3, sum(map(count, tensors)))
+    return tensors[0].new_empty(shape, dtype=compute_dtype(tensors[0].dtype))
 
 
 def _largest_fake(tensors: list[Tensor], sizes: list[int]) -> Tensor:
@@ -187,55 +200,25 @@ def _advance_fake(momentums: list[Tensor], *rest: Any) -> tuple[list[Tensor], Te
     return empty_like(momentums), _measure_fake(momentums)
 
 
-# ``sizes``: the list is that many tensors of one shape, then that many of another, ...
-_advanced, _advanced_ = with_kernel(
+# ``sizes``: the list is that many tensors of one shape, then that many of another, and so on.
+advance = with_kernel(
     "advance",
-    "(Tensor[] momentums, Tensor[] grads, Tensor beta, Tensor? keep, int[] sizes, str form, bool nesterov) "
-    "-> (Tensor[], Tensor)",
-    _advance,
+    "(Tensor[] momentums, Tensor[] grads, Tensor beta, Tensor? keep, int[] sizes, str form, "
+    "bool nesterov) -> (Tensor[], Tensor)",
+    _launch_advance,
     _advance_fake,
     writes=("momentums",),
 )
-_looked_ahead, _ = with_kernel(
+lookahead = with_kernel(
     "lookahead",
-    "(Tensor[] momentums, Tensor[] grads, Tensor beta, int[] sizes, str form, bool nesterov) -> Tensor",
-    _lookahead,
+    "(Tensor[] momentums, Tensor[] grads, Tensor beta, int[] sizes, str form, bool nesterov) "
+    "-> Tensor",
+    _launch_lookahead,
     _measure_fake,
 )
-_measured, _ = with_kernel(
-    "measure", "(Tensor[] tensors, int[] sizes) -> Tensor", _measure, _measure_fake
+measure = with_kernel(
+    "measure", "(Tensor[] tensors, int[] sizes) -> Tensor", _launch_measure, _measure_fake
 )
-largest, _ = with_kernel(
-    "largest", "(Tensor[] tensors, int[] sizes) -> Tensor", _largest, _largest_fake
+largest = with_kernel(
+    "largest", "(Tensor[] tensors, int[] sizes) -> Tensor", _launch_largest, _largest_fake
 )
-
-
-Advanced = tuple[
-    list[Tensor], Measures, list[Tensor] | None
-]  # the new momentums; the last: as stacks, from the twin
-
-
-def advance(*arguments: Any) -> Advanced:
-    new, measures, *stacks = _advanced(*arguments)
-    return new, _measures(measures), stacks[0] if stacks else None
-
-
-def advance_(*arguments: Any) -> Advanced:
-    new, measures, *stacks = _advanced_(*arguments)
-    return new, _measures(measures), stacks[0] if stacks else None
-
-
-def lookahead(*arguments: Any) -> Measures:
-    return _measures(_looked_ahead(*arguments))
-
-
-def measure(*arguments: Any) -> Measures:
-    return _measures(_measured(*arguments))
-
-
-def _measures(found: Tensor | Measures) -> Measures:
-    """The operator's [3, n] as what the twin gives."""
-    if isinstance(found, tuple):
-        return found
-    largest, power, squares = found.unbind(0)
-    return largest, power, squares

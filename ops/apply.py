@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .launch import at, dtype_of, jit, launch, matrix_table, salt_table, tile, tl, with_kernel
+from .implementations import with_kernel
+from .launch import at, dtype_of, jit, launch, tile, tl
 from .registration import Lists, empty_like
 from .rounding_kernels import joined_with, parted, rounded_by_chance
+from .tables import matrix_table, salt_table
 
 
 @jit
@@ -20,7 +22,7 @@ def apply_kernel(
     PER_ROW: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr, CHANCE: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One tile. Table: old and new parameter; with R, old and new rest."""
+    """One tile. Table: the old and the new parameter; with R, the old and the new rest."""
     pid = tl.program_id(0)
     matrix, where = (pid // tiles).to(tl.int64), pid % tiles
     WIDE: tl.constexpr = R is not None
@@ -32,7 +34,7 @@ def apply_kernel(
     moves = True
     if SKIP:
         moves = tl.load(skip_ptr) == 0
-        if not PURE:  # what keeps its bits is not touched at all
+        if not PURE:  # in place, what keeps its bits is not written at all
             mask = mask & moves
     old = tl.load(at(entry, r, c, P, UNIT, ALIGNED), mask, other=0.0)
     update = (
@@ -69,39 +71,61 @@ def apply_kernel(
     tl.store(at(entry + 3, r, c, P, UNIT, ALIGNED), new, mask)
 
 
-def _apply(
-    into: Lists, params: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool,
-    step: Tensor | None = None, salts: Sequence[int] = (),
-) -> None:  # fmt: skip
+def _launch_apply(
+    into: Lists,
+    params: list[Tensor],
+    update: Tensor,
+    factor: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    cautious: bool,
+    step: Tensor | None = None,
+    salts: Sequence[int] = (),
+) -> None:
     table = None if step is None else salt_table(salts, update.device)
     _launch((params, into[0]), update, factor, decay, skip, cautious, table, step)
 
 
-def _apply_wide(
-    into: Lists, params: list[Tensor], rests: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor,
-    skip: Tensor | None, cautious: bool,
-) -> None:  # fmt: skip
-    _launch((params, into[0], rests, into[1]), update, factor, decay, skip, cautious, None, None)
+def _launch_apply_wide(
+    into: Lists,
+    params: list[Tensor],
+    rests: list[Tensor],
+    update: Tensor,
+    factor: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    cautious: bool,
+) -> None:
+    _launch((params, into[0], rests, into[1]), update, factor, decay, skip, cautious)
 
 
 def _launch(
-    lists: Lists, update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool,
-    salts: Tensor | None, step: Tensor | None,
-) -> None:  # fmt: skip
-    """``lists``: old and new parameters; with masters, old and new rests."""
+    lists: Lists,  # old and new parameters; with masters, old and new rests
+    update: Tensor,
+    factor: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    cautious: bool,
+    salts: Tensor | None = None,
+    step: Tensor | None = None,
+) -> None:
     n, rows, cols = update.shape
     if update.numel() == 0:
         return
-    places = matrix_table(*lists)
+    table = matrix_table(*lists)
     high, wide = tile(cols, 4096) if update.stride(2) == 1 else (64, 64)
     across = -(-cols // wide)
     tiles = across * -(-rows // high)
+    pure = lists[1][0] is not lists[0][0]
+    per_row = factor.shape[1:] == (rows, 1)
+    rest_dtype = dtype_of(lists[2][0]) if len(lists) > 2 else None
     launch(
-        apply_kernel, n * tiles, (places.entries, update, factor.contiguous(), decay, skip, salts, step),
+        apply_kernel, n * tiles,
+        (table.entries, update, factor.contiguous(), decay, skip, salts, step),
         (
-            rows, cols, across, tiles, *update.stride(), dtype_of(lists[0][0]),
-            dtype_of(lists[2][0]) if len(lists) > 2 else None, places.unit, places.aligned, lists[1][0] is not lists[0][0],
-            factor.shape[1:] == (rows, 1), skip is not None, cautious, step is not None, high, wide,
+            rows, cols, across, tiles, *update.stride(), dtype_of(lists[0][0]), rest_dtype,
+            table.unit, table.aligned, pure, per_row, skip is not None, cautious, step is not None,
+            high, wide,
         ),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -117,19 +141,19 @@ def _apply_wide_fake(
     return empty_like(params), empty_like(rests)
 
 
-_HOW = "Tensor update, Tensor factor, Tensor decay, Tensor? skip, bool cautious"
+_UPDATE = "Tensor update, Tensor factor, Tensor decay, Tensor? skip, bool cautious"
 
-apply, apply_ = with_kernel(
+apply = with_kernel(
     "apply",
-    f"(Tensor[] params, {_HOW}, Tensor? step=None, int[] salts=[]) -> Tensor[]",
-    _apply,
+    f"(Tensor[] params, {_UPDATE}, Tensor? step=None, int[] salts=[]) -> Tensor[]",
+    _launch_apply,
     _apply_fake,
     writes=("params",),
 )
-apply_wide, apply_wide_ = with_kernel(
+apply_wide = with_kernel(
     "apply_wide",
-    f"(Tensor[] params, Tensor[] rests, {_HOW}) -> (Tensor[], Tensor[])",
-    _apply_wide,
+    f"(Tensor[] params, Tensor[] rests, {_UPDATE}) -> (Tensor[], Tensor[])",
+    _launch_apply_wide,
     _apply_wide_fake,
     writes=("params", "rests"),
 )

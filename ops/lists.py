@@ -1,8 +1,9 @@
-"""``stack``: a list of matrices as one tensor.  ``unstack``: the tensor back into the list, as new tensors or in their place.
+"""From a list of matrices to one tensor, and back: ``stack`` and ``unstack``.
 
-A *list* holds matrices ``[rows, cols]`` and stacks of matrices ``[b, rows, cols]``; together they are n matrices, in the order
-of the stack ``[n, rows, cols]`` that goes with it. These two are the borders between tensors, of which there are hundreds, and
-stacks, of which there are a few: on one side operators, on the other PyTorch, which Inductor compiles.
+A *list* consists of matrices ``[rows, cols]`` and stacks of matrices ``[b, rows, cols]``. Together
+they are n matrices, in the order of the stack ``[n, rows, cols]`` that goes with the list. The two
+operators are the border between tensors, of which there are hundreds, and stacks, of which there
+are a few: operators on one side, and PyTorch, which Inductor compiles, on the other.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from .registration import Lists, empty_like, register
 
 
 def count(x: Tensor) -> int:
-    """How many matrices a tensor of a list is."""
+    """How many matrices a tensor from a list is."""
     return x.shape[0] if x.ndim == 3 else 1
 
 
 def _are_matrices(tensors: list[Tensor]) -> bool:
-    return max(map(Tensor.dim, tensors)) == 2  # no Python for each of hundreds
+    return max(map(Tensor.dim, tensors)) == 2  # no Python code runs per tensor
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -44,7 +45,7 @@ def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor) -> None:
         torch._foreach_copy_(targets, parts)
     elif stacked.device.type == "cpu":
         torch.unbind_copy(stacked, out=targets)
-    else:  # a few kernels for all of them, where that would be one for each
+    else:  # a few kernels for all tensors; unbind_copy would launch one per tensor
         torch._foreach_copy_(targets, stacked.unbind(0))
 
 

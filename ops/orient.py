@@ -1,7 +1,9 @@
-"""Which way round a square matrix is iterated on, so that x and its transpose have the same result, transposed, in every bit.
+"""Which way round a square matrix is iterated on.
 
-A square matrix has no longer side to lay along the columns: its entries decide. In the first pair of mirror images that differ,
-row by row, the larger one belongs above the diagonal. A symmetric matrix has a symmetric result, which rounding does not give.
+x and its transpose must have the same result, transposed, in every bit. A matrix that is not square
+has its longer side along the columns. For a square matrix the entries decide: in the first pair of
+mirror images that differ, row by row, the larger one belongs above the diagonal. A symmetric matrix
+must have a symmetric result, which rounding alone does not ensure.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ AS_IS, FLIPPED, SYMMETRIC = 0, 1, 2
 
 @jit
 def orientation_kernel(x_ptr, out_ptr, size, stride_n, stride_r, stride_c, BLOCK: tl.constexpr):
-    """One matrix. Nearly always the first row tells."""
+    """One matrix. Nearly always its first row decides."""
     matrix = tl.program_id(0).to(tl.int64)
     x_ptr += matrix * stride_n
     found = 2  # SYMMETRIC
@@ -26,14 +28,11 @@ def orientation_kernel(x_ptr, out_ptr, size, stride_n, stride_r, stride_c, BLOCK
         start = row + 1  # below the diagonal every pair was met before
         while (start < size) & (found == 2):
             c = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            here = tl.load(x_ptr + row * stride_r + c * stride_c, c < size, other=0.0).to(
-                tl.float32
-            )
-            mirrored = tl.load(x_ptr + c * stride_r + row * stride_c, c < size, other=0.0).to(
-                tl.float32
-            )
-            first = tl.min(tl.where(here != mirrored, c, size), 0)
-            larger = tl.max(((c == first) & (mirrored > here)).to(tl.int32), 0)
+            entries = tl.load(x_ptr + row * stride_r + c * stride_c, c < size, other=0.0)
+            mirrored = tl.load(x_ptr + c * stride_r + row * stride_c, c < size, other=0.0)
+            entries, mirrored = entries.to(tl.float32), mirrored.to(tl.float32)
+            first = tl.min(tl.where(entries != mirrored, c, size), 0)
+            larger = tl.max(((c == first) & (mirrored > entries)).to(tl.int32), 0)
             found = tl.where(first < size, larger, found)
             start += BLOCK
         row += 1
@@ -42,10 +41,14 @@ def orientation_kernel(x_ptr, out_ptr, size, stride_n, stride_r, stride_c, BLOCK
 
 @jit
 def orient_kernel(
-    x_ptr, which_ptr, power_ptr, inverse_ptr, out_ptr, size, tiles, stride_n, stride_r, stride_c,
+    x_ptr, which_ptr, power_ptr, inverse_ptr, out_ptr, size, tiles,
+    stride_n, stride_r, stride_c,
     OUT: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile, from where it lies or from its mirror image: each loaded along its own rows, and only where it is wanted."""
+    """One tile, from its own place or from its mirror image.
+
+    Each is loaded along its own rows, and only the entries that are used.
+    """
     pid = tl.program_id(0)
     across = tl.cdiv(size, BLOCK)
     matrix, where = (pid // tiles).to(tl.int64), pid % tiles
@@ -74,7 +77,7 @@ def orient_kernel(
     tl.store(out_ptr + (matrix * size + wide_r[:, None]) * size + c[None, :], x.to(OUT), mask)
 
 
-def _orientation(x: Tensor) -> Tensor:
+def _run_orientation(x: Tensor) -> Tensor:
     n, size, _ = x.shape
     if not has_kernel([x]):
         return orientation_reference(x)
@@ -84,7 +87,7 @@ def _orientation(x: Tensor) -> Tensor:
     return which
 
 
-def _orient(
+def _run_orient(
     x: Tensor, which: Tensor, dtype: torch.dtype, power: Tensor | None, inverse: Tensor | None
 ) -> Tensor:
     n, size, _ = x.shape
@@ -93,11 +96,7 @@ def _orient(
     out = x.new_empty((n, size, size), dtype=dtype)
     tiles = (-(-size // _BLOCK)) ** 2
     if out.numel():
-        scales = (
-            (power, inverse)
-            if power is None or inverse is None
-            else (power.contiguous(), inverse.contiguous())
-        )
+        scales = tuple(x if x is None else x.contiguous() for x in (power, inverse))
         launch(
             orient_kernel, n * tiles, (x, which, *scales, out),
             (size, tiles, *x.stride(), dtype_of(out), power is not None, _BLOCK), num_warps=4,
@@ -109,10 +108,10 @@ _BLOCK = 64
 
 
 def orientation_reference(x: Tensor) -> Tensor:
-    here, mirrored = x.reshape(x.shape[0], -1), x.mT.reshape(x.shape[0], -1)
-    differs = here != mirrored
+    entries, mirrored = x.reshape(x.shape[0], -1), x.mT.reshape(x.shape[0], -1)
+    differs = entries != mirrored
     first = differs.to(torch.uint8).argmax(-1, keepdim=True)
-    flipped = (mirrored.gather(-1, first) > here.gather(-1, first)).squeeze(-1)
+    flipped = (mirrored.gather(-1, first) > entries.gather(-1, first)).squeeze(-1)
     return torch.where(differs.any(-1), flipped.to(torch.int32), SYMMETRIC)
 
 
@@ -134,30 +133,34 @@ def orient_reference(
 _orientation_op, _ = register(
     "orientation",
     "(Tensor x) -> Tensor",
-    _orientation,
+    _run_orientation,
     lambda x: x.new_empty(x.shape[0], dtype=torch.int32),
 )
 _orient_op, _ = register(
     "orient",
     "(Tensor x, Tensor which, ScalarType dtype, Tensor? power, Tensor? inverse) -> Tensor",
-    _orient,
-    lambda x, which, dtype, power, inverse: torch.empty_like(
-        x, dtype=dtype, memory_format=torch.contiguous_format
-    ),
+    _run_orient,
+    lambda x, which, dtype, *scales: x.new_empty(x.shape, dtype=dtype),
 )
 
 
-def orientation(x: Tensor) -> Tensor:
-    """[n] int32 for [n, size, size]: `AS_IS`, `FLIPPED` or `SYMMETRIC`."""
+def orientation(
+    x: Tensor,  # [n, size, size], of any floating dtype
+) -> Tensor:
+    """[n] int32: `AS_IS`, `FLIPPED` or `SYMMETRIC` for each matrix."""
     return _orientation_op(x) if has_kernel([x]) else orientation_reference(x)
 
 
 def orient(
-    x: Tensor,  # [n, size, size]
-    which: Tensor,  # [n]
+    x: Tensor,  # [n, size, size], of any floating dtype
+    which: Tensor,  # [n] int32, from `orientation`
     dtype: torch.dtype,
-    power: Tensor | None = None,  # [n]
-    inverse: Tensor | None = None,  # [n]
+    power: Tensor | None = None,  # [n] fp32
+    inverse: Tensor | None = None,  # [n] fp32
 ) -> Tensor:
-    """Transposed where `FLIPPED`; where `SYMMETRIC`, the lower triangle and its mirror image. ``(x * power) * inverse``."""
+    """``(x * power) * inverse`` in ``dtype``: [n, size, size], contiguous.
+
+    Matrices are transposed where they are `FLIPPED`. Where they are `SYMMETRIC`, the result is the
+    lower triangle and its mirror image.
+    """
     return (_orient_op if has_kernel([x]) else orient_reference)(x, which, dtype, power, inverse)

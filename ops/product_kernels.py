@@ -1,10 +1,11 @@
 """The Triton code of the products: ``out = beta c + alpha a b`` over stacks of matrices, in tiles.
 
-Two kernels load the operands: `pointer_kernel` from any strides, `descriptor_kernel` by tensor descriptors (TMA), in a program
-a tile or in one that goes from tile to tile. They share the order of the tiles and the stores.
+Two kernels load the operands: `pointer_kernel` from any strides, `descriptor_kernel` by tensor
+descriptors (TMA), with one program per tile or with programs that go from tile to tile. They share
+the order of the tiles and the stores.
 
-Where the result is symmetric, only the tiles that meet its lower triangle are computed, and each is stored twice: as it is, and
-mirrored. Both triangles therefore agree bit for bit.
+Where the result is symmetric, only the tiles that meet its lower triangle are computed, and each is
+stored twice: as it is, and mirrored. Both triangles therefore agree bit for bit.
 """
 
 from __future__ import annotations
@@ -25,17 +26,14 @@ def _triangle(index):
 
 @jit
 def _first_entry(
-    tile,
-    rows,
-    cols,
-    SYMMETRIC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Where tile number ``tile`` of a matrix starts: GROUP tile rows at a time, column by column, so that they share L2.
+    tile, rows, cols,
+    SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Row and column of the first entry of tile number ``tile`` of a matrix.
 
-    Symmetric: the lower triangle is one of squares of BLOCK_N, each of BLOCK_N / BLOCK_M tiles; one tile row may be left over.
+    Tiles are counted GROUP tile rows at a time, column by column, so that they share L2. If
+    symmetric, the lower triangle consists of squares of BLOCK_N, each of BLOCK_N / BLOCK_M tiles;
+    one tile row may be left over.
     """
     tile_rows = tl.cdiv(rows, BLOCK_M)
     if SYMMETRIC:
@@ -46,7 +44,8 @@ def _first_entry(
         start = square_row // GROUP * GROUP
         offset = tile // PER_SQUARE - start * (start + 1) // 2
         height = tl.maximum(tl.minimum(squares - start, GROUP), 1)
-        # A group is a rectangle and then its own triangle. No branches: Triton cannot fuse loops around them.
+        # A group is a rectangle and then its own triangle. There are no branches, because Triton
+        # cannot fuse loops around them.
         in_rectangle = offset < start * height
         row_below, col_beyond = _triangle(tl.maximum(offset - start * height, 0))
         square_row = start + tl.where(in_rectangle, offset % height, row_below)
@@ -76,25 +75,20 @@ def _store_mirrored(
     acc, c, out, alpha, beta, i0, j0, rows, c_row, c_col,
     HAS_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A square block of a symmetric result and its mirror image; on the diagonal, the block's lower half and that mirrored.
+    """Stores a square block of a symmetric result and its mirror image.
 
-    No store is masked by ``i >= j``: such a mask would split it into stores of single entries. And no branches, as in
-    `_first_entry`; they cost registers too (182 instead of 126 a thread in tiles of 128 x 128: one block per SM, not two).
+    On the diagonal, that is the lower half of the block, and the same mirrored. No store is masked
+    by ``i >= j``: such a mask would split it into stores of single entries. There are no branches,
+    as in `_first_entry`; they cost registers too (182 instead of 126 per thread in tiles of
+    128 x 128: one block per SM instead of two).
     """
     i = i0 + tl.arange(0, BLOCK)
     j = j0 + tl.arange(0, BLOCK)
     wide_i = i.to(tl.int64)
     wide_j = j.to(tl.int64)
     inside = (i < rows)[:, None] & (j < rows)[None, :] & (i0 >= j0)
-    block = _combine(
-        acc,
-        c + wide_i[:, None] * c_row + wide_j[None, :] * c_col,
-        inside,
-        alpha,
-        beta,
-        out.dtype.element_ty,
-        HAS_C,
-    )
+    c_block = c + wide_i[:, None] * c_row + wide_j[None, :] * c_col
+    block = _combine(acc, c_block, inside, alpha, beta, out.dtype.element_ty, HAS_C)
     mirrored = tl.trans(block)
     tl.store(
         out + wide_i[:, None] * rows + j[None, :],
@@ -110,11 +104,11 @@ def _store(
     acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col,
     SYMMETRIC: tl.constexpr, HAS_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the result; ``c`` and ``out`` are those of its matrix."""
+    """Stores a tile of the result; ``c`` and ``out`` point to its matrix."""
     if SYMMETRIC:
         if BLOCK_M == BLOCK_N:
             _store_mirrored(acc, c, out, alpha, beta, i0, j0, rows, c_row, c_col, HAS_C, BLOCK_M)
-        else:  # BLOCK_N == 2 * BLOCK_M: two squares, whose entries lie in the same threads
+        else:  # BLOCK_N == 2 * BLOCK_M: two squares, whose entries belong to the same threads
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_M)), (0, 2, 1)))
             _store_mirrored(left, c, out, alpha, beta, i0, j0, rows, c_row, c_col, HAS_C, BLOCK_M)
             _store_mirrored(
@@ -154,7 +148,7 @@ def pointer_kernel(
     SYMMETRIC: tl.constexpr,
     HAS_C: tl.constexpr,
     EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr,  # interpreted, tl.dot multiplies the bit patterns of bfloat16
+    UPCAST: tl.constexpr,  # the interpreter's tl.dot multiplies the bit patterns of bfloat16
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,7 +158,8 @@ def pointer_kernel(
     matrix = (program // tiles).to(tl.int64)  # a stack may hold more than 2^31 entries
     i0, j0 = _first_entry(program % tiles, rows, cols, SYMMETRIC, BLOCK_M, BLOCK_N, GROUP)
 
-    # Rows and columns beyond the end wrap round: what they give is not stored, and their loads need no mask.
+    # Rows and columns beyond the end wrap round: their results are not stored, and their loads need
+    # no mask.
     i = ((i0 + tl.arange(0, BLOCK_M)) % rows).to(tl.int64)
     j = ((j0 + tl.arange(0, BLOCK_N)) % cols).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -188,49 +183,18 @@ def pointer_kernel(
     c += matrix * c_matrix
     out += matrix * rows * cols
     _store(
-        acc,
-        c,
-        out,
-        alpha,
-        beta,
-        i0,
-        j0,
-        rows,
-        cols,
-        c_row,
-        c_col,
-        SYMMETRIC,
-        HAS_C,
-        BLOCK_M,
-        BLOCK_N,
-    )
+        acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col,
+        SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @jit
 def _descriptor_tile(
-    program,
-    a,
-    b,
-    c,
-    out,
-    alpha,
-    beta,
-    rows,
-    cols,
-    depth,
-    tiles,
-    c_matrix,
-    c_row,
-    c_col,
-    SYMMETRIC: tl.constexpr,
-    HAS_C: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    program, a, b, c, out, alpha, beta, rows, cols, depth, tiles, c_matrix, c_row, c_col,
+    SYMMETRIC: tl.constexpr, HAS_C: tl.constexpr, B_TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result, whose operands are loaded by tensor descriptors."""
     matrix = program // tiles
     i0, j0 = _first_entry(program % tiles, rows, cols, SYMMETRIC, BLOCK_M, BLOCK_N, GROUP)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -245,25 +209,12 @@ def _descriptor_tile(
             right = right.to(tl.float32)
         acc = tl.dot(left, right, acc)
     wide = matrix.to(tl.int64)
-    c_of = c + wide * c_matrix
-    out_of = out + wide * rows * cols
+    c += wide * c_matrix
+    out += wide * rows * cols
     _store(
-        acc,
-        c_of,
-        out_of,
-        alpha,
-        beta,
-        i0,
-        j0,
-        rows,
-        cols,
-        c_row,
-        c_col,
-        SYMMETRIC,
-        HAS_C,
-        BLOCK_M,
-        BLOCK_N,
-    )
+        acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col,
+        SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @functools.partial(jit, do_not_specialize=["tiles", "total"])
@@ -295,11 +246,13 @@ def descriptor_kernel(
     if PERSISTENT:
         for program in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True):
             _descriptor_tile(
-                program, a, b, c, out, alpha, beta, rows, cols, depth, tiles, c_matrix, c_row, c_col,
+                program, a, b, c, out, alpha, beta, rows, cols, depth, tiles,
+                c_matrix, c_row, c_col,
                 SYMMETRIC, HAS_C, B_TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
             )  # fmt: skip
     else:
         _descriptor_tile(
-            tl.program_id(0), a, b, c, out, alpha, beta, rows, cols, depth, tiles, c_matrix, c_row, c_col,
+            tl.program_id(0), a, b, c, out, alpha, beta, rows, cols, depth, tiles,
+            c_matrix, c_row, c_col,
             SYMMETRIC, HAS_C, B_TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
         )  # fmt: skip

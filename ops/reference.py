@@ -1,12 +1,15 @@
-"""The twin of every op over lists: what it computes, in plain PyTorch. The path of every device without a kernel for it.
+"""The twin of every operation over lists of matrices: what it computes, in plain PyTorch.
 
-All arithmetic is on stacks, so that Inductor fuses it and the graph grows with buckets, not with parameters; `stack` and the
-`write` that an op is given (`unstack` or `unstack_`) lead from lists to stacks and back. See lists.py for what a list is.
+Every device without a kernel takes this path. All arithmetic is on stacks, so that Inductor fuses
+it and the graph grows with buckets, not with parameters. `stack` leads from lists to stacks;
+``write`` (`unstack` or `unstack_`) leads back. See lists.py for what a list is, and
+adamw_reference.py for AdamW.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +19,46 @@ from .reinterpret import reinterpret
 from .rounding import joined_with, noise, parted, places, rounded_by_chance
 
 Write = Callable[[list[Tensor], Tensor], list[Tensor]]
-Measures = tuple[Tensor, Tensor, Tensor]  # largest, power, squares; each [n]: see advance.py
+
+
+class Measures(NamedTuple):
+    """What is measured of each of n matrices, in the compute dtype: see advance.py."""
+
+    largest: Tensor  # [n] the gradient's largest absolute entry; not finite if any entry is not
+    power: Tensor  # [n] the power of two that brings the update's largest entry into [2, 4)
+    squares: Tensor  # [n] sum((update * power)**2)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def runs(sizes: list[int], tensors: list[Tensor]) -> Iterator[tuple[slice, slice]]:
-    """Neighbours of the same shape and dtype, so many tensors each: as parts of the list, and as parts of the stack."""
-    start = at = 0
+    """Neighbours of one shape and dtype: each run as a part of the list and a part of the stack.
+
+    ``sizes``: how many tensors each run has.
+    """
+    start = first = 0
     for size in sizes:
-        end = at + sum(map(count, tensors[start : start + size]))
-        yield slice(start, start + size), slice(at, end)
-        start, at = start + size, end
+        end = first + sum(map(count, tensors[start : start + size]))
+        yield slice(start, start + size), slice(first, end)
+        start, first = start + size, end
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, without a node in the graph for a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 # --- measuring ---
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """The power of two that brings ``largest`` into [2, 4): 2**-126 to 2**127, and 0 for inf and NaN.
+    """The power of two that brings ``largest`` into [2, 4): 2**-126 to 2**127; 0 for inf and NaN.
 
-    Taken from the exponent's bits. A subnormal ``largest`` is brought to at least 2**-22.
+    The power comes from the bits of the exponent. A subnormal ``largest`` is brought to at least
+    2**-22.
     """
     bits, mantissa, twice_bias = (
         (torch.int64, 52, 2047) if largest.dtype == torch.float64 else (torch.int32, 23, 255)
@@ -48,10 +68,11 @@ def power_of_two(largest: Tensor) -> Tensor:
 
 
 def measured(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(power, squares)`` of every matrix of [n, rows, cols] in the compute dtype: sum((x * power)**2), which cannot overflow.
+    """``(power, squares)`` of every matrix of [n, rows, cols] in the compute dtype: see `Measures`.
 
-    Multiplying by a normal power of two is exact, so ``squares`` is the same for ``x`` and ``2**k * x``. Sums over another
-    layout would have other bits, so tall matrices are transposed and every product is made contiguous.
+    The squares cannot overflow. Multiplying by a normal power of two is exact, so ``squares`` is
+    the same for ``x`` and ``2**k * x``. Sums over another layout would have other bits, so tall
+    matrices are transposed and every product is made contiguous.
     """
     if x.numel() == 0:
         return x.new_ones(x.shape[0]), x.new_zeros(x.shape[0])
@@ -62,7 +83,7 @@ def measured(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def measures(grad: Tensor, update: Tensor) -> Measures:
     """The gradient's largest entry, and what brings the update to norm 1."""
-    return largest_of(grad).to(update.dtype), *measured(update)
+    return Measures(largest_of(grad).to(update.dtype), *measured(update))
 
 
 def measure(tensors: list[Tensor], sizes: list[int]) -> Measures:
@@ -83,19 +104,17 @@ def largest_of(x: Tensor) -> Tensor:
 
 
 def together(found: list[Measures]) -> Measures:
-    largest, power, squares = (joined(list(parts), 0) for parts in zip(*found, strict=True))
-    return largest, power, squares
-
-
-def joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return Measures(*(joined(list(parts), 0) for parts in zip(*found, strict=True)))
 
 
 # --- the front pass ---
 
 
 def advanced(momentum: Tensor, grad: Tensor, beta: Tensor, form: str) -> Tensor:
-    """The next momentum, in its dtype. Two products: ``lerp`` would overflow where ``grad - momentum`` does."""
+    """The next momentum, in the dtype of the momentum.
+
+    There are two products because ``lerp`` would overflow where ``grad - momentum`` does.
+    """
     dtype = compute_dtype(momentum.dtype)
     beta, new = beta.to(dtype), grad.to(dtype)
     old = momentum.to(dtype) * beta
@@ -103,7 +122,7 @@ def advanced(momentum: Tensor, grad: Tensor, beta: Tensor, form: str) -> Tensor:
 
 
 def update_of(momentum: Tensor, grad: Tensor, beta: Tensor, form: str, nesterov: bool) -> Tensor:
-    """What is orthogonalized, from the advanced momentum, in the compute dtype."""
+    """What is orthogonalized, in the compute dtype, from the momentum after `advanced`."""
     update = momentum.to(compute_dtype(momentum.dtype))
     if not nesterov:
         return update
@@ -112,10 +131,19 @@ def update_of(momentum: Tensor, grad: Tensor, beta: Tensor, form: str, nesterov:
 
 
 def advance(
-    write: Write, momentums: list[Tensor], grads: list[Tensor], beta: Tensor, keep: Tensor | None, sizes: list[int],
-    form: str, nesterov: bool,
-) -> tuple[list[Tensor], Measures, list[Tensor]]:  # fmt: skip
-    """The new momentums, measures; and the new momentums as stacks, which `gather` need not make again."""
+    write: Write,
+    momentums: list[Tensor],
+    grads: list[Tensor],
+    beta: Tensor,
+    keep: Tensor | None,
+    sizes: list[int],
+    form: str,
+    nesterov: bool,
+) -> tuple[list[Tensor], Measures, list[Tensor]]:
+    """The new momentums, the measures, and the new momentums as one stack per run.
+
+    `gather` takes the stacks, so that it need not make them again.
+    """
     written, found, stacks = [], [], []
     for part, _ in runs(sizes, momentums):
         old, grad = stack(momentums[part]), stack(grads[part])
@@ -143,19 +171,28 @@ def lookahead(
 
 
 def gather(
-    momentums: list[Tensor], grads: list[Tensor], beta: Tensor, power: Tensor, inverse: Tensor,
-    sizes: list[int], form: str, nesterov: bool, ahead: bool, dtype: torch.dtype, turn: list[bool],
+    momentums: list[Tensor],
+    grads: list[Tensor],
+    beta: Tensor,
+    power: Tensor,
+    inverse: Tensor,
+    sizes: list[int],
+    form: str,
+    nesterov: bool,
+    ahead: bool,
+    dtype: torch.dtype,
+    transpose: list[bool],
     stacks: list[Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     parts = []
-    for k, (part, at) in enumerate(runs(sizes, momentums)):
+    for k, (part, matrices) in enumerate(runs(sizes, momentums)):
         momentum = stacks[k] if stacks else stack(momentums[part])
-        grad = stack(grads[part]) if ahead or nesterov else momentum  # not read otherwise
+        grad = stack(grads[part]) if ahead or nesterov else momentum  # otherwise it is not read
         if ahead:
             momentum = advanced(momentum, grad, beta, form)
         x = update_of(momentum, grad, beta, form, nesterov)
-        x = x * power[at, None, None] * inverse[at, None, None]
-        parts.append((x.mT if turn[k] else x).to(dtype))
+        x = x * power[matrices, None, None] * inverse[matrices, None, None]
+        parts.append((x.mT if transpose[k] else x).to(dtype))
     return joined(parts, 0).contiguous()
 
 
@@ -163,140 +200,47 @@ def gather(
 
 
 def apply(
-    write: Write, params: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor, skip: Tensor | None, cautious: bool,
-    step: Tensor | None = None, salts: Sequence[int] = (),
-) -> tuple[list[Tensor]]:  # fmt: skip
-    """``step`` and ``salts`` (one a matrix): round by chance."""
+    write: Write,
+    params: list[Tensor],
+    update: Tensor,
+    factor: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    cautious: bool,
+    step: Tensor | None = None,
+    salts: Sequence[int] = (),
+) -> tuple[list[Tensor]]:
+    """With ``step`` and ``salts`` (one per matrix), parameters are rounded by chance."""
     olds = stack(params)
     new = _moved(olds.to(compute_dtype(olds.dtype)), update, factor, decay, cautious)
     if step is not None:
-        of = torch.tensor(salts, dtype=torch.int64, device=olds.device)[:, None, None]
-        new = rounded_by_chance(
-            new, olds.dtype, noise(of, places(olds.shape[1:], olds.device), step)
-        )
+        salt = torch.tensor(salts, dtype=torch.int64, device=olds.device)[:, None, None]
+        bits = noise(salt, places(olds.shape[1:], olds.device), step)
+        new = rounded_by_chance(new, olds.dtype, bits)
     new = new.to(olds.dtype)
     return (write(params, new if skip is None else torch.where(skip, olds, new)),)
 
 
 def apply_wide(
-    write: Write, params: list[Tensor], rests: list[Tensor], update: Tensor, factor: Tensor, decay: Tensor,
-    skip: Tensor | None, cautious: bool,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The same of parameters with float32 masters: see rounding.py."""
-    olds, lacked = stack(params), stack(rests)
-    new = _moved(joined_with(olds, lacked), update, factor, decay, cautious)
-    news, lacks = parted(new, olds.dtype, lacked.dtype)
+    write: Write,
+    params: list[Tensor],
+    rests: list[Tensor],
+    update: Tensor,
+    factor: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    cautious: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`apply` to parameters with float32 masters: see rounding.py."""
+    olds, old_rests = stack(params), stack(rests)
+    new = _moved(joined_with(olds, old_rests), update, factor, decay, cautious)
+    news, new_rests = parted(new, olds.dtype, old_rests.dtype)
     if skip is not None:
-        news, lacks = torch.where(skip, olds, news), torch.where(skip, lacked, lacks)
-    return write(params, news), write(rests, lacks)
+        news, new_rests = torch.where(skip, olds, news), torch.where(skip, old_rests, new_rests)
+    return write(params, news), write(rests, new_rests)
 
 
 def _moved(old: Tensor, update: Tensor, factor: Tensor, decay: Tensor, cautious: bool) -> Tensor:
     delta = update.to(old.dtype) * factor
     share = torch.where(delta * old >= 0, decay, 0.0) if cautious else decay
     return old - (old * share + delta)  # 1 - share would lose a small decay to rounding
-
-
-# --- AdamW, over tensors of any shapes ---
-
-
-def _adamw_update(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
-    beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """``(updates, exp_avgs, exp_avg_sqs)``, all new."""
-    dtype = exp_avgs[0].dtype
-    beta1, beta2, eps, correction1, correction2 = (
-        x.to(dtype) for x in (beta1, beta2, eps, correction1, correction2)
-    )
-    news = [grad.to(dtype) for grad in grads]
-    first, second = torch._foreach_mul(exp_avgs, beta1), torch._foreach_mul(exp_avg_sqs, beta2)
-    torch._foreach_add_(first, torch._foreach_mul(news, 1 - beta1))
-    squares = torch._foreach_mul(news, news)
-    torch._foreach_mul_(squares, 1 - beta2)
-    torch._foreach_add_(second, squares)
-    root = torch._foreach_div(second, correction2)
-    torch._foreach_sqrt_(root)
-    torch._foreach_add_(root, [eps] * len(root))  # as one scalar it would be read on the host
-    updates = torch._foreach_div(first, correction1)
-    torch._foreach_div_(updates, root)
-    return list(updates), list(first), list(second)
-
-
-def adamw_flags(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
-    beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
-) -> Tensor:  # fmt: skip
-    updates, _, seconds = _adamw_update(
-        exp_avgs, exp_avg_sqs, grads, beta1, beta2, eps, correction1, correction2
-    )
-    bad = [
-        ~(update.isfinite() & second.isfinite()).all()
-        for update, second in zip(updates, seconds, strict=True)
-    ]
-    return torch.stack([torch.stack(bad), torch.stack([~grad.isfinite().all() for grad in grads])])
-
-
-def adamw(
-    params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
-    lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
-    skip: Tensor | None, step: Tensor | None = None, salts: Sequence[int] = (),
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """``step`` and ``salts`` (one a tensor): round by chance."""
-    rates = (beta1, beta2, eps, correction1, correction2)
-    updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, *rates)
-    news = _adamw_moved(
-        [param.to(x.dtype) for param, x in zip(params, first, strict=True)], updates, lr, decay
-    )
-    if step is not None:
-        of = torch.tensor(salts, dtype=torch.int64, device=step.device).unbind(0)
-        drawn = [
-            noise(salt, places(x.shape, x.device), step) for salt, x in zip(of, news, strict=True)
-        ]
-        news = [
-            rounded_by_chance(x, old.dtype, bits)
-            for x, old, bits in zip(news, params, drawn, strict=True)
-        ]
-    news = [x.to(param.dtype) for x, param in zip(news, params, strict=True)]
-    return _kept(skip, params, news), _kept(skip, exp_avgs, first), _kept(skip, exp_avg_sqs, second)
-
-
-def adamw_wide(
-    params: list[Tensor], rests: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
-    lr: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, correction1: Tensor, correction2: Tensor,
-    skip: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """The same of parameters with float32 masters: see rounding.py."""
-    rates = (beta1, beta2, eps, correction1, correction2)
-    updates, first, second = _adamw_update(exp_avgs, exp_avg_sqs, grads, *rates)
-    masters = _adamw_moved(
-        [joined_with(param, rest) for param, rest in zip(params, rests, strict=True)],
-        updates,
-        lr,
-        decay,
-    )
-    new = [
-        parted(x, param.dtype, rest.dtype)
-        for x, param, rest in zip(masters, params, rests, strict=True)
-    ]
-    return (
-        _kept(skip, params, [param for param, _ in new]), _kept(skip, rests, [rest for _, rest in new]),
-        _kept(skip, exp_avgs, first), _kept(skip, exp_avg_sqs, second),
-    )  # fmt: skip
-
-
-def _adamw_moved(
-    olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor
-) -> list[Tensor]:
-    """New ones; ``updates`` are overwritten."""
-    torch._foreach_mul_(updates, lr)
-    torch._foreach_add_(updates, torch._foreach_mul(olds, decay))
-    return list(torch._foreach_sub(olds, updates))
-
-
-def _kept(skip: Tensor | None, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
-    return (
-        news
-        if skip is None
-        else [torch.where(skip, old, new) for old, new in zip(olds, news, strict=True)]
-    )

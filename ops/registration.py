@@ -1,8 +1,11 @@
-"""How an op over lists of tensors becomes two registered operators: ``name``, pure, and ``name_``, which writes its lists.
+"""How an operation over lists of tensors becomes registered operators.
 
-Why operators at all: elementwise code stays PyTorch where Inductor compiles it well, and over lists it does not. Written out
-per parameter, the step of 72 matrices took 60 s to compile on 2 CPU cores (2026-11-22, torch 2.13.0: 38 s of it in the
-scheduler); as list ops 16 s, and 144 matrices 19 s. The graph then grows with buckets and not with parameters.
+``name`` is pure, ``name_`` writes its lists, and ``name_members`` is what `torch.vmap` calls.
+
+Why operators at all: elementwise code stays PyTorch where Inductor compiles it well, and over lists
+it does not. Written out per parameter, the step of 72 matrices took 60 s to compile on 2 CPU cores
+(2026-11-22, torch 2.13.0: 38 s of it in the scheduler); as operators over lists it took 16 s, and
+144 matrices took 19 s. The graph then grows with buckets and not with parameters.
 """
 
 from __future__ import annotations
@@ -15,15 +18,25 @@ from torch import Tensor
 from torch.library import Library, register_fake, register_vmap
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-Op = Callable[..., Any]
+Operation = Callable[..., Any]
 Lists = tuple[list[Tensor], ...]
 
-# Not `custom_op`: its Python around every call costs as much as the call (24 small matrices, 2 CPU cores: 40-60 us).
+# Not `custom_op`: its Python code around every call costs as much as the call itself (24 small
+# matrices, 2 CPU cores: 40-60 us).
 _library = Library("normuon_fn", "FRAGMENT")
 
 
-def define(name: str, schema: str, function: Op, fake: Op, vmap: Op | None = None) -> Any:
-    """The registered operator, opaque to Inductor. ``vmap``: the rule, as of `torch.library.register_vmap`."""
+def define(
+    name: str,
+    schema: str,
+    function: Operation,
+    fake: Operation,
+    vmap: Operation | None = None,
+) -> Any:
+    """The registered operator, which is opaque to Inductor.
+
+    ``vmap`` is its rule, as `torch.library.register_vmap` takes it.
+    """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
     register_fake(f"normuon_fn::{name}", fake, lib=_library)
@@ -33,29 +46,41 @@ def define(name: str, schema: str, function: Op, fake: Op, vmap: Op | None = Non
 
 
 def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """New contiguous tensors with the same shapes and dtypes."""
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
 def register(
-    name: str, schema: str, body: Op, fake: Op, *, writes: Sequence[str] = ()
-) -> tuple[Op, Op]:
-    """``(pure, in_place)``: the same arguments, the same results.
+    name: str,
+    schema: str,
+    body: Operation,
+    fake: Operation,
+    *,
+    writes: Sequence[str] = (),
+) -> tuple[Operation, Operation]:
+    """``(pure, in_place)``: two functions that take the same arguments and return the same results.
 
-    ``schema`` is that of the pure operator. ``writes`` names its leading list arguments, whose new values are its leading
-    results; at most one other result follows. ``body(into, *arguments)`` writes the new values into the lists ``into``: new
-    tensors, or those of the arguments; without ``writes`` it is ``body(*arguments)``. It returns the other result.
+    Args:
+        schema: the pure operator's.
+        body: ``body(into, *arguments)`` writes the new values into the lists ``into`` and returns
+            the other result. The lists are new tensors or those of the arguments. Without
+            ``writes`` it is ``body(*arguments)``.
+        fake: the pure operator's results without values.
+        writes: the names of the leading list arguments whose new values are the leading results.
+            At most one other result follows.
     """
     count = len(writes)
 
-    def new(*arguments: Any) -> Any:
-        if not writes:
-            return body(*arguments)
+    def allocate_and_write(*arguments: Any) -> Any:
         into = tuple(empty_like(x) for x in arguments[:count])
         rest = body(into, *arguments)
-        return into[0] if count == 1 and rest is None else into if rest is None else (*into, rest)
+        if rest is not None:
+            return (*into, rest)
+        return into if count > 1 else into[0]
 
-    pure = define(name, schema, new, fake)
-    _register_members(name, schema, new, fake)
+    function = allocate_and_write if writes else body
+    pure = define(name, schema, function, fake)
+    _register_vmap(name, schema, function, fake)
     if not writes:
         return pure, pure
 
@@ -67,72 +92,96 @@ def register(
     def write(*arguments: Any) -> Any:
         lists = arguments[:count]
         rest = body(lists, *arguments)
-        for written in lists:
-            torch.autograd.graph.increment_version(
-                written
-            )  # a backward that still needs the old values must say so
+        for written in lists:  # a backward pass that still needs the old values must say so
+            torch.autograd.graph.increment_version(written)
         return rest
 
-    fake_rest = (
-        (lambda *arguments: fake(*arguments)[count]) if has_rest else (lambda *arguments: None)
-    )
+    def fake_rest(*arguments: Any) -> Any:
+        return fake(*arguments)[count] if has_rest else None
+
     mutating = define(f"{name}_", f"{takes} -> {'Tensor' if has_rest else '()'}", write, fake_rest)
 
     def in_place(*arguments: Any) -> Any:
         rest = mutating(*arguments)
         lists = arguments[:count]
-        return (*lists, rest) if has_rest else lists if count > 1 else lists[0]
+        if has_rest:
+            return (*lists, rest)
+        return lists if count > 1 else lists[0]
 
     return pure, in_place
 
 
-def _register_members(name: str, schema: str, function: Op, fake: Op) -> None:
-    """Under vmap: one node for all members, as the pure operator is one for all parameters; vmap in vmap is more members."""
+# --- vmap ---
 
-    def each(function: Op, arguments: Sequence[Any]) -> Any:
-        """``function`` of every member's arguments, the results stacked along a new first dimension."""
-        size = next(x for x in tree_leaves(arguments) if isinstance(x, Tensor)).shape[0]
 
-        def member(i: int) -> list[Any]:
-            return [tree_map_only(Tensor, lambda x: x[i], argument) for argument in arguments]
+def _register_vmap(name: str, schema: str, function: Operation, fake: Operation) -> None:
+    """The vmap rule of the operator ``name``: one node in the graph for all members.
 
-        return tree_map(
-            lambda *results: torch.stack(results), *(function(*member(i)) for i in range(size))
-        )
+    `torch.vmap` calls a rule with the tensors of all members at once. ``in_dims`` has the structure
+    of the arguments and says which dimension of a tensor counts the members; ``None`` stands for a
+    tensor that all members share, and for what is not a tensor. The rule returns the results of all
+    members, and which dimension of each counts them.
 
-    members = define(
-        f"{name}_members",
-        schema,
-        lambda *arguments: each(function, arguments),
-        lambda *arguments: each(fake, arguments),
-    )
+    ``name`` itself has no dimension to spare for members, because the matrices in a list differ in
+    shape. So the rule moves the members to the front and calls a second operator of the same
+    schema, ``name_members``, whose tensors are all [members, ...] and which loops over the members
+    inside.
 
-    def first(value: Any, dim: Any, size: int) -> Any:
+    Under vmap in vmap the rule of ``name`` runs first, and so ``name_members`` is what the outer
+    vmap meets. The rule of ``name_members`` makes one dimension of both: more members.
+    """
+
+    def for_all(*arguments: Any) -> Any:
+        return _for_each_member(function, arguments)
+
+    def fake_for_all(*arguments: Any) -> Any:
+        return _for_each_member(fake, arguments)
+
+    members = define(f"{name}_members", schema, for_all, fake_for_all)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = members(*_members_first(arguments, in_dims, info.batch_size))
+        return results, _zero_dims(results)
+
+    def rule_of_members(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        nested = _members_first(arguments, in_dims, info.batch_size)  # [outer, inner, ...]
+        outer_and_inner = info.batch_size, _first_tensor(nested).shape[1]
+        flat = tree_map_only(Tensor, lambda x: x.flatten(0, 1), nested)
+        results = tree_map(lambda x: x.unflatten(0, outer_and_inner), members(*flat))
+        return results, _zero_dims(results)
+
+    register_vmap(f"normuon_fn::{name}", rule, lib=_library)
+    register_vmap(f"normuon_fn::{name}_members", rule_of_members, lib=_library)
+
+
+def _for_each_member(function: Operation, arguments: Sequence[Any]) -> Any:
+    """``function`` on the arguments of each member; the results are stacked, members first."""
+
+    def arguments_of(member: int) -> list[Any]:
+        return [tree_map_only(Tensor, lambda x: x[member], argument) for argument in arguments]
+
+    members = _first_tensor(arguments).shape[0]
+    results = [function(*arguments_of(member)) for member in range(members)]
+    return tree_map(lambda *parts: torch.stack(parts), *results)
+
+
+def _members_first(arguments: Sequence[Any], in_dims: Sequence[Any], members: int) -> list[Any]:
+    """Every tensor as [members, ...]: moved, or expanded where all members share it."""
+
+    def moved(value: Any, dim: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [first(x, d, size) for x, d in zip(value, dim, strict=True)]
+            return [moved(x, d) for x, d in zip(value, dim, strict=True)]
         if not isinstance(value, Tensor):
             return value
-        return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.expand(members, *value.shape) if dim is None else value.movedim(dim, 0)
 
-    def of_members(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        given = (
-            first(value, dim, info.batch_size)
-            for value, dim in zip(arguments, in_dims, strict=True)
-        )
-        result = members(*given)
-        return result, tree_map(lambda _: 0, result)
+    return [moved(value, dim) for value, dim in zip(arguments, in_dims, strict=True)]
 
-    def of_members_of_members(
-        info: Any, in_dims: tuple[Any, ...], *arguments: Any
-    ) -> tuple[Any, Any]:
-        given = [
-            first(value, dim, info.batch_size)
-            for value, dim in zip(arguments, in_dims, strict=True)
-        ]
-        inner = next(x for x in tree_leaves(given) if isinstance(x, Tensor)).shape[1]
-        result = members(*tree_map_only(Tensor, lambda x: x.flatten(0, 1), given))
-        result = tree_map(lambda x: x.unflatten(0, (info.batch_size, inner)), result)
-        return result, tree_map(lambda _: 0, result)
 
-    register_vmap(f"normuon_fn::{name}", of_members, lib=_library)
-    register_vmap(f"normuon_fn::{name}_members", of_members_of_members, lib=_library)
+def _first_tensor(arguments: Sequence[Any]) -> Tensor:
+    return next(x for x in tree_leaves(arguments) if isinstance(x, Tensor))
+
+
+def _zero_dims(results: Any) -> Any:
+    """What a rule says of its results: the first dimension of each counts the members."""
+    return tree_map(lambda _: 0, results)

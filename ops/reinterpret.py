@@ -1,4 +1,7 @@
-"""The bits of a float tensor as integers, and back. An operator where ``view(dtype)`` has no vmap rule (torch 2.11)."""
+"""The bits of a float tensor as integers, and back.
+
+This is an operator where ``view(dtype)`` has no vmap rule (torch 2.11).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,9 @@ if not _VIEW_HAS_VMAP_RULE:
         return _reinterpret(x, dtype), in_dims[0]
 
 
-def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` as another dtype of the same size."""
+def reinterpret(
+    x: Tensor,  # of any shape and dtype
+    dtype: torch.dtype,  # of the same size
+) -> Tensor:
+    """The bits of ``x``, read as another dtype."""
     return x.view(dtype) if _VIEW_HAS_VMAP_RULE else _reinterpret(x, dtype)

@@ -1,4 +1,7 @@
-"""rounding.py in Triton: the same bits, also in its interpreter, whose casts of subnormal bfloat16 lose some."""
+"""rounding.py in Triton, with the same bits.
+
+That holds in Triton's interpreter too, although its casts of subnormal bfloat16 numbers lose bits.
+"""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
     python examples/benchmarks/tune.py --quick              # fewer shapes and candidates: 1 minute
     python examples/benchmarks/tune.py --shape 48x768x768 --dtype bfloat16 --json results.json
 
-Three variants, all of ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both
+All three variants are in ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both
 operands by tensor descriptors, and "persistent" does so in one program per SM. What wins goes into
-`CONFIGS` of ``ops/products.py``.
+`CONFIGS` in ``ops/product_configs.py``.
 
 Times are medians over replays of a CUDA graph of several launches, divided by their number: no host
 time is in them. "effective" counts 2 rows^2 cols of a symmetric product, as a full one costs,
@@ -26,8 +26,8 @@ import torch
 import triton
 from torch import Tensor
 
-from normuon_fn.ops import products
-from normuon_fn.ops.products import Config
+from normuon_fn.ops.product_configs import TileConfig, tile_count
+from normuon_fn.ops.product_launch import prepare, product
 
 SHAPES = [(48, 768, 768), (12, 768, 3072), (24, 768, 3072), (96, 2048, 2048), (24, 2048, 8192)]
 QUICK_SHAPES = [(48, 768, 768), (12, 768, 3072), (96, 2048, 2048)]
@@ -35,41 +35,41 @@ OPERATIONS = ("symmetric_matmul", "symmetric_addmm", "addmm")
 ALPHA, BETA = 0.5, 2.0
 
 
-def name_of(config: Config) -> str:
+def name_of(config: TileConfig) -> str:
     m, n, k, group, warps, stages, variant = config
     return f"{variant:10} {m:3}x{n:3}x{k:3}  group {group:2}  warps {warps}  stages {stages}"
 
 
 POINTERS = [
-    Config(64, 64, 64, 8, 4, 4),
-    Config(64, 128, 64, 8, 4, 3),
-    Config(64, 128, 64, 8, 4, 4),
-    Config(128, 128, 32, 8, 8, 4),
-    Config(128, 128, 64, 8, 4, 3),
-    Config(128, 128, 64, 8, 4, 4),
-    Config(128, 128, 64, 8, 8, 3),
-    Config(128, 128, 64, 8, 8, 4),
-    Config(128, 128, 64, 4, 8, 4),
-    Config(128, 128, 64, 8, 8, 5),
-    Config(128, 128, 128, 8, 8, 3),
-    Config(128, 256, 64, 8, 8, 3),
-    Config(128, 256, 64, 8, 8, 4),
-    Config(128, 256, 64, 4, 8, 4),
-    Config(256, 128, 64, 8, 8, 3),
-    Config(256, 128, 64, 8, 8, 4),
+    TileConfig(64, 64, 64, 8, 4, 4),
+    TileConfig(64, 128, 64, 8, 4, 3),
+    TileConfig(64, 128, 64, 8, 4, 4),
+    TileConfig(128, 128, 32, 8, 8, 4),
+    TileConfig(128, 128, 64, 8, 4, 3),
+    TileConfig(128, 128, 64, 8, 4, 4),
+    TileConfig(128, 128, 64, 8, 8, 3),
+    TileConfig(128, 128, 64, 8, 8, 4),
+    TileConfig(128, 128, 64, 4, 8, 4),
+    TileConfig(128, 128, 64, 8, 8, 5),
+    TileConfig(128, 128, 128, 8, 8, 3),
+    TileConfig(128, 256, 64, 8, 8, 3),
+    TileConfig(128, 256, 64, 8, 8, 4),
+    TileConfig(128, 256, 64, 4, 8, 4),
+    TileConfig(256, 128, 64, 8, 8, 3),
+    TileConfig(256, 128, 64, 8, 8, 4),
 ]
 TMA = [
-    Config(128, 128, 64, 8, 4, 3, "tma"),
-    Config(128, 128, 64, 8, 8, 3, "tma"),
-    Config(128, 128, 64, 8, 8, 4, "tma"),
-    Config(128, 256, 64, 8, 8, 3, "tma"),
-    Config(128, 256, 64, 8, 8, 4, "tma"),
+    TileConfig(128, 128, 64, 8, 4, 3, "tma"),
+    TileConfig(128, 128, 64, 8, 8, 3, "tma"),
+    TileConfig(128, 128, 64, 8, 8, 4, "tma"),
+    TileConfig(128, 256, 64, 8, 8, 3, "tma"),
+    TileConfig(128, 256, 64, 8, 8, 4, "tma"),
 ]
 PERSISTENT = [
-    Config(128, 128, 64, 8, 8, 3, "persistent"),
-    Config(128, 128, 64, 8, 8, 4, "persistent"),
-    Config(128, 256, 64, 8, 8, 3, "persistent"),
-    Config(128, 256, 64, 8, 8, 4, "persistent"),
+    TileConfig(128, 128, 64, 8, 8, 3, "persistent"),
+    TileConfig(128, 128, 64, 8, 8, 4, "persistent"),
+    TileConfig(128, 256, 64, 8, 8, 3, "persistent"),
+    TileConfig(128, 256, 64, 8, 8, 4, "persistent"),
 ]
 ALL = POINTERS + TMA + PERSISTENT
 QUICK = [
@@ -99,17 +99,15 @@ def inputs(n: int, rows: int, cols: int, dtype: torch.dtype) -> dict[str, tuple[
     }
 
 
-def run(config: Config, given: tuple[Any, ...]) -> Tensor:
-    return products._launch(*given, config)
+def run(config: TileConfig, given: tuple[Any, ...]) -> Tensor:
+    return product(*given, config)
 
 
-def compile_for(config: Config, given: tuple[Any, ...]) -> None:
+def compile_for(config: TileConfig, given: tuple[Any, ...]) -> None:
     """Compiles the kernel where it would be launched."""
     a, b, *_ = given
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    kernel, programs, pointers, constants, options = products._prepare(
-        *given[:3], out, *given[3:], config
-    )
+    kernel, programs, pointers, constants, options = prepare(*given[:3], out, *given[3:], config)
     kernel.warmup(*pointers, *constants, grid=(programs,), **options)
 
 
@@ -118,17 +116,17 @@ def cublas(given: tuple[Any, ...]) -> Tensor:
     return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
-def possible(candidate: Config, symmetric: bool) -> bool:
+def possible(candidate: TileConfig, symmetric: bool) -> bool:
     return not symmetric or candidate.block_n in (candidate.block_m, 2 * candidate.block_m)
 
 
 def compile_all(
-    candidates: list[Config], problems: list[dict[str, tuple[Any, ...]]], threads: int
+    candidates: list[TileConfig], problems: list[dict[str, tuple[Any, ...]]], threads: int
 ) -> dict[str, str]:
     """Compiles every kernel that will be launched, in parallel; what failed, by candidate."""
     failed: dict[str, str] = {}
 
-    def one(job: tuple[Config, tuple[Any, ...]]) -> None:
+    def one(job: tuple[TileConfig, tuple[Any, ...]]) -> None:
         candidate, given = job
         small = tuple(v[:1] if isinstance(v, Tensor) else v for v in given)
         torch.cuda.set_device(0)
@@ -181,7 +179,7 @@ def difference(out: Tensor, reference: Tensor) -> float:
 
 
 def measure(
-    candidates: list[Config], given: tuple[Any, ...], tolerance: float, replays: int
+    candidates: list[TileConfig], given: tuple[Any, ...], tolerance: float, replays: int
 ) -> dict[str, Any]:
     """cuBLAS and every candidate on one product."""
     a, b, _, alpha, _, symmetric = given
@@ -218,7 +216,7 @@ def measure(
             * depth
             * candidate.block_m
             * candidate.block_n
-            * products.tile_count(symmetric, rows, cols, candidate)
+            * tile_count(symmetric, rows, cols, candidate)
         )
         found["candidates"].append(
             {

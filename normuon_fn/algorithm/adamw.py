@@ -5,6 +5,9 @@ Source: arXiv 1711.05101, with the bias correction of torch.optim.AdamW.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from .. import ops
@@ -20,15 +23,15 @@ class AdamWWork(Work):
 
     def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
         self.members, self.runs, self.context = members, runs, context
-        self.moments: list[list[Tensor]] = []
+        self.moments: Sequence[list[Tensor]] = ()
         self.bad: Tensor | None = None  # [2, n] bool: non-finite update, non-finite gradient
         if members.tensors:
             self.moments = [members.read(state.name) for state in STATES] + [members.read("grad")]
             wide, hyper = self.moments[0][0].dtype, context.hyper
             step, betas = context.adamw_step.double(), (hyper.adamw_beta1, hyper.adamw_beta2)
             corrections = [(1 - beta.double() ** step).to(wide) for beta in betas]
-            self.rule = (*betas, hyper.adamw_eps, *corrections)
-            self.bad = ops.adamw_flags(*self.moments, *self.rule)
+            self.rates = ops.AdamWRates(*betas, hyper.adamw_eps, *corrections)
+            self.bad = context.operators.adamw_flags(*self.moments, self.rates)
 
     def bad_gradients(self) -> Tensor:
         """Updates included: they are known by now."""
@@ -41,24 +44,20 @@ class AdamWWork(Work):
         return self.bad_gradients()
 
     def apply(self) -> None:
-        members, kind, hyper, writes = (
-            self.members,
-            self.members.kind,
-            self.context.hyper,
-            self.context.writes,
-        )
         if not self.moments:
             return
-        wide = self.moments[0][0].dtype
+        members, kind, context = self.members, self.members.kind, self.context
+        hyper, wide = context.hyper, self.moments[0][0].dtype
         lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, kind.lr_mul, kind.wd_mul, wide)
-        params, how = members.read("param"), (*self.moments, lr, decay, *self.rule, self.skip)
+        params = members.read("param")
+        how: tuple[Any, ...] = (*self.moments, lr, decay, self.rates, self.skip)
         names = ["param", *(state.name for state in STATES)]
+        new: Sequence[list[Tensor]]
         if kind.master:
             names.insert(1, kind.master)
-            new = writes.adamw_wide(params, members.read(kind.master), *how)
-        elif members.salts:
-            new = writes.adamw(params, *how, self.context.step, members.salts)
+            new = context.operators.adamw_wide(params, members.read(kind.master), *how)
         else:
-            new = writes.adamw(params, *how)
+            chance = (context.step, members.salts) if members.salts else ()
+            new = context.operators.adamw(params, *how, *chance)
         for name, tensors in zip(names, new, strict=True):
             members.put(name, tensors)

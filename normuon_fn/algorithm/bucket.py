@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.reference import Measures
+from ..ops import Measures
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .orthogonalize import carry, iterate, to_norm
@@ -64,7 +64,9 @@ class MatrixWork(Work):
 
     def bad_gradients(self) -> Tensor:
         """A bad gradient makes a bad update, even where the momentum keeps its bits."""
-        largest = ops.largest(self._read("grad"), self.sizes) if self.groups else None
+        largest = None
+        if self.groups:
+            largest = self.context.operators.largest(self._read("grad"), self.sizes)
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
@@ -93,24 +95,26 @@ class MatrixWork(Work):
             return
         momentums, grads = self._read("momentum"), self._read("grad")
         if self.context.holds_late:
-            measures = ops.lookahead(momentums, grads, self.context.hyper.momentum, *self._rule())
+            beta, lookahead = self.context.hyper.momentum, self.context.operators.lookahead
+            measures = lookahead(momentums, grads, beta, self.sizes, self._rule)
             self.front = Front(self.groups, self.sizes, momentums, grads, measures)
         else:
             self.front = self._advanced(momentums, grads)
 
     def _advanced(self, momentums: list[Tensor], grads: list[Tensor]) -> Front:
-        beta, advance = self.context.hyper.momentum, self.context.writes.advance
-        new, measures, stacks = advance(momentums, grads, beta, self.hold, *self._rule())
+        beta, advance = self.context.hyper.momentum, self.context.operators.advance
+        new, measures, stacks = advance(momentums, grads, beta, self.hold, self.sizes, self._rule)
         at = 0
         for group in self.groups:
             group.put("momentum", new[at : at + group.tensors])
             at += group.tensors
         return Front(self.groups, self.sizes, new, grads, measures, stacks)
 
-    def _rule(self) -> tuple[list[int], str, bool]:
-        """The same for every operator that knows of momentum."""
+    @property
+    def _rule(self) -> ops.MomentumRule:
+        """What every operator that knows of momentum must know of its stage."""
         form = self.context.stages.momentum.operator_form
-        return self.sizes, form, self.context.config.nesterov
+        return ops.MomentumRule(form, self.context.config.nesterov)
 
     def _read(self, name: str) -> list[Tensor]:
         return [x for group in self.groups for x in group.read(name)]
@@ -144,26 +148,32 @@ class MatrixWork(Work):
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
         context = self.context
-        _, form, nesterov = self._rule()
-        dtype = power.dtype if context.config.orthogonalizer else self.stack.form.dtype
-        tall = [group.kind.tall for group in front.groups]
-        return ops.gather(
-            front.momentums, front.grads, context.hyper.momentum, power, inverse, front.sizes, form,
-            nesterov, context.holds_late, dtype, tall, stacks=front.stacks,
-        )  # fmt: skip
+        return context.operators.gather(
+            front.momentums,
+            front.grads,
+            context.hyper.momentum,
+            power,
+            inverse,
+            front.sizes,
+            rule=self._rule,
+            ahead=context.holds_late,
+            dtype=power.dtype if context.config.orthogonalizer else self.stack.form.dtype,
+            transpose=[group.kind.tall for group in front.groups],
+            stacks=front.stacks,
+        )
 
     def iterated(self, stack: Tensor) -> Tensor:
         """Orthogonalized, by Newton-Schulz or the caller's own function."""
         own, rows, cols = self.context.config.orthogonalizer, self.stack.rows, self.stack.cols
         stack = self.context.stages.precondition.function(stack)
-        whole = (
-            iterate(stack, self.stack.coefficients, self.stack.form) if own is None else own(stack)
-        )
+        if own is None:
+            whole = iterate(stack, self.stack.coefficients, self.stack.form)
+        else:
+            whole = own(stack)
         if whole.shape[1:] != (rows, cols):
             raise ValueError(
                 f"Config.orthogonalizer: expected [n, {rows}, {cols}], got {tuple(whole.shape)}; "
-                "it "
-                "must return a stack of the shape that it was given"
+                "it must return a stack of the shape that it was given"
             )
         return whole
 
@@ -186,30 +196,24 @@ class MatrixWork(Work):
     def _apply(self, update: Update) -> None:
         if update.group.local:
             self._apply_to_parameters(update)
-        stages, writes = self.context.stages, self.context.writes
+        stages, operators = self.context.stages, self.context.operators
         for state, old, new in zip(stages.normalize.states, update.old, update.new, strict=True):
             kept = new if self.skip is None else torch.where(self.skip, old, new)
-            update.group.put(state.name, writes.unstack(update.group.read(state.name), kept))
+            stored = operators.unstack(update.group.read(state.name), kept)
+            update.group.put(state.name, stored)
 
     def _apply_to_parameters(self, update: Update) -> None:
-        group, kind, hyper, config = (
-            update.group,
-            update.group.kind,
-            self.context.hyper,
-            self.context.config,
-        )
-        lr, decay = rates(
-            hyper.lr, hyper.weight_decay, kind.lr_mul, kind.wd_mul, update.factor.dtype,
-            config.weight_decay_lr_power,
-        )  # fmt: skip
-        cautious = self.context.stages.weight_decay.cautious
-        how = (update.update, update.factor * lr, decay, self.skip, cautious)
-        params, writes = group.read("param"), self.context.writes
+        context, group, kind = self.context, update.group, update.group.kind
+        hyper, power = context.hyper, context.config.weight_decay_lr_power
+        wide, cautious = update.factor.dtype, context.stages.weight_decay.cautious
+        lr, decay = rates(hyper.lr, hyper.weight_decay, kind.lr_mul, kind.wd_mul, wide, power)
+        how = (update.update, update.factor * lr, decay, self.skip)
+        params, operators = group.read("param"), context.operators
         if kind.master:
-            params, masters = writes.apply_wide(params, group.read(kind.master), *how)
+            masters = group.read(kind.master)
+            params, masters = operators.apply_wide(params, masters, *how, cautious=cautious)
             group.put(kind.master, masters)
-        elif group.salts:
-            params = writes.apply(params, *how, self.context.step, group.salts)
         else:
-            params = writes.apply(params, *how)
+            chance = (context.step, group.salts) if group.salts else ()
+            params = operators.apply(params, *how, *chance, cautious=cautious)
         group.put("param", params)

@@ -108,7 +108,7 @@ def newton_schulz(
         return ops.orient(out, which, dtype, *((one, one / carried) if carried != 1.0 else ()))
     if carried == 1.0:
         return out.to(dtype)
-    return ops.gather([out], [out], one, one, one / carried, [1], "", False, False, dtype, [False])
+    return ops.scale_and_cast(out, one, one / carried, dtype)
 
 
 def carry(dtype: torch.dtype) -> float:
@@ -124,17 +124,14 @@ def to_unit_norm(
 
     Tall ones come transposed, square ones as ``which`` (of `ops.orientation`) has them.
     """
-    if which is not None and not ops.has_kernel(
-        [x]
-    ):  # there the order of the sums shows in the last bit
+    # Without kernels the order of the sums shows in the last bit.
+    if which is not None and not ops.kernels_for(x.device, [x.dtype]):
         x, which = ops.orient(x, which, x.dtype), None
-    _, power, squares = ops.measure([x], [1])
+    _, power, squares = ops.measure(x)
     inverse = to_norm(squares, chosen, dtype)
     if which is not None:
         return ops.orient(x, which, dtype, power, inverse)
-    return ops.gather(
-        [x], [x], power, power, inverse, [1], "", False, False, dtype, [x.shape[-2] > x.shape[-1]]
-    )
+    return ops.scale_and_cast(x, power, inverse, dtype, transpose=x.shape[-2] > x.shape[-1])
 
 
 def to_norm(squares: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:

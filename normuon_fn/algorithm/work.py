@@ -51,6 +51,9 @@ class Stack:
     cols: int
     form: Form
     coefficients: CoefficientSet
+    kernels: (
+        bool  # whether operators over lists have kernels for its tensors: see `ops.kernels_for`
+    )
 
 
 K = TypeVar("K", bound=Kind, covariant=True)
@@ -77,7 +80,7 @@ class Context(NamedTuple):
     config: Config
     stages: Stages
     hyper: Hyper  # 0-d tensors
-    writes: ops.Writes
+    operators: ops.Operators
     step: Tensor  # 0-d int32, the number of steps so far: rounding by chance depends on it
     adamw_step: Tensor  # 0-d int32, the number of this step for the bias correction of AdamW
     early: bool  # the guard agrees about gradients before anything is written

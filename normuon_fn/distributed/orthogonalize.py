@@ -212,19 +212,15 @@ def _distributed(
         side = stack.shape[-1] if tall else stack.shape[-2]
         stack = stack.new_zeros(stack.shape[0], *((1, side) if tall else (side, 1)))
     # The power of the largest entry of all is the least, and 0 where an entry is not finite; a NaN may be lost in a max.
-    _, own, squares = ops.measure([stack], [1])
+    _, own, squares = ops.measure(stack)
     power = -_reduced(all_reduce_max, -own, groups)
     shift = power / own  # <= 1: what underflows is nothing to the sum, which is at least 4
     squares = _reduced(all_reduce_sum, squares * shift * shift, groups)
     inverse = to_norm(squares, chosen, form.dtype)
-    stack = ops.gather(
-        [stack], [stack], power, power, inverse, [1], "", False, False, form.dtype, [tall]
-    )
+    stack = ops.scale_and_cast(stack, power, inverse, form.dtype, transpose=tall)
     out = iterate(stack, chosen, form, partial(_summed, groups=groups))
     one = torch.ones_like(inverse)
-    out = ops.gather(
-        [out], [out], one, one, one / carry(form.dtype), [1], "", False, False, x.dtype, [tall]
-    )
+    out = ops.scale_and_cast(out, one, one / carry(form.dtype), x.dtype, transpose=tall)
     return out[:, : x.shape[-2], : x.shape[-1]].reshape(x.shape)
 
 

@@ -62,11 +62,9 @@ class SharedWork(MatrixWork):
             end = tensor + group.tensors
             momentums = picked(front.momentums[tensor:end], share)
             grads = picked(front.grads[tensor:end], share)
-            largest, power, squares = (x[matrix:][share] for x in front.measures)
+            measures = ops.Measures(*(x[matrix:][share] for x in front.measures))
             stacks = None if front.stacks is None else [front.stacks[local][share]]
-            own = Front(
-                [group], [len(momentums)], momentums, grads, (largest, power, squares), stacks
-            )
+            own = Front([group], [len(momentums)], momentums, grads, measures, stacks)
             shares.append(own if momentums else None)
             tensor, matrix, local = end, matrix + group.count, local + 1
         return shares

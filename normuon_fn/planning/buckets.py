@@ -80,7 +80,7 @@ class Bucket(Stack):
     def work(self, tensors: StepTensors) -> Work:
         groups = [tensors.members(group, group.blocks) for group in self.groups]
         runs = [(tensors.has_gradient(block.name), block.count) for block in self.blocks]
-        context = tensors.context(self.hyper)
+        context = tensors.context(self.hyper, self.kernels)
         return MatrixWork(self, [group for group in groups if group.tensors], runs, context)
 
 
@@ -101,7 +101,7 @@ class SharedBucket(Bucket):
     def work(self, tensors: StepTensors) -> Work:
         groups = [tensors.members(group, group.blocks, group.local) for group in self.groups]
         runs = [(group.local, group.count) for group in self.groups]
-        context = tensors.context(self.hyper)
+        context = tensors.context(self.hyper, self.kernels)
         return SharedWork(self, groups, runs, context, self.exchange)
 
 

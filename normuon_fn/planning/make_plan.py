@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..algorithm.coefficients import resolve
 from ..algorithm.guard import Rule
 from ..algorithm.normalize import per_row
@@ -132,15 +133,18 @@ def _matrix_buckets(
             group.ownership,
         )  # own: what a stack may not mix with others
         ranks = None if at is None else (at.group, at.shards, at.copies)
-        stacks.setdefault((short, long, form, own, ranks, group.hyper), []).append(group)
+        momentum = stages.momentum.states[0].dtype_for(config, dtype)
+        kernels = ops.kernels_for(device, [dtype, momentum])
+        key = (short, long, form, own, ranks, group.hyper, kernels)
+        stacks.setdefault(key, []).append(group)
 
     shared = balance([group for groups in stacks.values() for group in groups])
     found: list[Bucket] = []
-    for (short, long, form, own, ranks, hyper), groups in stacks.items():
+    for (short, long, form, own, ranks, hyper, kernels), groups in stacks.items():
         groups = [replace(group, ownership=shared.get(id(group))) for group in groups]
         common: dict[str, Any] = {
             "rows": short, "cols": long, "form": form, "coefficients": chosen,
-            "groups": tuple(groups), "hyper": hyper,
+            "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
         }  # fmt: skip
         if ranks is None:
             found.append(Bucket(**common))

@@ -31,17 +31,17 @@ class StepTensors:
         config: Config,
         stages: Stages,
         rule: Rule,
-        writes: ops.Writes,
+        in_place: bool,
     ) -> None:
         self.params, self.grads, self.state, self.hyper = params, grads, state, hyper
         self.hypers, self.config, self.stages, self.rule = hypers, config, stages, rule
-        self.writes = writes
+        self.in_place = in_place
         self.lines = {state.name for state in stages.line_states}
         self.new: dict[
             str, list[tuple[View | None, Tensor]]
         ] = {}  # by key: parts, and their places
 
-    def context(self, hyper: int) -> Context:
+    def context(self, hyper: int, kernels: bool = False) -> Context:
         """What the works of a step share. ``hyper``: which entry of `Hyper`'s tensors."""
         own = self.hyper if self.hypers == 0 else Hyper(*(values[hyper] for values in self.hyper))
         step = self.state["guard.step"]
@@ -50,9 +50,15 @@ class StepTensors:
         count = step + 1
         if self.config.guard_scope == "step":
             count = count - self.state["guard.skipped"]
-        rule = self.rule
         return Context(
-            self.config, self.stages, own, self.writes, step, count, rule.early, rule.holds_late
+            config=self.config,
+            stages=self.stages,
+            hyper=own,
+            operators=ops.Operators(kernels, self.in_place),
+            step=step,
+            adamw_step=count,
+            early=self.rule.early,
+            holds_late=self.rule.holds_late,
         )
 
     def has_gradient(self, name: str) -> bool:
@@ -104,12 +110,12 @@ class StepTensors:
         """Counters of the guard."""
         for key, value in counters.items():
             self.new[key] = [(None, value)]
-            if self.writes is ops.IN_PLACE:
+            if self.in_place:
                 self.state[key].copy_(value)
 
     def after(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """``(params, state)`` after the step, in the order of the keys that came in."""
-        if self.writes is ops.IN_PLACE:
+        if self.in_place:
             return dict(self.params), dict(self.state)
         params, state = (
             {k: self._joined(k, x) for k, x in d.items()} for d in (self.params, self.state)

@@ -1,4 +1,7 @@
-"""The kernels of the products on the CPU, interpreted: ``TRITON_INTERPRET=1 python tests/ops/interpreted_products.py``."""
+"""The kernels of the products on the CPU, in Triton's interpreter.
+
+TRITON_INTERPRET=1 python tests/ops/interpreted_products.py
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from normuon_fn.ops import products
-from normuon_fn.ops.products import Config, addmm, symmetric_addmm, symmetric_matmul
+from normuon_fn.ops import product_launch
+from normuon_fn.ops.launch import INTERPRETED
+from normuon_fn.ops.product_configs import CONFIGS, TileConfig
+from normuon_fn.ops.product_kernels import descriptor_kernel
+from normuon_fn.ops.product_launch import PRODUCT_DTYPES, product
+from normuon_fn.ops.products import addmm, symmetric_addmm, symmetric_matmul
 
 SHAPES = [(3, 70, 45), (2, 130, 33), (1, 1, 1), (2, 1, 20), (2, 20, 0), (1, 64, 32)]
-SMALL = [Config(16, 16, 16, 2, 4, 2), Config(16, 32, 32, 3, 4, 2)]
+SMALL = [TileConfig(16, 16, 16, 2, 4, 2), TileConfig(16, 32, 32, 3, 4, 2)]
 DESCRIPTORS = [config._replace(variant=v) for config in SMALL for v in ("tma", "persistent")]
 ALIGNED = [
     (3, 72, 48),
@@ -23,7 +30,7 @@ ALIGNED = [
 REAL = sorted(
     {
         config._replace(num_warps=4, num_stages=2)
-        for table in products.CONFIGS.values()
+        for table in CONFIGS.values()
         for config in table.values()
     }
 )
@@ -34,28 +41,23 @@ def integers(*shape: int, largest: int = 1) -> Tensor:
 
 
 def close(out: Tensor, exact: Tensor) -> bool:
-    """Equal; in bfloat16 to 1 ulp, because the interpreter truncates where the device rounds to nearest even."""
+    """Whether both are equal; in bfloat16 to 1 ulp.
+
+    There the interpreter truncates, and the device rounds to nearest even.
+    """
     if out.dtype == torch.bfloat16:
         return bool(((out.double() - exact).abs() <= exact.abs() * 2.0**-7).all())
     return torch.equal(out, exact.to(out.dtype))
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    alpha: float,
-    beta: float,
-    symmetric: bool,
-    config: Config,
-) -> Tensor:
-    return products._launch(a, b, c, alpha, beta, symmetric, config)
-
-
 def check(
-    n: int, rows: int, cols: int, dtype: torch.dtype, config: Config, transposed: bool
+    n: int, rows: int, cols: int, dtype: torch.dtype, config: TileConfig, transposed: bool
 ) -> None:
-    """``transposed``: all operands are, or of a kernel that takes descriptors those that need not have contiguous rows."""
+    """The three products are exact.
+
+    ``transposed``: all operands are; for a kernel that takes descriptors, only those operands that
+    need not have contiguous rows.
+    """
 
     def view(x: Tensor) -> Tensor:
         x = x.to(dtype)
@@ -72,7 +74,8 @@ def check(
     assert close(out, 0.5 * wide_x @ wide_x.mT)
     assert torch.equal(out, out.mT)
     assert close(product(a, x, c, -1.0, 2.0, False, config), 2.0 * wide_c - wide_a @ wide_x)
-    # a b is not symmetric here: whole rows of a, whole columns of b and the lower triangle of c decide
+    # a b is not symmetric here: whole rows of a, whole columns of b and the lower triangle of c
+    # decide.
     b = view(integers(n, rows, rows))
     if (
         config.variant != "pointers" and not transposed
@@ -83,7 +86,7 @@ def check(
     assert close(out, lower + lower.tril(-1).mT)
 
 
-def check_gaussian_is_symmetric(config: Config) -> None:
+def check_gaussian_is_symmetric(config: TileConfig) -> None:
     x = torch.randn(2, 75, 40).half()  # rows of 80 bytes
     out = product(x, x.mT, None, 1.0, 0.0, True, config)
     assert torch.equal(out, out.mT)
@@ -92,7 +95,7 @@ def check_gaussian_is_symmetric(config: Config) -> None:
     ).all()
 
 
-def check_non_finite(dtype: torch.dtype, config: Config) -> None:
+def check_non_finite(dtype: torch.dtype, config: TileConfig) -> None:
     wide = torch.full((2, 90, 64), torch.nan, dtype=dtype)
     wide[:, 10:80, 8:56] = integers(2, 70, 48, largest=3).to(dtype)
     x = wide[:, 10:80, 8:56]
@@ -118,12 +121,15 @@ def check_non_finite(dtype: torch.dtype, config: Config) -> None:
 
 
 def check_choice() -> None:
-    """Descriptors where they take the operands, and the pointer kernel elsewhere; who asks for descriptors gets no other."""
+    """Descriptors are taken where the operands fit them, and the pointer kernel elsewhere.
+
+    A caller who asks for descriptors never gets the pointer kernel.
+    """
 
     def variant(a: Tensor, b: Tensor) -> str:
         out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-        kernel, *_ = products._prepare(a, b, a, out, 1.0, 1.0, True, None)
-        return "descriptors" if kernel is products.descriptor_kernel else "pointers"
+        kernel, *_ = product_launch.prepare(a, b, a, out, 1.0, 1.0, True, None)
+        return "descriptors" if kernel is descriptor_kernel else "pointers"
 
     r = torch.zeros(2, 24, 24, dtype=torch.float16)
     odd = torch.zeros(2 * 24 * 24 + 1, dtype=torch.float16)[1:].view(2, 24, 24)
@@ -170,19 +176,15 @@ def check_operators() -> None:
 
 
 def main() -> None:
-    assert products.INTERPRETED
+    assert INTERPRETED
     torch.manual_seed(0)
-    for shape, dtype, transposed in itertools.product(
-        SHAPES, products.KERNEL_DTYPES, (False, True)
-    ):
+    for shape, dtype, transposed in itertools.product(SHAPES, PRODUCT_DTYPES, (False, True)):
         check(*shape, dtype, SMALL[shape[1] > 100], transposed)
     for k, (shape, transposed) in enumerate(itertools.product(ALIGNED, (False, True))):
         for config in DESCRIPTORS[2 * (shape[1] > 40) :][:2]:
-            check(*shape, products.KERNEL_DTYPES[k % 2], config, transposed)
+            check(*shape, PRODUCT_DTYPES[k % 2], config, transposed)
     for k, config in enumerate(REAL):
-        check(
-            1, 304 - 48 * (k % 2), 72, products.KERNEL_DTYPES[k % 2], config, transposed=k % 3 == 0
-        )
+        check(1, 304 - 48 * (k % 2), 72, PRODUCT_DTYPES[k % 2], config, transposed=k % 3 == 0)
     check_choice()
     for config in (*SMALL, *DESCRIPTORS[2:], REAL[0]):
         check_gaussian_is_symmetric(config)

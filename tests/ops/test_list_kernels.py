@@ -1,6 +1,7 @@
-"""The kernels over lists against their twins in ops/reference.py: on a CUDA device, or else in Triton's interpreter.
+"""The kernels over lists against their twins, on a CUDA device or else in Triton's interpreter.
 
-The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs itself in a process of its own.
+The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs
+itself in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normuon_fn import ops
-from normuon_fn.ops import launch, reference
+from normuon_fn.ops import adamw_reference, launch, lists, reference
 
 orient = importlib.import_module("normuon_fn.ops.orient")  # the package names the function the same
 
@@ -71,33 +72,35 @@ def tensors(kind: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
 
 
 def close(a: Any, b: Any, dtype: torch.dtype) -> None:
-    # In the interpreter a cast to bfloat16 truncates: one ulp. Seen there: float32 2.1e-6, bfloat16 7.8e-3, float16 0.
+    # In the interpreter a cast to bfloat16 truncates: one ulp. Seen there: float32 2.1e-6,
+    # bfloat16 7.8e-3, float16 0.
     tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10 if dtype == torch.float16 else 5e-6
     torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-7, equal_nan=True)
 
 
 def both(name: str, dtype: torch.dtype, *arguments: Any, writes: int = 0) -> Any:
     """The operator, pure and in place, against the twin; the pure result."""
-    function = getattr(reference, name)
+    adamw = name.startswith("adamw")
+    function = getattr(adamw_reference if adamw else reference, name)
     found = getattr(torch.ops.normuon_fn, name)(*arguments)
     expected = packed(
-        function(*((ops.PURE.unstack,) if writes and "adamw" not in name else ()), *arguments),
+        function(*((lists.unstack,) if writes and not adamw else ()), *arguments),
         writes,
     )
     if not writes:
         close(found, expected, dtype)
         return found
-    lists = [found] if isinstance(found[0], Tensor) else list(found)
-    for new, wanted in zip(lists[:writes], expected, strict=False):
+    results = [found] if isinstance(found[0], Tensor) else list(found)
+    for new, wanted in zip(results[:writes], expected, strict=False):
         close(list(new), list(wanted), dtype)
     copies = [[torch.empty_like(x).copy_(x) for x in given] for given in arguments[:writes]]
     rest = getattr(torch.ops.normuon_fn, f"{name}_")(*copies, *arguments[writes:])
-    for copy, new in zip(copies, lists, strict=False):
+    for copy, new in zip(copies, results, strict=False):
         assert all(
             torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
             for a, b in zip(copy, new, strict=True)
         )
-    if len(lists) > writes:
+    if len(results) > writes:
         close(found[writes], expected[writes], torch.float32)
         assert torch.equal(rest.nan_to_num(7.0), found[writes].nan_to_num(7.0))
     return found
@@ -152,13 +155,10 @@ def test_advance(kind: str, dtype: torch.dtype) -> None:
 @here
 @pytest.mark.parametrize("exponent", [-126, -60, 0, 100, 120])
 def test_measures_of_a_scaled_matrix_are_the_same_bits(exponent: int) -> None:
-    given = [
-        torch.randint(1, 9, (70, 133), generator=torch.Generator().manual_seed(0))
-        .float()
-        .to(DEVICE)
-    ]
-    largest, power, squares = ops.measure(given, [len(given)])
-    scaled = ops.measure([x * 2.0**exponent for x in given], [1])
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randint(1, 9, (1, 70, 133), generator=generator).float().to(DEVICE)
+    largest, power, squares = ops.measure(given)
+    scaled = ops.measure(given * 2.0**exponent)
     assert scaled[0] == largest * 2.0**exponent and scaled[2] == squares
     assert scaled[1] * 2.0**exponent == power or scaled[1] in (2.0**-126, 2.0**127)
 
@@ -168,24 +168,12 @@ def test_measures_of_a_scaled_matrix_are_the_same_bits(exponent: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", [(0, 0), (69, 132), (33, 64)])
 def test_what_is_not_finite_is_measured_and_gathered(value: float, where: tuple[int, int]) -> None:
-    given = [torch.ones(70, 133, device=DEVICE), torch.ones(70, 133, device=DEVICE)]
+    given = torch.ones(2, 70, 133, device=DEVICE)
     given[1][where] = value
-    measures = torch.stack(ops.measure(given, [len(given)]))
+    measures = torch.stack(ops.measure(given))
     assert measures.isfinite().all(0).tolist() == [True, False]
     assert measures[0, 0] == 1 and not measures[0, 1].isfinite() and measures[2, 1].isnan()
-    out = ops.gather(
-        given,
-        given,
-        scalar(0.9),
-        measures[1],
-        measures[2],
-        [2],
-        "ema",
-        False,
-        False,
-        torch.bfloat16,
-        [False],
-    )
+    out = ops.scale_and_cast(given, measures[1], measures[2], torch.bfloat16)
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 
@@ -231,10 +219,24 @@ def test_gather_joins_tall_and_wide_and_transposes_the_tall() -> None:
     )
     ones = torch.ones(6, device=DEVICE)
     given, turn = [*wide, *tall], [False, True]
-    out = ops.gather(
-        given, given, scalar(0.9), ones, ones, [3, 3], "ema", False, False, torch.float32, turn
-    )
+    rule, dtype = ops.MomentumRule("ema", nesterov=False), torch.float32
+    out = ops.Operators(kernels=True).gather(
+        given, given, scalar(0.9), ones, ones, [3, 3],
+        rule=rule, ahead=False, dtype=dtype, transpose=turn,
+    )  # fmt: skip
     assert torch.equal(out, torch.stack([*wide, *(x.mT for x in tall)]))
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_scale_and_cast_is_one_product_after_the_other(dtype: torch.dtype, transpose: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-64, 65, (3, 70, 133), generator=generator).float().to(DEVICE)
+    power, inverse = (torch.tensor(values, device=DEVICE) for values in ([0.5, 1, 4], [1, 2, 0.25]))
+    out = ops.scale_and_cast(x, power, inverse, dtype, transpose=transpose)
+    expected = (x * (power * inverse)[:, None, None]).to(dtype)
+    assert torch.equal(out, expected.mT if transpose else expected) and out.is_contiguous()
 
 
 @here
@@ -337,7 +339,7 @@ def test_apply_with_masters(kind: str, of: torch.dtype) -> None:
         news, lacks = both("apply_wide", torch.bfloat16, *given, writes=2)
         for old, new in ((params, news), (lacked, lacks)):
             assert all(torch.equal(a, b) == bool(skip) for a, b in zip(new, old, strict=True))
-        expected = reference.apply_wide(ops.PURE.unstack, *given)
+        expected = reference.apply_wide(lists.unstack, *given)
         if of == torch.int16:  # all of it is integers, but for the sums
             assert exactly(news, expected[0]) and exactly(lacks, expected[1])
         else:
@@ -360,7 +362,7 @@ def test_apply_rounds_by_the_same_chances_as_the_twin(kind: str) -> None:
         )
         given = (params, update, factor, scalar(0.01), flag(skip), False, *chances)
         found.append(both("apply", torch.bfloat16, *given, writes=1))
-        assert exactly(found[-1], reference.apply(ops.PURE.unstack, *given)[0])
+        assert exactly(found[-1], reference.apply(lists.unstack, *given)[0])
     assert exactly(found[3], params) and not any(
         exactly(a, b) for a, b in ((found[0], found[1]), (found[1], found[2]))
     )
@@ -465,16 +467,20 @@ def test_adamw_with_masters_and_by_chance() -> None:
                 assert exactly(news, params) and exactly(lacks, lacked)
         chances = (torch.tensor(3, dtype=torch.int32, device=DEVICE), [7, 2**31 - 1, 0, 12345, 5])
         given = (params, first, second, grads, *scalars, flag(skip), *chances)
-        found, expected = both("adamw", torch.bfloat16, *given, writes=3), reference.adamw(*given)
-        # Where the sums round otherwise (interpreted, numpy's), one chance in a thousand falls otherwise: seen 0 of 17157.
+        found, expected = (
+            both("adamw", torch.bfloat16, *given, writes=3),
+            adamw_reference.adamw(*given),
+        )
+        # Where the sums round differently (the interpreter uses numpy's), one chance in a thousand
+        # falls differently: seen 0 of 17157.
         others = sum(int((a != b).sum()) for a, b in zip(found[0], expected[0], strict=True))
         assert others <= 17
-        assert skip or not exactly(found[0], reference.adamw(*given[:-2])[0])
+        assert skip or not exactly(found[0], adamw_reference.adamw(*given[:-2])[0])
 
 
 def wide(*given: Any) -> Any:
     """Of mantissas: masters that are alike may lie on both sides of where the parameter changes."""
-    found, expected = torch.ops.normuon_fn.adamw_wide(*given), reference.adamw_wide(*given)
+    found, expected = torch.ops.normuon_fn.adamw_wide(*given), adamw_reference.adamw_wide(*given)
     masters = [
         [reference.joined_with(x, rest) for x, rest in zip(*result[:2], strict=True)]
         for result in (found, expected)
@@ -491,6 +497,6 @@ def test_adamw_of_tensors_that_are_not_contiguous() -> None:
     params = [torch.randn(6, 10, device=DEVICE).mT, torch.randn(10, 12, device=DEVICE)[:, ::2]]
     others = [[torch.rand(10, 6, device=DEVICE) for _ in range(2)] for _ in range(3)]
     scalars = tuple(map(scalar, (0.1, 0.01, 0.9, 0.95, 1e-8, 0.2, 0.1)))
-    expected, *_ = reference.adamw(params, *others, *scalars, None)
+    expected, *_ = adamw_reference.adamw(params, *others, *scalars, None)
     torch.ops.normuon_fn.adamw_(params, *others, *scalars, None)
     close(params, expected, torch.float32)

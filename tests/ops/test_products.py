@@ -1,4 +1,7 @@
-"""The three products against float64, on every path: torch's, the interpreted kernel, the kernel on CUDA."""
+"""The three products against float64, on every path.
+
+The paths are torch's products, the interpreted kernel and the kernel on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from normuon_fn.ops import products
+from normuon_fn.ops import product_configs, products
 from normuon_fn.ops.products import addmm, symmetric_addmm, symmetric_matmul
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -44,7 +47,10 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 def arguments(
     name: str, n: int, rows: int, cols: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, ...]:
-    """Integers whose products are integers below 2^8, and matrices that commute: sums of permutations r and r^T."""
+    """Integers whose products are integers below 2^8, and matrices that commute.
+
+    The latter are sums of permutations r and r^T.
+    """
     x = integers(n, rows, cols).clamp(-1, 1) if cols > 60 else integers(n, rows, cols, largest=1)
     cycle = (
         torch.eye(rows, dtype=torch.float64).roll(1, 0)
@@ -278,19 +284,21 @@ def test_errors_name_the_argument() -> None:
 def test_the_tiles_of_a_symmetric_result_are_those_that_meet_its_lower_triangle(
     block_m: int, ratio: int
 ) -> None:
-    config = products.Config(block_m, ratio * block_m, 64, 8, 4, 3)
+    config = product_configs.TileConfig(block_m, ratio * block_m, 64, 8, 4, 3)
     for rows in range(1, 12 * block_m, block_m // 4):
         below = sum(
             min(i + block_m, rows) - 1 >= j
             for i in range(0, rows, block_m)
             for j in range(0, rows, config.block_n)
         )
-        assert products.tile_count(True, rows, rows, config) == below
+        assert product_configs.tile_count(True, rows, rows, config) == below
 
 
 def test_every_config_fits_the_kernel() -> None:
-    for generation, table in products.CONFIGS.items():
-        assert set(table) == {(kind, large) for kind in products.KINDS for large in (False, True)}
+    for generation, table in product_configs.CONFIGS.items():
+        assert set(table) == {
+            (kind, large) for kind in product_configs.KINDS for large in (False, True)
+        }
         for (kind, _), config in table.items():
             assert kind == "addmm" or config.block_n in (config.block_m, 2 * config.block_m), (
                 generation
@@ -306,7 +314,7 @@ def test_the_interpreted_kernel_holds_the_same_claims() -> None:
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(root / "tests" / "interpreted_products.py")],
+        [sys.executable, str(Path(__file__).with_name("interpreted_products.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
         cwd=root,
         stdout=subprocess.PIPE,
@@ -316,7 +324,7 @@ def test_the_interpreted_kernel_holds_the_same_claims() -> None:
     assert done.returncode == 0, done.stdout
 
 
-# ----------------------------------------------------------------------------------------------------------------------- CUDA
+# --- CUDA ---
 
 HALF = [torch.float16, torch.bfloat16]
 MEASURED = [
@@ -332,7 +340,7 @@ MEASURED = [
 
 
 def polynomials(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two matrices that commute, of one another's dtype: r = x x^T / |x|^2 and r^2, rounded to the dtype."""
+    """Two matrices that commute: r = x x^T / |x|^2 and r^2, rounded to the dtype."""
     r = x.double() @ x.double().mT
     r /= r.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=1e-30) / 8
     return r.to(x.dtype), (r @ r).to(x.dtype)
@@ -364,7 +372,8 @@ def test_on_cuda_the_error_is_that_of_cublas(
     inner = expected("symmetric_addmm", a, a, b, 2.0, -0.5)
     out = symmetric_addmm(a, a, b, 2.0, -0.5)
     assert torch.equal(out, out.mT)
-    # Rounded to 16 bits, a and b commute only nearly: the upper triangle of the result is the lower one's.
+    # Rounded to 16 bits, a and b commute only nearly: the upper triangle of the result is a copy of
+    # the lower one.
     assert error(lower(out), lower(inner)) <= 1.05 * error(
         lower(torch.baddbmm(a, a, b, beta=2.0, alpha=-0.5)), lower(inner)
     )

@@ -1,0 +1,132 @@
+"""The twins of the AdamW operators, over lists of tensors of any shapes: see adamw.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rounding import joined_with, noise, parted, places, rounded_by_chance
+
+
+def adamw_flags(
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    *rates: Tensor,
+) -> Tensor:
+    updates, _, seconds = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    bad_updates = [
+        ~(update.isfinite() & second.isfinite()).all()
+        for update, second in zip(updates, seconds, strict=True)
+    ]
+    bad_grads = [~grad.isfinite().all() for grad in grads]
+    return torch.stack([torch.stack(bad_updates), torch.stack(bad_grads)])
+
+
+def adamw(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    lr: Tensor,
+    decay: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    correction1: Tensor,
+    correction2: Tensor,
+    skip: Tensor | None,
+    step: Tensor | None = None,
+    salts: Sequence[int] = (),
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """With ``step`` and ``salts`` (one per tensor), parameters are rounded by chance."""
+    rates = (beta1, beta2, eps, correction1, correction2)
+    updates, first, second = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    olds = [param.to(x.dtype) for param, x in zip(params, first, strict=True)]
+    news = _moved(olds, updates, lr, decay)
+    if step is not None:
+        each_salt = torch.tensor(salts, dtype=torch.int64, device=step.device).unbind(0)
+        drawn = [
+            noise(salt, places(x.shape, x.device), step)
+            for salt, x in zip(each_salt, news, strict=True)
+        ]
+        news = [
+            rounded_by_chance(x, old.dtype, bits)
+            for x, old, bits in zip(news, params, drawn, strict=True)
+        ]
+    news = [x.to(param.dtype) for x, param in zip(news, params, strict=True)]
+    return (
+        _kept(skip, params, news),
+        _kept(skip, exp_avgs, first),
+        _kept(skip, exp_avg_sqs, second),
+    )
+
+
+def adamw_wide(
+    params: list[Tensor],
+    rests: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    lr: Tensor,
+    decay: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    correction1: Tensor,
+    correction2: Tensor,
+    skip: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """`adamw` of parameters with float32 masters: see rounding.py."""
+    rates = (beta1, beta2, eps, correction1, correction2)
+    updates, first, second = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    olds = [joined_with(param, rest) for param, rest in zip(params, rests, strict=True)]
+    masters = _moved(olds, updates, lr, decay)
+    new = [
+        parted(x, param.dtype, rest.dtype)
+        for x, param, rest in zip(masters, params, rests, strict=True)
+    ]
+    return (
+        _kept(skip, params, [param for param, _ in new]),
+        _kept(skip, rests, [rest for _, rest in new]),
+        _kept(skip, exp_avgs, first),
+        _kept(skip, exp_avg_sqs, second),
+    )
+
+
+def _update(
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    *rates: Tensor,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """``(updates, exp_avgs, exp_avg_sqs)``, all new tensors."""
+    dtype = exp_avgs[0].dtype
+    beta1, beta2, eps, correction1, correction2 = (x.to(dtype) for x in rates)
+    news = [grad.to(dtype) for grad in grads]
+    first, second = torch._foreach_mul(exp_avgs, beta1), torch._foreach_mul(exp_avg_sqs, beta2)
+    torch._foreach_add_(first, torch._foreach_mul(news, 1 - beta1))
+    squares = torch._foreach_mul(news, news)
+    torch._foreach_mul_(squares, 1 - beta2)
+    torch._foreach_add_(second, squares)
+    root = torch._foreach_div(second, correction2)
+    torch._foreach_sqrt_(root)
+    torch._foreach_add_(root, [eps] * len(root))  # as one scalar it would be read on the host
+    updates = torch._foreach_div(first, correction1)
+    torch._foreach_div_(updates, root)
+    return list(updates), list(first), list(second)
+
+
+def _moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor) -> list[Tensor]:
+    """New tensors; ``updates`` are overwritten."""
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_add_(updates, torch._foreach_mul(olds, decay))
+    return list(torch._foreach_sub(olds, updates))
+
+
+def _kept(skip: Tensor | None, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
+    if skip is None:
+        return news
+    return [torch.where(skip, old, new) for old, new in zip(olds, news, strict=True)]

@@ -1,0 +1,200 @@
+"""From the tensors of a product to the launch of its kernel."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import INTERPRETED, launch, triton
+from .product_configs import TileConfig, config_for, tile_count
+from .product_kernels import descriptor_kernel, pointer_kernel
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+PRODUCT_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def takes_kernel(x: Tensor) -> bool:
+    """Whether products of stacks like ``x`` go to the kernels: 16-bit floats on CUDA."""
+    on_device = x.device.type == "cuda" or (INTERPRETED and x.device.type == "cpu")
+    return triton is not None and on_device and x.dtype in PRODUCT_DTYPES
+
+
+class _Descriptor(NamedTuple):
+    """What `TensorDescriptor` takes besides its tensor."""
+
+    shape: list[int]
+    strides: list[int]
+    block: list[int]
+
+
+class _Static(NamedTuple):
+    """What a launch takes besides its tensors and scalars: the same for all equal `_Layout`s."""
+
+    kernel: Any
+    programs: int
+    constants: tuple[Any, ...]
+    options: dict[str, int]
+    descriptors: tuple[_Descriptor, ...]  # of a and b; none for pointers
+
+
+class _Layout(NamedTuple):
+    """All that the static half of a launch depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    symmetric: bool
+    has_c: bool
+    aligned: bool  # the addresses of a and b are multiples of 16 bytes
+    shape: tuple[int, ...]  # of a: [n, rows, depth]
+    cols: int
+    a_strides: tuple[int, ...]
+    b_strides: tuple[int, ...]
+    c_strides: tuple[int, ...]
+
+
+class Launch(NamedTuple):
+    """One launch of a product's kernel: see `launch`."""
+
+    kernel: Any
+    programs: int
+    pointers: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    options: dict[str, int]
+
+
+def product(
+    a: Tensor,  # [n, rows, depth]
+    b: Tensor,  # [n, depth, cols]
+    c: Tensor | None,  # [n, rows, cols]
+    alpha: float,
+    beta: float,
+    symmetric: bool,  # the result is, and half of it is computed
+    config: TileConfig | None = None,  # for tests and tuning
+) -> Tensor:
+    """``beta c + alpha a b`` by a kernel: [n, rows, cols], contiguous.
+
+    Raises:
+        ValueError: ``config`` wants tensor descriptors, and the strides or addresses do not fit.
+    """
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    if out.numel() == 0:
+        return out
+    kernel, programs, pointers, constants, options = prepare(
+        a, b, c, out, alpha, beta, symmetric, config
+    )
+    launch(kernel, programs, pointers, constants, **options)
+    return out
+
+
+def prepare(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    out: Tensor,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    config: TileConfig | None,
+) -> Launch:
+    """The launch that writes the `product` to ``out``."""
+    c_or_a = a if c is None else c  # without c, the kernel gets a pointer that it does not read
+    aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
+    layout = _Layout(
+        a.device, a.dtype, symmetric, c is not None, aligned,
+        a.shape, b.shape[2], a.stride(), b.stride(), c_or_a.stride(),
+    )  # fmt: skip
+    kernel, programs, constants, options, descriptors = _static(layout, config)
+    left: Any = a
+    right: Any = b
+    if descriptors:
+        left, right = (TensorDescriptor(x, *d) for x, d in zip((a, b), descriptors, strict=True))
+    return Launch(kernel, programs, (left, right, c_or_a, out, alpha, beta), constants, options)
+
+
+@functools.lru_cache(4096)
+def _static(layout: _Layout, config: TileConfig | None) -> _Static:
+    # A symmetric b may be read by rows, and then it is read as x is in x x^T.
+    by_rows = layout.b_strides[2] == 1
+    transposed = not by_rows or (layout.symmetric and layout.has_c)
+    along, across = (2, 1) if by_rows else (1, 2)
+    b_strides = [layout.b_strides[k] for k in (0, across, along)]
+    fits = (
+        layout.aligned
+        and layout.shape[2] > 0
+        and _fits_descriptor(list(layout.a_strides), layout.dtype)
+        and _fits_descriptor(b_strides, layout.dtype)
+    )
+    if config is None:
+        rows = layout.shape[1]
+        config = config_for(layout.device, layout.symmetric, layout.has_c, rows, fits)
+    if config.variant == "pointers":
+        return _with_pointers(layout, config)
+    if not fits:
+        raise ValueError(
+            f"config: {config.variant!r} needs tensor descriptors, which take addresses and "
+            f"strides that are multiples of 16 bytes and a last stride of 1; got strides "
+            f"{layout.a_strides} and {layout.b_strides}. Use variant 'pointers'"
+        )
+    return _with_descriptors(layout, config, transposed, b_strides)
+
+
+def _with_pointers(layout: _Layout, config: TileConfig) -> _Static:
+    n, rows, depth = layout.shape
+    tiles = tile_count(layout.symmetric, rows, layout.cols, config)
+    even = depth % config.block_k == 0
+    constants = (
+        rows, layout.cols, depth, tiles,
+        *layout.a_strides, *layout.b_strides, *layout.c_strides,
+        layout.symmetric, layout.has_c, even, INTERPRETED, *_blocks(config),
+    )  # fmt: skip
+    return _Static(pointer_kernel, n * tiles, constants, _options(config), ())
+
+
+def _with_descriptors(
+    layout: _Layout, config: TileConfig, transposed: bool, b_strides: list[int]
+) -> _Static:
+    n, rows, depth = layout.shape
+    tiles = tile_count(layout.symmetric, rows, layout.cols, config)
+    total = n * tiles
+    persistent = config.variant == "persistent"
+    block_m, block_n, block_k, _ = _blocks(config)
+    if transposed:
+        b_shape, b_block = [n, layout.cols, depth], [1, block_n, block_k]
+    else:
+        b_shape, b_block = [n, depth, layout.cols], [1, block_k, block_n]
+    descriptors = (
+        _Descriptor(list(layout.shape), list(layout.a_strides), [1, block_m, block_k]),
+        _Descriptor(b_shape, b_strides, b_block),
+    )
+    constants = (
+        rows, layout.cols, depth, tiles, total, *layout.c_strides,
+        layout.symmetric, layout.has_c, transposed, persistent, INTERPRETED, *_blocks(config),
+    )  # fmt: skip
+    programs = min(total, _programs(layout.device)) if persistent else total
+    return _Static(descriptor_kernel, programs, constants, _options(config), descriptors)
+
+
+def _blocks(config: TileConfig) -> tuple[int, ...]:
+    return config.block_m, config.block_n, config.block_k, config.group
+
+
+def _options(config: TileConfig) -> dict[str, int]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _fits_descriptor(strides: list[int], dtype: torch.dtype) -> bool:
+    return strides[2] == 1 and all(
+        stride > 0 and stride * dtype.itemsize % 16 == 0 for stride in strides[:2]
+    )
+
+
+def _programs(device: torch.device) -> int:
+    """How many persistent programs run at a time: one per SM; in the interpreter, a few."""
+    if device.type == "cpu":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
