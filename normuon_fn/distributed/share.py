@@ -52,10 +52,12 @@ def send(run: Run, bucket: Bucket, hold: guard.Decision) -> Parts:
     if not bucket.exchange.sharded:
         return Parts(front, None)
     parts: list[exchange.Part | None] = []
-    for group, piece, lane in zip(
-        bucket.groups, _shares(bucket, front), bucket.exchange.lanes, strict=True
+    for group, piece, shards in zip(
+        bucket.groups, _shares(bucket, front), bucket.exchange.groups, strict=True
     ):
-        variance = _variance(run, group) if lane.variances(lane.spread.shards.number) else None
+        variance = (
+            _variance(run, group) if shards.stores_states(bucket.exchange.shards.number) else None
+        )
         if piece is not None:
             _, power, squares = piece.measures
             stack = gathered(run, bucket, piece, power, torch.ones_like(power), [group.tall])
@@ -67,8 +69,16 @@ def send(run: Run, bucket: Bucket, hold: guard.Decision) -> Parts:
             continue
         if variance is not None:  # others may hold the same and send theirs
             power = torch.where(variance.isfinite().all(1), power, float("nan"))
-        parts.append(exchange.Part(stack, power, squares, variance))
+        parts.append(exchange.Part(stack, power, squares, _states(variance)))
     return Parts(front, bucket.exchange.send(parts))
+
+
+def _states(variance: Tensor | None) -> tuple[Tensor, ...]:
+    return () if variance is None else (variance,)
+
+
+def _variance_of(states: tuple[Tensor, ...]) -> Tensor | None:
+    return states[0] if states else None
 
 
 def _shares(bucket: Bucket, front: Front | None) -> list[Front | None]:
@@ -80,7 +90,7 @@ def _shares(bucket: Bucket, front: Front | None) -> list[Front | None]:
         if front is None or not group.held:
             found.append(None)
             continue
-        size, share = front.sizes[k], group.spread.share
+        size, share = front.sizes[k], group.spread.replica_share
         grads, momentums = (
             pick(tensors[block : block + size], share) for tensors in (front.grads, front.momentums)
         )
@@ -105,7 +115,7 @@ def _shares(bucket: Bucket, front: Front | None) -> list[Front | None]:
 def _variance(run: Run, group: Group) -> Tensor | None:
     """[n, rows or cols], of this copy's share."""
     assert group.spread is not None
-    share = group.spread.share
+    share = group.spread.replica_share
     if not run.plan.config.normalize or share.start == share.stop:
         return None
     return ops.stack(pick(run.read(group.blocks, ".variance"), share)).flatten(1)
@@ -124,19 +134,19 @@ def answer(run: Run, bucket: Bucket, given: Parts) -> Answer:
     else:
         for part in shared.receive(given.sent):
             stacks.append(None if part is None else _whole_to_norm(run, bucket, part))
-            variances.append(None if part is None else part.variance)
+            variances.append(None if part is None else _variance_of(part.states))
     mine = [stack for stack in stacks if stack is not None]
     whole = iterated(run, bucket, torch.cat(mine) if len(mine) > 1 else mine[0]) if mine else None
     parts = iter(() if whole is None else whole.split([*map(len, mine)]))
     updates: list[exchange.Update | None] = []
-    for group, stack, variance, lane in zip(
-        bucket.groups, stacks, variances, shared.lanes, strict=True
+    for group, stack, variance, shards in zip(
+        bucket.groups, stacks, variances, shared.groups, strict=True
     ):
         if stack is None:
             updates.append(None)
             continue
         part = next(parts)
-        before = None if variance is None else variance.unsqueeze(2 if lane.by_row else 1)
+        before = None if variance is None else variance.unsqueeze(2 if shards.by_row else 1)
         update = part.mT if group.tall else part
         beta2 = run.hyper_of(bucket).beta2
         factor, new, finite = normalize(
@@ -144,10 +154,13 @@ def answer(run: Run, bucket: Bucket, given: Parts) -> Answer:
         )
         updates.append(
             exchange.Update(
-                part, factor.flatten(1), None if new is None else new.flatten(1), finite
+                part,
+                factor.flatten(1),
+                _states(None if new is None else new.flatten(1)),
+                finite,
             )
         )
-    sound = _sound(run, bucket, given.front) if shared.copies.size > 1 else None
+    sound = _sound(run, bucket, given.front) if shared.replicas.size > 1 else None
     return Answer(given.front, shared.send_back(updates, sound))
 
 
@@ -184,17 +197,15 @@ def receive(run: Run, bucket: Bucket, given: Answer) -> tuple[list[Back], Tensor
     """This rank's parts of the updates; and [matrices of the bucket] bool, whether they are finite, alike on all ranks."""
     assert bucket.exchange is not None
     backs, finite = [], []
-    for group, part, lane in zip(
-        bucket.groups, bucket.exchange.receive_back(given.sent), bucket.exchange.lanes, strict=True
+    for group, part, shards in zip(
+        bucket.groups, bucket.exchange.receive_back(given.sent), bucket.exchange.groups, strict=True
     ):
         finite.append(part.finite)
         if not group.held and not part.factor.shape[1]:
             continue  # nothing of it lies here, not even a variance
         old = ops.stack(run.read(group.blocks, ".variance")) if run.plan.config.normalize else None
-        dim = 2 if lane.by_row else 1
-        variances = (
-            None if old is None or part.variance is None else (old, part.variance.unsqueeze(dim))
-        )
+        dim = 2 if shards.by_row else 1
+        variances = None if old is None else (old, part.states[0].unsqueeze(dim))
         update = part.x.mT if group.tall else part.x
         backs.append(Back(group, update, part.factor.unsqueeze(dim), variances, part.finite))
     return backs, torch.cat(finite)

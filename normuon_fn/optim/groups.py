@@ -325,7 +325,7 @@ def keep(
         if (
             tuple(here.shape) == spec.shape
             and here.dtype == spec.dtype
-            and mesh.lies_as(own, spec.sharded)
+            and mesh.has_layout(own, spec.sharded)
         ):
             owner[kind] = own if here.device == device else own.to(device)
             return owner[kind]
@@ -336,7 +336,7 @@ def keep(
     new = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     if kind == "master" and param is not None:
         new.copy_(mesh.local(param).detach())
-    owner[kind] = mesh.whole(new, spec.sharded)
+    owner[kind] = mesh.to_dtensor(new, spec.sharded)
     return owner[kind]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..distributed.placements import describe, lies_as, local
+from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
 from .plan import Plan, Spec
 
@@ -75,7 +75,7 @@ def check_lies(plan: Plan, params: Tensors, grads: Grads, state: Tensors) -> Non
 
 
 def _check_lies(what: str, tensor: Tensor, spec: Spec) -> None:
-    if not lies_as(tensor, spec.sharded):
+    if not has_layout(tensor, spec.sharded):
         expected = (
             "a plain tensor"
             if spec.sharded is None

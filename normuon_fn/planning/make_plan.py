@@ -15,8 +15,14 @@ from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
 from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group, storage_key
 from ..distributed.messages import Exchange
-from ..distributed.owners import Lane, Spread, balance
-from ..distributed.placements import Sharded, covering, local, reduced, sharded
+from ..distributed.owners import GroupShards, Ownership, balance
+from ..distributed.placements import (
+    ShardedLayout,
+    covering,
+    local,
+    per_row_layout,
+    sharded_layout,
+)
 from ..routing.routes import Routes, resolve_routes
 from ..types import Config
 from .layout import Block, View, part_of
@@ -73,9 +79,9 @@ def make_plan(
         if route.unfrozen is not None and tensor.requires_grad:
             route, reason = route.unfrozen, "requires a gradient by now"
         route = replace(route, unfrozen=None)
-        lies = sharded(name, tensor)
+        lies = sharded_layout(name, tensor)
         spec = Spec(
-            tuple(tensor.shape) if lies is None else tuple(n for _, n in lies.here),
+            tuple(tensor.shape) if lies is None else tuple(n for _, n in lies.local_part),
             tensor.dtype,
             lies,
         )
@@ -88,7 +94,7 @@ def make_plan(
             state[name + rest] = Spec(
                 spec.shape, torch.int16 if rest == ".mantissa" else torch.float32, lies
             )
-        here_at = () if lies is None else lies.here
+        here_at = () if lies is None else lies.local_part
         if route.algorithm == "normuon":
             read = read_as_matrices(name, tensor, route)
             by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
@@ -130,7 +136,7 @@ def make_plan(
 
     device = next(iter(params.values())).device
     buckets = _bucket(groups, config, device)
-    of = {p.name: () if p.spec.sharded is None else p.spec.sharded.here for p in parameters}
+    of = {p.name: () if p.spec.sharded is None else p.spec.sharded.local_part for p in parameters}
     adamw_buckets = tuple(
         AdamWBucket(
             tuple(held), lr, wd, tuple(names), rest,
@@ -213,13 +219,13 @@ def _salts(seed: int, name: str, where: object, count: int) -> tuple[int, ...]:
 
 
 def _here(
-    name: str, read: Sequence[Read], lies: Sharded | None, mesh: Ranks | None
-) -> tuple[list[Read], list[Spread | None]]:
+    name: str, read: Sequence[Read], lies: ShardedLayout | None, mesh: Ranks | None
+) -> tuple[list[Read], list[Ownership | None]]:
     """What of a parameter's blocks lies on this rank, and how each one's matrices lie on all of them."""
     if lies is None:
-        return list(read), [Spread.of((), rows, cols, mesh) for _, _, rows, cols in read]
+        return list(read), [Ownership.of((), rows, cols, mesh) for _, _, rows, cols in read]
     here: list[Read] = []
-    spreads: list[Spread | None] = []
+    spreads: list[Ownership | None] = []
     for view, count, rows, cols in read:
         try:
             parts = [part_of(view, count, rows, cols, part) for part in lies.parts]
@@ -234,19 +240,19 @@ def _here(
         own, n, rect = parts[lies.rank]
         here.append((own, n, rect.rows, rect.cols))
         spreads.append(
-            None if any(n != count for _, n, _ in parts) else Spread.of(rects, rows, cols, lies)
+            None if any(n != count for _, n, _ in parts) else Ownership.of(rects, rows, cols, lies)
         )
     return here, spreads
 
 
 def _variance_lies(
-    name: str, shape: tuple[int, ...], here: tuple[int, ...], lies: Sharded | None
-) -> Sharded | None:
+    name: str, shape: tuple[int, ...], here: tuple[int, ...], lies: ShardedLayout | None
+) -> ShardedLayout | None:
     try:
-        found = reduced(lies, shape)
+        found = per_row_layout(lies, shape)
     except ValueError as error:
         raise ValueError(f"params[{name!r}]: {error}") from None
-    if found is not None and tuple(length for _, length in found.here) != here:
+    if found is not None and tuple(length for _, length in found.local_part) != here:
         raise ValueError(
             f"params[{name!r}]: {found.placements} has no equal for a variance of shape {shape}; shard by whole heads"
         )
@@ -254,7 +260,10 @@ def _variance_lies(
 
 
 def _guard_group(
-    config: Config, lie: Sequence[Sharded | None], mesh: Ranks | None, guard_mesh: Ranks | None
+    config: Config,
+    lie: Sequence[ShardedLayout | None],
+    mesh: Ranks | None,
+    guard_mesh: Ranks | None,
 ) -> str | None:
     for name, given in (("mesh", mesh), ("guard_mesh", guard_mesh)):
         if given is not None and not isinstance(given, Ranks):
@@ -325,7 +334,7 @@ def _bucket(
         own = (
             of if config.orthogonalizer is not None or of == torch.float64 else None
         )  # what a stack may not mix
-        ranks = None if spread is None else (spread.group, spread.shards, spread.copies)
+        ranks = None if spread is None else (spread.group, spread.shards, spread.replicas)
         group = Group(tuple(blocks), rows, cols, lr_mul, wd_mul, tuple(names), spread, *others)
         buckets.setdefault((short, long, form, own, ranks, group.hyper), []).append(group)
 
@@ -338,7 +347,11 @@ def _bucket(
             wide = torch.float64 if own == torch.float64 else torch.float32
             dtype = wide if config.orthogonalizer else form.dtype
             exchange = Exchange(
-                _lanes(parts, config), dtype, wide, device, overlaps(parts[0].spread.group, device)
+                _group_shards(parts, config),
+                dtype,
+                wide,
+                device,
+                overlaps(parts[0].spread.group, device),
             )
         found.append(Bucket(tuple(parts), short, long, form, chosen, exchange, hyper))
     return tuple(
@@ -346,15 +359,16 @@ def _bucket(
     )  # what is here, while the rest is on its way
 
 
-def _lanes(groups: Sequence[Group], config: Config) -> list[Lane]:
-    lanes, start = [], 0
+def _group_shards(groups: Sequence[Group], config: Config) -> list[GroupShards]:
+    found, start = [], 0
     for group in groups:
         assert group.spread is not None
         short, long = sorted((group.rows, group.cols))
         by_row = per_row(config, group.rows, group.cols, group.transposed)
-        lanes.append(Lane(group.spread, short, long, group.tall, by_row, config.normalize, start))
-        start += lanes[-1].count
-    return lanes
+        states = int(config.normalize)
+        found.append(GroupShards(group.spread, short, long, group.tall, by_row, states, start))
+        start += found[-1].count
+    return found
 
 
 def _columns(

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..algorithm.coefficients import CoefficientSet
 from ..algorithm.orthogonalize import Form
 from ..distributed.messages import Exchange
-from ..distributed.owners import Spread
-from ..distributed.placements import Sharded
+from ..distributed.owners import Ownership
+from ..distributed.placements import ShardedLayout
 from ..routing.routes import Route
 from ..routing.table import render
 from ..types import Config
@@ -25,7 +25,7 @@ class Spec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    sharded: Sharded | None = None
+    sharded: ShardedLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Group:
     names: tuple[
         str, ...
     ]  # of all parameters that belong to it, those included of which nothing lies here
-    spread: Spread | None = None
+    spread: Ownership | None = None
     rest: str = (
         ""  # the state that makes float32 masters of the parameters: ".mantissa" or ".master"
     )
@@ -63,7 +63,7 @@ class Group:
     @property
     def held(self) -> bool:
         """Whether anything of it lies here."""
-        return self.spread is None or self.spread.here.size > 0
+        return self.spread is None or self.spread.local_rect.size > 0
 
     @property
     def count(self) -> int:
@@ -176,7 +176,7 @@ class Plan:
         for bucket in self.buckets:
             form = "own orthogonalizer" if self.config.orthogonalizer else _describe(bucket.form)
             form += (
-                f", shared by {bucket.exchange.shards.size * bucket.exchange.copies.size} ranks"
+                f", shared by {bucket.exchange.shards.size * bucket.exchange.replicas.size} ranks"
                 if bucket.exchange
                 else ""
             )
