@@ -49,7 +49,9 @@ def init(plan: Plan, params: Tensors) -> dict[str, Tensor]:
     for name in params:
         if f"{name}.master" in zeros:
             zeros[f"{name}.master"].copy_(mesh.local(params[name]).detach())
-    return {name: mesh.to_dtensor(tensor, plan.state[name].sharded) for name, tensor in zeros.items()}
+    return {
+        name: mesh.to_dtensor(tensor, plan.state[name].sharded) for name, tensor in zeros.items()
+    }
 
 
 def update(
@@ -109,7 +111,9 @@ def to_dtensors(result: StepResult, params: Tensors, plan: Plan) -> StepResult:
     if not plan.sharded:
         return result
     specs = {p.name: p.spec for p in plan.parameters}
-    new = {name: mesh.to_dtensor(tensor, specs[name].sharded) for name, tensor in result.params.items()}
+    new = {
+        name: mesh.to_dtensor(tensor, specs[name].sharded) for name, tensor in result.params.items()
+    }
     return result._replace(
         params=new,
         state={

@@ -78,7 +78,8 @@ def orthogonalize(
         ValueError: ``x`` has fewer than two dimensions, `torch.func` differentiates by it, or the
             method, dtype, coefficients or number of steps are unknown.
 
-    Source: Keller Jordan, Muon (2024); arXiv 2505.16932 (Polar Express); Gram Newton-Schulz (Dao-AILab).
+    Source: Keller Jordan, Muon (2024); arXiv 2505.16932 (Polar Express); Gram
+    Newton-Schulz (Dao-AILab).
     """
     if (
         not isinstance(x, Tensor)
@@ -191,7 +192,7 @@ def _as_dtensor(local: Tensor, like: DTensor, placements: Sequence[Any]) -> DTen
 
 
 def _sends_less(x: Tensor, chosen: CoefficientSet, form: Form) -> bool:
-    """Whether ``distributed`` moves fewer bytes than ``duplicated``. An all-reduce moves numbers twice."""
+    """Whether ``distributed`` moves fewer bytes; an all-reduce moves every number twice."""
     if form.method != "gram":
         return False
     short, long = sorted(x.shape[-2:])
@@ -254,7 +255,7 @@ def _reduced(reduce: Callable[[Tensor, str], Tensor], x: Tensor, groups: tuple[s
 
 
 def _summed(x: Tensor, products: ops.Products, groups: tuple[str, ...]) -> Tensor:
-    """``x x^T`` of columns on several ranks: added in float32 at least, rounded as on one device."""
+    """``x x^T`` of columns on several ranks: added in float32 at least, then rounded."""
     part = times_transpose(x, products)
     packed = pack_triangles(part.to(torch.promote_types(x.dtype, torch.float32)))
     return unpack_triangles(_reduced(all_reduce_sum, packed, groups), x.shape[1]).to(x.dtype)
