@@ -286,7 +286,7 @@ def test_a_users_graph_of_dtensors_has_the_same_collectives() -> None:
     assert list(map(str, users.collectives)) == list(map(str, compiled.collectives))
     for parameter in given.plan.parameters:
         new = users.result.params[parameter.name]
-        assert new.shape == given.params[parameter.name].shape and mesh.lies_as(
+        assert new.shape == given.params[parameter.name].shape and mesh.has_layout(
             new, parameter.spec.sharded
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .algorithm.guard import Agreement
 from .compat import without_autocast
-from .distributed.placements import check_alike, local, local_of, whole
+from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
 from .planning.plan import Plan
 from .planning.tensors import StepTensors
@@ -50,7 +50,7 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
         tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device)
         if spec.starts_as_parameter:
             tensor.copy_(local(params[key.rpartition(".")[0]]).detach())
-        state[key] = whole(tensor, spec.sharded)
+        state[key] = to_dtensor(tensor, spec.sharded)
     return state
 
 
@@ -174,6 +174,6 @@ def to_dtensors(result: StepResult, plan: Plan) -> StepResult:
         return result
     specs = {p.name: p.spec for p in plan.parameters}
     return result._replace(
-        params={name: whole(x, specs[name].sharded) for name, x in result.params.items()},
-        state={name: whole(x, plan.state[name].sharded) for name, x in result.state.items()},
+        params={name: to_dtensor(x, specs[name].sharded) for name, x in result.params.items()},
+        state={name: to_dtensor(x, plan.state[name].sharded) for name, x in result.state.items()},
     )

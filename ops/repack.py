@@ -1,6 +1,7 @@
-"""Boxes of bits out of flat tensors into flat tensors: what ranks send to each other is packed and unpacked in one operator.
+"""`repack`: copies boxes of bytes between tensors, to pack and unpack the messages of ranks.
 
-One node in the graph for any number of ranks, and no arithmetic: a NaN stays the NaN that it was.
+It is one node in the graph for any number of ranks, and it does no arithmetic, so that NaNs keep
+their bits.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from torch import Tensor
 from .launch import INTERPRETED, jit, launch, tl, triton
 from .registration import define
 
-Box = tuple[
-    int, int, int, int, int, int
-]  # bytes: from, to, row stride from, row stride to; rows, and bytes of a row
+# In bytes: from, to, row stride of the source, row stride of the target, rows, bytes per row.
+Box = tuple[int, int, int, int, int, int]
 UNITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 8192
 
@@ -26,7 +26,7 @@ _BLOCK = 8192
 def repack_kernel(
     table, source, target, ROW: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One tile of a box. ``ROW``: one row of units; ``EVEN``: of pairs of units, so that two are loaded at a time."""
+    """One tile of a box. ``ROW``: it is one row; ``EVEN``: of pairs of units, loaded together."""
     entry = table + tl.program_id(0).to(tl.int64) * 6
     at, to, cols = tl.load(entry), tl.load(entry + 1), tl.load(entry + 5).to(tl.int32)
     if EVEN:
@@ -48,7 +48,7 @@ def repack_kernel(
 
 
 def _shape(tiles: Sequence[Sequence[int]]) -> int:
-    """0: any; 1: all of one row; 2: these of pairs of units."""
+    """0: tiles of any shape; 1: each of one row; 2: each of one row of pairs of units."""
     if any(tile[4] > 1 for tile in tiles):
         return 0
     return 1 if any(tile[k] % 2 for tile in tiles for k in (0, 1, 5)) else 2
@@ -72,9 +72,9 @@ class Moves:
     """Which boxes go where, for `repack`."""
 
     table: Tensor  # [tiles, 6] int64 on the device: a box or a part of one, in units
-    parts: tuple[
-        int, ...
-    ]  # six numbers for every source and target: their places, bytes a unit, first tile, tiles, `_shape`
+    # Six numbers per pair of source and target: their positions, bytes per unit, first tile, number
+    # of tiles, `_shape`.
+    parts: tuple[int, ...]
     narrow: tuple[int, ...]  # sizes of the results of one dtype
     dtype: torch.dtype
     wide: tuple[int, ...] = ()  # and of those after them, of another
@@ -140,12 +140,12 @@ class Boxes:
 
 
 def _units(x: Tensor, unit: int) -> Tensor:
-    """[n] integers of so many bytes; what does not lie at a multiple of them is copied."""
+    """[n] integers of ``unit`` bytes; a tensor that is not aligned to them is copied."""
     x = x.contiguous()
     if x.storage_offset() * x.element_size() % unit:
         x = x.clone()
     x = x.reshape(-1)
-    rest = x.numel() * x.element_size() % unit  # of what no box holds
+    rest = x.numel() * x.element_size() % unit  # no box covers these bytes
     return (x[: x.numel() - rest // x.element_size()] if rest else x).view(UNITS[unit])
 
 
@@ -185,15 +185,15 @@ def _repack_fake(
 
 _repack_op = define(
     "repack",
-    "(Tensor[] sources, Tensor table, int[] parts, int[] narrow, ScalarType dtype, int[] wide, ScalarType wide_dtype)"
-    " -> Tensor[]",
+    "(Tensor[] sources, Tensor table, int[] parts, int[] narrow, ScalarType dtype, int[] wide, "
+    "ScalarType wide_dtype) -> Tensor[]",
     _repack,
     _repack_fake,
 )
 
 
 def repack(sources: Sequence[Tensor], moves: Moves) -> list[Tensor]:
-    """The targets, each [size], from the sources, of any shapes. What no box covers is left as it is found in memory."""
+    """The targets, each [size], from sources of any shape. Uncovered bytes are undefined."""
     m = moves
     return _repack_op(
         list(sources), m.table, list(m.parts), list(m.narrow), m.dtype, list(m.wide), m.wide_dtype

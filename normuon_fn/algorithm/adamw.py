@@ -23,15 +23,16 @@ class AdamWWork(Work):
 
     def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
         self.members, self.runs, self.context = members, runs, context
-        self.moments: Sequence[list[Tensor]] = ()
+        self.moments: Sequence[list[Tensor]] = ()  # exp_avgs, exp_avg_sqs, grads
         self.bad: Tensor | None = None  # [2, n] bool: non-finite update, non-finite gradient
         if members.tensors:
-            self.moments = [members.read(state.name) for state in STATES] + [members.read("grad")]
-            wide, hyper = self.moments[0][0].dtype, context.hyper
+            first, second = (members.read(state.name) for state in STATES)
+            self.moments = first, second, members.read("grad")
+            wide, hyper = first[0].dtype, context.hyper
             step, betas = context.adamw_step.double(), (hyper.adamw_beta1, hyper.adamw_beta2)
             corrections = [(1 - beta.double() ** step).to(wide) for beta in betas]
             self.rates = ops.AdamWRates(*betas, hyper.adamw_eps, *corrections)
-            self.bad = context.operators.adamw_flags(*self.moments, self.rates)
+            self.bad = context.operators.adamw_flags(first, second, self.moments[2], self.rates)
 
     def bad_gradients(self) -> Tensor:
         """Updates included: they are known by now."""

@@ -1,12 +1,17 @@
-"""`orthogonalize` of a DTensor: every rank comes to its own part of the polar factors, in one of three ways.
+"""`orthogonalize`, of a plain tensor or of a DTensor.
 
-    local         whole matrices on every rank (experts, layers): as on one device, nothing is sent
-    distributed   the long side is cut, and the Gram form is taken: x stays where it is, its parts' x x^T are summed
-    duplicated    anything else: whole matrices are gathered, every rank orthogonalizes them and keeps its own part
+For a DTensor, every rank computes its own part of the polar factors, in one of three modes:
 
-The long side of x appears in x x^T as the index that is summed over, so it does not matter which columns lie where.
+    local         every rank stores whole matrices (experts, layers): nothing is sent
+    distributed   the long side is sharded and the Gram form is chosen: x stays where it is, and
+                  the products x x^T of the parts are summed
+    duplicated    otherwise: every rank gathers the whole matrices, orthogonalizes them and keeps
+                  its own part
 
-Source: the modes ``distributed`` and ``duplicated`` of NVIDIA-NeMo/Emerging-Optimizers `newton_schulz_tp`.
+In x x^T the long side of x is the index of the sum, so the order of its shards does not matter.
+
+Source: the modes ``distributed`` and ``duplicated`` of NVIDIA-NeMo/Emerging-Optimizers
+`newton_schulz_tp`.
 """
 
 from __future__ import annotations
@@ -57,21 +62,24 @@ def orthogonalize(
 ) -> Tensor:
     """The approximate polar factor of every matrix of ``x``, in its shape and dtype.
 
-    Bit for bit, ``orthogonalize(2**k * x) == orthogonalize(x)`` as long as all non-zero entries stay normal numbers, and
-    ``orthogonalize(x.mT) == orthogonalize(x).mT`` (tested on the CPU; on CUDA the norm is summed in float64 in another order).
-    A non-finite entry makes its whole matrix non-finite. It has no derivative: the result requires none. Of a DTensor the
-    result is one of the same placements: see orthogonalize_sharded.py.
+    Bit for bit, ``orthogonalize(2**k * x) == orthogonalize(x)`` as long as all non-zero entries
+    stay normal numbers, and ``orthogonalize(x.mT) == orthogonalize(x).mT`` (tested on the CPU; on
+    CUDA the norm is summed in float64 in another order). A non-finite entry makes its whole matrix
+    non-finite. The function has no derivative: its result does not require one. For a DTensor the
+    result is a DTensor with the same placements; see `orthogonalize_sharded`.
 
     Args:
-        method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides by aspect ratio.
+        method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides
+            by the aspect ratio.
         dtype: of the products; ``None``: see `Config.orthogonalize_dtype`.
 
     Raises:
         TypeError: ``x`` is not a real floating-point tensor.
-        ValueError: fewer than two dimensions, `torch.func` differentiates by ``x``, or an unknown method, dtype, coefficients
-            or number of steps.
+        ValueError: ``x`` has fewer than two dimensions, `torch.func` differentiates by it, or the
+            method, dtype, coefficients or number of steps are unknown.
 
-    Source: Keller Jordan, Muon (2024); arXiv 2505.16932 (Polar Express); Gram Newton-Schulz (Dao-AILab).
+    Source: Keller Jordan, Muon (2024); arXiv 2505.16932 (Polar Express); Gram
+    Newton-Schulz (Dao-AILab).
     """
     if (
         not isinstance(x, Tensor)
@@ -85,7 +93,8 @@ def orthogonalize(
         raise ValueError(f"x: expected [..., rows, cols], got shape {tuple(x.shape)}")
     if has_tangent(x):
         raise ValueError(
-            "x: torch.func is to differentiate by it, and orthogonalize has no derivative; give x.detach()"
+            "x: torch.func is to differentiate by it, and orthogonalize has no derivative; "
+            "give x.detach()"
         )
     rows, cols = (
         (x.shape[-2], x.shape[-1]) if x.shape[-2] <= x.shape[-1] else (x.shape[-1], x.shape[-2])
@@ -104,9 +113,16 @@ def orthogonalize(
 
 @torch.compiler.assume_constant_result
 def _decide(
-    coefficients: Coefficients, steps: int, safety_factor: float | None, method: Method, dtype: torch.dtype | None,
-    rows: int, cols: int, device: str, of: torch.dtype,
-) -> tuple[CoefficientSet, Form]:  # fmt: skip
+    coefficients: Coefficients,
+    steps: int,
+    safety_factor: float | None,
+    method: Method,
+    dtype: torch.dtype | None,
+    rows: int,
+    cols: int,
+    device: str,
+    of: torch.dtype,
+) -> tuple[CoefficientSet, Form]:
     """All that is static; dynamo does not trace it."""
     chosen = resolve(coefficients, steps, safety_factor)
     return chosen, choose(chosen, method, dtype, rows, cols, torch.device(device), of)
@@ -117,13 +133,15 @@ def orthogonalize_sharded(
     chosen: CoefficientSet,
     form: Form,
 ) -> Tensor:
-    """The approximate polar factor of every matrix of ``x``, as a DTensor of its shape, dtype, mesh and placements.
+    """The approximate polar factor of every matrix of ``x``, as a DTensor like ``x``.
 
-    Collectives: none for ``local``; an all-gather (one a mesh dimension) for ``duplicated``; for ``distributed`` one all-reduce
-    of a number a matrix for the largest entry, one for the norm, and one of half of x x^T whenever that is computed anew: it is
-    taken where that moves fewer bytes than x itself. Uneven and empty shards are allowed.
+    Shape, dtype, mesh and placements are those of ``x``. Uneven and empty shards are allowed.
 
-    ``distributed`` adds in another order than one device does; `orthogonalize` says which bits stay the same, and they do here.
+    Collectives: none for ``local``; one all-gather per mesh dimension for ``duplicated``; for
+    ``distributed`` one all-reduce of one number per matrix for the largest entry, one for the norm,
+    and one of half of x x^T whenever it is computed anew. ``distributed`` is chosen where that
+    moves fewer bytes than x itself. It adds in another order than one device does, but the
+    equalities of bits that `orthogonalize` states hold for it too.
 
     Raises:
         ValueError: placements other than Shard and Replicate, as Partial is.
@@ -133,8 +151,9 @@ def orthogonalize_sharded(
     for placement in placements:
         if not (placement.is_replicate() or placement.is_shard() or is_strided(placement)):
             raise ValueError(
-                f"x: expected Shard and Replicate placements, got {placements}; what is Partial is not known before it is "
-                "reduced: x.redistribute(placements=...) to Shard or Replicate first"
+                f"x: expected Shard and Replicate placements, got {placements}; what is Partial "
+                "is not known before it is reduced: x.redistribute(placements=...) to Shard or "
+                "Replicate first"
             )
     sides = [x.ndim - 1, x.ndim - 2]
     cut = [
@@ -145,21 +164,21 @@ def orthogonalize_sharded(
     if x.numel() == 0:
         return x.clone()
     if not cut:
-        return _whole(orthogonalize_whole(x.to_local(), chosen, form), x, placements)
+        return _as_dtensor(orthogonalize_whole(x.to_local(), chosen, form), x, placements)
 
     tall = x.shape[-2] > x.shape[-1]
     long = sides[1] if tall else sides[0]
     if all(placements[k].dim == long for k in cut) and _sends_less(x, chosen, form):
         groups = _groups(mesh, tuple(cut))
-        return _whole(_distributed(x.to_local(), tall, chosen, form, groups), x, placements)
+        return _as_dtensor(_distributed(x.to_local(), tall, chosen, form, groups), x, placements)
 
     gathered = [Replicate() if k in cut else p for k, p in enumerate(placements)]
     out = orthogonalize_whole(x.redistribute(placements=gathered).to_local(), chosen, form)
-    return _whole(out, x, gathered).redistribute(placements=placements)
+    return _as_dtensor(out, x, gathered).redistribute(placements=placements)
 
 
-def _whole(local: Tensor, like: DTensor, placements: Sequence[Any]) -> DTensor:
-    """The contiguous DTensor of the shape of ``like`` of which ``local`` lies here."""
+def _as_dtensor(local: Tensor, like: DTensor, placements: Sequence[Any]) -> DTensor:
+    """The contiguous DTensor of the shape of ``like`` whose local part is ``local``."""
     shape = like.shape
     stride = tuple(shape[k + 1 :].numel() for k in range(len(shape)))
     return DTensor.from_local(
@@ -173,7 +192,7 @@ def _whole(local: Tensor, like: DTensor, placements: Sequence[Any]) -> DTensor:
 
 
 def _sends_less(x: Tensor, chosen: CoefficientSet, form: Form) -> bool:
-    """Whether ``distributed`` moves fewer bytes than ``duplicated``. All-reducing moves every number twice."""
+    """Whether ``distributed`` moves fewer bytes; an all-reduce moves every number twice."""
     if form.method != "gram":
         return False
     short, long = sorted(x.shape[-2:])
@@ -184,7 +203,7 @@ def _sends_less(x: Tensor, chosen: CoefficientSet, form: Form) -> bool:
 
 @torch.compiler.assume_constant_result
 def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[str, ...]:
-    """The process group of these dimensions of a mesh, flattened; one each where they have no names to flatten them by."""
+    """The process group of these mesh dimensions as one; without names, one group per dimension."""
     names = mesh.mesh_dim_names
     if len(dims) == mesh.ndim and (
         names is not None or mesh.ndim == 1 or mesh.size() == torch.distributed.get_world_size()
@@ -195,7 +214,7 @@ def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[str, ...]:
     return (process_group(mesh[tuple(names[k] for k in dims)]).group_name,)
 
 
-# -------------------------------------------------------------------------------------------------------------- distributed
+# ------------------------------------------------------------------------------- distributed
 
 
 def _distributed(
@@ -211,7 +230,8 @@ def _distributed(
     if x.numel() == 0:  # takes part in the sums with zeros
         side = stack.shape[-1] if tall else stack.shape[-2]
         stack = stack.new_zeros(stack.shape[0], *((1, side) if tall else (side, 1)))
-    # The power of the largest entry of all is the least, and 0 where an entry is not finite; a NaN may be lost in a max.
+    # The power of the largest entry is the least, and 0 where an entry is not finite; a maximum
+    # may lose a NaN.
     _, own, squares = ops.measure(stack)
     power = -_reduced(all_reduce_max, -own, groups)
     shift = power / own  # <= 1: what underflows is nothing to the sum, which is at least 4
@@ -231,16 +251,17 @@ def _reduced(reduce: Callable[[Tensor, str], Tensor], x: Tensor, groups: tuple[s
 
 
 def _summed(x: Tensor, products: ops.Products, groups: tuple[str, ...]) -> Tensor:
-    """``x x^T`` of columns that lie on several ranks: added in float32 at least, then rounded as on one device."""
+    """``x x^T`` of columns on several ranks: added in float32 at least, then rounded."""
     part = times_transpose(x, products)
-    packed = _packed(part.to(torch.promote_types(x.dtype, torch.float32)))
-    return _unpacked(_reduced(all_reduce_sum, packed, groups), x.shape[1]).to(x.dtype)
+    packed = pack_triangles(part.to(torch.promote_types(x.dtype, torch.float32)))
+    return unpack_triangles(_reduced(all_reduce_sum, packed, groups), x.shape[1]).to(x.dtype)
 
 
-def _packed(x: Tensor) -> Tensor:
-    """The lower triangle of [n, size, size], symmetric, as [n, h, 2 h + 1] for size = 2 h; odd sizes are filled up by one.
+def pack_triangles(x: Tensor) -> Tensor:
+    """The lower triangle of symmetric [n, size, size] as [n, h, 2 h + 1], with size = 2 h.
 
-    The lower triangle of the first quarter and the upper one of the last, side by side, and the quarter below the diagonal.
+    An odd size is padded by one. The result is the lower triangle of the first quarter and the
+    upper triangle of the last, side by side, then the quarter below the diagonal.
     """
     if x.shape[-1] % 2:
         x = pad(x, (0, 1, 0, 1))
@@ -249,7 +270,7 @@ def _packed(x: Tensor) -> Tensor:
     return torch.cat([triangles, x[:, h:, :h]], -1)
 
 
-def _unpacked(x: Tensor, size: int) -> Tensor:
+def unpack_triangles(x: Tensor, size: int) -> Tensor:
     h = x.shape[1]
     triangles, below = x[..., : h + 1], x[..., h + 1 :]
     first, last = triangles[..., :h].tril(), triangles[..., 1:].triu()

@@ -1,4 +1,8 @@
-"""Who holds which part of the matrices of a group, and who orthogonalizes which of them."""
+"""Which rank owns which matrix of a group, and which part of every matrix each rank stores.
+
+The ranks that together store a matrix once are its shards. Where several such sets of ranks store
+the same matrix, each set is a replica. Every matrix has one owner, the rank that orthogonalizes it.
+"""
 
 from __future__ import annotations
 
@@ -6,111 +10,125 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import NamedTuple
 
 from ..compat import Ranks, process_group
-from .placements import ALONE, Sharded, Team
+from .placements import ALONE, RankGroup, ShardedLayout
 from .shards import Rect
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How the matrices of one group lie on the ranks of a process group, and who orthogonalizes which."""
+class Ownership:
+    """How the matrices of one group are divided among ranks, and how many each rank owns."""
 
     group: str
-    shards: Team
-    copies: Team
-    cells: tuple[tuple[int, ...], ...]  # [copies, shards]: the rank in the group
-    rects: tuple[Rect, ...]  # by shard: what it holds of every matrix
-    counts: tuple[tuple[int, ...], ...] = ()  # [copies, shards]: so many of the matrices, in order
+    shards: RankGroup
+    replicas: RankGroup
+    ranks: tuple[tuple[int, ...], ...]  # [replicas, shards]: the rank in the process group
+    rects: tuple[Rect, ...]  # by shard: its part of every matrix
+    counts: tuple[tuple[int, ...], ...] = ()  # [replicas, shards]: matrices owned, in order
 
     @staticmethod
     def of(
-        rects: Sequence[Rect], rows: int, cols: int, how: Sharded | Ranks | None
-    ) -> Spread | None:
-        """``rects`` by rank of the group. ``None``: whole matrices on one rank, that nobody shares the work on."""
-        if how is None:
+        rects: Sequence[Rect],  # by rank of the process group; unused for plain tensors
+        rows: int,
+        cols: int,
+        layout: ShardedLayout | Ranks | None,
+    ) -> Ownership | None:
+        """The ownership with no counts yet, or ``None`` if only one rank stores the matrices."""
+        if layout is None:
             return None
-        if isinstance(how, Sharded):
-            own = tuple(rects[rank] for rank in how.cells[0])
-            found = Spread(how.group, how.shards, how.copies, how.cells, own)
+        if isinstance(layout, ShardedLayout):
+            parts = tuple(rects[rank] for rank in layout.ranks[0])
+            found = Ownership(layout.group, layout.shards, layout.replicas, layout.ranks, parts)
         else:
-            ranks = process_group(how)
+            ranks = process_group(layout)
             numbers = tuple(range(ranks.size()))
-            copies = Team(ranks.group_name, ranks.rank(), numbers)
-            found = Spread(
-                ranks.group_name,
-                ALONE,
-                copies,
-                tuple((k,) for k in numbers),
-                (Rect(0, rows, 0, cols),),
-            )
-        return found if found.shards.size * found.copies.size > 1 else None
+            replicas = RankGroup(ranks.group_name, ranks.rank(), numbers)
+            whole = (Rect(0, rows, 0, cols),)
+            table = tuple((k,) for k in numbers)
+            found = Ownership(ranks.group_name, ALONE, replicas, table, whole)
+        return found if found.shards.size * found.replicas.size > 1 else None
 
     @property
-    def here(self) -> Rect:
+    def local_rect(self) -> Rect:
+        """This rank's part of every matrix."""
         return self.rects[self.shards.number]
 
     @property
-    def share(self) -> slice:
-        """The matrices that this copy orthogonalizes."""
-        start = sum(map(sum, self.counts[: self.copies.number]))
-        return slice(start, start + sum(self.counts[self.copies.number]))
+    def replica_share(self) -> slice:
+        """The matrices that are owned by ranks of this rank's replica."""
+        start = sum(map(sum, self.counts[: self.replicas.number]))
+        return slice(start, start + sum(self.replica_counts))
 
     @property
-    def owned(self) -> tuple[int, ...]:
-        """By shard: how many matrices of the share it orthogonalizes, in order."""
-        return self.counts[self.copies.number]
+    def replica_counts(self) -> tuple[int, ...]:
+        """By shard: how many matrices it owns in this rank's replica."""
+        return self.counts[self.replicas.number]
 
     @property
-    def own(self) -> int:
-        return self.owned[self.shards.number]
+    def local_count(self) -> int:
+        """How many matrices this rank owns."""
+        return self.replica_counts[self.shards.number]
 
     @property
     def by_rank(self) -> dict[int, int]:
-        """How many matrices each rank of the group orthogonalizes."""
-        return {rank: n for ranks, counts in zip(self.cells, self.counts, strict=True)
-                for rank, n in zip(ranks, counts, strict=True)}  # fmt: skip
+        """How many matrices each rank of the process group owns."""
+        return {
+            rank: n
+            for ranks, counts in zip(self.ranks, self.counts, strict=True)
+            for rank, n in zip(ranks, counts, strict=True)
+        }
 
 
-def balance(groups: Sequence[Any]) -> dict[int, Spread]:
-    """The spreads of these `Group`s by their id, with the work shared out: by what matrices cost, over all groups of the ranks.
+class Shared(NamedTuple):
+    """The matrices of one group that ranks share, as `balance` knows them."""
 
-    Every rank takes its equal share of each group; what is left over goes to whoever has least to do, the dearest first.
-    """
-    found: dict[int, Spread] = {}
-    load: dict[str, list[float]] = {}
+    ownership: Ownership
+    matrices: int
+    rows: int
+    cols: int
 
-    def cost(group: Any) -> float:
-        short, long = sorted((group.rows, group.cols))
+    @property
+    def cost(self) -> float:
+        """Of one matrix, in multiples of the work of Newton-Schulz."""
+        short, long = sorted((self.rows, self.cols))
         return float(short * short * (short + long))
 
-    for group in sorted((g for g in groups if g.ownership is not None), key=cost, reverse=True):
-        spread: Spread = group.ownership
-        ranks = [
-            rank for of_shard in zip(*spread.cells, strict=True) for rank in of_shard
-        ]  # alternately of all copies
-        busy = load.setdefault(spread.group, [0.0] * len(ranks))
-        base, rest = divmod(group.count, len(ranks))
+
+def balance(groups: Sequence[Shared]) -> list[Ownership]:
+    """The ownerships of all groups of a plan, in their order, with the counts filled in.
+
+    Every rank owns an equal number of each group's matrices. The remainder goes to the ranks with
+    the least work so far; groups of the most expensive matrices come first.
+    """
+    found = [group.ownership for group in groups]
+    load: dict[str, list[float]] = {}
+    for k in sorted(range(len(groups)), key=lambda k: groups[k].cost, reverse=True):
+        ownership, matrices, _, _ = group = groups[k]
+        # Alternately from all replicas, so that the remainder is divided among them too.
+        ranks = [rank for of_shard in zip(*ownership.ranks, strict=True) for rank in of_shard]
+        busy = load.setdefault(ownership.group, [0.0] * len(ranks))
+        base, rest = divmod(matrices, len(ranks))
         extra = set(sorted(ranks, key=lambda rank: busy[rank])[:rest])
         counts = tuple(
-            tuple(base + (rank in extra) for rank in of_copy) for of_copy in spread.cells
+            tuple(base + (rank in extra) for rank in of_replica) for of_replica in ownership.ranks
         )
-        found[id(group)] = replace(spread, counts=counts)
-        for rank, n in found[id(group)].by_rank.items():
-            busy[rank] += n * cost(group)
+        found[k] = replace(ownership, counts=counts)
+        for rank, n in found[k].by_rank.items():
+            busy[rank] += n * group.cost
     return found
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The parts of a matrix."""
+    """The parts into which a matrix is divided."""
 
-    places: dict[
-        int, int
-    ]  # of the shards that hold a part, row by row; then of those that hold variances alone
-    rows: tuple[int, ...]  # where in the matrix the parts begin
-    cols: tuple[int, ...]
+    # Shard -> its position among the senders: first the shards that store entries, row by row,
+    # then those that store only per-row state.
+    places: dict[int, int]
+    rows: tuple[int, ...]  # the first row of each band of parts
+    cols: tuple[int, ...]  # the first column of each band of parts
 
     @property
     def parts(self) -> int:
@@ -118,58 +136,63 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One group on its way."""
+class GroupShards:
+    """The matrices of one group as they are sent: tall ones transposed.
 
-    spread: Spread
-    rows: int  # as the matrices are sent: tall ones transposed
+    A "line" is a row or a column of the matrix, whichever has a factor and per-row state.
+    """
+
+    ownership: Ownership
+    rows: int
     cols: int
     tall: bool
-    by_row: bool  # one variance a row of the parameter; otherwise one a column
-    normalize: bool
-    start: int  # its first matrix among those of the bucket
+    by_row: bool  # a line is a row of the parameter; otherwise a column
+    states: int  # tensors of per-row state
+    start: int  # the index of the group's first matrix in the bucket
 
     def rect(self, shard: int) -> Rect:
-        rect = self.spread.rects[shard]
+        """The shard's part of every matrix."""
+        rect = self.ownership.rects[shard]
         return rect.mT if self.tall else rect
 
-    def reduced(self, shard: int) -> tuple[int, int]:
-        """The first row (or column) that a shard holds a part of, and how many."""
-        rect = self.spread.rects[shard]
+    def lines(self, shard: int) -> tuple[int, int]:
+        """The first line of which the shard stores a part, and the number of such lines."""
+        rect = self.ownership.rects[shard]
         return (rect.row, rect.rows) if self.by_row else (rect.col, rect.cols)
 
-    def variances(self, shard: int) -> int:
-        """How many variances of a matrix a shard holds: of every row, even if it holds none of its entries."""
-        return self.reduced(shard)[1] if self.normalize else 0
+    def stores_states(self, shard: int) -> bool:
+        """Whether a shard stores per-row state. It may do so without storing any entry."""
+        return self.states > 0 and self.lines(shard)[1] > 0
 
     @property
     def along_rows(self) -> bool:
-        """Whether there is one variance a row of what is sent."""
+        """Whether a line is a row of the matrix as it is sent."""
         return self.by_row != self.tall
 
     @property
     def length(self) -> int:
-        """How many rows (or columns) have a factor each, and a variance."""
+        """The number of lines of a matrix."""
         return self.rows if self.along_rows else self.cols
 
     @property
     def count(self) -> int:
-        return sum(map(sum, self.spread.counts))
+        return sum(map(sum, self.ownership.counts))
 
     @functools.cached_property
     def grid(self) -> Grid:
-        shards = range(self.spread.shards.size)
-        held = sorted((shard for shard in shards if self.rect(shard).size), key=self.rect)
-        rects = [self.rect(shard) for shard in held]
-        held += [shard for shard in shards if not self.rect(shard).size and self.variances(shard)]
-        starts = (
-            tuple(sorted({rect.row for rect in rects})),
-            tuple(sorted({rect.col for rect in rects})),
-        )
-        return Grid({shard: k for k, shard in enumerate(held)}, *starts)
+        shards = range(self.ownership.shards.size)
+        senders = sorted((shard for shard in shards if self.rect(shard).size), key=self.rect)
+        rects = [self.rect(shard) for shard in senders]
+        senders += [
+            shard for shard in shards if not self.rect(shard).size and self.stores_states(shard)
+        ]
+        rows, cols = ({rect[k] for rect in rects} for k in (0, 2))
+        places = {shard: k for k, shard in enumerate(senders)}
+        return Grid(places, tuple(sorted(rows)), tuple(sorted(cols)))
 
     @functools.cached_property
     def firsts(self) -> tuple[tuple[int, ...], ...]:
-        """[copies, shards]: the first of the matrices that are theirs."""
-        owners = iter(accumulate((n for counts in self.spread.counts for n in counts), initial=0))
-        return tuple(tuple(next(owners) for _ in counts) for counts in self.spread.counts)
+        """[replicas, shards]: the index of the first matrix that the rank owns."""
+        counts = self.ownership.counts
+        firsts = iter(accumulate((n for replica in counts for n in replica), initial=0))
+        return tuple(tuple(next(firsts) for _ in replica) for replica in counts)

@@ -1,4 +1,8 @@
-"""Where the parts of a tensor lie: which rank holds what of a DTensor, and the process groups between them."""
+"""How a DTensor is divided among ranks: the part of each rank, and the ranks that share work on it.
+
+The mesh dimensions of a DTensor fall into two kinds. Ranks along a dimension of Shard are shards
+of one tensor; ranks along a dimension of Replicate are replicas of the same part.
+"""
 
 from __future__ import annotations
 
@@ -18,45 +22,47 @@ from ..compat import gather_objects, is_strided, process_group, process_group_of
 from .shards import Span
 
 
-class Team(NamedTuple):
-    """Some ranks, numbered from 0. ``order``: by rank of the process group, the number."""
+class RankGroup(NamedTuple):
+    """Some ranks, numbered from 0 in the order of the mesh."""
 
-    group: str
-    number: int  # this rank's
-    order: tuple[int, ...]
+    group: str  # the name of their process group
+    number: int  # the number of this rank
+    order: tuple[int, ...]  # the number of each rank, by its rank in the process group
 
     @property
     def size(self) -> int:
         return len(self.order)
 
 
-ALONE = Team("", 0, (0,))
+ALONE = RankGroup("", 0, (0,))
 
 
 @dataclass(frozen=True, eq=False)
-class Sharded:
-    """How a DTensor lies on its mesh. ``parts``: by rank of the group, (start, length) in every dimension."""
+class ShardedLayout:
+    """How a DTensor is divided among the ranks of its mesh."""
 
     shape: tuple[int, ...]  # of the whole tensor
     mesh: DeviceMesh
     placements: tuple[Any, ...]
     group: str  # of all ranks of the mesh
-    rank: int  # this one's in the group
-    parts: tuple[tuple[Span, ...], ...]
-    shards: Team  # the ranks that hold the tensor between them, this one included
-    copies: Team  # the ranks that hold what this one does
-    cells: tuple[tuple[int, ...], ...]  # [copies, shards]: the rank in the group
+    rank: int  # of this process in the group
+    parts: tuple[tuple[Span, ...], ...]  # by rank: (start, length) in every dimension
+    shards: RankGroup  # the ranks that together store the tensor once, with this one
+    replicas: RankGroup  # the ranks that store the same part as this one
+    ranks: tuple[tuple[int, ...], ...]  # [replicas, shards]: the rank in the group
 
     @property
-    def here(self) -> tuple[Span, ...]:
+    def local_part(self) -> tuple[Span, ...]:
+        """(start, length) in every dimension of the part that this rank stores."""
         return self.parts[self.rank]
 
 
-def sharded(name: str, tensor: Tensor) -> Sharded | None:
-    """Of a DTensor; ``None`` for a plain tensor.
+def sharded_layout(name: str, tensor: Tensor) -> ShardedLayout | None:
+    """The layout of a DTensor; ``None`` for a plain tensor.
 
     Raises:
-        ValueError: placements that are no parts of a tensor (Partial), or that this cannot tell the parts of.
+        ValueError: a placement is neither Shard nor Replicate (as Partial is), or the local tensor
+            does not have the shape that the placements imply.
     """
     if not isinstance(tensor, DTensor):
         return None
@@ -64,46 +70,48 @@ def sharded(name: str, tensor: Tensor) -> Sharded | None:
     for placement in placements:
         if not (isinstance(placement, Replicate) or placement.is_shard() or is_strided(placement)):
             raise ValueError(
-                f"params[{name!r}]: expected Shard and Replicate placements, got {placements}; redistribute it"
+                f"params[{name!r}]: expected Shard and Replicate placements, got {placements}; "
+                "redistribute it"
             )
     group = process_group(mesh)
-    places = dict(
+    coordinates = dict(
         zip(mesh.mesh.flatten().tolist(), product(*map(range, mesh.mesh.shape)), strict=True)
     )
-    by_rank = [places[dist.get_global_rank(group, k)] for k in range(group.size())]
+    by_rank = [coordinates[dist.get_global_rank(group, k)] for k in range(group.size())]
     parts = _parts(tuple(tensor.shape), placements, tuple(mesh.mesh.shape), tuple(by_rank))
-    copies = [k for k, p in enumerate(placements) if isinstance(p, Replicate)]
-    shards = [k for k in range(len(placements)) if k not in copies]
-    grid = {place: k for k, place in enumerate(by_rank)}
-    cells = tuple(
-        tuple(grid[_place(len(placements), {**c, **s})] for s in _places(mesh, shards))
-        for c in _places(mesh, copies)
+    replicas = [k for k, p in enumerate(placements) if isinstance(p, Replicate)]
+    shards = [k for k in range(len(placements)) if k not in replicas]
+    rank_at = {coordinate: k for k, coordinate in enumerate(by_rank)}
+    ranks = tuple(
+        tuple(rank_at[_coordinate(len(placements), {**r, **s})] for s in _along(mesh, shards))
+        for r in _along(mesh, replicas)
     )
     mine = tuple(length for _, length in parts[group.rank()])
     if mine != tuple(tensor.to_local().shape):
         raise ValueError(
-            f"params[{name!r}]: {placements} should leave {mine} here, the local tensor is {tuple(tensor.to_local().shape)}"
+            f"params[{name!r}]: expected a local tensor of shape {mine} for {placements}, got "
+            f"{tuple(tensor.to_local().shape)}; create it by distribute_tensor"
         )
     rank = group.rank()
-    teams = _team(mesh, shards), _team(mesh, copies)
-    return Sharded(
-        tuple(tensor.shape), mesh, placements, group.group_name, rank, parts, *teams, cells
+    groups = _rank_group(mesh, shards), _rank_group(mesh, replicas)
+    return ShardedLayout(
+        tuple(tensor.shape), mesh, placements, group.group_name, rank, parts, *groups, ranks
     )
 
 
-def _places(mesh: DeviceMesh, dims: Sequence[int]) -> list[dict[int, int]]:
-    """All coordinates along some dimensions of a mesh, in order."""
+def _along(mesh: DeviceMesh, dims: Sequence[int]) -> list[dict[int, int]]:
+    """All coordinates along some dimensions of a mesh, in order, each by dimension."""
     return [
         dict(zip(dims, at, strict=True)) for at in product(*(range(mesh.size(k)) for k in dims))
     ]
 
 
-def _place(ndim: int, at: Mapping[int, int]) -> tuple[int, ...]:
+def _coordinate(ndim: int, at: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(at[k] for k in range(ndim))
 
 
-def _team(mesh: DeviceMesh, dims: Sequence[int]) -> Team:
-    """The ranks that differ from this one in some dimensions of a mesh alone, numbered in the order of the mesh."""
+def _rank_group(mesh: DeviceMesh, dims: Sequence[int]) -> RankGroup:
+    """The ranks that differ from this one at most along ``dims``, in the order of the mesh."""
     dims = [k for k in dims if mesh.size(k) > 1]
     if not dims:
         return ALONE
@@ -111,11 +119,11 @@ def _team(mesh: DeviceMesh, dims: Sequence[int]) -> Team:
     mine = mesh.get_coordinate()
     assert mine is not None
     ranks = [
-        int(mesh.mesh[_place(mesh.ndim, {**dict(enumerate(mine)), **at})])
-        for at in _places(mesh, dims)
+        int(mesh.mesh[_coordinate(mesh.ndim, {**dict(enumerate(mine)), **at})])
+        for at in _along(mesh, dims)
     ]
     order = tuple(ranks.index(dist.get_global_rank(group, k)) for k in range(group.size()))
-    return Team(group.group_name, order[group.rank()], order)
+    return RankGroup(group.group_name, order[group.rank()], order)
 
 
 @functools.lru_cache(maxsize=64)
@@ -123,18 +131,18 @@ def _parts(
     shape: tuple[int, ...],
     placements: tuple[Any, ...],
     sizes: tuple[int, ...],
-    places: tuple[tuple[int, ...], ...],
+    coordinates: tuple[tuple[int, ...], ...],
 ) -> tuple[tuple[Span, ...], ...]:
-    return tuple(_part(shape, placements, sizes, place) for place in places)
+    return tuple(_part(shape, placements, sizes, at) for at in coordinates)
 
 
 def _part(
     shape: tuple[int, ...],
     placements: Sequence[Any],
     sizes: tuple[int, ...],
-    place: tuple[int, ...],
+    coordinate: tuple[int, ...],
 ) -> tuple[Span, ...]:
-    """What the rank at ``place`` of a mesh holds. A strided shard (FSDP of what is sharded already) is cut last."""
+    """The part of the rank at a coordinate. Strided shards (FSDP over TP) are cut last."""
     part = [(0, size) for size in shape]
     order = sorted(range(len(placements)), key=lambda k: is_strided(placements[k]))
     for k in order:
@@ -142,8 +150,8 @@ def _part(
             continue
         start, length = part[placements[k].dim]
         chunk = -(-length // sizes[k])
-        before = min(length, chunk * place[k])
-        part[placements[k].dim] = start + before, min(length, chunk * (place[k] + 1)) - before
+        before = min(length, chunk * coordinate[k])
+        part[placements[k].dim] = start + before, min(length, chunk * (coordinate[k] + 1)) - before
     return tuple(part)
 
 
@@ -157,7 +165,7 @@ def mesh_and_placements(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that lies here; a plain tensor is one already."""
+    """The local part of a DTensor; a plain tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor
@@ -167,14 +175,14 @@ def local_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: local(tensor) for name, tensor in tensors.items()}
 
 
-def lies_as(tensor: Tensor, of: Sharded | None) -> bool:
-    """Whether a tensor lies as the plan says. A plain tensor counts as the part that lies here."""
+def has_layout(tensor: Tensor, layout: ShardedLayout | None) -> bool:
+    """Whether a tensor has the layout of the plan. A plain tensor counts as the local part."""
     if not isinstance(tensor, DTensor):
         return True
     return (
-        of is not None
-        and tuple(tensor.placements) == of.placements
-        and tensor.device_mesh == of.mesh
+        layout is not None
+        and tuple(tensor.placements) == layout.placements
+        and tensor.device_mesh == layout.mesh
     )
 
 
@@ -186,56 +194,63 @@ def describe(tensor: Tensor) -> str:
     )
 
 
-def whole(tensor: Tensor, of: Sharded | None) -> Tensor:
-    """The DTensor of which ``tensor`` is the part that lies here."""
-    if of is None or isinstance(tensor, DTensor):
+def to_dtensor(tensor: Tensor, layout: ShardedLayout | None) -> Tensor:
+    """The DTensor whose local part is ``tensor``; without a layout, ``tensor`` itself."""
+    if layout is None or isinstance(tensor, DTensor):
         return tensor
-    shape = torch.Size(of.shape)
+    shape = torch.Size(layout.shape)
     stride = tuple(torch.Size(shape[k + 1 :]).numel() for k in range(len(shape)))
     return DTensor.from_local(
-        tensor, of.mesh, of.placements, run_check=False, shape=shape, stride=stride
+        tensor, layout.mesh, layout.placements, run_check=False, shape=shape, stride=stride
     )
 
 
-def reduced(of: Sharded | None, shape: tuple[int, ...]) -> Sharded | None:
-    """How a tensor lies that has ``shape`` in the place of ``of.shape``: whole where a dimension is another one."""
-    if of is None:
+def per_row_layout(layout: ShardedLayout | None, shape: tuple[int, ...]) -> ShardedLayout | None:
+    """The layout of a state of ``shape`` with one entry per row, for a parameter of ``layout``.
+
+    It is sharded as the parameter, but replicated along dimensions that differ from its shape.
+
+    Raises:
+        ValueError: the state has another number of dimensions than the parameter.
+    """
+    if layout is None:
         return None
-    if len(shape) == 2 < len(of.shape):  # of a tensor that is read as one matrix
-        each = torch.Size(of.shape[2:]).numel()
+    if len(shape) == 2 < len(layout.shape):  # the parameter is read as one matrix
+        each = torch.Size(layout.shape[2:]).numel()
         flat: list[tuple[Span, ...]] = [
-            (part[0], (part[1][0] * each, part[1][1] * each)) for part in of.parts
+            (part[0], (part[1][0] * each, part[1][1] * each)) for part in layout.parts
         ]
-        of = replace(of, shape=(of.shape[0], of.shape[1] * each), parts=tuple(flat))
-    if len(shape) != len(of.shape):
+        size = layout.shape[1] * each
+        layout = replace(layout, shape=(layout.shape[0], size), parts=tuple(flat))
+    if len(shape) != len(layout.shape):
         raise ValueError(
-            f"no placements for a state of shape {shape} of a parameter {of.shape} that is sharded"
+            f"no placements for a state of shape {shape} of a sharded parameter {layout.shape}"
         )
-    kept = [isinstance(p, Replicate) or shape[p.dim] == of.shape[p.dim] for p in of.placements]
     placements = tuple(
-        p if keep else Replicate() for p, keep in zip(of.placements, kept, strict=True)
+        p if isinstance(p, Replicate) or shape[p.dim] == layout.shape[p.dim] else Replicate()
+        for p in layout.placements
     )
     parts = tuple(
         tuple(
-            own if size == all_ else (0, size)
-            for own, size, all_ in zip(part, shape, of.shape, strict=True)
+            span if size == of_param else (0, size)
+            for span, size, of_param in zip(part, shape, layout.shape, strict=True)
         )
-        for part in of.parts
+        for part in layout.parts
     )
-    return replace(of, shape=shape, placements=placements, parts=parts)
+    return replace(layout, shape=shape, placements=placements, parts=parts)
 
 
-def covering(lie: Sequence[Sharded | None]) -> str | None:
-    """The process group of all ranks that hold a part of one of these: their one mesh, or everybody."""
-    meshes = {id(of.mesh): of for of in lie if of is not None}
-    groups = {of.group: of for of in meshes.values() if len(of.parts) > 1}
+def covering(layouts: Sequence[ShardedLayout | None]) -> str | None:
+    """The process group of all ranks that store a part: that of the one mesh, or of all ranks."""
+    meshes = {id(layout.mesh): layout for layout in layouts if layout is not None}
+    groups = {layout.group for layout in meshes.values() if len(layout.parts) > 1}
     if len(groups) < 2:
         return next(iter(groups), None)
     return dist.group.WORLD.group_name if dist.group.WORLD is not None else None
 
 
 def check_alike(lines: Sequence[str], group: str) -> None:
-    """That every rank of a group has the same lines. A collective, on the host.
+    """Checks that every rank of a group has the same lines. A collective, on the host.
 
     Raises:
         ValueError: on every rank, naming the first lines that differ.
@@ -246,7 +261,8 @@ def check_alike(lines: Sequence[str], group: str) -> None:
             pairs = [(a, b) for a, b in zip_longest(mine, theirs, fillvalue="nothing") if a != b]
             shown = "; ".join(f"here {a}, there {b}" for a, b in pairs[:3])
             raise ValueError(
-                f"the plans of the ranks differ: rank {rank} of the group has another one in {len(pairs)} lines: {shown}"
+                f"the plans of the ranks differ: rank {rank} of the group has another one in "
+                f"{len(pairs)} lines: {shown}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Which part of a tensor, and of a matrix, a shard holds."""
+"""The part of a tensor or of a matrix that a shard stores."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ class SharedWork(MatrixWork):
         """By group, the matrices that this replica orthogonalizes; ``None``: no part is local."""
         shares: list[Front | None] = []
         tensor = matrix = local = 0
-        for group, lane in zip(self.all_groups, self.exchange.lanes, strict=True):
+        for group, shards in zip(self.all_groups, self.exchange.groups, strict=True):
             if self.front is None or not group.local:
                 shares.append(None)
                 continue
-            front, share = self.front, lane.spread.share
+            front, share = self.front, shards.ownership.replica_share
             end = tensor + group.tensors
             momentums = picked(front.momentums[tensor:end], share)
             grads = picked(front.grads[tensor:end], share)
@@ -71,13 +71,16 @@ class SharedWork(MatrixWork):
 
     def _line_states(self, k: int) -> tuple[Tensor, ...]:
         """[n, rows or cols] each: of this replica's share of a group."""
-        return tuple(x.flatten(1)[self.exchange.lanes[k].spread.share] for x in self.lines[k])
+        return tuple(
+            x.flatten(1)[self.exchange.groups[k].ownership.replica_share] for x in self.lines[k]
+        )
 
     def _part(self, k: int, share: Front | None) -> messages.Part | None:
         """What the owners need of the local part of a group; ``None``: nothing is local."""
-        lane = self.exchange.lanes[k]
-        own, has_lines = lane.spread.share, lane.reduced(lane.spread.shards.number)[1] > 0
-        states = self._line_states(k) if has_lines and own.start < own.stop else ()
+        shards = self.exchange.groups[k]
+        own = shards.ownership.replica_share
+        has_states = shards.stores_states(self.exchange.shards.number)
+        states = self._line_states(k) if has_states and own.start < own.stop else ()
         if share is not None:
             _, power, squares = share.measures
             x = self.gathered(share, power, torch.ones_like(power))
@@ -103,7 +106,7 @@ class SharedWork(MatrixWork):
             None if stack is None else self._answer(k, next(parts), states)
             for k, (stack, states) in enumerate(owned)
         ]
-        sound = self._sound() if self.exchange.copies.size > 1 else None
+        sound = self._sound() if self.exchange.replicas.size > 1 else None
         self.sent = self.exchange.send_back(updates, sound)
 
     def _owned(self) -> list[tuple[Tensor | None, tuple[Tensor, ...]]]:
@@ -134,7 +137,7 @@ class SharedWork(MatrixWork):
 
     def _line_dim(self, k: int) -> int:
         """The dimension that a line state lacks: [n, rows] of [n, rows, 1]."""
-        return 2 if self.exchange.lanes[k].by_row else 1
+        return 2 if self.exchange.groups[k].by_row else 1
 
     def _sound(self) -> Tensor:
         """[n_matrices] bool: whether the local momentum and line states are finite.

@@ -89,7 +89,7 @@ def _kept(
     if own is not None:
         local = placements.local(own)
         fits = tuple(local.shape) == spec.shape and local.dtype == spec.dtype
-        if fits and placements.lies_as(own, spec.sharded):
+        if fits and placements.has_layout(own, spec.sharded):
             kinds[kind] = own if local.device == device else own.to(device)
             return kinds[kind]
         if begun:
@@ -100,7 +100,7 @@ def _kept(
     new = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     if kind == "master":
         new.copy_(placements.local(param).detach())
-    kinds[kind] = placements.whole(new, spec.sharded)
+    kinds[kind] = placements.to_dtensor(new, spec.sharded)
     return kinds[kind]
 
 

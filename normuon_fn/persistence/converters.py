@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..distributed.placements import whole
+from ..distributed.placements import to_dtensor
 from ..planning.checks import check_tensors
 from ..planning.plan import Parameter, Plan, Spec
 from ..types import MomentumForm
@@ -227,7 +227,7 @@ def _masters(plan: Plan, params: Mapping[str, Tensor] | None) -> dict[str, Tenso
 
 
 def _zeros(spec: Spec, plan: Plan) -> Tensor:
-    return whole(torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device), spec.sharded)
+    return to_dtensor(torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device), spec.sharded)
 
 
 def _steps(plan: Plan, found: Mapping[str, Found]) -> int:

@@ -16,7 +16,7 @@ from ..algorithm.adamw import AdamWWork
 from ..algorithm.bucket import MatrixWork
 from ..algorithm.work import Kind, MatrixKind, Stack, Work
 from ..distributed.messages import Exchange
-from ..distributed.owners import Spread
+from ..distributed.owners import Ownership
 from ..distributed.shared import SharedWork
 from ..types import Config
 from .layout import Block
@@ -31,13 +31,13 @@ class Group(MatrixKind):
     names: tuple[
         str, ...
     ]  # of all parameters that belong to it, also those of which nothing is on this rank
-    ownership: Spread | None = None  # where ranks share the matrices: who owns which
+    ownership: Ownership | None = None  # where ranks share the matrices: who owns which
     hyper: int = 0  # which entry of Hyper's tensors
 
     @property
     def local(self) -> bool:
         """Whether any entry of it is on this rank."""
-        return self.ownership is None or self.ownership.here.size > 0
+        return self.ownership is None or self.ownership.local_rect.size > 0
 
     @property
     def count(self) -> int:
@@ -95,7 +95,7 @@ class SharedBucket(Bucket):
         return self.exchange.group
 
     def how(self, config: Config) -> str:
-        ranks = self.exchange.shards.size * self.exchange.copies.size
+        ranks = self.exchange.shards.size * self.exchange.replicas.size
         return f"{super().how(config)}, shared by {ranks} ranks"
 
     def work(self, tensors: StepTensors) -> Work:

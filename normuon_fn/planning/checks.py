@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algorithm.state import MASTERS
 from ..compat import storage_key
-from ..distributed.placements import describe, lies_as, local
+from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
 from .plan import Plan, Spec
 
@@ -80,7 +80,7 @@ def check_placements(plan: Plan, params: Tensors, grads: Grads, state: Tensors) 
 
 
 def _check_placement(what: str, tensor: Tensor, spec: Spec) -> None:
-    if not lies_as(tensor, spec.sharded):
+    if not has_layout(tensor, spec.sharded):
         expected = (
             "a plain tensor"
             if spec.sharded is None

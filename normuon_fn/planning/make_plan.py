@@ -20,8 +20,8 @@ from ..algorithm.orthogonalize import choose
 from ..algorithm.stages import Stages, stages_of
 from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group
 from ..distributed.messages import Exchange
-from ..distributed.owners import Lane, balance
-from ..distributed.placements import Sharded, covering
+from ..distributed.owners import GroupShards, Ownership, Shared, balance
+from ..distributed.placements import ShardedLayout, covering
 from ..routing.routes import Routes, resolve_routes
 from ..types import Config
 from .buckets import AdamWBucket, AnyBucket, Bucket, Group, SharedBucket, members_of, parameter_of
@@ -132,16 +132,16 @@ def _matrix_buckets(
             dtype if apart else None,
             group.ownership,
         )  # own: what a stack may not mix with others
-        ranks = None if at is None else (at.group, at.shards, at.copies)
+        ranks = None if at is None else (at.group, at.shards, at.replicas)
         momentum = stages.momentum.states[0].dtype_for(config, dtype)
         kernels = ops.kernels_for(device, [dtype, momentum])
         key = (short, long, form, own, ranks, group.hyper, kernels)
         stacks.setdefault(key, []).append(group)
 
-    shared = balance([group for groups in stacks.values() for group in groups])
+    owners = _owners([group for groups in stacks.values() for group in groups])
     found: list[Bucket] = []
     for (short, long, form, own, ranks, hyper, kernels), groups in stacks.items():
-        groups = [replace(group, ownership=shared.get(id(group))) for group in groups]
+        groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
         common: dict[str, Any] = {
             "rows": short, "cols": long, "form": form, "coefficients": chosen,
             "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
@@ -151,8 +151,8 @@ def _matrix_buckets(
             continue
         wide = torch.float64 if own == torch.float64 else torch.float32
         dtype = wide if config.orthogonalizer else form.dtype
-        lanes = _lanes(groups, config, stages)
-        exchange = Exchange(lanes, dtype, wide, device, overlaps(ranks[0], device))
+        shards = _group_shards(groups, config, stages)
+        exchange = Exchange(shards, dtype, wide, device, overlaps(ranks[0], device))
         found.append(SharedBucket(**common, exchange=exchange))
     # Those of one device are orthogonalized while the messages of the others travel.
     return tuple(sorted(found, key=lambda bucket: bucket.shared_by is not None))
@@ -180,16 +180,27 @@ def _groups(decided: Sequence[Decided]) -> list[tuple[torch.dtype, Group]]:
     return found
 
 
-def _lanes(groups: Sequence[Group], config: Config, stages: Stages) -> list[Lane]:
-    lanes, start = [], 0
+def _owners(groups: Sequence[Group]) -> dict[int, Ownership]:
+    """Who owns which matrices, by the id of each group that ranks share."""
+    shared = [
+        (id(group), Shared(group.ownership, group.count, group.rows, group.cols))
+        for group in groups
+        if group.ownership is not None
+    ]
+    found = balance([group for _, group in shared])
+    return {key: ownership for (key, _), ownership in zip(shared, found, strict=True)}
+
+
+def _group_shards(groups: Sequence[Group], config: Config, stages: Stages) -> list[GroupShards]:
+    found: list[GroupShards] = []
+    start, states = 0, len(stages.line_states)
     for group in groups:
         assert group.ownership is not None
         short, long = sorted((group.rows, group.cols))
         by_row = per_row(config, group.rows, group.cols, group.transposed)
-        states = len(stages.line_states) > 0
-        lanes.append(Lane(group.ownership, short, long, group.tall, by_row, states, start))
-        start += lanes[-1].count
-    return lanes
+        found.append(GroupShards(group.ownership, short, long, group.tall, by_row, states, start))
+        start += found[-1].count
+    return found
 
 
 def _adamw_buckets(decided: Sequence[Decided]) -> tuple[AdamWBucket, ...]:
@@ -221,7 +232,7 @@ def _guard_rule(
     buckets: Sequence[AnyBucket],
     config: Config,
     device: torch.device,
-    placements: Sequence[Sharded | None],
+    placements: Sequence[ShardedLayout | None],
     mesh: Ranks | None,
     guard_mesh: Ranks | None,
 ) -> Rule:
@@ -251,7 +262,7 @@ def _guard_rule(
 
 def _guard_group(
     config: Config,
-    placements: Sequence[Sharded | None],
+    placements: Sequence[ShardedLayout | None],
     mesh: Ranks | None,
     guard_mesh: Ranks | None,
 ) -> str | None:

@@ -15,8 +15,8 @@ from ..algorithm.normalize import per_row
 from ..algorithm.stages import Stages
 from ..algorithm.state import MASTERS, State
 from ..compat import Ranks
-from ..distributed.owners import Spread
-from ..distributed.placements import Sharded, reduced, sharded
+from ..distributed.owners import Ownership
+from ..distributed.placements import ShardedLayout, per_row_layout, sharded_layout
 from ..routing.routes import Route
 from ..types import Config
 from .layout import Block, View, part_of
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     block: Block
     rows: int
     cols: int
-    ownership: Spread | None
+    ownership: Ownership | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def decide(
     if route.unfrozen is not None and tensor.requires_grad:
         route, reason = route.unfrozen, "requires a gradient by now"
     route = replace(route, unfrozen=None)
-    placed = sharded(name, tensor)
-    shape = tuple(tensor.shape) if placed is None else tuple(n for _, n in placed.here)
+    placed = sharded_layout(name, tensor)
+    shape = tuple(tensor.shape) if placed is None else tuple(n for _, n in placed.local_part)
     parameter = Parameter(name, Spec(shape, tensor.dtype, placed), route, reason, hyper=hyper)
     if route.algorithm == "frozen":
         return Decided(parameter, {}, "", False)
@@ -78,7 +78,7 @@ def decide(
     states = [MASTERS[config.master]] if master else []
     if route.algorithm == "adamw":
         found = _entry_states(parameter, [*states, *adamw.STATES], config)
-        salts = _salts(config.seed, name, () if placed is None else placed.here, int(chance))
+        salts = _salts(config.seed, name, () if placed is None else placed.local_part, int(chance))
         return Decided(parameter, found, master, chance, salts=salts)
     entries = [state for state in stages.states if state.per == "entry"]
     found = _entry_states(parameter, [*states, *entries], config)
@@ -133,7 +133,7 @@ def _matrices(
     by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
     local, ownerships = _local(name, read, placed, mesh)
     shape, views = line_views(local, by_row)
-    where = () if placed is None else placed.here
+    where = () if placed is None else placed.local_part
     pieces = []
     for (_, _, rows, cols), (view, n, _, _), line, ownership in zip(
         read, local, views, ownerships, strict=True
@@ -148,13 +148,13 @@ def _matrices(
 
 
 def _local(
-    name: str, read: Sequence[Read], placed: Sharded | None, mesh: Ranks | None
-) -> tuple[list[Read], list[Spread | None]]:
+    name: str, read: Sequence[Read], placed: ShardedLayout | None, mesh: Ranks | None
+) -> tuple[list[Read], list[Ownership | None]]:
     """What this rank has of the blocks, and how the matrices of each are spread over ranks."""
     if placed is None:
-        return list(read), [Spread.of((), rows, cols, mesh) for _, _, rows, cols in read]
+        return list(read), [Ownership.of((), rows, cols, mesh) for _, _, rows, cols in read]
     local: list[Read] = []
-    ownerships: list[Spread | None] = []
+    ownerships: list[Ownership | None] = []
     for view, count, rows, cols in read:
         try:
             parts = [part_of(view, count, rows, cols, part) for part in placed.parts]
@@ -173,19 +173,19 @@ def _local(
             )
         own, n, rect = parts[placed.rank]
         local.append((own, n, rect.rows, rect.cols))
-        ownerships.append(Spread.of(rects, rows, cols, placed) if same else None)
+        ownerships.append(Ownership.of(rects, rows, cols, placed) if same else None)
     return local, ownerships
 
 
 def _line_placement(
-    name: str, shape: tuple[int, ...], local: tuple[int, ...], placed: Sharded | None
-) -> Sharded | None:
+    name: str, shape: tuple[int, ...], local: tuple[int, ...], placed: ShardedLayout | None
+) -> ShardedLayout | None:
     """How a state with one number per row (or column) is placed on the mesh of its parameter."""
     try:
-        found = reduced(placed, shape)
+        found = per_row_layout(placed, shape)
     except ValueError as error:
         raise ValueError(f"params[{name!r}]: {error}") from None
-    if found is not None and tuple(length for _, length in found.here) != local:
+    if found is not None and tuple(length for _, length in found.local_part) != local:
         raise ValueError(
             f"params[{name!r}]: {found.placements} has no counterpart for a state of shape "
             f"{shape}, one number "

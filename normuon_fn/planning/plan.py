@@ -8,7 +8,7 @@ import torch
 
 from ..algorithm.guard import Rule
 from ..algorithm.stages import Stages
-from ..distributed.placements import Sharded
+from ..distributed.placements import ShardedLayout
 from ..routing.routes import Route
 from ..routing.table import render
 from ..types import Config
@@ -22,7 +22,7 @@ class Spec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    sharded: Sharded | None = None
+    sharded: ShardedLayout | None = None
     starts_as_parameter: bool = (
         False  # a state that `init` copies from its parameter; others begin as zeros
     )

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 import normuon_fn as nm
-from normuon_fn.distributed.orthogonalize import _packed, _unpacked
+from normuon_fn.distributed.orthogonalize import pack_triangles, unpack_triangles
 from tests.distributed.processes import run_ranks
 from tests.inputs import gaussian, same_bits, small_integers, times_power_of_two
 
@@ -399,7 +399,7 @@ def test_a_parameter_is_as_good_as_its_values(worlds: dict) -> None:
 def test_a_symmetric_matrix_survives_packing_in_half_the_numbers(size: int) -> None:
     x = gaussian(3, size, size)
     x = x + x.mT
-    packed = _packed(x)
-    assert same_bits(_unpacked(packed, size), x)
+    packed = pack_triangles(x)
+    assert same_bits(unpack_triangles(packed, size), x)
     even = size + size % 2
     assert packed[0].numel() == even * (even + 1) // 2
