@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .algorithm.coefficients import COEFFICIENTS
+from .compat import VERSION
 from .distributed.orthogonalize import orthogonalize
 from .optim.foreach import ForeachResult, foreach_step_
 from .planning.make_plan import make_plan
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .persistence.file_format import CheckpointError
     from .runtime.graphed import GraphedStep
 
-__version__ = "0.2.0"
+__version__ = VERSION
 __all__ = [
     "COEFFICIENTS",
     "Checkpoint",

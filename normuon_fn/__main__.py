@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import __version__, ops
+from . import ops
+from .compat import VERSION
 from .diagnostics.replay import replay
 from .planning.make_plan import make_plan
 from .planning.plan import Plan
@@ -159,7 +160,7 @@ def versions() -> str:
     except ImportError:
         triton_version = "not installed"
     return (
-        f"normuon_fn {__version__}, torch {torch.__version__}, triton {triton_version}, "
+        f"normuon_fn {VERSION}, torch {torch.__version__}, triton {triton_version}, "
         f"python {platform.python_version()}"
     )
 

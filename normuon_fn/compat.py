@@ -22,6 +22,7 @@ try:  # public from torch 2.15 on
 except ImportError:
     import torch.distributed._functional_collectives as collectives
 
+VERSION = "0.2.0"  # of this package, where every wing may read it
 Ranks = DeviceMesh | ProcessGroup
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
+from ..compat import VERSION
 from ..distributed.placements import full_tensor, rank_and_world_size
 from ..ops import reference
 from ..planning.buckets import Bucket, Group
@@ -201,7 +201,7 @@ def _versions(device: torch.device) -> dict[str, Any]:
         import triton as module
 
         triton = module.__version__
-    own = {"normuon_fn": __version__, "torch": torch.__version__, "triton": triton}
+    own = {"normuon_fn": VERSION, "torch": torch.__version__, "triton": triton}
     return own | {"python": platform.python_version(), "device": f"{device.type}: {where}"}
 
 
