@@ -63,10 +63,13 @@ class Rule:
 
         ``bad``: [2, n] bool per bucket.
         """
+        flags = torch.zeros(
+            (2, self.members.shape[1]), dtype=torch.int32, device=self.members.device
+        )
+        if not bad:  # every parameter is frozen
+            return flags
         columns = torch.cat(list(bad), 1).to(torch.int32)
-        index = self.parameter_of.expand(columns.shape)
-        none = columns.new_zeros((columns.shape[0], self.members.shape[1]))
-        return none.scatter_reduce(1, index, columns, "amax")
+        return flags.scatter_reduce(1, self.parameter_of.expand(columns.shape), columns, "amax")
 
 
 class Agreement:

@@ -100,15 +100,14 @@ def complete(
     """[..., n_matrices]: False for the matrices that take no part in this step on this rank."""
     if flags is not None and all(here for here, _ in runs):
         return flags
-    lead = () if flags is None else flags.shape[:-1]
-    found, at = [], 0
+    lead, device = () if flags is None else flags.shape[:-1], context.step.device
+    found, at = [torch.zeros((*lead, 0), dtype=torch.bool, device=device)], 0
     for here, count in runs:
         if here and flags is not None:
             found.append(flags[..., at : at + count])
             at += count
         else:
-            none = torch.zeros((*lead, count), dtype=torch.bool, device=context.step.device)
-            found.append(none)
+            found.append(torch.zeros((*lead, count), dtype=torch.bool, device=device))
     return torch.cat(found, -1)
 
 
