@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
-from train_gpt import CONTEXT, GPT, WIDTH, Text
+from train_gpt import CONTEXT, GPT, LAYERS, WIDTH, Text
 
 import normuon_fn as nm
 
@@ -32,6 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="blocks of the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
@@ -41,7 +42,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     text = Text(args.data)
-    model = GPT(len(text.characters), tie=False).to(args.device)
+    model = GPT(len(text.characters), tie=False, layers=args.layers).to(args.device)
     one = {name: p.detach() for name, p in model.named_parameters()}
     routes = {
         "*norm*": nm.Route("adamw", wd_mul=0.0),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
-from train_gpt import CONTEXT, GPT, WIDTH, Text
+from train_gpt import CONTEXT, GPT, LAYERS, WIDTH, Text
 
 import normuon_fn as nm
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--every", type=int, default=40, help="inject a NaN every so many steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="blocks of the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
@@ -45,7 +46,7 @@ def main() -> None:
     )  # the embedding's backward adds in any order otherwise: no two runs alike
     text = Text(args.data)
     torch.manual_seed(args.seed)
-    model = GPT(len(text.characters), tie=False).to(args.device)
+    model = GPT(len(text.characters), tie=False, layers=args.layers).to(args.device)
     start = {name: p.detach() for name, p in model.named_parameters()}
     routes = {
         "*norm*": nm.Route("adamw", wd_mul=0.0),

@@ -31,9 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import normuon_fn as nm
 from tests.distributed.processes import run_ranks
 
-TIMEOUT = 60  # seconds, of one collective
-DEADLINE = 300  # seconds, of one world: 4 ranks took 100 on two busy cores
-DYING_TIMEOUT = 5  # seconds, of one collective where a rank dies
 Seen = dict[str, Any]
 
 SHAPES = {
@@ -265,7 +262,7 @@ def run_worlds(folder: Path) -> dict[int, list[dict[str, Seen]]]:
     """What all ranks of 4, 2 and 1 saw. In this order: the first saves what the others load."""
     main = functools.partial(_main, folder)
     return {
-        world: run_ranks(main, world, folder, deadline=DEADLINE, timeout=TIMEOUT, devices=True)
+        world: run_ranks(main, world, folder, devices=True)
         for world in (4, 2, 1)
     }
 
@@ -274,7 +271,7 @@ def run_dying(kind: str, world: int, folder: Path) -> list[Seen]:
     """What the survivors saw of a step whose last rank has died."""
     folder.mkdir()
     main = functools.partial(_dying, kind)
-    return run_ranks(main, world, folder, deadline=90, timeout=DYING_TIMEOUT, devices=True, dying=1)
+    return run_ranks(main, world, folder, devices=True, dying=1)
 
 
 def _main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str, Seen]:
@@ -295,13 +292,11 @@ def _dying(kind: str, rank: int, world: int, device: torch.device) -> Seen:
     }
     if rank == world - 1:
         os._exit(0)
-    start = time.monotonic()
     try:
         result = nm.update(params, grads, state, hyper_of(params), plan)
         bool(result.skipped)
     except Exception as error:
         seen["error"] = f"{type(error).__name__}: {error}"
-    seen["seconds"] = time.monotonic() - start
     return seen
 
 

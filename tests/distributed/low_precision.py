@@ -28,7 +28,7 @@ LAYOUTS = {"Shard(0)": Shard(0), "Replicate": Replicate(), "Shard(1)": Shard(1)}
 
 
 def run(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(_main, 2, folder, deadline=120)
+    return run_ranks(_main, 2, folder)
 
 
 def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:

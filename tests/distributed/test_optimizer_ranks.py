@@ -21,7 +21,7 @@ WORLD = 2
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return run_ranks(main, WORLD, tmp_path_factory.mktemp("optimizer"), deadline=120)
+        return run_ranks(main, WORLD, tmp_path_factory.mktemp("optimizer"))
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
