@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=LAYERS, help="blocks of the model")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
@@ -65,7 +66,10 @@ def main() -> None:
         return result.params, result.state, loss
 
     ensemble = torch.compile(
-        torch.vmap(train_step, in_dims=(0, 0, 0, None)), fullgraph=True, dynamic=False
+        torch.vmap(train_step, in_dims=(0, 0, 0, None)),
+        backend=args.backend,
+        fullgraph=True,
+        dynamic=False,
     )
     params, state = members(one), members(nm.init(plan, one))
     stacked = [nm.Hyper.of(one, lr=rate, weight_decay=0.1) for rate in RATES]

@@ -13,7 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 180  # seconds in which a tree of processes may use less than LEAST seconds of processor time
+PATIENCE = (
+    180  # seconds in which a tree of processes may use less than LEAST seconds of processor time
+)
 LEAST = 1.0  # one of twenty busy processes on two cores gets 18 in that time
 TICK = 1.0  # seconds between two looks
 

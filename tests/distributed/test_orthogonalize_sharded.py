@@ -287,10 +287,7 @@ def _parameter(mesh: DeviceMesh) -> bool:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Seen]]:
     folder = tmp_path_factory.mktemp("ranks")
-    return {
-        w: run_ranks(_main, w, folder, devices=True)
-        for w in WORLDS
-    }
+    return {w: run_ranks(_main, w, folder, devices=True) for w in WORLDS}
 
 
 EVERY_CASE = pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 import normuon_fn as nm
 from tests import oracle
+from tests.processes import ROOT
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 SECTION = README.split("## Coming from another optimizer")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"\*\*(.+?)\.\*\*.*?```diff\n(.*?)```", SECTION, re.DOTALL)
 STEPS = 20

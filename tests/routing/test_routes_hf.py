@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import normuon_fn as nm
+from tests.processes import run
 from tests.routing.test_routes_for import assert_parts_step_alone, rows, turned, whole
 
 pytest.importorskip("transformers")
@@ -202,5 +201,4 @@ def test_the_package_does_not_import_transformers() -> None:
         "import sys; sys.modules['transformers'] = None; import torch, normuon_fn as nm; "
         "nm.routes_for(torch.nn.Linear(4, 4)); assert not any(m.startswith('transformers.') for m in sys.modules)"
     )
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+    run([sys.executable, "-c", code])
