@@ -6,7 +6,6 @@ formulas are: float64, from `oracle.py`.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,19 +19,12 @@ import normuon_fn as nm
 from tests import oracle
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.usefixtures("eager")
 README = (ROOT / "README.md").read_text()
 SECTION = README.split("## Coming from another optimizer")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"\*\*(.+?)\.\*\*.*?```diff\n(.*?)```", SECTION, re.DOTALL)
 STEPS = 20
 CLOSE = 0.015  # of the way: torch.optim.Muon and ours, both in bfloat16; see the test
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = importlib.import_module("normuon_fn.step")
-    monkeypatch.setattr(
-        importlib.import_module("normuon_fn.optim.normuon"), "step_", step.local_update_
-    )
 
 
 class Net(nn.Module):
