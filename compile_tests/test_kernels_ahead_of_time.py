@@ -1,4 +1,6 @@
-"""Every Triton kernel, in every configuration that is shipped, compiled for its architecture without a GPU."""
+"""Every Triton kernel, in every configuration that is shipped, compiled for its architecture
+without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler, not its interpreter"
 )
 
-# Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# Bytes of shared memory that one block may have: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability".
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ARCHITECTURES: dict[int | str, int] = {
     "lean": 89,
@@ -35,7 +38,10 @@ ARCHITECTURES: dict[int | str, int] = {
 
 
 class Case(NamedTuple):
-    """One compilation. A trailing ``!`` in the signature: divisible by 16, as aligned pointers and even sizes are."""
+    """One compilation.
+
+    A trailing ``!`` in the signature: divisible by 16, as aligned pointers and even sizes are.
+    """
 
     kernel: Any
     architecture: int
@@ -212,7 +218,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
             )
             signature = {**shared, "largest_ptr": "*i32!", "squares_ptr": "*fp64!"}
             constexprs = {**fixed, **flags, **nothing, "LOOP": loop, "BR": br, "BC": bc}
-            name = f"front-{'grad' if grad else 'measure'}-{'write' if write else 'read'}-{dtype}-{architecture}"
+            kind = f"{'grad' if grad else 'measure'}-{'write' if write else 'read'}"
+            name = f"front-{kind}-{dtype}-{architecture}"
             wide = loop * (1 + write + grad) * accesses(br * bc, dtype)
             yield (
                 name,
@@ -272,7 +279,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
                 "BC": bc,
             }
             nothing = {} if skip else {"skip_ptr": None}
-            name = f"apply-{'pure' if pure else 'place'}-{'row' if per_row else 'column'}-{skip}-{dtype}-{architecture}"
+            kind = f"{'pure' if pure else 'place'}-{'row' if per_row else 'column'}"
+            name = f"apply-{kind}-{skip}-{dtype}-{architecture}"
             signature = {**shared, "update_ptr": "*bf16!"}
             wide = 2 * accesses(br * bc, dtype) + accesses(br * bc, "bf16")
             yield (

@@ -1,4 +1,6 @@
-"""Every operator is what its registration says: schema, aliasing, fake kernel, autograd, AOT dispatch; pure and in place."""
+"""Every operator is what its registration says: schema, aliasing, fake kernel, autograd, AOT
+dispatch; pure and in place.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ STEPS = pytest.mark.parametrize("step", [nm.step, nm.step_], ids=["step", "step_
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
-    """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
+    """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it
+    is.
+    """
     return graphs.counting(monkeypatch)
 
 

@@ -1,4 +1,6 @@
-"""`update` under torch.func: an ensemble under `vmap` is its members one by one, in eager and as one graph."""
+"""`update` under torch.func: an ensemble under `vmap` is its members one by one, in eager and as
+one graph.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from normuon_fn.optim import normuon
 from normuon_fn.runtime import compiled, graphed
 from normuon_fn.step import local_update_
 
-# Files that take long, the longest first: whoever is free takes the next file, so that all workers end at about the same time.
+# Files that take long, the longest first: whoever is free takes the next file, so that all workers
+# end at about the same time.
 LONGEST_FIRST = (
     "test_layouts.py",
     "test_inductor.py",
@@ -41,7 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`step`, `step_` and `NorMuon` trace their graphs and run them operation by operation: a fraction of the time."""
+    """`step`, `step_` and `NorMuon` trace their graphs and run them operation by operation: a
+    fraction of the time.
+    """
     monkeypatch.setattr(compiled, "compile_whole", partial(compile_whole, backend="aot_eager"))
 
 

@@ -1,6 +1,9 @@
-"""Processes that tests start. None of them has a deadline: one that hangs is found because it makes no progress.
+"""Processes that tests start.
 
-A busy machine makes a process slow, and a slow one still uses the processor. One that waits for what never comes does not.
+None of them has a deadline: one that hangs is found because it makes no progress.
+
+A busy machine makes a process slow, and a slow one still uses the processor. One that waits for
+what never comes does not.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ def run(
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,  # beside the environment of this process
 ) -> subprocess.CompletedProcess[str]:
-    """What a command printed; the repository is importable there. AssertionError for another exit code.
+    """What a command printed; the repository is importable there.
+
+    AssertionError for another exit code.
 
     Raises:
         StalledError: the command hung. All its processes are killed.

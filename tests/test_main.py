@@ -33,13 +33,17 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
         lines[0],
     )
     assert re.search(
-        r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed .* \d+\.\d\d +pass$",
+        r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed "
+        r".* \d+\.\d\d +pass$",
         lines[-1],
     )
 
 
 def test_compiled_it_passes_too() -> None:
-    shows = "import torch._dynamo.utils as u, atexit; atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
+    shows = (
+        "import torch._dynamo.utils as u, atexit; "
+        "atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
+    )
     done = run("--device", "cpu", "--compile", before=shows, warnings="ignore")  # Inductor's own
     assert done.returncode == 0, done.stdout + done.stderr
     *_, row, compiled = done.stdout.splitlines()
@@ -51,7 +55,8 @@ def test_compiled_it_passes_too() -> None:
     [
         "import normuon_fn.algorithm.normalize as n; n.per_row = lambda *_: False",
         "import normuon_fn.algorithm.stages as s; s.carried = lambda *_: 1.5",
-        "import normuon_fn.algorithm.stages as s, torch\ndef broken(*_): raise RuntimeError('no kernel image')\ns.iterate = broken",
+        "import normuon_fn.algorithm.stages as s\n"
+        "def broken(*_): raise RuntimeError('no kernel image')\ns.iterate = broken",
         "import normuon_fn.algorithm.stages as s; s.iterate = lambda x, *_: x * float('nan')",
     ],
 )

@@ -104,9 +104,15 @@ def test_the_trainer_runs_as_printed(tmp_path: Path) -> None:
     import transformers
 
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=3, save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, logging_steps=1,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=3,
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+    )
     printed: dict[str, Any] = {
         "nm": nm,
         "transformers": transformers,
@@ -129,9 +135,16 @@ def test_the_lightning_module_runs_as_printed(tmp_path: Path) -> None:
     exec(compile(block_with("lightning.LightningModule"), "README.md", "exec"), printed)
     module = printed["Module"](llama())
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=str(tmp_path), gradient_clip_val=1.0,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+        gradient_clip_val=1.0,
+    )
     with torch.compiler.set_stance("force_eager"):
         trainer.fit(module, torch.utils.data.DataLoader(ROWS, batch_size=8))
     (optimizer,) = trainer.optimizers
@@ -175,7 +188,9 @@ def test_tests_that_are_named_exist(file: str, name: str) -> None:
 
 
 def table(pages: str, *, after: str, first: str) -> list[list[str]]:
-    """The cells of the first table behind ``after`` whose head begins with ``first``, without the rule under the head."""
+    """The cells of the first table behind ``after`` whose head begins with ``first``, without the
+    rule under the head.
+    """
     start = pages.index(f"| {first}", pages.index(after))
     lines = pages[start:].split("\n\n")[0].splitlines()
     return [
@@ -195,8 +210,8 @@ def test_the_first_table_is_the_studys() -> None:
     head, *rows = table(README, after="# normuon_fn", first="a GPT of")
     tokens = STUDY["steps"] * STUDY["tokens a step"]
     assert (
-        head[0]
-        == f"a GPT of {STUDY['parameters'] / 1e6:.1f} million parameters, {tokens / 1e6:.0f} million tokens"
+        head[0] == f"a GPT of {STUDY['parameters'] / 1e6:.1f} million parameters, "
+        f"{tokens / 1e6:.0f} million tokens"
     )
     assert [cell.split(" (")[0] for cell in head[1:]] == [*main]
     columns = (
@@ -239,7 +254,8 @@ def test_the_claims_under_it_are_what_the_seeds_say() -> None:
     for faults, sentence in (
         (
             "1.0%",
-            "at {} to {} of 1970 steps (drawn at 1 %) the study's model ended {} to {} above the clean run of the same seed",
+            "at {} to {} of 1970 steps (drawn at 1 %) the study's model ended {} to {} "
+            "above the clean run of the same seed",
         ),
         ("0.1%", "at {} to {} (0.1 %), {} to {}. Seeds differ by {spread}."),
     ):
@@ -299,8 +315,8 @@ def test_the_speeds_are_those_of_the_results() -> None:
         for k in ("2 GPUs, FSDP2, guard off", "2 GPUs, DDP, guard off", "1 GPU, guard off")
     )
     assert (
-        f"FSDP2 {fsdp2:.1f}, DDP {ddp:.1f}, one GPU {one:.1f}. That is {one / fsdp2:.2f} and {one / ddp:.2f}"
-        in README
+        f"FSDP2 {fsdp2:.1f}, DDP {ddp:.1f}, one GPU {one:.1f}. "
+        f"That is {one / fsdp2:.2f} and {one / ddp:.2f}" in README
     )
     ours, adamw = RUNS["NorMuon"]["optimizer, ms"], RUNS["AdamW"]["optimizer, ms"]
     assert f"{ours} ms to {adamw} with {STUDY['parameters'] / 1e6:.1f} million parameters" in README

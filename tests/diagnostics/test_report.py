@@ -181,7 +181,9 @@ def test_the_command_prints_and_replays_a_capture(tmp_path: Path) -> None:
 
 
 def test_a_replay_shows_which_method_fails(tmp_path: Path) -> None:
-    """A momentum that float16 cannot hold is fine after the prescale: no method fails, and each has a small error."""
+    """A momentum that float16 cannot hold is fine after the prescale: no method fails, and each has
+    a small error.
+    """
     result, plan, grads, hyper, _ = run(nm.Config(guard="full"), bad="tall")
     path = nm.capture(result, plan, grads, tmp_path, hyper=hyper)
     from safetensors.torch import save_file

@@ -1,7 +1,8 @@
-"""What every rank of `test_layouts` runs: steps of sharded and shared parameters beside the same steps of one device.
+"""What every rank of `test_layouts` runs: steps of sharded and shared parameters beside the same
+steps of one device.
 
-gloo on CPU; NCCL and a device a rank where there are GPUs enough. Every rank computes the single-device result itself, cuts
-from it what should lie here, and writes how far off its own is.
+gloo on CPU; NCCL and a device a rank where there are GPUs enough. Every rank computes the
+single-device result itself, cuts from it what should lie here, and writes how far off its own is.
 """
 
 from __future__ import annotations
@@ -152,11 +153,13 @@ def alone(form: str, steps: int, names: tuple[str, ...] = MAIN) -> dict[str, Ten
     return {**params, **state}
 
 
-# ------------------------------------------------------------------------------------------------------------------ placements
+# --------------------------------------------------------------------------------------- placements
 
 
 def cut(x: Tensor, mesh: DeviceMesh, placements: Iterable[Any]) -> Tensor:
-    """What this rank should hold of a tensor: cut mesh dimension by mesh dimension, the strided one last, as FSDP does."""
+    """What this rank should hold of a tensor: cut mesh dimension by mesh dimension, the strided one
+    last, as FSDP does.
+    """
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     by_dim = sorted(enumerate(placements), key=lambda entry: isinstance(entry[1], _StridedShard))
@@ -247,7 +250,9 @@ def owner(name: str) -> str:
 def reduced(
     placements: tuple[Any, ...], shape: tuple[int, ...], param: tuple[int, ...]
 ) -> tuple[Any, ...]:
-    """The placements of a state of that shape: the parameter's, whole where its dimension is 1 instead."""
+    """The placements of a state of that shape: the parameter's, whole where its dimension is 1
+    instead.
+    """
     if len(shape) == 2 < len(param):  # flattened
         param = param[0], torch.Size(param[1:]).numel()
     return tuple(
@@ -256,7 +261,7 @@ def reduced(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- worlds
+# ------------------------------------------------------------------------------------------- worlds
 
 
 def run_worlds(folder: Path) -> dict[int, list[dict[str, Seen]]]:
@@ -362,7 +367,9 @@ class _Rank:
     def compare(
         self, layout: Layout, run: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     ) -> Seen:
-        """The error of what lies here, relative to the whole tensor's norm, by name; and which have other bits."""
+        """The error of what lies here, relative to the whole tensor's norm, by name; and which have
+        other bits.
+        """
         errors, bits = {}, []
         assert run.keys() <= expected.keys()
         for name, x in run.items():
@@ -446,8 +453,10 @@ class _Rank:
                 )
                 before = {**warm.params, **warm.state}
                 seen[f"{kind} {guard} {scope}"] = {
-                    "kept": self.kept(before, clean), "flags": clean.flags.tolist(), "names": list(plan.names)
-                }  # fmt: skip
+                    "kept": self.kept(before, clean),
+                    "flags": clean.flags.tolist(),
+                    "names": list(plan.names),
+                }
                 for stage in STAGES:
                     for rank in range(self.world):
                         seen[f"{kind} {guard} {scope} {stage} {rank}"] = self.fault(
@@ -607,7 +616,9 @@ class _Rank:
         return seen
 
     def missing(self) -> Seen:
-        """A gradient that only some ranks lack, against zeros in its place; and one that no rank shares."""
+        """A gradient that only some ranks lack, against zeros in its place; and one that no rank
+        shares.
+        """
         seen = {}
         for kind in ("ddp", "Shard(0)", "Shard(1)", "Replicate"):
             layout, name = self.layouts[kind], "layers.2"
@@ -629,7 +640,9 @@ class _Rank:
         return seen
 
     def checkpoints(self) -> Seen:
-        """Saved after three steps on four ranks, loaded by fewer, three steps more: against six on one device."""
+        """Saved after three steps on four ranks, loaded by fewer, three steps more: against six on
+        one device.
+        """
         kinds = SAVED if self.world == 4 else LOADED
         seen = {}
         for saved in SAVED:
@@ -659,7 +672,9 @@ class _Rank:
         return seen
 
     def fsdp_tp(self) -> Seen:
-        """Two steps of a module of torch's own FSDP2 and tensor parallelism, against one device with the same gradients."""
+        """Two steps of a module of torch's own FSDP2 and tensor parallelism, against one device
+        with the same gradients.
+        """
         if self.world != 4:
             return {}
         mesh = init_device_mesh(self.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
@@ -756,8 +771,12 @@ class _Rank:
                 "lies": all(
                     not isinstance(x, DTensor) or x.placements == eager[name].placements
                     for name, x in [*pure.items(), *inplace.items()]
-                ) and all(isinstance(pure[name], DTensor) == isinstance(x, DTensor) for name, x in eager.items()),
-            }  # fmt: skip
+                )
+                and all(
+                    isinstance(pure[name], DTensor) == isinstance(x, DTensor)
+                    for name, x in eager.items()
+                ),
+            }
         return seen
 
 

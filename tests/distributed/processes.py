@@ -1,4 +1,6 @@
-"""Ranks as processes of their own: each runs one function, and whoever started them gets what it returned."""
+"""Ranks as processes of their own: each runs one function, and whoever started them gets what it
+returned.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ from torch import multiprocessing
 from tests.processes import PATIENCE, TICK, Progress, StalledError, end
 
 Main = Callable[[int, int, torch.device], Any]  # rank, world, device -> something for JSON
-# Of one collective. Under gloo it is longer than `Progress` waits: ranks may be any time apart, and only a hang ends them.
-# Ranks of NCCL spin while they wait, so that NCCL itself has to find the hang.
+# Of one collective. Under gloo it is longer than `Progress` waits: ranks may be any time apart, and
+# only a hang ends them. Ranks of NCCL spin while they wait, so that NCCL itself has to find the
+# hang.
 GLOO_TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=20 * PATIENCE), timedelta(seconds=PATIENCE)
 
 
@@ -32,8 +35,8 @@ def run_ranks(
 ) -> list[Any]:
     """By rank, what ``main`` returned there.
 
-    gloo on the CPU; with ``devices`` NCCL and a device per rank where there are enough GPUs. The last ``dying`` ranks end
-    somewhere in ``main``, and nobody waits for them.
+    gloo on the CPU; with ``devices`` NCCL and a device per rank where there are enough GPUs. The
+    last ``dying`` ranks end somewhere in ``main``, and nobody waits for them.
 
     Raises:
         StalledError: no rank has used the processor for a long time: they hang, and are killed.
@@ -81,8 +84,9 @@ def _rank(rank: int, main: Main, world: int, folder: str, devices: bool, dying: 
     partial = Path(folder) / f"{world}-{rank}.partial"
     partial.write_text(json.dumps(seen))
     os.replace(partial, Path(folder) / f"{world}-{rank}.json")
-    # Without the interpreter's end, which is not what is tested: of some hundred starts one rank ended with "terminate called
-    # without an active exception". That it happened there is a guess: threads of C++ that want the interpreter then say so.
+    # Without the interpreter's end, which is not what is tested: of some hundred starts one rank
+    # ended with "terminate called without an active exception". That it happened there is a guess:
+    # threads of C++ that want the interpreter then say so.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,6 +1,8 @@
-"""What every rank of `test_guard_ranks` runs: many cases in one process, each a step with a fault on one rank alone.
+"""What every rank of `test_guard_ranks` runs: many cases in one process, each a step with a fault
+on one rank alone.
 
-gloo on CPU; NCCL and a device a rank where there are GPUs enough. Every rank writes what it saw, case by case, to a file.
+gloo on CPU; NCCL and a device a rank where there are GPUs enough. Every rank writes what it saw,
+case by case, to a file.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def key(kind: str, guard: str, scope: str, stage: str, rank: int) -> str:
 
 
 def fault(stage: str, rank: int) -> tuple[str, str, str]:
-    """Which fault a rank has in a stage: over the ranks and stages, all values and parameters come up."""
+    """Which fault a rank has in a stage: over the ranks and stages, all values and parameters come
+    up.
+    """
     at = 3 * STAGES.index(stage) + rank
     what, name = VALUES[at % len(VALUES)], VICTIMS[at % len(VICTIMS)]
     return stage, what, name
@@ -73,7 +77,8 @@ class _Rank:
         logger.addHandler(handler)
 
         mesh = init_device_mesh(device.type, (world,))
-        # With `guard_mesh` alone every rank orthogonalizes everything, so that each fault shows on the rank that has it.
+        # With `guard_mesh` alone every rank orthogonalizes everything, so that each fault shows on
+        # the rank that has it.
         self.meshes: dict[str, dict[str, Any]] = {
             "mesh": {"guard_mesh": mesh},
             "group": {"guard_mesh": dist.group.WORLD},

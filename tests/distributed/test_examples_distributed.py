@@ -1,4 +1,5 @@
-"""The distributed examples, as torchrun starts them: FSDP2, DDP and one process train alike, and a run may change its ranks.
+"""The distributed examples, as torchrun starts them: FSDP2, DDP and one process train alike, and a
+run may change its ranks.
 
 Everything runs eagerly (TORCHDYNAMO_DISABLE), on CPU: one launch then takes seconds.
 """
@@ -19,9 +20,10 @@ from tests.processes import ROOT
 
 STEPS, SAVED = 20, 10
 
-# Largest difference of two loss traces that start at 4.7 and end at 2.6 (float32, torch 2.13, CPU, 2026-11-22). Ranks add
-# gradients in another order, and the first updates, whose direction is all that counts, make most of it.
-# The second number: on a CPU with bfloat16 matrix units, where products are in bfloat16 (torch 2.11).
+# Largest difference of two loss traces that start at 4.7 and end at 2.6 (float32, torch 2.13, CPU,
+# 2026-11-22). Ranks add gradients in another order, and the first updates, whose direction is all
+# that counts, make most of it. The second number: on a CPU with bfloat16 matrix units, where
+# products are in bfloat16 (torch 2.11).
 BFLOAT16 = has_bfloat16_matrix_unit(torch.device("cpu"))
 OTHER_RANKS = (
     5e-2 if BFLOAT16 else 5e-5

@@ -1,4 +1,6 @@
-"""`NorMuon` on two ranks: FSDP2 and DDP step as one device does, and skip a step in which one rank has a NaN."""
+"""`NorMuon` on two ranks: FSDP2 and DDP step as one device does, and skip a step in which one rank
+has a NaN.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""`orthogonalize` of DTensors on two and on four ranks (gloo, or NCCL with GPUs enough), against the same on one device.
+"""`orthogonalize` of DTensors on two and on four ranks (gloo, or NCCL with GPUs enough), against
+the same on one device.
 
-Every world is spawned once and runs all its cases; the tests here read what the ranks saw. Observed errors stand beside each
-gate (2 and 4 ranks, torch 2.13, CPU).
+Every world is spawned once and runs all its cases; the tests here read what the ranks saw. Observed
+errors stand beside each gate (2 and 4 ranks, torch 2.13, CPU).
 """
 
 from __future__ import annotations
@@ -133,13 +134,15 @@ COMPILED = ["wide, columns cut", "uneven, rows cut"]
 
 
 def rounding(case: Case) -> float:
-    """How far a part may be off, relative to the RMS of the whole: sums in another order, in the dtype of the products."""
+    """How far a part may be off, relative to the RMS of the whole: sums in another order, in the
+    dtype of the products.
+    """
     if torch.bfloat16 in (case.dtype, case.options.get("dtype")):
         return 0.1
     return 0.02 if torch.float16 in (case.dtype, case.options.get("dtype")) else 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------- on every rank
+# ------------------------------------------------------------------------------------ on every rank
 
 
 def _main(rank: int, world: int, device: torch.device) -> Seen:
@@ -281,7 +284,7 @@ def _parameter(mesh: DeviceMesh) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""Ranks whose plans differ: by mistake, which `init` says, and on purpose, as the stages of a pipeline do."""
+"""Ranks whose plans differ: by mistake, which `init` says, and on purpose, as the stages of a
+pipeline do.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def _mistakes(rank: int) -> list[str]:
 
 
 def _stages(rank: int, guard: Any) -> dict[str, Any]:
-    """Two stages of a pipeline, one parameter and two: a NaN in a gradient of stage 1, then a clean step."""
+    """Two stages of a pipeline, one parameter and two: a NaN in a gradient of stage 1, then a clean
+    step.
+    """
     shapes: dict[str, tuple[int, ...]] = (
         {"first": (4, 6)} if rank == 0 else {"second": (6, 4), "head.bias": (3,)}
     )

@@ -1,4 +1,6 @@
-"""Transposed matrices and parts of stacks on two ranks (gloo, CPU), beside the same steps on one device."""
+"""Transposed matrices and parts of stacks on two ranks (gloo, CPU), beside the same steps on one
+device.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`NorMuon` on two ranks under DistributedDataParallel, FSDP2 with mixed precision and Accelerate: as on one device."""
+"""`NorMuon` on two ranks under DistributedDataParallel, FSDP2 with mixed precision and Accelerate:
+as on one device.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""examples/benchmarks/step.py measures what it says and gets to its end, on tiny matrices and uncompiled steps."""
+"""examples/benchmarks/step.py measures what it says and gets to its end, on tiny matrices and
+uncompiled steps.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ def test_a_step_that_changes_nothing_or_is_not_finite_does_not_count(benchmark) 
 def test_the_arithmetic_is_that_of_the_formulas(
     benchmark, method: str, cols: int, restarts: int, flop: int
 ) -> None:
-    """Five steps on [n, a n]: 15a + 5 (standard), 6a + 14 (Gram, one restart), 3a + 17 (none) times n^3."""
+    """Five steps on [n, a n]: 15a + 5 (standard), 6a + 14 (Gram, one restart), 3a + 17 (none) times
+    n^3.
+    """
     found = benchmark.products(3, 64, 64 * cols, method, [(1.0, 1.0, 1.0)] * 5, restarts)
     assert sum(each for each, _ in found) == 3 * flop * 64**3
     if method == "standard":

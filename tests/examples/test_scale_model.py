@@ -1,4 +1,6 @@
-"""examples/benchmarks/scale_model.py counts what the step's graph sends, and gets to its end on a tiny workload."""
+"""examples/benchmarks/scale_model.py counts what the step's graph sends, and gets to its end on a
+tiny workload.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def model() -> ModuleType:
 
 
 def by_hand() -> int:
-    """Bytes of one rank's part of one matrix, in float16, on the way to its owner: extras are power, squares and variances."""
+    """Bytes of one rank's part of one matrix, in float16, on the way to its owner: extras are
+    power, squares and variances.
+    """
     rows = SIDE // WORLD
     extras = 2 + rows
     return 2 * rows * SIDE + 8 * -(-4 * extras // 8)

@@ -1,4 +1,6 @@
-"""The training and batch-skip studies, with a model of nothing; and that the pages show what the files hold."""
+"""The training and batch-skip studies, with a model of nothing; and that the pages show what the
+files hold.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ def test_a_run_is_exact_and_is_not_run_twice(
     command = [
         sys.executable,
         "-c",
-        f"from pathlib import *; from examples.study.runs import *; run_all([{job!r}], {options!r})",
+        "from pathlib import *; from examples.study.runs import *; "
+        f"run_all([{job!r}], {options!r})",
     ]
     run(command)
     (file,) = tmp_path.glob("NorMuon*.json")
@@ -216,8 +219,8 @@ def test_a_section_is_replaced_where_it_stands(tmp_path: Path) -> None:
     for name, text in (("a", "first"), ("b", "second"), ("a", r"third \1")):
         write_section(pages, name, text)
     assert (
-        pages.read_text()
-        == "# Title\n\n<!-- a -->\nthird \\1\n<!-- end of a -->\n\n<!-- b -->\nsecond\n<!-- end of b -->\n"
+        pages.read_text() == "# Title\n\n<!-- a -->\nthird \\1\n<!-- end of a -->\n\n"
+        "<!-- b -->\nsecond\n<!-- end of b -->\n"
     )
     assert markdown([{"x": 1, "y": "z"}]) == "| x | y |\n| --- | --- |\n| 1 | z |"
 

@@ -1,4 +1,6 @@
-"""The small-gradient study, at a size that takes seconds: who keeps every bit, and whose updates shrink or degenerate."""
+"""The small-gradient study, at a size that takes seconds: who keeps every bit, and whose updates
+shrink or degenerate.
+"""
 
 from __future__ import annotations
 

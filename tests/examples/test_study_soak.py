@@ -1,4 +1,6 @@
-"""The soak study at a size of seconds: what it claims of a short run, and that it would notice if it were otherwise."""
+"""The soak study at a size of seconds: what it claims of a short run, and that it would notice if
+it were otherwise.
+"""
 
 from __future__ import annotations
 

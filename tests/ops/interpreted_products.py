@@ -1,4 +1,6 @@
-"""The kernels of the products on the CPU, interpreted: ``TRITON_INTERPRET=1 python tests/ops/interpreted_products.py``."""
+"""The kernels of the products on the CPU, interpreted: ``TRITON_INTERPRET=1 python
+tests/ops/interpreted_products.py``.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def integers(*shape: int, largest: int = 1) -> Tensor:
 
 
 def close(out: Tensor, exact: Tensor) -> bool:
-    """Equal; in bfloat16 to 1 ulp, because the interpreter truncates where the device rounds to nearest even."""
+    """Equal; in bfloat16 to 1 ulp, because the interpreter truncates where the device rounds to
+    nearest even.
+    """
     if out.dtype == torch.bfloat16:
         return bool(((out.double() - exact).abs() <= exact.abs() * 2.0**-7).all())
     return torch.equal(out, exact.to(out.dtype))
@@ -56,7 +60,9 @@ def product(
 def check(
     n: int, rows: int, cols: int, dtype: torch.dtype, config: Config, transposed: bool
 ) -> None:
-    """``transposed``: all operands are, or of a kernel that takes descriptors those that need not have contiguous rows."""
+    """``transposed``: all operands are, or of a kernel that takes descriptors those that need not
+    have contiguous rows.
+    """
 
     def view(x: Tensor) -> Tensor:
         x = x.to(dtype)
@@ -73,7 +79,8 @@ def check(
     assert close(out, 0.5 * wide_x @ wide_x.mT)
     assert torch.equal(out, out.mT)
     assert close(product(a, x, c, -1.0, 2.0, False, config), 2.0 * wide_c - wide_a @ wide_x)
-    # a b is not symmetric here: whole rows of a, whole columns of b and the lower triangle of c decide
+    # a b is not symmetric here: whole rows of a, whole columns of b and the lower triangle of c
+    # decide
     b = view(integers(n, rows, rows))
     if (
         config.variant != "pointers" and not transposed
@@ -119,7 +126,9 @@ def check_non_finite(dtype: torch.dtype, config: Config) -> None:
 
 
 def check_choice() -> None:
-    """Descriptors where they take the operands, and the pointer kernel elsewhere; who asks for descriptors gets no other."""
+    """Descriptors where they take the operands, and the pointer kernel elsewhere; who asks for
+    descriptors gets no other.
+    """
 
     def variant(a: Tensor, b: Tensor) -> str:
         out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])

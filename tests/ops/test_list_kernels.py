@@ -1,6 +1,8 @@
-"""The kernels over lists against their twins in ops/reference.py: on a CUDA device, or else in Triton's interpreter.
+"""The kernels over lists against their twins in ops/reference.py: on a CUDA device, or else in
+Triton's interpreter.
 
-The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs itself in a process of its own.
+The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs
+itself in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def pairs(*dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
-    """Kinds and dtypes: all with all, or in the interpreter, which is slow, each kind with one dtype and "ragged" with all."""
+    """Kinds and dtypes: all with all, or in the interpreter, which is slow, each kind with one
+    dtype and "ragged" with all.
+    """
     if not launch.INTERPRETED:
         return [(kind, dtype) for kind in KINDS for dtype in dtypes]
     one = [(kind, dtypes[k % len(dtypes)]) for k, kind in enumerate(KINDS) if kind != "ragged"]
@@ -73,7 +77,8 @@ def tensors(kind: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
 
 
 def close(a: Any, b: Any, dtype: torch.dtype) -> None:
-    # In the interpreter a cast to bfloat16 truncates: one ulp. Seen there: float32 2.1e-6, bfloat16 7.8e-3, float16 0.
+    # In the interpreter a cast to bfloat16 truncates: one ulp. Seen there: float32 2.1e-6, bfloat16
+    # 7.8e-3, float16 0.
     tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10 if dtype == torch.float16 else 5e-6
     torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-7, equal_nan=True)
 
@@ -467,7 +472,8 @@ def test_adamw_with_masters_and_by_chance() -> None:
         chances = (torch.tensor(3, dtype=torch.int32, device=DEVICE), [7, 2**31 - 1, 0, 12345, 5])
         given = (params, first, second, grads, *scalars, flag(skip), *chances)
         found, expected = both("adamw", torch.bfloat16, *given, writes=3), reference.adamw(*given)
-        # Where the sums round otherwise (interpreted, numpy's), one chance in a thousand falls otherwise: seen 0 of 17157.
+        # Where the sums round otherwise (interpreted, numpy's), one chance in a thousand falls
+        # otherwise: seen 0 of 17157.
         others = sum(int((a != b).sum()) for a, b in zip(found[0], expected[0], strict=True))
         assert others <= 17
         assert skip or not exactly(found[0], reference.adamw(*given[:-2])[0])

@@ -1,4 +1,6 @@
-"""The three products against float64, on every path: torch's, the interpreted kernel, the kernel on CUDA."""
+"""The three products against float64, on every path: torch's, the interpreted kernel, the kernel on
+CUDA.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 def arguments(
     name: str, n: int, rows: int, cols: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, ...]:
-    """Integers whose products are integers below 2^8, and matrices that commute: sums of permutations r and r^T."""
+    """Integers whose products are integers below 2^8, and matrices that commute: sums of
+    permutations r and r^T.
+    """
     x = integers(n, rows, cols).clamp(-1, 1) if cols > 60 else integers(n, rows, cols, largest=1)
     cycle = (
         torch.eye(rows, dtype=torch.float64).roll(1, 0)
@@ -306,7 +310,7 @@ def test_the_interpreted_kernel_holds_the_same_claims() -> None:
     processes.run(command, env={"TRITON_INTERPRET": "1"})
 
 
-# ----------------------------------------------------------------------------------------------------------------------- CUDA
+# --------------------------------------------------------------------------------------------- CUDA
 
 HALF = [torch.float16, torch.bfloat16]
 MEASURED = [
@@ -322,7 +326,9 @@ MEASURED = [
 
 
 def polynomials(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two matrices that commute, of one another's dtype: r = x x^T / |x|^2 and r^2, rounded to the dtype."""
+    """Two matrices that commute, of one another's dtype: r = x x^T / |x|^2 and r^2, rounded to the
+    dtype.
+    """
     r = x.double() @ x.double().mT
     r /= r.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=1e-30) / 8
     return r.to(x.dtype), (r @ r).to(x.dtype)
@@ -354,7 +360,8 @@ def test_on_cuda_the_error_is_that_of_cublas(
     inner = expected("symmetric_addmm", a, a, b, 2.0, -0.5)
     out = symmetric_addmm(a, a, b, 2.0, -0.5)
     assert torch.equal(out, out.mT)
-    # Rounded to 16 bits, a and b commute only nearly: the upper triangle of the result is the lower one's.
+    # Rounded to 16 bits, a and b commute only nearly: the upper triangle of the result is the lower
+    # one's.
     assert error(lower(out), lower(inner)) <= 1.05 * error(
         lower(torch.baddbmm(a, a, b, beta=2.0, alpha=-0.5)), lower(inner)
     )

@@ -1,6 +1,8 @@
-"""What ranks send each other is packed without a bit changed: `ops.repack` against a loop over bytes.
+"""What ranks send each other is packed without a bit changed: `ops.repack` against a loop over
+bytes.
 
-The kernel runs on a CUDA device, or in Triton's interpreter in a process of its own (see test_list_kernels.py).
+The kernel runs on a CUDA device, or in Triton's interpreter in a process of its own (see
+test_list_kernels.py).
 """
 
 from __future__ import annotations

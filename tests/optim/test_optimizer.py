@@ -1,4 +1,6 @@
-"""`NorMuon` as a torch.optim.Optimizer: everything around an optimizer works, and a step is `step_`, bit for bit."""
+"""`NorMuon` as a torch.optim.Optimizer: everything around an optimizer works, and a step is
+`step_`, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ COUNTERS = ("step", "skipped", "consecutive")
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
-    """What is compiled: dynamo and its guards as ever, the graph run as it is. Without this fixture nothing is compiled."""
+    """What is compiled: dynamo and its guards as ever, the graph run as it is.
+
+    Without this fixture nothing is compiled.
+    """
     return graphs.counting(monkeypatch)
 
 
@@ -164,11 +169,15 @@ def three_by_hand(model: nn.Module) -> tuple[nm.Plan, Callable[[list[float], flo
     routes = {name: nm.Route("adamw") for name, _ in rest}
 
     def hyper(lr: list[float], momentum: float) -> nm.Hyper:
-        return nm.Hyper.stack([
-            nm.Hyper.of(params, lr=lr[0], momentum=momentum, weight_decay=0.1),
-            nm.Hyper.of(params, lr=lr[1], beta2=0.5, momentum=0.95 if momentum == 0.8 else momentum),
-            nm.Hyper.of(params, lr=lr[2], adamw_betas=(0.8, 0.99), adamw_eps=1e-6),
-        ])  # fmt: skip
+        return nm.Hyper.stack(
+            [
+                nm.Hyper.of(params, lr=lr[0], momentum=momentum, weight_decay=0.1),
+                nm.Hyper.of(
+                    params, lr=lr[1], beta2=0.5, momentum=0.95 if momentum == 0.8 else momentum
+                ),
+                nm.Hyper.of(params, lr=lr[2], adamw_betas=(0.8, 0.99), adamw_eps=1e-6),
+            ]
+        )
 
     return nm.make_plan(params, nm.Config(nesterov=True), routes=routes, hyper_of=index), hyper
 
@@ -363,9 +372,7 @@ def test_a_bad_matrix_in_one_group_skips_all_groups() -> None:
         assert nm.check(optimizer.result, optimizer.plan)
 
 
-def test_nan_guard_fallback_skips_the_matrices_of_one_shape_in_one_group_and_moves_their_momentum_on() -> (
-    None
-):
+def test_nan_guard_fallback_skips_one_shape_of_one_group_and_moves_its_momentum_on() -> None:
     model = Net()
     matrices, rest = split(model)
     optimizer = nm.NorMuon(
@@ -392,13 +399,17 @@ def plateau(o: torch.optim.Optimizer) -> Any:
 
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, [lambda k: 1.0, lambda k: 0.9**k, lambda k: 1 / (1 + k)]),
+    "lambda": lambda o: lr_scheduler.LambdaLR(
+        o, [lambda k: 1.0, lambda k: 0.9**k, lambda k: 1 / (1 + k)]
+    ),
     "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=[0.1, 0.2, 0.3], total_steps=20),
     "warm_up": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 5)], milestones=[2]
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 5)],
+        milestones=[2],
     ),
     "plateau": plateau,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("of", [float, torch.tensor], ids=["float", "tensor"])
@@ -449,7 +460,7 @@ def test_graphed_says_where_it_runs() -> None:
     model = Net()
     with pytest.raises(
         ValueError,
-        match="graphed=True: expected parameters on a CUDA device, got cpu; the step is the same without",
+        match="graphed=True: expected parameters on a CUDA device, got cpu; the step",
     ):
         train(model, nm.NorMuon(model.named_parameters(), graphed=True), range(1))
 
@@ -546,9 +557,7 @@ def test_a_first_gradient_that_comes_late_is_refused_on_demand() -> None:
         train(always, optimizer, range(1))
 
 
-def test_a_parameter_without_gradient_keeps_its_values_and_state_and_missing_ones_may_count_as_zeros() -> (
-    None
-):
+def test_a_parameter_without_gradient_keeps_its_state_and_may_count_as_zeros() -> None:
     kept, counted = Gated(), Gated()
     results = []
     for model, config in ((kept, nm.Config()), (counted, nm.Config(missing_grads="zeros"))):
@@ -840,15 +849,15 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def test_clipping_every_step_by_the_same_coefficient_changes_nothing_but_rounding(
     coefficient: float,
 ) -> None:
-    """Every gradient has norm 1 here, so the norm it is clipped to is the coefficient; the momentum is scaled as a whole."""
+    """Every gradient has norm 1 here, so the norm it is clipped to is the coefficient; the momentum
+    is scaled as a whole.
+    """
     whole, clipped = clipped_run(1.0, 10), clipped_run(coefficient, 10)
     assert difference(whole, clipped_run(1.0, 0)) > 0.03
     assert difference(whole, clipped) < 3e-7  # 6e-8 seen
 
 
-def test_clipping_the_first_step_alone_changes_nothing_and_clipping_every_other_one_changes_its_weight() -> (
-    None
-):
+def test_clipping_every_step_but_the_first_changes_the_weights_and_the_first_alone_none() -> None:
     assert difference(clipped_run(1.0, 1), clipped_run(2e-8, 1)) < 1e-7
     assert (
         difference(clipped_run(1.0, 10), clipped_run(2e-8, 10, alternate=True)) > 1e-3
@@ -1028,22 +1037,62 @@ def test_errors_name_what_to_do() -> None:
     cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: nm.NorMuon([]), ValueError, "empty parameter list"),
         (lambda: nm.NorMuon(named, lr=-1.0), ValueError, "lr: expected a finite number >= 0"),
-        (lambda: nm.NorMuon(named, momentum=1.0), ValueError, r"momentum: expected a number in \[0, 1\)"),
+        (
+            lambda: nm.NorMuon(named, momentum=1.0),
+            ValueError,
+            r"momentum: expected a number in \[0, 1\)",
+        ),
         (lambda: nm.NorMuon(named, lr="fast"), TypeError, "lr: expected a Python number"),  # type: ignore[arg-type]
-        (lambda: nm.NorMuon(named, lr=torch.ones(2)), ValueError, "lr: expected a number or a tensor of one element"),
-        (lambda: nm.NorMuon(named, adamw_betas=0.9), TypeError, "adamw_betas: expected two numbers"),  # type: ignore[arg-type]
+        (
+            lambda: nm.NorMuon(named, lr=torch.ones(2)),
+            ValueError,
+            "lr: expected a number or a tensor of one element",
+        ),
+        (
+            lambda: nm.NorMuon(named, adamw_betas=0.9),
+            TypeError,
+            "adamw_betas: expected two numbers",
+        ),  # type: ignore[arg-type]
         (lambda: nm.NorMuon(named, algorithm="muon"), ValueError, "'normuon' or 'adamw'"),  # type: ignore[arg-type]
         (lambda: nm.NorMuon(named, guard="on"), ValueError, "Config.guard"),  # type: ignore[arg-type]
         (lambda: nm.NorMuon(named, config="dion"), TypeError, "config: expected a Config"),  # type: ignore[arg-type]
-        (lambda: nm.NorMuon(named, late_gradients="no"), ValueError, "late_gradients: expected one"),  # type: ignore[arg-type]
-        (lambda: nm.NorMuon([{"params": named, "betas": (0.9, 0.99)}]), TypeError, "'betas' is called 'adamw_betas' here"),
-        (lambda: nm.NorMuon([{"params": named, "use_muon": True}]), TypeError, "'use_muon' is called 'algorithm' here"),
-        (lambda: nm.NorMuon([{"params": named, "nesterov": True}]), TypeError, r"NorMuon\(config=Config\(nesterov=...\)\)"),
-        (lambda: nm.NorMuon([{"params": named}, {"params": [("up.weight", one)]}]), ValueError, "'up.weight'.*prefix"),
-        (lambda: nm.NorMuon([*named, ("tied", nn.Parameter(model.up.weight.data))]), ValueError, "pass tied weights once"),
+        (
+            lambda: nm.NorMuon(named, late_gradients="no"),
+            ValueError,
+            "late_gradients: expected one",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: nm.NorMuon([{"params": named, "betas": (0.9, 0.99)}]),
+            TypeError,
+            "'betas' is called 'adamw_betas' here",
+        ),
+        (
+            lambda: nm.NorMuon([{"params": named, "use_muon": True}]),
+            TypeError,
+            "'use_muon' is called 'algorithm' here",
+        ),
+        (
+            lambda: nm.NorMuon([{"params": named, "nesterov": True}]),
+            TypeError,
+            r"NorMuon\(config=Config\(nesterov=...\)\)",
+        ),
+        (
+            lambda: nm.NorMuon([{"params": named}, {"params": [("up.weight", one)]}]),
+            ValueError,
+            "'up.weight'.*prefix",
+        ),
+        (
+            lambda: nm.NorMuon([*named, ("tied", nn.Parameter(model.up.weight.data))]),
+            ValueError,
+            "pass tied weights once",
+        ),
         (lambda: nm.NorMuon([*named, ("far", far)]), ValueError, "one optimizer a device"),
-        (lambda: nm.make_plan(dict(named), hyper_of={"up.weight": 0}), ValueError, r"hyper_of\['embed.weight'\]"),
-    ]  # fmt: skip
+        (
+            lambda: nm.make_plan(dict(named), hyper_of={"up.weight": 0}),
+            ValueError,
+            r"hyper_of\['embed.weight'\]",
+        ),
+    ]
     for make, kind, message in cases:
         with pytest.raises(kind, match=message):
             make()

@@ -1,4 +1,6 @@
-"""Groups of `NorMuon`: who is in them keeps its name, what they cannot mean is refused, and what fails leaves them alone."""
+"""Groups of `NorMuon`: who is in them keeps its name, what they cannot mean is refused, and what
+fails leaves them alone.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +72,7 @@ def test_a_parameter_that_moves_to_another_group_keeps_its_name_and_takes_its_va
     assert int(optimizer.state[model.up.weight]["step"]) == 2
 
 
-def test_a_parameter_that_is_put_in_by_hand_is_refused_and_one_in_the_place_of_another_takes_its_name() -> (
-    None
-):
+def test_a_parameter_put_in_by_hand_is_refused_and_one_in_anothers_place_takes_its_name() -> None:
     model = Net()
     optimizer = nm.NorMuon(three(model))
     train(model, optimizer, range(1))
@@ -110,12 +110,17 @@ def test_names_stay_with_their_parameters_in_a_copy() -> None:
 def test_a_key_that_asks_for_what_a_group_cannot_give_is_refused() -> None:
     model = Net()
     cases: list[tuple[str, Any, str]] = [
-        ("maximize", True, "negate the loss"), ("amsgrad", True, "there is none"), ("beta1", 0.9, "adamw_betas"),
-        ("epsilon", 1e-8, "adamw_eps"), ("adjust_lr", "rms_norm", r"Config\(scale="),
-        ("adjust_lr_fn", "original", r"Config\(scale="), ("ns_steps", 5, r"Config\(steps="),
-        ("ns_coefficients", (1.0, 2.0, 3.0), r"Config\(coefficients="), ("cautious_wd", True, "'cautious'"),
+        ("maximize", True, "negate the loss"),
+        ("amsgrad", True, "there is none"),
+        ("beta1", 0.9, "adamw_betas"),
+        ("epsilon", 1e-8, "adamw_eps"),
+        ("adjust_lr", "rms_norm", r"Config\(scale="),
+        ("adjust_lr_fn", "original", r"Config\(scale="),
+        ("ns_steps", 5, r"Config\(steps="),
+        ("ns_coefficients", (1.0, 2.0, 3.0), r"Config\(coefficients="),
+        ("cautious_wd", True, "'cautious'"),
         ("flatten", True, r"Route\(flatten=True\)"),
-    ]  # fmt: skip
+    ]
     for key, value, message in cases:
         with pytest.raises(TypeError, match=f"param_group: {key}=.*{message}"):
             nm.NorMuon([{"params": list(model.named_parameters()), key: value}])

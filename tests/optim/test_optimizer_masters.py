@@ -1,4 +1,6 @@
-"""`NorMuon` with `Config.master`: bfloat16 parameters that are float32 inside, whatever is done with the optimizer."""
+"""`NorMuon` with `Config.master`: bfloat16 parameters that are float32 inside, whatever is done
+with the optimizer.
+"""
 
 from __future__ import annotations
 

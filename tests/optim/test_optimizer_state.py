@@ -1,4 +1,6 @@
-"""What is put into, loaded into or taken out of `NorMuon`'s state is what goes on, and a load that fails changes nothing."""
+"""What is put into, loaded into or taken out of `NorMuon`'s state is what goes on, and a load that
+fails changes nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`save` and `load`: everything comes back, or nothing is touched; and the other ways to keep a run."""
+"""`save` and `load`: everything comes back, or nothing is touched; and the other ways to keep a
+run.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +162,7 @@ def test_a_link_keeps_leading_to_the_file_and_the_file_keeps_its_mode(tmp_path: 
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o640
 
 
-# ----------------------------------------------------------------------------------------------------- what is not of this plan
+# ------------------------------------------------------------------------- what is not of this plan
 
 
 @pytest.mark.parametrize(
@@ -274,9 +276,23 @@ def test_tensors_on_another_device_than_the_plans_are_saved_and_loaded_into(tmp_
 
 
 KEPT = [
-    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint64,
+    torch.uint32,
+    torch.uint16,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def test_tensors_of_every_dtype_that_is_taken_come_back_as_they_were(tmp_path: Path) -> None:
@@ -316,7 +332,7 @@ def test_an_extra_that_would_not_come_back_as_it_is_is_refused(tmp_path: Path, c
     assert os.listdir(tmp_path) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- torch's own ways
+# --------------------------------------------------------------------------------- torch's own ways
 
 SINGLE = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"

@@ -1,4 +1,6 @@
-"""A checkpoint that is damaged is refused and touches nothing; a process that dies while it saves leaves a whole file."""
+"""A checkpoint that is damaged is refused and touches nothing; a process that dies while it saves
+leaves a whole file.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,7 @@ def test_what_could_not_be_loaded_is_not_saved_or_written_and_the_old_file_stays
         nm.load(tmp_path / "run", plan, **given)
 
 
-# ----------------------------------------------------------------------------------------------------------- death while saving
+# ------------------------------------------------------------------------------- death while saving
 
 WRITER = """
 import os, random, signal, sys, time

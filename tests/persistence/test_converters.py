@@ -1,7 +1,9 @@
-"""`convert_state`: a run goes on where another optimizer stopped. Theirs go on beside it, by the oracle's float64 formulas.
+"""`convert_state`: a run goes on where another optimizer stopped.
 
-The state dicts have the layouts of microsoft/dion 0a059a4, KellerJordan/Muon 00ba60d, zichongli5/NorMuon e5aaaf4; torch's own
-optimizers run themselves.
+Theirs go on beside it, by the oracle's float64 formulas.
+
+The state dicts have the layouts of microsoft/dion 0a059a4, KellerJordan/Muon 00ba60d,
+zichongli5/NorMuon e5aaaf4; torch's own optimizers run themselves.
 """
 
 from __future__ import annotations
@@ -322,7 +324,7 @@ def broken(**changes: Any) -> tuple[dict[str, Any], nm.Plan, list[str]]:
         ({"names": ["b", "z", "y"]}, r"\['y'\] are no parameters of the plan"),
         (
             {"names": ["z", "b", "a"]},
-            "'z': it was Adam's, the plan gives it to normuon; 'b': it was Muon's, the plan gives it to",
+            "'z': it was Adam's, the plan gives it to normuon; 'b': it was Muon's, the plan",
         ),
         ({"names": ["b", "a", "z"]}, r"'z': expected momentum of shape \(12, 8\), got \(8, 12\)"),
         (
@@ -395,7 +397,7 @@ def run_of(
         (
             torch.optim.Adamax,
             {},
-            r"'w' has \['exp_avg', 'exp_inf', 'step'\], the state of no optimizer that is known here",
+            r"'w' has \['exp_avg', 'exp_inf', 'step'\], the state of no optimizer that is known",
         ),
         (nm.NorMuon, {}, "'w' was of normuon_fn.NorMuon, whose load_state_dict reads it"),
         (

@@ -1,7 +1,7 @@
 """The diffs of the README run as printed, and lead where it says.
 
-Gradients are given, not computed: two runs then differ by their steps alone. Where the other optimizer is not a dependency, its
-formulas are: float64, from `oracle.py`.
+Gradients are given, not computed: two runs then differ by their steps alone. Where the other
+optimizer is not a dependency, its formulas are: float64, from `oracle.py`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def others(params: dict[str, Tensor]) -> tuple[str, ...]:
 
 
 def alike(old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
-    """What is no matrix, in float64: 6e-8 of the way was seen, for our hyperparameters are float32."""
+    """What is no matrix, in float64: 6e-8 of the way was seen; our hyperparameters are float32."""
     return off_the_way(old, new, others(old)) < 1e-6
 
 
@@ -133,10 +133,12 @@ def test_from_adamw_learning_rates_carry_over_and_what_is_no_matrix_is_stepped_a
 
 
 def test_from_torch_muon_the_trajectory_is_the_same_within_the_rounding_of_bfloat16() -> None:
-    """Both orthogonalize in bfloat16 (8 bits), ours after an exact norm and with products in another order.
+    """Both orthogonalize in bfloat16 (8 bits), ours after an exact norm and with products in
+    another order.
 
-    Over 20 steps the distance was 0.3 to 0.8 % of the way, for shapes from 16x16 to 256x64; that of bfloat16 from float32, with
-    everything else ours, 0.2 to 0.4 % (CPU, torch 2.13, 2026-11-23). The least of the options below makes 9 %.
+    Over 20 steps the distance was 0.3 to 0.8 % of the way, for shapes from 16x16 to 256x64; that of
+    bfloat16 from float32, with everything else ours, 0.2 to 0.4 % (CPU, torch 2.13, 2026-11-23).
+    The least of the options below makes 9 %.
     """
     code = diff("torch.optim.Muon", "+")
     old, new = run(diff("torch.optim.Muon", "-")), run(code)
@@ -205,9 +207,7 @@ def test_from_dion_the_rule_is_its_own() -> None:
     )
 
 
-def test_from_dion_the_fallback_keeps_the_matrices_of_one_shape_for_as_long_as_their_momentum_is_not_finite() -> (
-    None
-):
+def test_from_dion_the_fallback_keeps_one_shape_while_its_momentum_is_not_finite() -> None:
     code = diff("microsoft/dion NorMuon", "+")
     assert "nan_guard_fallback=True" in code and "nan_guard_fallback=True" in diff(
         "microsoft/dion NorMuon", "-"

@@ -1,4 +1,6 @@
-"""`routes_for`: modules that are frozen, parametrized, scripted or exported, and classes and layers with misleading names."""
+"""`routes_for`: modules that are frozen, parametrized, scripted or exported, and classes and layers
+with misleading names.
+"""
 
 from __future__ import annotations
 

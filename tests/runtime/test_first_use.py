@@ -1,4 +1,6 @@
-"""What somebody tries in the first hour: changing sets of gradients, odd values, other libraries' habits."""
+"""What somebody tries in the first hour: changing sets of gradients, odd values, other libraries'
+habits.
+"""
 
 from __future__ import annotations
 

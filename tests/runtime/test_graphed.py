@@ -1,4 +1,7 @@
-"""GraphedStep: every call is exactly one step, whatever moves. The logic on any machine, the graph itself on CUDA."""
+"""GraphedStep: every call is exactly one step, whatever moves.
+
+The logic on any machine, the graph itself on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def refill(grads: dict[str, Tensor], seed: int) -> None:
 
 
 class Take:
-    """What a capture gives, without a graph: the call itself, into the tensors of the first result."""
+    """What a capture gives, without a graph: the call itself, into the first result's tensors."""
 
     def __init__(self, call: Callable[[], nm.StepResult], log: list[str]) -> None:
         self.call, self.log = call, log
@@ -91,7 +94,9 @@ class Rehearsed(GraphedStep):
 
 
 class Case:
-    """A problem and its shadow: after every step, `agrees` says whether plain in-place steps led to the same bits."""
+    """A problem and its shadow: after every step, `agrees` says whether plain in-place steps led to
+    the same bits.
+    """
 
     def __init__(
         self,
@@ -125,7 +130,7 @@ class Case:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logic does not depend on what a step is made of: uncompiled, a test takes milliseconds."""
+    """The logic does not depend on how a step runs: uncompiled, a test takes milliseconds."""
     monkeypatch.setattr(graphed_module, "step_", step_module.local_update_)
 
 

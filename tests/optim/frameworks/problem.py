@@ -1,4 +1,6 @@
-"""What every framework is given here: a small network on tokens that can be learned, and the bits it ends with."""
+"""What every framework is given here: a small network on tokens that can be learned, and the bits
+it ends with.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`NorMuon` in transformers' Trainer and in Accelerate: they train, clip and schedule, and go on exactly from a checkpoint."""
+"""`NorMuon` in transformers' Trainer and in Accelerate: they train, clip and schedule, and go on
+exactly from a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -69,10 +71,20 @@ def trainer_of(folder: Path, seed: int, lr: float, **options: Any) -> tuple[Any,
     optimizer = problem.optimizer_of(model, lr, config=nm.Config(nesterov=True))
     seen = Seen(optimizer)
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=problem.ROWS, save_steps=4, logging_steps=1,
-        lr_scheduler_type="linear", warmup_steps=2, max_grad_norm=0.5, use_cpu=True, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=problem.ROWS,
+        save_steps=4,
+        logging_steps=1,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        max_grad_norm=0.5,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
@@ -153,9 +165,12 @@ def test_accelerate_has_the_bits_of_the_plain_loop_and_resumes_exactly(
     losses += go_on(accelerator, *made, range(4 * accumulate, STEPS * accumulate))
     ended = problem.bits(*made[:2])
     expected, its_losses = problem.by_hand(
-        STEPS, clip=0.5, accumulate=accumulate, autocast=torch.bfloat16 if mixed_precision == "bf16" else None,
+        STEPS,
+        clip=0.5,
+        accumulate=accumulate,
+        autocast=torch.bfloat16 if mixed_precision == "bf16" else None,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
-    )  # fmt: skip
+    )
     assert problem.same(ended, expected) and losses == its_losses and losses[-1] < 0.8 * losses[0]
 
     accelerator, *again = accelerated(1, 0.7, **options)

@@ -1,4 +1,6 @@
-"""`NorMuon` in Lightning: every precision, both kinds of optimisation and clipping have the bits of the plain loop."""
+"""`NorMuon` in Lightning: every precision, both kinds of optimisation and clipping have the bits of
+the plain loop.
+"""
 
 from __future__ import annotations
 
@@ -100,9 +102,17 @@ def fitted(
     config = nm.Config(master="mantissa") if precision == "bf16-true" else None
     module = Module(seed, lr, manual, clip, config=config)
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_steps=STEPS, gradient_clip_val=None if manual else clip, enable_checkpointing=False,
-        default_root_dir=str(folder), logger=False, enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        max_steps=STEPS,
+        gradient_clip_val=None if manual else clip,
+        enable_checkpointing=False,
+        default_root_dir=str(folder),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
     trainer.fit(module, torch.utils.data.DataLoader(range(STEPS), batch_size=None), **fit)
     return module
 
@@ -127,9 +137,10 @@ def test_lightning_has_the_bits_of_the_plain_loop_and_resumes_exactly(
     whole = fitted(tmp_path, precision, manual, clip)
     ended = problem.bits(whole.net, whole.own)
     how: dict[str, Any] = {
-        "bf16-mixed": {"autocast": torch.bfloat16}, "16-mixed": {"autocast": torch.float16, "scale": SCALE},
+        "bf16-mixed": {"autocast": torch.bfloat16},
+        "16-mixed": {"autocast": torch.float16, "scale": SCALE},
         "bf16-true": {"parameters": torch.bfloat16, "config": nm.Config(master="mantissa")},
-    }.get(precision, {})  # fmt: skip
+    }.get(precision, {})
     expected, losses = problem.by_hand(
         STEPS, clip=clip, scheduler=schedule_of, in_groups=True, backward_inside=manual, **how
     )
