@@ -21,6 +21,7 @@ PATIENCE = (
 )
 LEAST = 1.0  # one of twenty busy processes on two cores gets 18 in that time
 TICK = 1.0  # seconds between two looks
+MEASURED = Path("/proc/self/stat").exists()
 
 
 class StalledError(Exception):
@@ -39,7 +40,7 @@ class Progress:
     def stalled(self) -> bool:
         """To be called once every TICK. False where there is no /proc: nothing is known there."""
         used = processor_seconds(self.pids)
-        if abs(used - self.used) >= LEAST or not used:
+        if abs(used - self.used) >= LEAST or not MEASURED:
             self.used, self.idle = used, 0
         self.idle += 1
         return self.idle > self.looks
@@ -66,6 +67,7 @@ def run(
     code: int | None = 0,  # the expected exit code; None: any
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,  # beside the environment of this process
+    patience: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     """What a command printed; the repository is importable there.
 
@@ -85,7 +87,7 @@ def run(
         env=os.environ | own,
         start_new_session=True,
     )
-    progress = Progress([process.pid])
+    progress = Progress([process.pid], patience)
     try:
         while True:
             try:
@@ -94,7 +96,7 @@ def run(
             except subprocess.TimeoutExpired:
                 if progress.stalled():
                     raise StalledError(
-                        f"{arguments}: no processor time used in {PATIENCE} s"
+                        f"{arguments} used no processor time in {patience} s"
                     ) from None
     finally:
         if process.poll() is None:

@@ -237,7 +237,7 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
         (
             lambda: nm.Config(coefficients=(3.4, -4.7, 2.0)),
             TypeError,
-            "Config.coefficients: expected a name or",
+            "coefficients: expected a name or",
         ),  # type: ignore[arg-type]
         (lambda: nm.Hyper.stack([]), ValueError, "hypers: expected at least one"),
         (lambda: nm.load("none", params), TypeError, "plan: expected a Plan"),  # type: ignore[arg-type]
