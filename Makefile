@@ -11,10 +11,10 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
-# OMP_NUM_THREADS=1: with contended cores, 2 OpenMP threads made an eager step 20x slower. Two processes, a file in one: files
-# share what is dear to make.
+# OMP_NUM_THREADS=1: with contended cores, 2 OpenMP threads made an eager step 20x slower. Two processes, and each file in one
+# of them, because the tests of a file share ranks and graphs. tests/conftest.py has the order: the longest files come first.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,7 +1,9 @@
-"""What a compiled function holds, read off its graph. The one file here that imports PyTorch's private testing interfaces.
+"""What a compiled function holds, read off its graph.
 
-record(function, *args)  ->  Recorded: graphs, breaks, ops in order, host syncs, collectives, devices
-Recorded.check(...)      ->  AssertionError, with what was found, where a promise is broken
+The one file here that imports PyTorch's private testing interfaces.
+
+record(function, *args) -> Recorded: graphs, breaks, ops in order, syncs, collectives, devices
+Recorded.check(...)     -> AssertionError, with what was found, where a promise is broken
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ __all__ = [
 
 Function = Callable[..., Any]
 
-# Ops whose result the host has to wait for. Shapes that depend on values are found by their symbols instead.
+# Ops whose result the host has to wait for. Shapes that depend on values are found by their symbols
+# instead.
 HOST_SYNCS = {
     "aten._local_scalar_dense",
     "aten.item",
@@ -100,12 +103,16 @@ class Recorded:
 
     @property
     def ops(self) -> Counter[str]:
-        """How often each op is called; an in-place op of ours under its own name, without its overload."""
+        """How often each op is called; an in-place op of ours under its own name, without its
+        overload.
+        """
         return Counter(_name(node) for node in self.calls)
 
     @property
     def host_syncs(self) -> list[str]:
-        """Calls that make the host wait: values read, shapes that depend on values, copies from a device to the CPU."""
+        """Calls that make the host wait: values read, shapes that depend on values, copies from a
+        device to the CPU.
+        """
         return [str(node.format_node()) for node in self.calls if _waits(node)]
 
     @property
@@ -140,7 +147,9 @@ class Recorded:
 
     @property
     def listing(self) -> str:
-        """The ops in order, without the elementwise ones; products in a row, and copies in a row, are counted."""
+        """The ops in order, without the elementwise ones; products in a row, and copies in a row,
+        are counted.
+        """
         lines: list[str] = []
         run: Counter[str] = Counter()
 
@@ -196,7 +205,9 @@ class Recorded:
             )
 
     def check_size(self, *, parameters: int, buckets: int) -> None:
-        """The graph grows with buckets, hardly with parameters (DESIGN: the form that did not took 260 s to compile)."""
+        """The graph grows with buckets, hardly with parameters (DESIGN: the form that did not took
+        260 s to compile).
+        """
         allowed = 6 * parameters + 150 * buckets
         assert len(self.calls) <= allowed, (
             f"{len(self.calls)} nodes, {allowed} allowed: {self.ops.most_common(5)}"
@@ -204,7 +215,10 @@ class Recorded:
 
 
 def record(function: Function, *args: Any, **kwargs: Any) -> Recorded:
-    """Compiles and runs ``function`` once. As ``fullgraph=True`` would see it, but a graph break is counted, not raised."""
+    """Compiles and runs ``function`` once.
+
+    As ``fullgraph=True`` would see it, but a graph break is counted, not raised.
+    """
     torch._dynamo.reset()
     recorder = AotEagerAndRecordGraphs()
     explained = ExplainWithBackend(recorder)
@@ -225,10 +239,12 @@ def record(function: Function, *args: Any, **kwargs: Any) -> Recorded:
 
 
 def captured(function: Function, *args: Any, run: bool = True) -> Recorded:
-    """The same without dynamo: ``functorch.compile.aot_function`` runs the Python and records what it does.
+    """The same without dynamo: ``functorch.compile.aot_function`` runs the Python and records what
+    it does.
 
-    It takes tensors and containers of tensors. A plan is neither, and dynamo makes inputs of its tensors: so does this. Without
-    ``run`` the graph is recorded and no more: the fake process group has no all-to-all for a rank that sends nothing.
+    It takes tensors and containers of tensors. A plan is neither, and dynamo makes inputs of its
+    tensors: so does this. Without ``run`` the graph is recorded and no more: the fake process group
+    has no all-to-all for a rank that sends nothing.
     """
     plan = next(value for value in args if isinstance(value, nm.Plan))
     tensors = {"parameter_of": plan.guard.parameter_of, "members": plan.guard.members}
@@ -292,7 +308,8 @@ class _NoHostSync(TorchDispatchMode):
 
 
 def no_host_sync() -> TorchDispatchMode:
-    """A context in which every op runs eagerly, and one that the host has to wait for is an AssertionError.
+    """A context in which every op runs eagerly, and one that the host has to wait for is an
+    AssertionError.
 
     A graph does not show what nobody uses, nor what goes on inside an operator of our own.
     """
@@ -303,7 +320,9 @@ def no_host_sync() -> TorchDispatchMode:
 def fake_ranks(
     world: int, kind: str = "group", rank: int = 0
 ) -> Iterator[dist.ProcessGroup | DeviceMesh | None]:
-    """``world`` ranks in one process, which is ``rank``: collectives trace, their values mean nothing. Nothing at all for 1."""
+    """``world`` ranks in one process, which is ``rank``: collectives trace, their values mean
+    nothing. Nothing at all for 1.
+    """
     if world == 1:
         yield None
         return
@@ -324,7 +343,8 @@ def sharded(
 ) -> DTensor:
     """A parameter as it lies on ``mesh``, of random values.
 
-    ``strided``: a first placement Shard(0) is one of what so many ranks have sharded already, as FSDP2 makes it.
+    ``strided``: a first placement Shard(0) is one of what so many ranks have sharded already, as
+    FSDP2 makes it.
     """
     placements = list(placements)
     if strided is not None:
@@ -350,9 +370,10 @@ def ranks_of(group: str) -> int:
 def fake_cuda() -> Iterator[None]:
     """Tensors on ``cuda`` have shapes and no values: CUDA graphs can be looked at without a GPU.
 
-    PyTorch sees to the device guard where it was built for CUDA. In a CPU build there is none, and indexing or ``~`` on a fake
-    CUDA tensor raises (pytorch#160532, which was to lift that, came back as #163187 without the CPU build). The guard of the
-    meta device does nothing, which is what is wanted.
+    PyTorch sees to the device guard where it was built for CUDA. In a CPU build there is none, and
+    indexing or ``~`` on a fake CUDA tensor raises (pytorch#160532, which was to lift that, came
+    back as #163187 without the CPU build). The guard of the meta device does nothing, which is what
+    is wanted.
     """
     with FakeTensorMode() if torch.backends.cuda.is_built() else _cuda_guarded_as_meta():
         yield
@@ -450,7 +471,8 @@ class Generated:
         return {_base(argument) for call in calls for argument in call.args}
 
     def check_in_place(self, least: int) -> None:
-        """Inputs of ``least`` elements and more are written by the ops themselves, and copied nowhere.
+        """Inputs of ``least`` elements and more are written by the ops themselves, and copied
+        nowhere.
 
         Raises:
             AssertionError: naming the copy.
@@ -570,7 +592,9 @@ def _base(expression: ast.expr) -> str:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
-    """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it is."""
+    """Counts what `step` and `step_` compile; dynamo and its guards as ever, the graph run as it
+    is.
+    """
     found = CompileCounter()
     monkeypatch.setattr(
         compiled, "compile_whole", lambda function, **_: compile_whole(function, found)

@@ -1,4 +1,6 @@
-"""Parameters for the graph tests: as few as show the thing, for a graph costs 0.5 s and more to trace."""
+"""Parameters for the graph tests: as few as show the thing, for a graph costs 0.5 s and more to
+trace.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""What the ranks of a step say to each other: so many collectives, for every layout, at any number of ranks, and when.
+"""What the ranks of a step say to each other: so many collectives, for every layout, at any number
+of ranks, and when.
 
-A fake process group stands for the other ranks, so that the graph of any rank of any number can be looked at.
+A fake process group stands for the other ranks, so that the graph of any rank of any number can be
+looked at.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from normuon_fn.distributed.shared import SharedWork
 from normuon_fn.step import local_update, local_update_
 
 TENSOR_PARALLEL = 4
-# Two buckets, of two groups and of one. From 25 ranks on there are some that hold nothing and own nothing.
+# Two buckets, of two groups and of one. From 25 ranks on there are some that hold nothing and own
+# nothing.
 MATRICES: Shapes = {"up": (24, 16), "down": (16, 24), "square": (12, 12)}
 
 
@@ -97,9 +100,11 @@ def seen(given: Problem, function: Callable = local_update) -> graphs.Recorded:
 
 
 def mixed(world: int, config: nm.Config, *, few: bool = False) -> Problem:
-    """All layouts in one plan: 4 sharded buckets, 2 of them with copies, a replicated one, and one of whole experts and heads.
+    """All layouts in one plan: 4 sharded buckets, 2 of them with copies, a replicated one, and one
+    of whole experts and heads.
 
-    ``few``: a sharded bucket and a replicated one, of so many matrices that every rank owns some; experts; no heads.
+    ``few``: a sharded bucket and a replicated one, of so many matrices that every rank owns some;
+    experts; no heads.
     """
     n = (world,) if few else ()
     rows, cols = Shard(len(n)), Shard(len(n) + 1)
@@ -140,7 +145,8 @@ def check(
     reductions: int = 0,
     flags: int = 0,
 ) -> None:
-    """Of so many buckets parts go both ways, of so many updates go to copies; two flags for each of ``flags`` parameters.
+    """Of so many buckets parts go both ways, of so many updates go to copies; two flags for each of
+    ``flags`` parameters.
 
     Raises:
         AssertionError: naming what was found.
@@ -189,7 +195,7 @@ def check_overlap(recorded: graphs.Recorded, *, sharded: int, waits_first: int) 
     assert not early, f"updates waited for before the last product: {early}"
 
 
-# ------------------------------------------------------------------------------------------------------ how many collectives
+# ----------------------------------------------------------------------------- how many collectives
 
 
 @RANKS
@@ -262,7 +268,7 @@ def test_the_guard_is_one_reduction(layout: str, guarded: str, scope: str, world
             )
 
 
-# ------------------------------------------------------------------------------------------------------------ as it is compiled
+# -------------------------------------------------------------------------------- as it is compiled
 
 
 def test_the_compiler_sees_one_graph() -> None:
@@ -321,7 +327,7 @@ def test_steps_with_other_rates_and_gradients_are_one_graph(
     assert counter.frame_count == 1
 
 
-# --------------------------------------------------------------------------------------------------------------------- overlap
+# ------------------------------------------------------------------------------------------ overlap
 
 
 def two_buckets(layout: str) -> graphs.Recorded:
@@ -340,7 +346,7 @@ def test_parts_travel_while_others_are_orthogonalized(layout: str) -> None:
     )  # the first bucket has nothing to wait behind
 
 
-# ------------------------------------------------------------------------------------------------------- the size of the graph
+# ---------------------------------------------------------------------------- the size of the graph
 
 
 def nodes(layout: str, world: int, shapes: Shapes) -> int:
@@ -366,7 +372,7 @@ def test_a_parameter_adds_at_most_5_nodes() -> None:
     check_growth(nodes("FSDP2, rows", 8, few), nodes("FSDP2, rows", 8, many), 24 - 8, 5)  # seen 3
 
 
-# -------------------------------------------------------------------------------------- every check goes red when it is broken
+# ----------------------------------------------------------- every check goes red when it is broken
 
 
 def change(

@@ -34,7 +34,7 @@ VIEW_ROUTES = {
 
 
 def test_step_equals_step_in_place_bit_for_bit_and_eager_closely() -> None:
-    given = problem(SMALL, nm.Config(guard="full"), routes=ROUTES)
+    given = problem(SMALL, nm.Config(guard="full", steps=2), routes=ROUTES)
     given = given._replace(hyper=nm.Hyper.of(given.params, lr=0.02, weight_decay=0.1))
     eager = nm.update(*given)
     pure = nm.step(*given)
@@ -52,7 +52,7 @@ def test_step_equals_step_in_place_bit_for_bit_and_eager_closely() -> None:
 
 def test_update_works_in_the_users_own_graph_with_loss_and_backward() -> None:
     params, _, state, hyper, plan = problem(
-        {"up": (32, 8), "down": (8, 32)}, nm.Config(guard="full")
+        {"up": (32, 8), "down": (8, 32)}, nm.Config(guard="full", steps=2)
     )
     x = torch.randn(16, 8)
 

@@ -1,4 +1,7 @@
-"""The ops of the step in order, pinned. ``EXPECTTEST_ACCEPT=1`` rewrites the listings after a change that was meant."""
+"""The ops of the step in order, pinned.
+
+``EXPECTTEST_ACCEPT=1`` rewrites the listings after a change that was meant.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The graph of a step whose bfloat16 parameters keep small updates: one, without a wait, and no larger than it must be."""
+"""The graph of a step whose bfloat16 parameters keep small updates: one, without a wait, and no
+larger than it must be.
+"""
 
 from __future__ import annotations
 

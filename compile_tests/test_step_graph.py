@@ -1,4 +1,6 @@
-"""One graph, no break, no host sync, one collective: for the step, the step in place and the step in a user's own graph."""
+"""One graph, no break, no host sync, one collective: for the step, the step in place and the step
+in a user's own graph.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,8 @@ def test_the_graph_has_at_most_6_nodes_a_parameter_and_150_a_bucket(
 ) -> None:
     given = problem(many(matrices, buckets), nm.Config(guard="full"))
     assert len(given.plan.buckets) == buckets
-    # aot_function's graph of `update` is the compiler's, at a fifth of its time; of `local_update_` it lacks the copies at the end.
+    # aot_function's graph of `update` is the compiler's, at a fifth of its time; of `local_update_`
+    # it lacks the copies at the end.
     recorded = (graphs.captured if function is nm.update else graphs.record)(function, *given)
     recorded.check()
     recorded.check_size(parameters=matrices, buckets=buckets)

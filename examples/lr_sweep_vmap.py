@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
-from train_gpt import CONTEXT, GPT, WIDTH, Text
+from train_gpt import CONTEXT, GPT, LAYERS, WIDTH, Text
 
 import normuon_fn as nm
 
@@ -36,6 +36,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="blocks of the model")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
@@ -45,7 +47,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     text = Text(args.data)
-    model = GPT(len(text.characters), tie=False).to(args.device)
+    model = GPT(len(text.characters), tie=False, layers=args.layers).to(args.device)
     one = {name: p.detach() for name, p in model.named_parameters()}
     routes = {
         "*norm*": nm.Route("adamw", wd_mul=0.0),
@@ -68,7 +70,10 @@ def main() -> None:
         return result.params, result.state, loss
 
     ensemble = torch.compile(
-        torch.vmap(train_step, in_dims=(0, 0, 0, None)), fullgraph=True, dynamic=False
+        torch.vmap(train_step, in_dims=(0, 0, 0, None)),
+        backend=args.backend,
+        fullgraph=True,
+        dynamic=False,
     )
     params, state = members(one), members(nm.init(plan, one))
     stacked = [nm.Hyper.of(one, lr=rate, weight_decay=0.1) for rate in RATES]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
-from train_gpt import CONTEXT, GPT, WIDTH, Text
+from train_gpt import CONTEXT, GPT, LAYERS, WIDTH, Text
 
 import normuon_fn as nm
 
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--every", type=int, default=40, help="inject a NaN every so many steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="blocks of the model")
+    parser.add_argument("--no-compile", action="store_true", help="everything eager")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
@@ -48,7 +50,7 @@ def main() -> None:
     )  # the embedding's backward adds in any order otherwise: no two runs alike
     text = Text(args.data)
     torch.manual_seed(args.seed)
-    model = GPT(len(text.characters), tie=False).to(args.device)
+    model = GPT(len(text.characters), tie=False, layers=args.layers).to(args.device)
     start = {name: p.detach() for name, p in model.named_parameters()}
     routes = {
         "*norm*": nm.Route("adamw", wd_mul=0.0),
@@ -59,7 +61,10 @@ def main() -> None:
         logits = torch.func.functional_call(model, params, (tokens[:, :-1],))
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    loss_and_grad = torch.compile(torch.func.grad_and_value(loss_fn), fullgraph=True, dynamic=False)
+    loss_and_grad = torch.compile(
+        torch.func.grad_and_value(loss_fn), fullgraph=True, dynamic=False, disable=args.no_compile
+    )
+    train_step = nm.update if args.no_compile else nm.step
     names = sorted(start)
 
     def train(guard: str, *, faults: bool) -> tuple[list[float], dict[str, Tensor], list[int]]:
@@ -78,7 +83,7 @@ def main() -> None:
             grads, loss = loss_and_grad(params, tokens)
             if bad:
                 grads[names[step % len(names)]].view(-1)[step] = math.nan
-            result = nm.step(params, grads, state, hyper, plan)
+            result = train_step(params, grads, state, hyper, plan)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if nm.check(result, plan):

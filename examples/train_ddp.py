@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from train_gpt import BATCH, GPT, WIDTH, Text
+from train_gpt import BATCH, GPT, LAYERS, WIDTH, Text
 
 import normuon_fn as nm
 
@@ -35,7 +35,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         )
     text = Text(args.data)
     torch.manual_seed(args.seed)
-    model = GPT(len(text.characters), tie=False).to(device)
+    model = GPT(len(text.characters), tie=False, layers=args.layers).to(device)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     params = {name: p.detach() for name, p in model.named_parameters()}  # the model's own memory
@@ -121,6 +121,7 @@ def main(train: Callable[[argparse.Namespace, torch.device], None], about: str |
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="blocks of the model")
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
     )

@@ -35,7 +35,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         )
     text = Text(args.data)
     torch.manual_seed(args.seed)  # every rank makes the same model, and keeps its part
-    model = GPT(len(text.characters), tie=False).to(device)
+    model = GPT(len(text.characters), tie=False, layers=args.layers).to(device)
     mesh = init_device_mesh(device.type, (world,))
     precision = (
         MixedPrecisionPolicy(torch.bfloat16, torch.float32)

@@ -120,8 +120,8 @@ class Boxes:
         tiles: list[list[int]] = []
         parts: list[int] = []
         for (source, target), boxes in sorted(self.found.items()):
-            numbers = [n for at, to, stride, to_stride, rows, cols in boxes
-                       for n in (at, to, cols, *((stride, to_stride) if rows > 1 else ()))]  # fmt: skip
+            numbers = [n for at, to, _, _, _, cols in boxes for n in (at, to, cols)]
+            numbers += [n for _, _, *strides, rows, _ in boxes if rows > 1 for n in strides]
             unit = math.gcd(8, sizes[target], *numbers)
             first = len(tiles)
             for at, to, stride, to_stride, rows, cols in boxes:

@@ -1,6 +1,8 @@
-"""Everything that can go wrong in a step, planted on purpose: where (`STAGES`), what (`VALUES`), in which parameter (`SHAPES`).
+"""Everything that can go wrong in a step, planted on purpose: where (`STAGES`), what (`VALUES`), in
+which parameter (`SHAPES`).
 
-`plant` writes the fault, `expected_flags` and `keeps_its_bits` say what must come of it: the table of DESIGN, section 4.
+`plant` writes the fault, `expected_flags` and `keeps_its_bits` say what must come of it: the table
+of DESIGN, section 4.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ VALUES = ("nan", "inf", "-inf", "overflow")
 NAN, INF = float("nan"), float("inf")
 _NUMBER = {"nan": NAN, "inf": INF, "-inf": -INF}
 
-# Gradients of this size, and only they, make `brittle` return something else than an orthogonal matrix.
+# Gradients of this size, and only they, make `brittle` return something else than an orthogonal
+# matrix.
 _CODES = {"nan": 1e3, "inf": 1e4, "-inf": 1e5, "overflow": 1e6, "large": 1e7}
 
 
 def brittle(x: Tensor) -> Tensor:
-    """An orthogonalizer [n, rows, cols] that diverges on clean gradients, when their largest entry tells it to.
+    """An orthogonalizer [n, rows, cols] that diverges on clean gradients, when their largest entry
+    tells it to.
 
     Its one cubic step has no prescaling: from 1e19 on it overflows by itself.
     """
@@ -55,7 +59,8 @@ def brittle(x: Tensor) -> Tensor:
     return y
 
 
-# What is written where. A NorMuon parameter has "momentum" and "variance"; AdamW's moments have their own names.
+# What is written where. A NorMuon parameter has "momentum" and "variance"; AdamW's moments have
+# their own names.
 _NORMUON_FAULTS = {
     **{("gradient", what): {"grad": number} for what, number in _NUMBER.items()},
     **{("momentum", what): {"momentum": number} for what, number in _NUMBER.items()},
@@ -100,7 +105,9 @@ def plant(
 
 
 def expected_flags(stage: str, what: str, name: str) -> list[list[int]]:
-    """[2, n_params]: every fault is a non-finite update; a gradient that overflows later is finite itself."""
+    """[2, n_params]: every fault is a non-finite update; a gradient that overflows later is finite
+    itself.
+    """
     hit = [int(other == name) for other in SHAPES]
     return [hit, hit if stage == "gradient" and what != "overflow" else [0] * len(hit)]
 
@@ -108,13 +115,13 @@ def expected_flags(stage: str, what: str, name: str) -> list[list[int]]:
 def keeps_its_bits(guard: str, scope: str, stage: str, what: str, name: str) -> set[str]:
     """The parameters and state tensors that a step with that fault must leave alone.
 
-    =========  ==============================================  =======================================
-    guard      a non-finite update                             a non-finite gradient
-    =========  ==============================================  =======================================
-    off        nothing                                         nothing
-    output     params, variance, AdamW's moments               params, variance, AdamW's moments
-    full       params, variance, AdamW's moments               params, variance, AdamW's moments, momentum
-    =========  ==============================================  =======================================
+    ======  =================================  ===========================================
+    guard   a non-finite update                a non-finite gradient
+    ======  =================================  ===========================================
+    off     nothing                            nothing
+    output  params, variance, AdamW's moments  params, variance, AdamW's moments
+    full    params, variance, AdamW's moments  params, variance, AdamW's moments, momentum
+    ======  =================================  ===========================================
     """
     if guard == "off":
         return set()

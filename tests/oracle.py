@@ -1,9 +1,11 @@
-"""The algorithm again, in numpy float64, one matrix at a time, written from the papers and the peers' formulas.
+"""The algorithm again, in numpy float64, one matrix at a time, written from the papers and the
+peers' formulas.
 
-Nothing here is imported from `normuon_fn`, and nothing here is meant to be fast: plain loops, one formula a line.
-Sources: NorMuon (arXiv 2510.05491, algorithm 1), Polar Express (arXiv 2505.16932), CANS (arXiv 2506.10935),
-cubic5 (arXiv 2606.00371), AdamW (arXiv 1711.05101); microsoft/dion 0a059a4, zichongli5/NorMuon d45c9a4, modded-nanogpt
-f411b3d3, NVIDIA Emerging-Optimizers fd77292 for the published variants.
+Nothing here is imported from `normuon_fn`, and nothing here is meant to be fast: plain loops, one
+formula a line. Sources: NorMuon (arXiv 2510.05491, algorithm 1), Polar Express (arXiv 2505.16932),
+CANS (arXiv 2506.10935), cubic5 (arXiv 2606.00371), AdamW (arXiv 1711.05101); microsoft/dion
+0a059a4, zichongli5/NorMuon d45c9a4, modded-nanogpt f411b3d3, NVIDIA Emerging-Optimizers fd77292 for
+the published variants.
 """
 
 from __future__ import annotations
@@ -90,14 +92,19 @@ REPEATS_LAST = (
 
 
 def polar_express(safety_factor: float) -> list[Row]:
-    """The eight rows; p(x) becomes p(x / safety_factor). The last row is the fixed point and stays as it is."""
+    """The eight rows; p(x) becomes p(x / safety_factor).
+
+    The last row is the fixed point and stays as it is.
+    """
     s = safety_factor
     divided = [(a / s, b / s**3, c / s**5) for a, b, c in POLAR_EXPRESS_BASE[:-1]]
     return [*divided, POLAR_EXPRESS_BASE[-1]]
 
 
 def schedule(name: str, steps: int, safety_factor: float = 1.01) -> list[Row]:
-    """The rows that `steps` steps of a named set use, with what happens beyond the end of its table."""
+    """The rows that `steps` steps of a named set use, with what happens beyond the end of its
+    table.
+    """
     table = polar_express(safety_factor) if name == "polar_express" else TABLES[name]
     if name in REPEATS_LAST:
         return [table[min(t, len(table) - 1)] for t in range(steps)]
@@ -120,7 +127,9 @@ def polynomial(sigma: Matrix, rows: Sequence[Row]) -> Matrix:
 
 
 def aol_rescale(x: Matrix) -> Matrix:
-    """Row i of the wide orientation times (sum_j |x_i . x_j|)^-1/2, which bounds the spectral norm by 1."""
+    """Row i of the wide orientation times (sum_j |x_i . x_j|)^-1/2, which bounds the spectral norm
+    by 1.
+    """
     if x.shape[0] > x.shape[1]:
         return aol_rescale(x.T).T
     sums = np.abs(x @ x.T).sum(axis=1, keepdims=True)
@@ -130,7 +139,10 @@ def aol_rescale(x: Matrix) -> Matrix:
 def newton_schulz(
     x: Matrix, rows: Sequence[Row], norm_factor: float = 1.0, aol: bool = False
 ) -> Matrix:
-    """X / (norm_factor |X|_F), or the AOL rescale, then X <- aX + (bA + cA^2)X with A = X X^T. Zero stays zero."""
+    """X / (norm_factor |X|_F), or the AOL rescale, then X <- aX + (bA + cA^2)X with A = X X^T.
+
+    Zero stays zero.
+    """
     x = np.asarray(x, np.float64)
     amax = np.abs(x).max(initial=0.0)
     if amax == 0:
@@ -190,7 +202,9 @@ def momentum_step(rule: Rule, momentum: Matrix, grad: Matrix, beta: float) -> tu
 
 
 def normalize(rule: Rule, o: Matrix, variance: Matrix, beta2: float) -> tuple[Matrix, Matrix]:
-    """-> (new variance, O divided by its root): one number per row, or per column of a wide matrix by "short"."""
+    """-> (new variance, O divided by its root): one number per row, or per column of a wide matrix
+    by "short".
+    """
     m, n = o.shape
     over_columns = rule.reduction == "rows" or m >= n
     variance = beta2 * variance + (1 - beta2) * (o**2).mean(
@@ -208,7 +222,9 @@ def normalize(rule: Rule, o: Matrix, variance: Matrix, beta2: float) -> tuple[Ma
 
 
 def scaled(rule: Rule, o: Matrix, divided: Matrix) -> Matrix:
-    """The update whose length the learning rate multiplies. m, n are the matrix's own, never the transposed ones."""
+    """The update whose length the learning rate multiplies. m, n are the matrix's own, never the
+    transposed ones.
+    """
     m, n = o.shape
     size = np.linalg.norm(divided)
     if size == 0:
@@ -355,6 +371,8 @@ GUARD_KEEPS: dict[str, dict[str, frozenset[str]]] = {
 
 
 def guard_skips(scope: str, bad: set[str], groups: Sequence[set[str]]) -> set[str]:
-    """The parameters that keep their values: everything ("step"), or every group with a bad one in it ("bucket")."""
+    """The parameters that keep their values: everything ("step"), or every group with a bad one in
+    it ("bucket").
+    """
     hit = [group for group in groups if group & bad]
     return set().union(*groups) if scope == "step" and hit else set().union(*hit)

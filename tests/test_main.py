@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
 import normuon_fn
 from normuon_fn import __main__ as command
-from tests import oracle
+from tests import oracle, processes
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 
-
-def run(
-    *arguments: str, before: str = "", warnings: str = "error", seconds: int = 120
-) -> subprocess.CompletedProcess[str]:
-    code = (
-        f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}\n{before}\n"
-        "runpy.run_module('normuon_fn', run_name='__main__')"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-W", warnings, "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=seconds,
-    )
+def run(*arguments: str, before: str = "", warnings: str = "error") -> CompletedProcess[str]:
+    given = f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}"
+    code = f"{given}\n{before}\nrunpy.run_module('normuon_fn', run_name='__main__')"
+    return processes.run([sys.executable, "-W", warnings, "-c", code], code=None)
 
 
 def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> None:
@@ -54,12 +41,10 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
 
 def test_compiled_it_passes_too() -> None:
     shows = (
-        "import torch._dynamo.utils as u, atexit\n"
+        "import torch._dynamo.utils as u, atexit; "
         "atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
     )
-    done = run(
-        "--device", "cpu", "--compile", before=shows, warnings="ignore", seconds=600
-    )  # Inductor's own
+    done = run("--device", "cpu", "--compile", before=shows, warnings="ignore")  # Inductor's own
     assert done.returncode == 0, done.stdout + done.stderr
     *_, row, compiled = done.stdout.splitlines()
     assert row.endswith("pass") and compiled == "1"
@@ -81,14 +66,8 @@ def test_a_step_that_is_wrong_fails_it_with_exit_code_1(planted: str) -> None:
 
 
 def test_help_and_unknown_devices() -> None:
-    asked = subprocess.run(
-        [sys.executable, "-m", "normuon_fn", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
-    assert asked.returncode == 0 and "--device" in asked.stdout and "self-test" not in asked.stderr
+    asked = processes.run([sys.executable, "-m", "normuon_fn", "--help"])
+    assert "--device" in asked.stdout and "self-test" not in asked.stderr
     assert "replay" in asked.stdout
     with pytest.raises(SystemExit) as left:
         command.main(["--device", "tpu"])
@@ -126,10 +105,7 @@ def test_the_wheel_has_the_marker_of_types_and_the_operators(tmp_path: Path) -> 
         ROOT / "normuon_fn", tmp_path / "normuon_fn", ignore=shutil.ignore_patterns("__pycache__")
     )  # ops as files
     build = "import setuptools.build_meta as b; print(b.build_wheel('.'))"
-    done = subprocess.run(
-        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = processes.run([sys.executable, "-c", build], cwd=tmp_path)
     wheel = done.stdout.splitlines()[-1]
     assert wheel.startswith(f"normuon_fn-{normuon_fn.__version__}-")
     names = set(zipfile.ZipFile(tmp_path / wheel).namelist())

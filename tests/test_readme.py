@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import normuon_fn as nm
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

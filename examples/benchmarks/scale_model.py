@@ -216,7 +216,8 @@ def owned(plan: nm.Plan, rank: int) -> tuple[int, float]:
     matrices, flop = 0, 0.0
     for bucket in plan.buckets:
         n = sum(
-            group.ownership.by_rank[rank] if group.ownership else group.count for group in bucket.groups
+            group.ownership.by_rank[rank] if group.ownership else group.count
+            for group in bucket.groups
         )
         form, rows = bucket.form, list(bucket.coefficients.rows)
         each = products(n, bucket.rows, bucket.cols, form.method, rows, len(form.restarts))
@@ -245,10 +246,11 @@ def counts(shapes: Shapes, layout: str, world: int) -> tuple[list[Rank], int]:
     most_flop = max(range(world), key=lambda rank: work[rank][1])
     most = max(range(world), key=lambda rank: work[rank][0])
     least = min(range(world), key=lambda rank: work[rank][1])
-    spreads = [group.ownership for bucket in plan.buckets for group in bucket.groups if group.ownership]
+    groups = [group for bucket in plan.buckets for group in bucket.groups]
+    ownerships = [group.ownership for group in groups if group.ownership]
     of_each = {
         max(range(world), key=lambda rank: by_rank[rank])
-        for by_rank in (s.by_rank for s in spreads)
+        for by_rank in (s.by_rank for s in ownerships)
     }
     others = sorted({most_flop, most, least, world - 1, *of_each} - {0})
     return [first, *(count(shapes, layout, world, rank)[0] for rank in others)], work[most][0]

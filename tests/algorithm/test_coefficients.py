@@ -1,4 +1,6 @@
-"""The coefficient tables against those typed in again from the papers, and what is done with them."""
+"""The coefficient tables against those typed in again from the papers, and what is done with
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LINE = np.concatenate([np.linspace(0, 1, 20001), np.logspace(-8, 0, 2001)])
 
 
 def as_polynomial(sigma: np.ndarray, **options: object) -> np.ndarray:
-    """What `orthogonalize` does to singular values, seen through a diagonal matrix of unit Frobenius norm."""
+    """What `orthogonalize` does to singular values, seen through a diagonal matrix of unit
+    Frobenius norm.
+    """
     assert abs(np.linalg.norm(sigma) - 1) < 1e-12
     x = torch.diag(torch.from_numpy(sigma))
     return nm.orthogonalize(x, method="standard", dtype=torch.float64, **options).diagonal().numpy()
@@ -78,7 +82,8 @@ def test_polar_express_has_the_rows_that_others_print(
         )  # EO prints some digits cut off, not rounded
 
 
-# The printed gain for tiny singular values: it catches a mistyped leading coefficient in the package and in the oracle.
+# The printed gain for tiny singular values: it catches a mistyped leading coefficient in the
+# package and in the oracle.
 @pytest.mark.parametrize(
     ("name", "steps", "safety_factor", "gain"),
     [
@@ -103,8 +108,9 @@ def test_the_gain_for_tiny_singular_values_is_the_published_one(
     assert math.prod(a for a, _, _ in rows) == pytest.approx(gain, rel=5e-3)
 
 
-# Where a 1:4 Gaussian has its singular values (sigma / norm within 1/32 .. 3/32 at 256x1024) the output lies in the
-# published range; 2e-3 of room, because an infinite Gaussian reaches the ends and a sampled one does not.
+# Where a 1:4 Gaussian has its singular values (sigma / norm within 1/32 .. 3/32 at 256x1024) the
+# output lies in the published range; 2e-3 of room, because an infinite Gaussian reaches the ends
+# and a sampled one does not.
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
@@ -199,7 +205,7 @@ def test_a_config_steps_by_its_coefficients() -> None:
 
 
 def test_polar_express_default_never_overshoots_its_published_maximum() -> None:
-    """Any safety factor: the composed polynomial keeps [0, 1] within 1.1236, so that bf16 has room."""
+    """For any safety factor the composed polynomial keeps [0, 1] within 1.1236: bf16 has room."""
     rows = resolve("polar_express", 5).rows
     assert 1.12 <= oracle.polynomial(LINE, rows).max() <= 1.1236
 

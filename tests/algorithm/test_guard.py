@@ -1,4 +1,7 @@
-"""DESIGN: which tensors keep their bits, by mode, scope and what was not finite. Every row is held against guard="off"."""
+"""DESIGN: which tensors keep their bits, by mode, scope and what was not finite.
+
+Every row is held against guard="off".
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ def problem(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def nan_for(rows: int, cols: int):
-    """An orthogonalizer whose result is NaN for one shape: a Newton-Schulz that diverged on clean gradients."""
+    """An orthogonalizer whose result is NaN for one shape: a Newton-Schulz that diverged on clean
+    gradients.
+    """
 
     def orthogonalizer(x: Tensor) -> Tensor:
         y = x / x.norm(dim=(-2, -1), keepdim=True)

@@ -1,4 +1,6 @@
-"""Every cell of the guard's table: what went wrong x `Config.guard` x `Config.guard_scope`, against `oracle.GUARD_KEEPS`."""
+"""Every cell of the guard's table: what went wrong x `Config.guard` x `Config.guard_scope`, against
+`oracle.GUARD_KEEPS`.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def test_what_keeps_its_bits_is_what_the_table_says(wrong: str, guard: str, scop
         keeps = oracle.GUARD_KEEPS[guard][wrong] if name in skipped else frozenset()
         for kind in ("param", "variance", "momentum"):
             if name == "embed" and kind != "param" and "momentum" not in keeps:
-                continue  # the table speaks of AdamW's parameters, and of its moments only where everything is kept
+                continue  # of AdamW's moments the table speaks only where everything is kept
             assert torch.equal(before[kind], after[kind]) == (kind in keeps), (name, kind)
             poisoned_by = (
                 name == "bad" and kind not in keeps and (wrong == "gradient" or kind != "momentum")

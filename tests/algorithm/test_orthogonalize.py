@@ -1,4 +1,5 @@
-"""`orthogonalize` against the same polynomial in float64, on hard spectra, edge shapes and bad input.
+"""`orthogonalize` against the same polynomial in float64, on hard spectra, edge shapes and bad
+input.
 
 Observed errors stand beside each gate.
 """
@@ -61,7 +62,9 @@ def errors_of(name: str, shape: tuple[int, int], method: str, dtype: torch.dtype
 
 
 def natural_rounding(name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Per-row errors of the plainest 16-bit iteration: fp32 arithmetic, every stored matrix rounded to dtype."""
+    """Per-row errors of the plainest 16-bit iteration: fp32 arithmetic, every stored matrix rounded
+    to dtype.
+    """
     x = gaussian(2, *shape, seed=shape[1])
     want = exact_set(x, name, steps_of(name), 1.05)
     x = x / x.norm(dim=(-2, -1), keepdim=True) / oracle.NORM_FACTOR.get(name, 1.0)
@@ -99,7 +102,9 @@ def test_bf16_polar_express_rows_are_within_1_percent_median_and_5_percent_max(
 @pytest.mark.parametrize("shape", ASPECTS, ids=str)
 @pytest.mark.parametrize("name", [s for s in SETS if s != "aol"])
 def test_16_bit_rows_lose_no_more_than_the_format_does(name: str, shape: tuple[int, int]) -> None:
-    """Some sets amplify a rounding error more than others: cans to 3.6 % median in bf16, simple to 1.5 %."""
+    """Some sets amplify a rounding error more than others: cans to 3.6 % median in bf16, simple to
+    1.5 %.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         errors, floor = (
             errors_of(name, shape, "standard", dtype),
@@ -175,8 +180,9 @@ def test_gram_stays_finite_and_bounded_on_ill_conditioned_spectra(
     steps = steps_of(name)
     got = nm.orthogonalize(x, method="gram", coefficients=name, steps=steps, dtype=dtype)
     assert got.isfinite().all()
-    # Observed over the polynomial's own: 1.000 in fp32 and fp64; in fp16 1.06 (aol), 1.30 (cans, the same in the standard
-    # form); without a restart 51 to 552. bf16 Gram is known to be unsafe: 1.66, and 6.8 for aol.
+    # Observed over the polynomial's own: 1.000 in fp32 and fp64; in fp16 1.06 (aol), 1.30 (cans,
+    # the same in the standard form); without a restart 51 to 552. bf16 Gram is known to be unsafe:
+    # 1.66, and 6.8 for aol.
     own = oracle.polynomial(LINE, oracle.schedule(name, steps, 1.05)).max()
     room = {torch.float16: 1.4 if name == "cans" else 1.1, torch.bfloat16: 10}.get(dtype, 1.01)
     assert torch.linalg.matrix_norm(got.double(), 2) <= room * own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -19,8 +18,8 @@ from torch import Tensor
 import normuon_fn as nm
 from normuon_fn import __main__ as command_line
 from normuon_fn.diagnostics.replay import replay
+from tests import processes
 
-ROOT = Path(__file__).parents[2]
 SHAPES = {"qkv": (24, 8), "tall": (16, 8), "experts": (2, 8, 12), "bias": (8,)}
 ROUTES = {"qkv": nm.Route(splits=(8, 8, 8))}
 
@@ -177,8 +176,8 @@ def test_the_order_of_the_first_version_writes_the_same_capture(tmp_path: Path) 
 def test_the_command_prints_and_replays_a_capture(tmp_path: Path) -> None:
     result, plan, grads, hyper, _ = run(nm.Config(guard="full"), bad="tall")
     path = nm.capture(result, grads, plan, tmp_path, hyper=hyper)
-    command = [sys.executable, "-W", "error", "-m", "normuon_fn", "replay", str(path)]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-W", "error", "-m", "normuon_fn", "replay", path]
+    printed = processes.run(command).stdout
     rows = [line.split() for line in printed.splitlines() if line.startswith("tall.input")]
     assert rows[0][:3] == ["tall.input", "1x16x8", "float32"]
     assert [tuple(row[1:3]) for row in rows[1:]] == [

@@ -1,4 +1,6 @@
-"""What both ranks of tests/step/test_low_precision.py run: bfloat16 DTensors beside float32 ones that lie alike. gloo on CPU."""
+"""What both ranks of tests/step/test_low_precision.py run: bfloat16 DTensors beside float32 ones
+that lie alike. gloo on CPU.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ LAYOUTS = {"Shard(0)": Shard(0), "Replicate": Replicate(), "Shard(1)": Shard(1)}
 
 
 def run(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(_main, 2, folder, deadline=120)
+    return run_ranks(_main, 2, folder)
 
 
 def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -57,9 +59,11 @@ def _run(
     params = _tensors(0, dtype, mesh, kind)
     routes = {name: route for name, route in ROUTES.items() if name in params}
     plan = nm.make_plan(
-        params, nm.Config(master=master, orthogonalize_dtype=torch.float32, guard="full"), routes=routes,
+        params,
+        nm.Config(master=master, orthogonalize_dtype=torch.float32, guard="full"),
+        routes=routes,
         mesh=mesh if kind == "plain" else None,
-    )  # fmt: skip
+    )
     state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=1e-4, weight_decay=1e-2)
     for step in range(6):
         grads = _tensors(1 + step, dtype, mesh, kind)
@@ -88,9 +92,16 @@ def _by_lists(mesh: DeviceMesh) -> bool:
             [again[f"{k}.{what}"] for k in names] for what in ("momentum", "variance", "mantissa")
         ]
         nm.foreach_step_(
-            list(own.values()), list(grads.values()), *lists, lr=0.01, momentum=0.95, beta2=0.95, weight_decay=0.0,
-            config=config, compiled=False,
-        )  # fmt: skip
+            list(own.values()),
+            list(grads.values()),
+            *lists,
+            lr=0.01,
+            momentum=0.95,
+            beta2=0.95,
+            weight_decay=0.0,
+            config=config,
+            compiled=False,
+        )
     both = [(params[k], own[k]) for k in names] + [
         (state[k], again[k]) for k in state if not k.startswith("guard.")
     ]

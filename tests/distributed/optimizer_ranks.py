@@ -1,4 +1,6 @@
-"""What every rank of `test_optimizer_ranks` runs: `NorMuon` beside the same optimizer of one device. gloo on CPU, eagerly."""
+"""What every rank of `test_optimizer_ranks` runs: `NorMuon` beside the same optimizer of one
+device. gloo on CPU, eagerly.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: nm.NorMuon, steps: range, bad: bool = False) -> list[bool]:
-    """Whether each step was skipped. Every rank has the same batch, and so the gradient of one device."""
+    """Whether each step was skipped.
+
+    Every rank has the same batch, and so the gradient of one device.
+    """
     skipped = []
     for k in steps:
         optimizer.zero_grad()

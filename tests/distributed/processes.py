@@ -1,11 +1,12 @@
-"""Ranks as processes of their own: each runs one function, and whoever started them gets what it returned."""
+"""Ranks as processes of their own: each runs one function, and whoever started them gets what it
+returned.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-Main = Callable[[int, int, torch.device], Any]  # rank, world, device -> what JSON holds
+from tests.processes import PATIENCE, TICK, Progress, StalledError, end
+
+Main = Callable[[int, int, torch.device], Any]  # rank, world, device -> something for JSON
+# Of one collective. Under gloo it is longer than `Progress` waits: ranks may be any time apart, and
+# only a hang ends them. Ranks of NCCL spin while they wait, so that NCCL itself has to find the
+# hang.
+GLOO_TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=20 * PATIENCE), timedelta(seconds=PATIENCE)
 
 
 def run_ranks(
@@ -23,35 +30,39 @@ def run_ranks(
     world: int,
     folder: Path,
     *,
-    deadline: float,
-    timeout: float = 60,
     devices: bool = False,
     dying: int = 0,
 ) -> list[Any]:
     """By rank, what ``main`` returned there.
 
-    gloo on CPU; with ``devices`` NCCL and a device a rank where there are GPUs enough. ``deadline``: seconds, of everything;
-    ``timeout``: of one collective. The last ``dying`` ranks end somewhere in ``main``: nobody waits for them.
+    gloo on the CPU; with ``devices`` NCCL and a device per rank where there are enough GPUs. The
+    last ``dying`` ranks end somewhere in ``main``, and nobody waits for them.
+
+    Raises:
+        StalledError: no rank has used the processor for a long time: they hang, and are killed.
     """
-    given = (main, world, str(folder), timeout, devices, dying > 0)
     context = multiprocessing.start_processes(
-        _rank, given, nprocs=world, join=False, start_method="spawn"
+        _rank,
+        (main, world, str(folder), devices, dying > 0),
+        nprocs=world,
+        join=False,
+        start_method="spawn",
     )
     assert context is not None
-    end = time.monotonic() + deadline
-    while not context.join(timeout=0.5):  # raises what a rank raised
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{world} ranks did not end within {deadline} s: some of them hang")
+    progress = Progress(context.pids())
+    try:
+        while not context.join(timeout=TICK):  # raises what a rank raised
+            if progress.stalled():
+                raise StalledError(f"{world} ranks used no processor time in {PATIENCE} s")
+    finally:
+        if alive := [process.pid for process in context.processes if process.is_alive()]:
+            end(pid for pid in alive if pid is not None)
     return [
         json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world - dying)
     ]
 
 
-def _rank(
-    rank: int, main: Main, world: int, folder: str, timeout: float, devices: bool, dying: bool
-) -> None:
+def _rank(rank: int, main: Main, world: int, folder: str, devices: bool, dying: bool) -> None:
     torch.set_num_threads(1)
     cuda = devices and torch.cuda.device_count() >= world
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
@@ -62,7 +73,7 @@ def _rank(
         init_method=f"file://{folder}/store-{world}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=timeout),
+        timeout=NCCL_TIMEOUT if cuda else GLOO_TIMEOUT,
         device_id=device if cuda else None,
     )
     try:
@@ -73,8 +84,9 @@ def _rank(
     partial = Path(folder) / f"{world}-{rank}.partial"
     partial.write_text(json.dumps(seen))
     os.replace(partial, Path(folder) / f"{world}-{rank}.json")
-    # Without the interpreter's end, which is not what is tested: of some hundred starts one rank ended with "terminate called
-    # without an active exception". That it happened there is a guess: threads of C++ that want the interpreter then say so.
+    # Without the interpreter's end, which is not what is tested: of some hundred starts one rank
+    # ended with "terminate called without an active exception". That it happened there is a guess:
+    # threads of C++ that want the interpreter then say so.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,6 +1,8 @@
-"""The guard on two and on four ranks that step the same parameters: a fault on one rank alone, each rank in turn.
+"""The guard on two and on four ranks that step the same parameters: a fault on one rank alone, each
+rank in turn.
 
-Every world is spawned once and runs all its cases (`ranks`); the tests here read what the ranks saw.
+Every world is spawned once and runs all its cases (`ranks`); the tests here read what the ranks
+saw.
 """
 
 from __future__ import annotations
@@ -135,7 +137,7 @@ def test_a_guard_mesh_of_some_ranks_skips_on_those_and_no_others(ranks: Ranks) -
             )
 
 
-def test_a_clean_step_is_skipped_nowhere_warns_nowhere_and_has_the_same_bits_with_the_guard_on_as_off(
+def test_a_clean_step_is_skipped_nowhere_warns_nowhere_and_has_the_bits_of_guard_off(
     ranks: Ranks,
 ) -> None:
     (off, *_) = of_case(ranks, "eager", "off", "step", "clean", 0)

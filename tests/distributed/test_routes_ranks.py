@@ -1,4 +1,6 @@
-"""Transposed matrices and parts of stacks on two ranks (gloo, CPU), beside the same steps on one device."""
+"""Transposed matrices and parts of stacks on two ranks (gloo, CPU), beside the same steps on one
+device.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def _main(rank: int, world: int, device: torch.device) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    return run_ranks(_main, 2, tmp_path_factory.mktemp("ranks"), deadline=120)
+    return run_ranks(_main, 2, tmp_path_factory.mktemp("ranks"))
 
 
 def test_shards_of_transposed_matrices_and_of_split_stacks_step_as_on_one_device(

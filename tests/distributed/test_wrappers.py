@@ -1,4 +1,6 @@
-"""`NorMuon` on two ranks under DistributedDataParallel, FSDP2 with mixed precision and Accelerate: as on one device."""
+"""`NorMuon` on two ranks under DistributedDataParallel, FSDP2 with mixed precision and Accelerate:
+as on one device.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         folder = tmp_path_factory.mktemp("wrappers")
-        return run_ranks(partial(main, folder), WORLD, folder, deadline=200)
+        return run_ranks(partial(main, folder), WORLD, folder)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp, work shared"])
@@ -79,6 +81,6 @@ def test_accelerate_on_two_ranks_is_ddp_and_resumes_exactly(ranks: list[dict[str
 def test_inductor_compiles_the_steps_of_two_ranks_once_and_they_skip_together(
     tmp_path: Path,
 ) -> None:
-    for seen in run_ranks(compiled, WORLD, tmp_path, deadline=300, timeout=120):
+    for seen in run_ranks(compiled, WORLD, tmp_path):
         assert seen["off"] < 1e-6 < 0.01 < seen["moved"]
         assert seen["skipped"] == [False, True, False] * 2

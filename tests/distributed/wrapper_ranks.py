@@ -1,4 +1,6 @@
-"""What every rank of `test_wrappers` runs: `NorMuon` under the wrappers of torch and of Accelerate. gloo on CPU."""
+"""What every rank of `test_wrappers` runs: `NorMuon` under the wrappers of torch and of Accelerate.
+gloo on CPU.
+"""
 
 from __future__ import annotations
 
@@ -132,9 +134,12 @@ def accelerated(folder: str) -> dict[str, Any]:
     again[0].load_state(f"{folder}/accelerate")
     run(*again, range(3, STEPS))
     return {
-        "wrapped": isinstance(first[1], DistributedDataParallel), "off": off(unwrapped(first[1]), alone()[0]),
-        "resumed": max(off(whole(again[1]), whole(first[1])), off(states(again[2]), states(first[2]))),
-    }  # fmt: skip
+        "wrapped": isinstance(first[1], DistributedDataParallel),
+        "off": off(unwrapped(first[1]), alone()[0]),
+        "resumed": max(
+            off(whole(again[1]), whole(first[1])), off(states(again[2]), states(first[2]))
+        ),
+    }
 
 
 def sharded(seed: int, policy: MixedPrecisionPolicy) -> nn.Module:
@@ -187,7 +192,10 @@ def mixed() -> dict[str, Any]:
 
 
 def masters() -> dict[str, Any]:
-    """bfloat16 shards with float32 behind them. The models are loaded after their optimizers were made."""
+    """bfloat16 shards with float32 behind them.
+
+    The models are loaded after their optimizers were made.
+    """
     seen = {}
     for master in ("mantissa", "fp32"):
         config = nm.Config(master=master, orthogonalize_dtype=torch.float32)  # type: ignore[arg-type]
@@ -225,7 +233,9 @@ def masters() -> dict[str, Any]:
 
 
 def switched() -> dict[str, Any]:
-    """The optimizer is there before the parameters are sharded, and gets them put in: so Accelerate prepares FSDP2."""
+    """The optimizer is there before the parameters are sharded, and gets them put in: so Accelerate
+    prepares FSDP2.
+    """
     model, other = model_of(), sharded(0, MixedPrecisionPolicy())
     optimizer = optimizer_of(model)
     optimizer.load_state_dict(optimizer.state_dict())
@@ -258,9 +268,12 @@ def main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str,
     }  # by Accelerate, which takes the group that is there
     mesh = init_device_mesh("cpu", (world,))
     cases: dict[str, Callable[[], dict[str, Any]]] = {
-        "ddp": lambda: ddp({}), "ddp, work shared": lambda: ddp({"mesh": mesh}), "fsdp2, mixed": mixed,
-        "fsdp2, switched": switched, "fsdp2, masters": masters,
-    }  # fmt: skip
+        "ddp": lambda: ddp({}),
+        "ddp, work shared": lambda: ddp({"mesh": mesh}),
+        "fsdp2, mixed": mixed,
+        "fsdp2, switched": switched,
+        "fsdp2, masters": masters,
+    }
     try:
         import accelerate  # noqa: F401
     except ImportError:

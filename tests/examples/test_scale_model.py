@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,10 +11,9 @@ import pytest
 
 import normuon_fn as nm
 from compile_tests import graphs
+from tests.processes import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "benchmarks" / "scale_model.py"
-DEADLINE = 60  # seconds, of a process that takes 5 on an idle core
 WORLD, SIDE = 8, 64
 SQUARE = [(WORLD, SIDE, SIDE)]  # one matrix a rank
 
@@ -110,19 +107,14 @@ def test_a_stack_is_counted_as_its_matrices_would_be(model: ModuleType) -> None:
     assert tuple(caught.found) == model.count(SQUARE, "fsdp2", WORLD, 0)[0].collectives
 
 
-def run(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--workload", "8x64x64", "--ranks", "8", *arguments]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def printed(*arguments: object) -> str:
+    command = (sys.executable, SCRIPT, "--workload", "8x64x64", "--ranks", 8)
+    return run([*command, *arguments]).stdout
 
 
 def test_the_table_has_its_columns_and_the_measurements_stand_beside(tmp_path: Path) -> None:
     file = tmp_path / "scale.png"
-    lines = run("--plot", str(file)).splitlines()
+    lines = printed("--plot", file).splitlines()
     measured = [line for line in lines if "measured" in line]
     assert [line.split(":")[0].strip() for line in measured] == [
         "1 H200 alone",

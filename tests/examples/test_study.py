@@ -7,9 +7,9 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -19,23 +19,20 @@ from examples.study import batch_skip, training
 from examples.study.common import markdown, write_section
 from examples.study.corpus import Corpus
 from examples.study.runs import TINY, Job, Options, Result, run_all
+from tests.processes import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "examples" / "study"
 
 
-def run(module: str, *arguments: object) -> str:
-    command = [sys.executable, "-m", f"examples.study.{module}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def study(module: str, *arguments: object, code: int | None = 0) -> CompletedProcess[str]:
+    return run([sys.executable, "-m", f"examples.study.{module}", *arguments], code=code)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("tokenizers")
     file = tmp_path_factory.mktemp("corpus") / "corpus.npz"
-    run("corpus", "--packages", "mpmath", "--vocabulary", 300, "--out", file)
+    study("corpus", "--packages", "mpmath", "--vocabulary", 300, "--out", file)
     return file
 
 
@@ -61,7 +58,7 @@ def results(corpus: Path) -> dict[Job, Result]:
 def test_a_corpus_is_the_same_twice_and_a_damaged_one_is_refused(
     corpus: Path, tmp_path: Path
 ) -> None:
-    run("corpus", "--packages", "mpmath", "--vocabulary", 300, "--out", tmp_path / "again.npz")
+    study("corpus", "--packages", "mpmath", "--vocabulary", 300, "--out", tmp_path / "again.npz")
     first, again = Corpus.load(corpus), Corpus.load(tmp_path / "again.npz")
     assert (
         torch.equal(first.train, again.train)
@@ -82,18 +79,9 @@ def test_a_corpus_is_the_same_twice_and_a_damaged_one_is_refused(
 
 
 def test_a_package_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError) as left:
-        command = [
-            sys.executable,
-            "-m",
-            "examples.study.corpus",
-            "--packages",
-            "no_such_package",
-            "--out",
-            tmp_path / "x.npz",
-        ]
-        subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=100)
-    assert "no_such_package: not an installed package" in left.value.stderr
+    done = study("corpus", "--packages", "no_such_package", "--out", tmp_path / "x.npz", code=None)
+    assert done.returncode != 0
+    assert "no_such_package: not an installed package" in done.stderr
 
 
 def test_a_run_is_exact_and_is_not_run_twice(
@@ -107,7 +95,7 @@ def test_a_run_is_exact_and_is_not_run_twice(
         "from pathlib import *; from examples.study.runs import *\n"
         f"run_all([{job!r}], {options!r})",
     ]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
+    run(command)
     (file,) = tmp_path.glob("NorMuon*.json")
     again = Result.load(file)
     assert (
@@ -137,23 +125,15 @@ def test_a_trial_says_what_it_is_and_leaves_what_is_published_alone(
 ) -> None:
     published = (STUDY / "RESULTS.md").read_bytes()
     options = ["--corpus", corpus, "--tiny", "--steps", "2"]
-    run("batch_skip", *options, "--runs", tmp_path)
+    study("batch_skip", *options, "--runs", tmp_path)
     assert (
         "batch_skip --corpus runs/corpus.npz --steps 2 --tiny --lr 0.004`"
         in (tmp_path / "RESULTS.md").read_text()
     )
     assert (STUDY / "RESULTS.md").read_bytes() == published
-    command = [
-        sys.executable,
-        "-m",
-        "examples.study.batch_skip",
-        "--corpus",
-        tmp_path / "none.npz",
-        "--runs",
-        tmp_path,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
-    assert done.returncode == 2 and "examples.study.corpus --out" in done.stderr
+    missing = ("--corpus", tmp_path / "none.npz", "--runs", tmp_path)
+    done = study("batch_skip", *missing, code=2)
+    assert "examples.study.corpus --out" in done.stderr
 
 
 def test_seeds_lengths_and_learning_rates_are_in_force(results: dict[Job, Result]) -> None:
@@ -259,16 +239,7 @@ def test_every_table_is_made_again_from_its_files(command: str, tmp_path: Path) 
         pages.replace(marked[0], f"<!-- {name} -->\n<!-- end of {name} -->")
     )
     module, *options = command.split()
-    arguments = [
-        sys.executable,
-        "-m",
-        f"examples.study.{module}",
-        *options,
-        "--from-csv",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = study(module, *options, "--from-csv", "--out", tmp_path, code=None)
     failing = (
         module == "soak" and "| no |" in marked[0]
     )  # the soak says with its status whether all its claims hold

@@ -6,56 +6,29 @@ Who keeps every bit, and whose updates shrink or degenerate.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run
+
 STEPS = 4
 FILES = ("RESULTS.md", "small_gradients.csv", "small_gradients.json", "small_gradients.png")
 Rows = dict[tuple[str, int], dict[str, Any]]  # by arm and exponent of the scale
 
 
-def run(out: Path, *arguments: str) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "examples.study.small_gradients",
-        "--out",
-        str(out),
-        *arguments,
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def study(out: Path, *arguments: object) -> str:
+    command = (sys.executable, "-m", "examples.study.small_gradients", "--out", out)
+    return run([*command, *arguments]).stdout
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    run(
-        folder,
-        "--steps",
-        str(STEPS),
-        "--batch",
-        "1",
-        "--windows",
-        "4",
-        "--device",
-        "cpu",
-        "--no-compile",
-    )
+    size = ("--steps", STEPS, "--batch", 1, "--windows", 4)
+    study(folder, *size, "--device", "cpu", "--no-compile")
     return folder
 
 
@@ -104,7 +77,7 @@ def test_table_and_figure_are_made_again_from_the_files(out: Path) -> None:
         and "- NorMuon: the scale changes no bit" in section
     )
     (out / "small_gradients.png").unlink()
-    assert run(out, "--from-csv").strip() in section
+    assert study(out, "--from-csv").strip() in section
     assert (out / "RESULTS.md").read_text() == section
     assert (out / "small_gradients.csv").read_text() == curves
     assert sorted(file.name for file in out.iterdir()) == sorted(FILES)

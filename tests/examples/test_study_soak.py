@@ -6,8 +6,6 @@ What it claims about a short run, and that it notices when a claim does not hold
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,25 +15,12 @@ import torch
 
 from examples.study.common import read_csv
 from examples.study.soak import claims, same_bits
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, run
 
 
 def soak(out: Path, *arguments: str) -> tuple[int, str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "examples.study.soak",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=400
-    )
+    command = (sys.executable, "-m", "examples.study.soak", "--device", "cpu", "--out", out)
+    done = run([*command, *arguments], code=None)
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
     return done.returncode, done.stdout
 

@@ -5,10 +5,7 @@ The paths are torch's products, the interpreted kernel and the kernel on CUDA.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +15,8 @@ from torch.torch_version import TorchVersion
 
 from normuon_fn.ops import product_configs, products
 from normuon_fn.ops.products import addmm, symmetric_addmm, symmetric_matmul
+from tests import processes
+from tests.processes import ROOT
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -311,20 +310,11 @@ def test_the_interpreted_kernel_holds_the_same_claims() -> None:
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     if TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4):
         pytest.skip("this Triton's interpreter takes int() of arrays, which this numpy refuses")
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_products.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
+    command = [sys.executable, ROOT / "tests" / "ops" / "interpreted_products.py"]
+    processes.run(command, env={"TRITON_INTERPRET": "1"})
 
 
-# --- CUDA ---
+# --------------------------------------------------------------------------------------------- CUDA
 
 HALF = [torch.float16, torch.bfloat16]
 MEASURED = [

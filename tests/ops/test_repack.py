@@ -1,12 +1,12 @@
-"""What ranks send each other is packed without a bit changed: `ops.repack` against a loop over bytes.
+"""What ranks send each other is packed without a bit changed: `ops.repack` against a loop over
+bytes.
 
-The kernel runs on a CUDA device, or in Triton's interpreter in a process of its own (see test_list_kernels.py).
+The kernel runs on a CUDA device, or in Triton's interpreter in a process of its own (see
+test_list_kernels.py).
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 from normuon_fn import ops
 from normuon_fn.ops import launch
 from normuon_fn.ops.repack import Boxes
+from tests import processes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Case = tuple[int, int, int]  # matrices, rows, columns of a part
@@ -36,12 +37,7 @@ def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, (
-        done.stdout[-4000:] + done.stderr[-2000:]
-    )
+    assert " passed" in processes.run(command, env={"TRITON_INTERPRET": "1"}).stdout
 
 
 def bits(x: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from torch.optim import lr_scheduler
 
 import normuon_fn as nm
 from compile_tests import graphs
+from normuon_fn.optim import normuon
+from normuon_fn.step import local_update_
 from tests.runtime.test_graphed import Rehearsed
 
-optimizer_module = importlib.import_module("normuon_fn.optim.normuon")
 planned_module = importlib.import_module("normuon_fn.optim.planned")
-step_module = importlib.import_module("normuon_fn.step")
 Named = list[tuple[str, nn.Parameter]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 COUNTERS = ("step", "skipped", "consecutive")
@@ -37,16 +37,11 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> graphs.CompileCounter:
 
 
 @pytest.fixture(autouse=True)
-def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def eager_unless_compiled(request: pytest.FixtureRequest) -> None:
     if "counter" not in request.fixturenames and not request.node.name.startswith(
         ("test_on_cuda", "test_inductor")
     ):
-        monkeypatch.setattr(optimizer_module, "step_", step_module.local_update_)
-        monkeypatch.setattr(
-            importlib.import_module("normuon_fn.runtime.graphed"),
-            "step_",
-            step_module.local_update_,
-        )
+        request.getfixturevalue("eager")
 
 
 def rehearse(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
@@ -155,7 +150,7 @@ def by_hand(
     for k in steps:
         model.zero_grad()
         backward(model, k)
-        step_module.local_update_(
+        local_update_(
             params, {name: p.grad for name, p in params.items()}, state, hyper_at(k), plan
         )
     return weights(model)
@@ -978,10 +973,10 @@ def test_a_grad_scaler_recompiles_nothing_and_leaves_a_graph_alone(
 
 
 def test_inductor_compiles_the_groups_that_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    nets, config = (Net(), Net()), nm.Config(steps=2, guard="full")
+    nets, config = (Net(), Net()), nm.Config(steps=1, guard="full")
     for net in nets:
         train(net, nm.NorMuon(three(net), config=config), range(4))
-        monkeypatch.setattr(optimizer_module, "step_", step_module.local_update_)
+        monkeypatch.setattr(normuon, "step_", local_update_)
     assert difference(*map(weights, nets)) < 1e-6  # 1.2e-7 seen
 
 

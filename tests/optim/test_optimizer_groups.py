@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,7 @@ from torch.optim import lr_scheduler
 import normuon_fn as nm
 from tests.optim.test_optimizer import Net, everything, same, split, states, three, train, weights
 
-optimizer_module = importlib.import_module("normuon_fn.optim.normuon")
-step_module = importlib.import_module("normuon_fn.step")
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "step_", step_module.local_update_)
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def named(optimizer: nm.NorMuon) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 from typing import Any
 
@@ -25,19 +24,10 @@ from tests.optim.test_optimizer import (
     with_nan,
 )
 
-optimizer_module = importlib.import_module("normuon_fn.optim.normuon")
-step_module = importlib.import_module("normuon_fn.step")
+pytestmark = pytest.mark.usefixtures("eager")
 MASTERS = ["mantissa", "fp32", "stochastic"]
 KINDS = {"mantissa": "mantissa", "fp32": "master"}
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "step_", step_module.local_update_)
-    monkeypatch.setattr(
-        importlib.import_module("normuon_fn.runtime.graphed"), "step_", step_module.local_update_
-    )
 
 
 def config_of(master: Any, **options: Any) -> nm.Config:

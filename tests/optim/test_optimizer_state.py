@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,17 +14,8 @@ from torch import Tensor, nn
 import normuon_fn as nm
 from tests.optim.test_optimizer import Net, backward, rehearse, same, states, three, train, weights
 
-optimizer_module = importlib.import_module("normuon_fn.optim.normuon")
-step_module = importlib.import_module("normuon_fn.step")
+pytestmark = pytest.mark.usefixtures("eager")
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "step_", step_module.local_update_)
-    monkeypatch.setattr(
-        importlib.import_module("normuon_fn.runtime.graphed"), "step_", step_module.local_update_
-    )
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:

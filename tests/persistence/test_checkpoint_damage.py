@@ -6,7 +6,6 @@ A process that dies while it saves leaves a complete file.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -21,8 +20,8 @@ from torch import Tensor
 import normuon_fn as nm
 from normuon_fn.persistence import file_format
 from tests.persistence.test_checkpoint import copies, problem, same
+from tests.processes import run
 
-ROOT = Path(__file__).parents[2]
 Tensors = dict[str, Tensor]
 
 
@@ -209,27 +208,8 @@ print("replaced", at_once, "of", times)
 
 
 def killed(tmp_path: Path, how: str, times: int) -> str:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        WRITER,
-        str(tmp_path / "run"),
-        how,
-        str(times),
-        "0",
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    command = (sys.executable, "-W", "ignore", "-c", WRITER, tmp_path / "run", how, times, 0)
+    return run(command).stdout
 
 
 @pytest.mark.parametrize("how", ["half", "sync", "replace"])

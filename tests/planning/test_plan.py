@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 from torch import nn
 
 import normuon_fn as nm
+from normuon_fn.algorithm import orthogonalize
+from normuon_fn.step import local_update_
 
 
 def weights(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -34,9 +35,20 @@ def test_matrices_get_normuon_and_everything_else_adamw() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["embed.weight", "wte.weight", "transformer.wpe.weight", "lm_head.weight", "head.weight", "model.embed_tokens.weight",
-     "tok_embeddings.weight", "unembed", "pos_emb.weight", "patch_embedding", "cls_head.weight"],
-)  # fmt: skip
+    [
+        "embed.weight",
+        "wte.weight",
+        "transformer.wpe.weight",
+        "lm_head.weight",
+        "head.weight",
+        "model.embed_tokens.weight",
+        "tok_embeddings.weight",
+        "unembed",
+        "pos_emb.weight",
+        "patch_embedding",
+        "cls_head.weight",
+    ],
+)
 def test_embeddings_and_heads_get_adamw_by_name(name: str) -> None:
     plan = nm.make_plan({name: torch.randn(8, 4)})
     assert algorithms(plan) == {name: "adamw"} and "by name" in str(plan)
@@ -68,10 +80,7 @@ def test_routes_match_names_globs_and_predicates_and_the_first_entry_decides() -
 
 
 def test_the_table_shows_every_decision_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module(
-        "normuon_fn.algorithm.orthogonalize"
-    )  # the package names the function the same
-    monkeypatch.setattr(module, "has_bfloat16_matrix_unit", lambda device: False)
+    monkeypatch.setattr(orthogonalize, "has_bfloat16_matrix_unit", lambda device: False)
     params = weights(embed__weight=(10, 8), qkv=(24, 8), conv=(4, 2, 3, 3), bias=(8,))
     routes = {"qkv": nm.Route(splits=(8, 8, 8), lr_mul=2.0), "conv": nm.Route(flatten=True)}
     table = str(nm.make_plan(params, nm.Config(guard="full"), routes=routes))
@@ -169,9 +178,9 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
         [0, 41, *range(at, 100)],
     )
     version = flat._version
-    step_ = nm.step_ if compiled else importlib.import_module("normuon_fn.step").local_update_
+    step_ = nm.step_ if compiled else local_update_
     for params in (views, own):
-        plan = nm.make_plan(params, nm.Config(guard="full"))
+        plan = nm.make_plan(params, nm.Config(guard="full", method="standard", steps=1))
         state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.1, weight_decay=0.1)
         for seed in range(2):
             generator = torch.Generator().manual_seed(seed)
@@ -196,7 +205,7 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
         (
             (8,),
             nm.Route("normuon"),
-            r"params\['w'\]: NorMuon needs at least 2 dimensions, got shape \(8,\); route it to 'adamw'",
+            r"params\['w'\]: NorMuon needs at least 2 dimensions, got shape \(8,\); route it to",
         ),
         (
             (8, 8),
@@ -440,5 +449,9 @@ def test_a_model_goes_in_as_it_is() -> None:
     model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.LayerNorm(8))
     plan = nm.make_plan(dict(model.named_parameters()), routes={"0.weight": nm.Route("adamw")})
     assert algorithms(plan) == {
-        "0.weight": "adamw", "1.weight": "normuon", "1.bias": "adamw", "2.weight": "adamw", "2.bias": "adamw",
-    }  # fmt: skip
+        "0.weight": "adamw",
+        "1.weight": "normuon",
+        "1.bias": "adamw",
+        "2.weight": "adamw",
+        "2.bias": "adamw",
+    }

@@ -1,11 +1,12 @@
-"""`routes_for` on models of Hugging Face's transformers, made from tiny configurations. The package itself never imports it."""
+"""`routes_for` on models of Hugging Face's transformers, made from tiny configurations.
+
+The package itself never imports it.
+"""
 
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import normuon_fn as nm
+from tests.processes import run
 from tests.routing.test_routes_for import assert_parts_step_alone, rows, turned, whole
 
 pytest.importorskip("transformers")
@@ -26,20 +28,65 @@ SIZES = {
 }
 GQA = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_layer": 1, "n_embd": 24, "n_head": 3, "vocab_size": 50, "n_positions": 16,
-                                               "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "n_layer": 1,
+            "n_embd": 24,
+            "n_head": 3,
+            "vocab_size": 50,
+            "n_positions": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", SIZES | GQA),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", SIZES | GQA),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", SIZES | GQA | {"num_local_experts": 4, "head_dim": 4}),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES | {"bos_token_id": 1, "eos_token_id": 2}),
-    "bloom": ("BloomConfig", "BloomForCausalLM", {"n_layer": 1, "hidden_size": 24, "n_head": 6, "vocab_size": 50}),
-    "falcon": ("FalconConfig", "FalconForCausalLM", SIZES | {"multi_query": True, "bos_token_id": 1, "eos_token_id": 2}),
-    "vit": ("ViTConfig", "ViTForImageClassification", {k: v for k, v in SIZES.items() if k != "vocab_size"}
-            | {"image_size": 8, "patch_size": 4}),
-    "t5": ("T5Config", "T5ForConditionalGeneration", {"num_layers": 1, "d_model": 24, "d_kv": 4, "num_heads": 6, "d_ff": 40,
-                                                      "vocab_size": 50, "decoder_start_token_id": 0}),
-}  # fmt: skip
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        SIZES | GQA | {"num_local_experts": 4, "head_dim": 4},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        SIZES | {"bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"n_layer": 1, "hidden_size": 24, "n_head": 6, "vocab_size": 50},
+    ),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        SIZES | {"multi_query": True, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "vit": (
+        "ViTConfig",
+        "ViTForImageClassification",
+        {k: v for k, v in SIZES.items() if k != "vocab_size"} | {"image_size": 8, "patch_size": 4},
+    ),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "num_layers": 1,
+            "d_model": 24,
+            "d_kv": 4,
+            "num_heads": 6,
+            "d_ff": 40,
+            "vocab_size": 50,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +107,13 @@ ATTENTION = {f"model.layers.0.self_attn.{x}_proj.weight": [whole] for x in "qkvo
 PARTS: dict[str, dict[str, list]] = {
     "gpt2": {
         "transformer.h.0.attn.c_attn.weight": turned(rows(24, 24, 24)),
-        **{f"transformer.h.0.{name}.weight": turned([whole]) for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+        **{
+            f"transformer.h.0.{name}.weight": turned([whole])
+            for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        },
     },
-    "llama": ATTENTION | {f"model.layers.0.mlp.{x}_proj.weight": [whole] for x in ("gate", "up", "down")},
+    "llama": ATTENTION
+    | {f"model.layers.0.mlp.{x}_proj.weight": [whole] for x in ("gate", "up", "down")},
     "phi3": {
         "model.layers.0.self_attn.qkv_proj.weight": rows(24, 8, 8),
         "model.layers.0.self_attn.o_proj.weight": [whole],
@@ -86,7 +137,7 @@ PARTS: dict[str, dict[str, list]] = {
         **{f"vit.layers.0.attention.{x}_proj.weight": [whole] for x in "qkvo"},
         **{f"vit.layers.0.mlp.fc{k}.weight": [whole] for k in (1, 2)},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -100,15 +151,37 @@ def test_every_matrix_of_the_model_steps_as_a_parameter_of_its_own(kind: str) ->
     [
         ("gpt2", {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}),
         ("llama", {"model.embed_tokens.weight", "lm_head.weight"}),
-        ("mixtral", {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.gate.weight"}),
-        ("gpt_oss", {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.router.weight",
-                     "model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.down_proj_bias"}),
-        ("vit", {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.weight"}),
-        ("t5", {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight",
+        (
+            "mixtral",
+            {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.gate.weight"},
+        ),
+        (
+            "gpt_oss",
+            {
+                "model.embed_tokens.weight",
+                "lm_head.weight",
+                "model.layers.0.mlp.router.weight",
+                "model.layers.0.mlp.experts.gate_up_proj_bias",
+                "model.layers.0.mlp.experts.down_proj_bias",
+            },
+        ),
+        (
+            "vit",
+            {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.weight"},
+        ),
+        (
+            "t5",
+            {
+                "shared.weight",
+                "encoder.embed_tokens.weight",
+                "decoder.embed_tokens.weight",
+                "lm_head.weight",
                 "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-                "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}),
+                "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_embeddings_heads_and_routers_get_adamw(kind: str, names: set[str]) -> None:
     table = nm.routes_for(build(kind))
     assert {
@@ -200,7 +273,7 @@ def test_a_real_model_learns_with_its_routes() -> None:
 def test_the_package_does_not_import_transformers() -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; import torch, normuon_fn as nm; "
-        "nm.routes_for(torch.nn.Linear(4, 4)); assert not any(m.startswith('transformers.') for m in sys.modules)"
+        "nm.routes_for(torch.nn.Linear(4, 4)); "
+        "assert not any(m.startswith('transformers.') for m in sys.modules)"
     )
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+    run([sys.executable, "-c", code])

@@ -1,8 +1,8 @@
-"""`routes_for`: modules that are frozen, parametrized, scripted or exported, and classes and layers with misleading names."""
+"""`routes_for`: modules that are frozen, parametrized, scripted or exported, and classes and layers
+with misleading names.
+"""
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import torch
@@ -12,12 +12,9 @@ import normuon_fn as nm
 from tests.routing.test_routes_for import named
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("merged", [False, True])
-def test_the_optimizer_trains_what_is_unfrozen_after_routes_for(
-    merged: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    eager = importlib.import_module("normuon_fn.step").local_update_
-    monkeypatch.setattr(importlib.import_module("normuon_fn.optim.normuon"), "step_", eager)
+def test_the_optimizer_trains_what_is_unfrozen_after_routes_for(merged: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(5, 4))
     model[0].requires_grad_(False)

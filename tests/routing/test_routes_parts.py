@@ -1,4 +1,6 @@
-"""Transposed matrices, parts of stacks, heads: each steps as the parameter would that it stands for."""
+"""Transposed matrices, parts of stacks, heads: each steps as the parameter would that it stands
+for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A transformer with the names of torchtitan's models: a dense block, and one with fused attention and experts. Never run."""
+"""A transformer with the names of torchtitan's models: a dense block, and one with fused attention
+and experts. Never run.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""What every fault does, in every mode, scope and way to run a step: which tensors keep their bits, flags, counters.
+"""What every fault does, in every mode, scope and way to run a step: which tensors keep their bits,
+flags, counters.
 
-The table is `tests.faults.keeps_its_bits`. Whatever it does not keep must come out as it does with the guard off, so that a
-guard that keeps too much, or writes something of its own, is as red as one that lets a NaN through.
+The table is `tests.faults.keeps_its_bits`. Whatever it does not keep must come out as it does with
+the guard off, so that a guard that keeps too much, or writes something of its own, is as red as one
+that lets a NaN through.
 """
 
 from __future__ import annotations
@@ -75,7 +77,10 @@ def function(way: str, guard: str, scope: str) -> Callable[..., nm.StepResult]:
 
 
 def run(way: str, guard: str, scope: str, cell: Cell) -> tuple[Tensors, nm.StepResult]:
-    """``(before, result)`` of one step with one fault; ``before`` holds parameters and state. Under vmap of member 0 of 2."""
+    """``(before, result)`` of one step with one fault; ``before`` holds parameters and state.
+
+    Under vmap of member 0 of 2.
+    """
     plan = plan_of(guard, scope)
     (params, state), grads = warm(), tensors(2)
     params, state = copied(params), copied(state)

@@ -66,11 +66,13 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in tensors.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- the 16 more bits
+# --------------------------------------------------------------------------------- the 16 more bits
 
 
 def floats() -> Tensor:
-    """Every high half of a float32 that is finite, each with low halves at and around what decides the rounding."""
+    """Every high half of a float32 that is finite, each with low halves at and around what decides
+    the rounding.
+    """
     high = torch.arange(-(2**15), 2**15, dtype=torch.int64)[:, None] * 65536
     low = torch.tensor([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF, 0x1234, 0xABCD])
     x = (high + low).to(torch.int32).view(torch.float32).flatten()
@@ -117,7 +119,7 @@ def test_a_parameter_that_was_set_to_zero_by_hand_stays_next_to_zero() -> None:
         )  # never NaN
 
 
-# -------------------------------------------------------------------------------------------------------------------- by chance
+# ---------------------------------------------------------------------------------------- by chance
 
 
 def drawn(count: int, salt: int = 7, step: int = 0) -> Tensor:
@@ -185,14 +187,16 @@ def test_what_bfloat16_has_is_never_changed_by_chance_and_special_values_stay() 
     assert rounded_by_chance(every_nan, torch.bfloat16, most[:3]).isnan().all()
 
 
-# ------------------------------------------------------------------------------------------------------------ a thousand steps
+# --------------------------------------------------------------------------------- a thousand steps
 
 
 @functools.cache
 def trained(
     master: str, dtype: torch.dtype, form: str = "decoupled", seed: int = 0, steps: int = 1000
 ):
-    """1000 steps at lr 1e-5 and weight decay 1e-4, with gradients that mostly agree from step to step."""
+    """1000 steps at lr 1e-5 and weight decay 1e-4, with gradients that mostly agree from step to
+    step.
+    """
     params, state, hyper, plan = setup(
         master, dtype, weight_decay_form=form, seed=seed, method="standard", steps=3
     )
@@ -247,7 +251,8 @@ def test_without_a_master_small_steps_are_lost_and_by_chance_they_are_kept_in_th
             )
             return float((error * went.sign()).mean())
 
-        # A step of d in units u of the last bit is a chance of d / u, of variance at most d u. Twice: it goes back and forth.
+        # A step of d in units u of the last bit is a chance of d / u, of variance at most d u.
+        # Twice: it goes back and forth.
         deviation = math.sqrt(float((2 * went.abs() * last.double()).sum())) / len(went)
         assert abs(off(chance)) < 4 * deviation  # seen: 0.2 and 0.9 deviations
         assert off(nearest) < -0.5 * float(went.abs().mean()) < -4 * deviation
@@ -264,7 +269,7 @@ def test_chances_are_reproducible_and_depend_on_the_seed() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- in every step
+# ------------------------------------------------------------------------------------ in every step
 
 
 @pytest.mark.parametrize("master", MASTERS)

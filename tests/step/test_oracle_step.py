@@ -1,6 +1,8 @@
-"""Ten steps of `update` against the float64 oracle, for every published variant and every option of the rule.
+"""Ten steps of `update` against the float64 oracle, for every published variant and every option of
+the rule.
 
-`oracle.py` shares no line with the package. The parameters cover every way a tensor is read as matrices.
+`oracle.py` shares no line with the package. The parameters cover every way a tensor is read as
+matrices.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import normuon_fn as nm
 from tests import oracle
 
 STEPS = 10
-HYPER = {  # lr, decay and their products are exact in float32, so that float64 runs are compared at float64 accuracy
+# lr, decay and their products are exact in float32: float64 runs are compared at its accuracy.
+HYPER = {
     "lr": 2**-6,
     "momentum": 0.9,
     "beta2": 0.85,
@@ -67,9 +70,11 @@ def parts(name: str, w: np.ndarray) -> list[np.ndarray]:
 
 
 def inputs(dtype: torch.dtype) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Parameters and ten gradients with rows of very different size; both hold exact float32 values.
+    """Parameters and ten gradients with rows of very different size; both hold exact float32
+    values.
 
-    The gradient of "faint" has a zero row and rows down to 1e-9 of the largest: there the published eps show.
+    The gradient of "faint" has a zero row and rows down to 1e-9 of the largest: there the published
+    eps show.
     """
     g = torch.Generator().manual_seed(7)
     params = {k: torch.randn(s, generator=g).to(dtype) for k, s in SHAPES.items()}
@@ -106,10 +111,17 @@ def run_oracle(
             g = grad.double().numpy()
             if name in ADAMW:
                 new[name], momentum[name], squares[name] = oracle.adamw(
-                    new[name], g, momentum[name], squares[name], t + 1,
-                    lr=h["adamw_lr"], beta1=h["adamw_beta1"], beta2=h["adamw_beta2"], eps=h["adamw_eps"],
+                    new[name],
+                    g,
+                    momentum[name],
+                    squares[name],
+                    t + 1,
+                    lr=h["adamw_lr"],
+                    beta1=h["adamw_beta1"],
+                    beta2=h["adamw_beta2"],
+                    eps=h["adamw_eps"],
                     weight_decay=h["adamw_weight_decay"],
-                )  # fmt: skip
+                )
             elif name != "still":
                 lr, wd = h["lr"] * LR_MUL.get(name, 1.0), h["weight_decay"] * WD_MUL.get(name, 1.0)
                 pieces = zip(
@@ -141,7 +153,9 @@ def run_package(
 
 
 def deviation(config: nm.Config, step: MatrixStep, dtype: torch.dtype) -> dict[str, float]:
-    """Per parameter: the error of ten steps over the distance they went; of the momentum, over its size."""
+    """Per parameter: the error of ten steps over the distance they went; of the momentum, over its
+    size.
+    """
     params, grads = inputs(dtype)
     hyper = nm.Hyper.of(params, **HYPER)
     want, momentum = run_oracle(step, params, grads, hyper)
@@ -177,7 +191,8 @@ def by_rule(rule: oracle.Rule) -> MatrixStep:
 
 # --- the published variants ---
 
-# Observed: 4.5e-14 (3.2e-12 for "author", which adds 1e-10 to |O^|; it is left out here) and 2.8e-5.
+# Observed: 4.5e-14 (3.2e-12 for "author", which adds 1e-10 to |O^|; it is left out here) and
+# 2.8e-5.
 DTYPES = pytest.mark.parametrize(
     ("dtype", "gate"), [(torch.float64, 2e-13), (torch.float32, 1e-4)], ids=["float64", "float32"]
 )
@@ -315,7 +330,9 @@ def first_updates(step: MatrixStep, shape: tuple[int, int], steps: int) -> np.nd
 
 @pytest.mark.parametrize("shape", [(64, 16), (32, 32), (16, 64)])
 def test_the_oracles_variants_have_the_published_update_norms(shape: tuple[int, int]) -> None:
-    """The norm table of the field reference: RMS 0.2; |O| max(1, m/n)^.5; |O| (m/n)^.5; |O| max(m, n)^.5."""
+    """The norm table of the field reference: RMS 0.2; |O| max(1, m/n)^.5; |O| (m/n)^.5; |O| max(m,
+    n)^.5.
+    """
     m, n = shape
     g = np.random.default_rng(0).standard_normal(shape)
     norm = {

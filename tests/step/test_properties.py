@@ -1,4 +1,7 @@
-"""What holds for every shape, dtype, route and finite gradient. Examples are drawn by hypothesis, the same ones every time."""
+"""What holds for every shape, dtype, route and finite gradient.
+
+Examples are drawn by hypothesis, the same ones every time.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ Tensors = dict[str, Tensor]
 examples = settings(max_examples=60, deadline=None, derandomize=True)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Powers of ten that a gradient of the dtype may have; float64 gradients have a test of their own below.
+# Powers of ten that a gradient of the dtype may have; float64 gradients have a test of their own
+# below.
 REACH = {
     torch.float32: (-38, 39),
     torch.bfloat16: (-38, 39),
@@ -90,7 +94,10 @@ class Drawn(NamedTuple):
     grads: tuple[tuple[str, int], ...]
 
     def largest(self, config: nm.Config) -> float:
-        """Of a gradient's entries. AdamW flags a square that overflows float32, and a sum of gradients may overflow."""
+        """Of a gradient's entries.
+
+        AdamW flags a square that overflows float32, and a sum of gradients may overflow.
+        """
         adamw = len(self.shape) < 2 if self.route is None else self.route.algorithm == "adamw"
         limit = (
             1e18
@@ -244,7 +251,8 @@ def test_a_zero_gradient_is_weight_decay_and_nothing_else(
         squared = route.algorithm == "normuon" and options.weight_decay_lr_power == 2
         lr = hyper.lr.double() * route.lr_mul
         decay = (lr * lr if squared else lr) * hyper.weight_decay.double() * route.wd_mul
-        # One rounding to the parameter's dtype, and one of lr wd to float32. Seen: 1 ulp, and 6e-10 for float64.
+        # One rounding to the parameter's dtype, and one of lr wd to float32. Seen: 1 ulp, and 6e-10
+        # for float64.
         rtol = 1e-8 if old.dtype == torch.float64 else torch.finfo(old.dtype).eps
         torch.testing.assert_close(
             new.double(),

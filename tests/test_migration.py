@@ -6,10 +6,8 @@ optimizer is not a dependency, the test has its formulas, in float64, from `orac
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,20 +17,14 @@ from torch import Tensor, nn
 
 import normuon_fn as nm
 from tests import oracle
+from tests.processes import ROOT
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+pytestmark = pytest.mark.usefixtures("eager")
+README = (ROOT / "README.md").read_text()
 SECTION = README.split("## Coming from another optimizer")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"\*\*(.+?)\.\*\*.*?```diff\n(.*?)```", SECTION, re.DOTALL)
 STEPS = 20
 CLOSE = 0.015  # of the way: torch.optim.Muon and ours, both in bfloat16; see the test
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = importlib.import_module("normuon_fn.step")
-    monkeypatch.setattr(
-        importlib.import_module("normuon_fn.optim.normuon"), "step_", step.local_update_
-    )
 
 
 class Net(nn.Module):

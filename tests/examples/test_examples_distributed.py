@@ -1,4 +1,5 @@
-"""The distributed examples, as torchrun starts them: FSDP2, DDP and one process train alike, and a run may change its ranks.
+"""The distributed examples, as torchrun starts them: FSDP2, DDP and one process train alike, and a
+run may change its ranks.
 
 Everything runs eagerly (TORCHDYNAMO_DISABLE), on CPU: one launch then takes seconds.
 """
@@ -6,26 +7,23 @@ Everything runs eagerly (TORCHDYNAMO_DISABLE), on CPU: one launch then takes sec
 from __future__ import annotations
 
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from normuon_fn.compat import has_bfloat16_matrix_unit
+from tests import processes
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
-DEADLINE = 150  # seconds, of one launch: 9 on two quiet cores, 40 on two with a load of 10
 STEPS, SAVED = 20, 10
 
-# Largest difference of two loss traces that start at 4.7 and end at 2.6 (float32, torch 2.13, CPU, 2026-11-22). Ranks add
-# gradients in another order, and the first updates, whose direction is all that counts, make most of it.
-# The second number: on a CPU with bfloat16 matrix units, where products are in bfloat16 (torch 2.11).
+# Largest difference of two loss traces that start at 4.7 and end at 2.6 (float32, torch 2.13, CPU,
+# 2026-11-22). Ranks add gradients in another order, and the first updates, whose direction is all
+# that counts, make most of it. The second number: on a CPU with bfloat16 matrix units, where
+# products are in bfloat16 (torch 2.11).
 BFLOAT16 = has_bfloat16_matrix_unit(torch.device("cpu"))
 OTHER_RANKS = (
     5e-2 if BFLOAT16 else 5e-5
@@ -37,51 +35,17 @@ RESUMED = (
 Trace = dict[int, float]
 
 
-def launch(world: int, example: str, *arguments: str | Path) -> tuple[Trace, list[int]]:
+def launch(world: int, example: str, *arguments: object) -> tuple[Trace, list[int]]:
     """The losses by step, and the steps that were skipped."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(world),
-    ]
-    command += [str(ROOT / "examples" / example), "--steps", str(STEPS), *map(str, arguments)]
-    own = {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | own,
-        start_new_session=True,
-    )
-    try:
-        printed, errors = process.communicate(timeout=DEADLINE)
-    finally:
-        if process.poll() is None:
-            kill(process)
-    assert process.returncode == 0, errors[-3000:]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world)
+    command: list[object] = [sys.executable, *torchrun]
+    command += [ROOT / "examples" / example, "--steps", STEPS, "--layers", 1, *arguments]
+    own = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    printed = processes.run(command, env=own).stdout
     rows = re.findall(r"^step (\d+) loss (\S+)( skipped)?$", printed, re.MULTILINE)
     return {int(step): float(loss) for step, loss, _ in rows}, [
         int(step) for step, _, skipped in rows if skipped
     ]
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """torchrun and its workers, which have process groups of their own."""
-    process.send_signal(signal.SIGSTOP)  # it starts no more of them
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for pid in [*(workers.read_text().split() if workers.exists() else ()), process.pid]:
-        with suppress(ProcessLookupError):
-            os.killpg(int(pid), signal.SIGKILL)
-    process.communicate()
 
 
 def difference(one: Trace, other: Trace) -> float:
@@ -105,12 +69,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fsdp2(folder: Path) -> Trace:
-    return launch(2, "train_fsdp2.py", "--checkpoint", folder, "--save-every", str(SAVED))[0]
+    return launch(2, "train_fsdp2.py", "--checkpoint", folder, "--save-every", SAVED)[0]
 
 
 @pytest.fixture(scope="module")
 def ddp(folder: Path) -> Trace:
-    return launch(2, "train_ddp.py", "--checkpoint", folder, "--save-every", str(SAVED))[0]
+    return launch(2, "train_ddp.py", "--checkpoint", folder, "--save-every", SAVED)[0]
 
 
 def test_fsdp2_and_ddp_train_as_one_process_does(alone: Trace, fsdp2: Trace, ddp: Trace) -> None:
@@ -137,7 +101,7 @@ def test_as_many_ranks_go_on_exactly_and_skip_the_step_in_which_one_has_nan(
     whole: Trace = request.getfixturevalue("fsdp2" if suffix == "" else "ddp")
     bad = STEPS - 3
     resumed, skipped = launch(
-        2, example, "--resume", folder / f"step-{SAVED}{suffix}", "--nan-at", str(bad)
+        2, example, "--resume", folder / f"step-{SAVED}{suffix}", "--nan-at", bad
     )
     assert skipped == [bad] and math.isnan(resumed.pop(bad))
     before = {step: loss for step, loss in resumed.items() if step < bad}

@@ -1,0 +1,55 @@
+"""Fixtures of several wings, and the order in which files of tests are handed to two workers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from normuon_fn.compat import compile_whole
+from normuon_fn.optim import normuon
+from normuon_fn.runtime import compiled, graphed
+from normuon_fn.step import local_update_
+
+# Files that take long, the longest first: whoever is free takes the next file, so that all workers
+# end at about the same time.
+LONGEST_FIRST = (
+    "test_layouts.py",
+    "test_inductor.py",
+    "test_examples_distributed.py",
+    "test_examples.py",
+    "test_list_kernels.py",
+    "test_products.py",
+    "test_study.py",
+    "test_step_graph.py",
+    "test_collectives.py",
+    "test_main.py",
+    "test_low_precision.py",
+    "test_transforms.py",
+    "test_plan.py",
+    "test_wrappers.py",
+    "test_guard_ranks.py",
+    "test_orthogonalize_sharded.py",
+    "test_step.py",
+    "test_optimizer.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: k for k, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step`, `step_` and `NorMuon` trace their graphs and run them operation by operation: a
+    fraction of the time.
+    """
+    monkeypatch.setattr(compiled, "compile_whole", partial(compile_whole, backend="aot_eager"))
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`NorMuon` and `GraphedStep` run the step operation by operation, without a graph."""
+    for module in (normuon, graphed):
+        monkeypatch.setattr(module, "step_", local_update_)
