@@ -136,9 +136,7 @@ def _whole_step(tensors: StepTensors, plan: Plan, found_inf: Tensor | None) -> S
         work.relay()
     for work in works:
         work.receive()
-    agreement.after(
-        works
-    )  # are all updates finite? The one collective of the guard is here, or above
+    agreement.after(works)  # are all updates finite? The guard's one collective: here, or above
     for work in works:
         work.apply()  # weight decay and update, or every bit as it was
     return _result(tensors, agreement)

@@ -11,7 +11,7 @@ See messages.py for what the messages hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -93,15 +93,15 @@ class SharedWork(MatrixWork):
             power = torch.where(state.isfinite().all(1), power, float("nan"))
         return messages.Part(x, power, squares, states)
 
-    # -------------------------- whole matrices on their owners
+    # -------------------------------------------------------------- whole matrices on their owners
 
     def orthogonalize(self) -> None:
         owned = self._owned()
         stacks = [stack for stack, _ in owned if stack is not None]
-        whole = (
-            self.iterated(torch.cat(stacks) if len(stacks) > 1 else stacks[0]) if stacks else None
-        )
-        parts = iter(() if whole is None else whole.split([*map(len, stacks)]))
+        parts: Iterator[Tensor] = iter(())
+        if stacks:
+            whole = self.iterated(torch.cat(stacks) if len(stacks) > 1 else stacks[0])
+            parts = iter(whole.split([*map(len, stacks)]))
         updates = [
             None if stack is None else self._answer(k, next(parts), states)
             for k, (stack, states) in enumerate(owned)
