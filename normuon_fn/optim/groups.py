@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import placements as mesh
 from ..planning.plan import Spec
-from ..routing.routes import Route, Routes, RouteTable, resolve_routes
+from ..routing.resolve import Routes, resolve_routes
+from ..routing.routes import Route, RouteTable
 from ..types import ONE, Config, Guard, Hyper, check_number
 
 Groups = Sequence[Mapping[str, Any]]

@@ -18,7 +18,7 @@ from ..compat import Ranks
 from ..distributed import placements as ranks_of
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
-from ..routing.routes import Routes
+from ..routing.resolve import Routes
 from ..runtime.compiled import step_
 from ..runtime.graphed import GraphedStep
 from ..types import Config, Guard, StepResult

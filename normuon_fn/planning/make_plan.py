@@ -17,7 +17,7 @@ from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_
 from ..distributed.messages import Exchange
 from ..distributed.owners import Lane, Spread, balance
 from ..distributed.placements import Sharded, covering, local, reduced, sharded
-from ..routing.routes import Routes, resolve_routes
+from ..routing.resolve import Routes, resolve_routes
 from ..types import Config
 from .layout import Block, View, part_of
 from .plan import AdamWBucket, Bucket, Group, Parameter, Plan, Spec
