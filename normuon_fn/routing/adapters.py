@@ -116,6 +116,13 @@ def _factor(
     count = sum(map(bool, merged)) if isinstance(merged, (tuple, list)) else 0
     if count > 1 and len(shape) == 2 and shape[0] % count == 0:
         return Decision(Route(heads=count), f"{text}, for each of {count} merged projections")
+    if which.startswith(("poly_lora", "gralora")) and len(shape) > 2:
+        return Decision(Route(transposed=True), f"{text}, stored [inputs, outputs]")
+    if which == "lily_b" and len(shape) == 2:
+        bank = get(next((o for o in owners if get(o, "lily_router")), None), "lily_router")
+        count = next((layer.weight.shape[0] for layer in bank.values()), 1) if bank else 1
+        if count > 1 and shape[0] % count == 0:
+            return Decision(Route(heads=count), f"{text}: {count} experts")
     if len(shape) == 4 or (len(shape) == 3 and kind_of(owners[0]).startswith("Conv")):
         return Decision(Route(flatten=True), f"{text}; a convolution, flattened")
     return Decision(Route(), text)

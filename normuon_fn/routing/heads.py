@@ -18,6 +18,10 @@ _MODELS = re.compile(
     r"(^|_)(model|net|network|module|ema|teacher|student|target|online|shadow|averaged|policy|actor"
     r"|critic|generator|discriminator|backbone|momentum|swa|learner)(_|\d|$)"
 )
+_INNER = (
+    "_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module", "_forward_module", "module",
+)  # fmt: skip
 _VIRTUAL = re.compile(r"Prompt(Encoder|Embedding)$|PrefixEncoder$")  # of virtual tokens
 _PART = re.compile(r"^([qkv]_proj|query|key|value|up_proj|gate_proj|fc1)$")
 _HEAD_CLASS = re.compile(r"(Prediction|Classification|LM|Output)Head$")
@@ -77,7 +81,9 @@ class Heads:
                 continue
             if not parts or path.endswith(f"modules_to_save.{parts[-1]}"):
                 continue
-            strength = words.head(parts[-1])
+            listed = parts[-1].isdigit() and len(parts) > 1
+            listed = listed and is_a(self.modules[owner], nn.ModuleList)
+            strength = words.head(parts[-2] if listed else parts[-1])
             if _HEAD_CLASS.search(kind_of(module)):
                 strength = "strong"
             elif strength is None or self._repeated(path):
@@ -87,7 +93,14 @@ class Heads:
             layers = [m for m in module.modules() if is_layer(m)]
             if not layers:
                 continue
-            if layers[0] in list(_layers_behind(module)):
+            itself = layers[0] in list(_layers_behind(module))
+            if listed and (itself or is_a(layers[-1], nn.modules.conv._ConvNd)):
+                # One of several heads side by side, and not one of the layers of one head.
+                side_by_side = self._alike(self.modules[owner], parts[-1]) > 1
+                outputs, inputs = outputs_and_inputs(layers[-1])
+                if not (itself and side_by_side and outputs != inputs):
+                    continue
+            if itself:
                 if strength == "strong" or not self._is_between(layers[-1]):
                     self._mark(module, "output head, by name")
             elif strength == "strong" or (is_a(module, nn.Sequential) and not said):
@@ -106,7 +119,7 @@ class Heads:
         outputs, inputs = outputs_and_inputs(layers[-1])
         own = unwrapped(self.names[id(layers[-1])])[-1]
         attention = any("att" in part.lower() for p in inside for part in p.split("."))
-        wide = outputs == inputs or outputs in self.widths
+        wide = outputs == inputs or (outputs in self.widths and 4 * outputs >= inputs)
         if not wide and not attention and not _PART.match(own):
             self._mark(layers[-1], "output head, by name")
 
@@ -189,7 +202,7 @@ def _layers_behind(module: nn.Module) -> Iterator[nn.Module]:
     if is_layer(module) and not isinstance(get(module, "base_layer"), nn.Module):
         yield module
         return
-    for name in ("_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module"):
+    for name in _INNER:
         inner = get(module, name)
         if isinstance(inner, nn.Module):
             yield from _layers_behind(inner)

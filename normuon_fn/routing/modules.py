@@ -136,6 +136,8 @@ class Reader:
             return Decision(Route("frozen"), "buffer")
         if not use.tensor.dtype.is_floating_point:
             return Decision(Route("frozen"), f"{use.tensor.dtype}")
+        if 0 in shape and len(shape) > 1:
+            return Decision(Route("frozen"), "no entries")
         if _is_vector(shape):
             what = (
                 "norm" if _is_norm(module) else "bias" if use.leaf.startswith("bias") else "vector"
@@ -158,7 +160,10 @@ class Reader:
         head = self.heads.reason(module, use.leaf)
         if head is not None:
             return Decision(Route("adamw"), head)
-        return self._layer(use, is_conv1d_of_gpt2(module) and use.leaf == "weight")
+        found = self._layer(use, is_conv1d_of_gpt2(module) and use.leaf == "weight")
+        if found.route.flatten and shape[0] == 1:
+            return Decision(Route("adamw"), f"vector: a {kind_of(module)} of one row, flattened")
+        return found
 
     def _layer(self, use: Use, transposed: bool) -> Decision:
         module, shape, kind = use.module, use.shape, kind_of(use.module)

@@ -216,7 +216,7 @@ class _Context:
             return Decision(
                 Route("adamw"), "table of vectors, by name", "untold" if square else "certain"
             )
-        if m.head == "strong" and m.own.lower() not in ("heads", "logits"):
+        if m.head == "strong" and m.own.lower() not in ("heads", "logits", "score", "classifier"):
             hidden = all(self.sizes[size] > 1 for size in m.shape) and not vocabulary
             if not hidden:
                 return Decision(Route("adamw"), "output head of a block, by name", "likely")

@@ -70,6 +70,8 @@ def cut(
         return gate_up(owners, outputs, "gate and up: the next layer takes in half of the outputs")
     if own == "in_proj" and outputs % inputs == 0 and outputs > inputs:
         count = outputs // inputs
+        if output_inputs(owners) == outputs:
+            return None  # the next layer takes in all of the outputs
         if output_inputs(owners) == inputs and count <= 4:
             return Cut((inputs,) * count, None, f"{count} projections of {inputs} in one")
         return Cut(None, None, f"in_proj, left whole: what its {outputs} outputs are is not known")

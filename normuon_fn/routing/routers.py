@@ -29,9 +29,11 @@ def reason(
         return None
     count = experts(owners)
     named = any(part.lower() in words.ROUTERS for part in parts[-2:])
+    if parts and words.words_of(parts[-1])[-1:] == ["router"] and 8 * shape[0] <= shape[1]:
+        return f"router: logits of {shape[0]} choices" if shape[0] != count else _logits(count)
     counted = shape[0] == count or (leaf != "weight" and shape[1] == count)
     if count is not None and counted and (named or _ROUTER_LEAF.match(leaf)):
-        return f"router: logits of {count} experts"
+        return _logits(count)
     routers = [owner for owner in owners[:3] if _ROUTER_CLASS.search(kind_of(owner))]
     if not routers and not (named and count is not None and _has_experts(owners)):
         return None
@@ -43,6 +45,10 @@ def reason(
             return None
     known = f", of which the model counts {count}" if count not in (None, shape[0]) else ""
     return f"router: logits of {shape[0]} experts{known}"
+
+
+def _logits(count: int) -> str:
+    return f"router: logits of {count} experts"
 
 
 def experts(owners: Sequence[nn.Module]) -> int | None:

@@ -17,8 +17,8 @@ def _set(text: str) -> frozenset[str]:
 
 
 _EMBED = _set(
-    "embed embeds embedding embeddings emb embs wte wpe codebook codebooks lookup vocab vocabulary"
-    " lut"
+    "embed embeds embedding embeddings emb embs wte wpe codebook codebooks ape lookup vocab"
+    " vocabulary lut"
 )
 _TABLE = _set(
     "token tokens tok toks table tables queries latents registers register prompt prompts"
@@ -45,7 +45,10 @@ _WEAK_HEADS = _set(
     " predictor shared project_out out_proj vocab_proj vocab_projection fc_out out_layer cls"
     " classification regressor last_layer last lin_out linear_out"
 )
-_STRONG_HEADS = _set("embed_out to_logits qa_outputs w_u score classifier lm_head seq_relationship")
+_STRONG_HEADS = _set(
+    "class_embed bbox_embed embed_out to_logits qa_outputs w_u score classifier lm_head"
+    " seq_relationship"
+)
 ROUTERS = _set("gate router wg gating routers switch classifier")
 
 
@@ -82,7 +85,8 @@ def head(segment: str) -> Strength | None:
     if not words:
         return None
     joined = "_".join(words)
-    if joined in _STRONG_HEADS or words[-1] in _HEAD:
+    predicts = len(words) > 1 and (words[-1] == "predictor" or words[0] == "predict")
+    if joined in _STRONG_HEADS or words[-1] in _HEAD or joined.endswith("class_embed") or predicts:
         return "strong"
     if words[0] == "head" and not _OF_LAYERS & set(words[1:]):
         return "strong"

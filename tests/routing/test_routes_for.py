@@ -1,4 +1,4 @@
-"""`routes_for`: what is read from the modules of a model, and that every part gets the update of a parameter of its own."""
+"""`routes_for`: what is read from modules, and that every part steps as a parameter of its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gradients(params: Tensors) -> list[Tensors]:
 def assert_parts_step_alone(
     model: nn.Module, parts: dict[str, list], table: nm.RouteTable, config: nm.Config | None = None
 ) -> None:
-    """``parts``: for every matrix the functions that cut it into what a model with separate parameters would have."""
+    """``parts``: per matrix the functions that cut it into separate parameters."""
     config = config or nm.Config.preset(
         "dion"
     )  # whose scale depends on the shape: a wrong cut shows
@@ -79,7 +79,7 @@ def flat(w: Tensor) -> Tensor:
     return w.flatten(1)
 
 
-# ----------------------------------------------------------------------------------------------------- modules of torch itself
+# -------------------------------------------------------------------------- modules of torch itself
 
 
 class Everything(nn.Module):
@@ -111,7 +111,8 @@ class Everything(nn.Module):
 
 
 EVERYTHING = {
-    "b.weight": [flat], "c.weight": [flat], "d.weight": [flat], "k.weight": [flat], "j.weight": [whole],
+    "b.weight": [flat], "c.weight": [flat], "d.weight": [flat], "k.weight": [flat],
+    "j.weight": [whole],
     "f.weight": [lambda w: w.flatten(1).mT.contiguous()],
     "g.in_proj_weight": rows(12, 12, 12), "g.out_proj.weight": [whole],
     "h.weight_ih_l0": rows(8, 8, 8, 8), "h.weight_hh_l0": rows(8, 8, 8, 8),
@@ -151,8 +152,10 @@ def test_the_table_explains_itself_and_the_plan_says_why() -> None:
         r"a.weight +20x12 +Embedding +adamw +embedding$",
         r"c.weight +8x4x3x3 +Conv2d +normuon flatten +Conv2d, flattened to 8x36$",
         r"e.weight +8x1x3x3 +Conv2d +adamw +depthwise Conv2d",
-        r"f.weight +4x6x2x2 +ConvTranspose2d +normuon flatten transposed +.*flattened to 4x24: the rows are inputs$",
-        r"g.in_proj_weight +36x12 +MultiheadAttention +normuon splits 12\+12\+12 of rows +fused qkv of MultiheadAttention$",
+        r"f.weight +4x6x2x2 +ConvTranspose2d +normuon flatten transposed +"
+        r".*flattened to 4x24: the rows are inputs$",
+        r"g.in_proj_weight +36x12 +MultiheadAttention +normuon splits 12\+12\+12 of rows +"
+        r"fused qkv of MultiheadAttention$",
         r"h.weight_hh_l0 +32x8 +LSTM +normuon splits 8\+8\+8\+8 of rows +LSTM; 4 gates of 8$",
         r"q.weight +20x12 +Linear +adamw +output head: as many outputs as a has rows$",
         r"p.weight +10x12 +Linear +frozen +requires_grad=False$",
@@ -289,7 +292,7 @@ def test_what_is_no_module_or_has_no_shape_yet_is_refused() -> None:
         nm.routes_for(nn.Sequential(nn.LazyBatchNorm1d(affine=False)))
 
 
-# ----------------------------------------------------------------------------------------------------------------- torchtitan
+# --------------------------------------------------------------------------------------- torchtitan
 
 
 def test_a_torchtitan_model_is_read_by_its_names_and_sizes() -> None:

@@ -1,4 +1,4 @@
-"""`routes_for` on models of Hugging Face's transformers, made from tiny configurations. The package itself never imports it."""
+"""`routes_for` on tiny models of transformers, which the package itself never imports."""
 
 from __future__ import annotations
 
@@ -26,19 +26,28 @@ SIZES = {
 }
 GQA = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_layer": 1, "n_embd": 24, "n_head": 3, "vocab_size": 50, "n_positions": 16,
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_layer": 1, "n_embd": 24, "n_head": 3,
+    "vocab_size": 50, "n_positions": 16,
                                                "bos_token_id": 1, "eos_token_id": 2}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", SIZES | GQA),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", SIZES | GQA),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", SIZES | GQA | {"num_local_experts": 4, "head_dim": 4}),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES | {"bos_token_id": 1, "eos_token_id": 2}),
-    "bloom": ("BloomConfig", "BloomForCausalLM", {"n_layer": 1, "hidden_size": 24, "n_head": 6, "vocab_size": 50}),
-    "falcon": ("FalconConfig", "FalconForCausalLM", SIZES | {"multi_query": True, "bos_token_id": 1, "eos_token_id": 2}),
-    "vit": ("ViTConfig", "ViTForImageClassification", {k: v for k, v in SIZES.items() if k != "vocab_size"}
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", SIZES | GQA | {"num_local_experts": 4,
+    "num_experts_per_tok": 2}),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", SIZES | GQA | {"num_local_experts": 4,
+    "head_dim": 4}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES | {"bos_token_id": 1,
+    "eos_token_id": 2}),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {"n_layer": 1, "hidden_size": 24, "n_head": 6,
+    "vocab_size": 50}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", SIZES | {"multi_query": True,
+    "bos_token_id": 1, "eos_token_id": 2}),
+    "vit": ("ViTConfig", "ViTForImageClassification", {k: v for k,
+    v in SIZES.items() if k != "vocab_size"}
             | {"image_size": 8, "patch_size": 4}),
-    "t5": ("T5Config", "T5ForConditionalGeneration", {"num_layers": 1, "d_model": 24, "d_kv": 4, "num_heads": 6, "d_ff": 40,
-                                                      "vocab_size": 50, "decoder_start_token_id": 0}),
+    "t5": ("T5Config", "T5ForConditionalGeneration", {"num_layers": 1, "d_model": 24, "d_kv": 4,
+    "num_heads": 6, "d_ff": 40,
+                                                      "vocab_size": 50,
+                                                      "decoder_start_token_id": 0}),
 }  # fmt: skip
 
 
@@ -60,9 +69,11 @@ ATTENTION = {f"model.layers.0.self_attn.{x}_proj.weight": [whole] for x in "qkvo
 PARTS: dict[str, dict[str, list]] = {
     "gpt2": {
         "transformer.h.0.attn.c_attn.weight": turned(rows(24, 24, 24)),
-        **{f"transformer.h.0.{name}.weight": turned([whole]) for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+        **{f"transformer.h.0.{name}.weight": turned([whole]) for name in ("attn.c_proj",
+        "mlp.c_fc", "mlp.c_proj")},
     },
-    "llama": ATTENTION | {f"model.layers.0.mlp.{x}_proj.weight": [whole] for x in ("gate", "up", "down")},
+    "llama": ATTENTION | {f"model.layers.0.mlp.{x}_proj.weight": [whole] for x in ("gate", "up",
+    "down")},
     "phi3": {
         "model.layers.0.self_attn.qkv_proj.weight": rows(24, 8, 8),
         "model.layers.0.self_attn.o_proj.weight": [whole],
@@ -100,11 +111,16 @@ def test_every_matrix_of_the_model_steps_as_a_parameter_of_its_own(kind: str) ->
     [
         ("gpt2", {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}),
         ("llama", {"model.embed_tokens.weight", "lm_head.weight"}),
-        ("mixtral", {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.gate.weight"}),
-        ("gpt_oss", {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.router.weight",
-                     "model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.down_proj_bias"}),
-        ("vit", {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.weight"}),
-        ("t5", {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight",
+        ("mixtral", {"model.embed_tokens.weight", "lm_head.weight",
+        "model.layers.0.mlp.gate.weight"}),
+        ("gpt_oss", {"model.embed_tokens.weight", "lm_head.weight",
+        "model.layers.0.mlp.router.weight",
+                     "model.layers.0.mlp.experts.gate_up_proj_bias",
+                     "model.layers.0.mlp.experts.down_proj_bias"}),
+        ("vit", {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings",
+        "classifier.weight"}),
+        ("t5", {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+        "lm_head.weight",
                 "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
                 "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}),
     ],
@@ -200,7 +216,8 @@ def test_a_real_model_learns_with_its_routes() -> None:
 def test_the_package_does_not_import_transformers() -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; import torch, normuon_fn as nm; "
-        "nm.routes_for(torch.nn.Linear(4, 4)); assert not any(m.startswith('transformers.') for m in sys.modules)"
+        "nm.routes_for(torch.nn.Linear(4, 4)); "
+        "assert not any(m.startswith('transformers.') for m in sys.modules)"
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)

@@ -1,4 +1,4 @@
-"""`routes_for`: modules that are frozen, parametrized, scripted or exported, and classes and layers with misleading names."""
+"""`routes_for`: frozen, parametrized, scripted and exported modules, and misleading names."""
 
 from __future__ import annotations
 

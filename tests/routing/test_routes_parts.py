@@ -1,4 +1,4 @@
-"""Transposed matrices, parts of stacks, heads: each steps as the parameter would that it stands for."""
+"""Transposed matrices, parts of stacks, heads: each steps as the parameter it stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A transformer with the names of torchtitan's models: a dense block, and one with fused attention and experts. Never run."""
+"""A transformer named as torchtitan names them, one block dense, one fused with experts. Never run."""
 
 from __future__ import annotations
 
