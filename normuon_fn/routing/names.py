@@ -18,11 +18,11 @@ from torch import Tensor
 
 from . import words
 from .routes import Decision, Route
-from .uses import unwrapped
+from .uses import is_window, unwrapped
 
 _FAR_LARGER = 2  # a vocabulary of 32000 beside a feed-forward of 11008 is the closest in use
 _BLOCKS = re.compile(r"^(layers?|blocks?|h|resblocks|stages?|encoders?|decoders?|groups?|levels?)$")
-_WINDOWS = (1, 3, 5, 7)
+_GENERIC = ("proj", "linear", "dense", "fc", "layer", "projection")
 _LEAVES = ("weight", "weight_v", "weight_orig", "kernel")
 
 
@@ -36,6 +36,7 @@ class Named(NamedTuple):
     in_block: bool
     embedding: words.Strength | None
     head: words.Strength | None
+    by_parent: bool  # the head's name is that of the module around the layer
 
 
 def by_names(params: Mapping[str, Tensor]) -> dict[str, Decision]:
@@ -78,7 +79,8 @@ class _Context:
         self.shapes = shapes
         self.templates = Counter((_template(name), shape) for name, shape in shapes.items())
         self.experts = _experts(shapes)
-        self.first_window = next((name for name, s in shapes.items() if len(s) >= 4), None)
+        windows = (name for name, s in shapes.items() if len(s) > 2 and s[0] > 1)
+        self.first_window = next(windows, None)
         self.matrices: dict[str, Named] = {}
         for name, shape in shapes.items():
             if len(shape) == 2 and min(shape) > 1:
@@ -88,8 +90,6 @@ class _Context:
         common = self.sizes.most_common(1)
         self.width = common[0][0] if common else None
         self.largest = max((max(m.shape) for m in hidden if m.in_block), default=0)
-        if not self.largest and len(hidden) > 2:
-            self.largest = sorted(max(m.shape) for m in hidden)[-3]
         order = list(self.matrices)
         outside = [m.name for m in self.matrices.values() if not m.in_block]
         blocks = [order.index(m.name) for m in self.matrices.values() if m.in_block]
@@ -110,8 +110,11 @@ class _Context:
         if numbered and len(layer) > 1:
             own = layer[-2]  # the list or the Sequential it stands in
         head = words.head(own)
+        by_parent = head is None and own in _GENERIC and len(layer) > 1
+        if by_parent and words.head(layer[-2]):
+            head = "weak"
         in_block = self._in_block(name, layer, shape)
-        return Named(name, shape, own, is_weight, in_block, words.embedding(own), head)
+        return Named(name, shape, own, is_weight, in_block, words.embedding(own), head, by_parent)
 
     def _in_block(self, name: str, layer: list[str], shape: tuple[int, ...]) -> bool:
         many = self.templates[_template(name), shape] > 1
@@ -149,19 +152,20 @@ class _Context:
     def _stack(self, name: str, leaf: str, shape: tuple[int, ...]) -> Decision:
         own = unwrapped(name)[-1] if unwrapped(name) else leaf
         named = words.is_table(leaf) if leaf not in _LEAVES else words.embedding(own) == "strong"
+        named = named and not (leaf in _LEAVES and is_window(shape))
         if named and "expert" not in name:
             return Decision(Route("adamw"), "table of vectors, by name")
         if shape[0] == 1 and "expert" not in name:
             return Decision(Route("adamw"), "table of vectors: one of them", "likely")
-        if len(shape) >= 4 and shape[1] == 1 and shape[0] > 1 and max(shape[2:]) <= 11:
-            if name == self.first_window:
+        if words.head(own) == "strong" and all(size == 1 for size in shape[2:]):
+            return Decision(Route("adamw"), "output head, by name: a convolution of one place")
+        if shape[1] == 1 and shape[0] > 1 and (len(shape) == 3 or max(shape[2:]) <= 11):
+            if name == self.first_window and self.templates[_template(name), shape] == 1:
                 return Decision(
                     Route(flatten=True), "convolution of one channel, flattened", "likely"
                 )
-            return Decision(Route("adamw"), "depthwise convolution", "likely")
-        if len(shape) == 3 and shape[1] == 1:
-            return Decision(Route("adamw"), "depthwise convolution or vectors", "likely")
-        if _is_window(shape):
+            return Decision(Route("adamw"), "depthwise convolution, or vectors", "likely")
+        if is_window(shape):
             cols = 1
             for size in shape[1:]:
                 cols *= size
@@ -195,6 +199,8 @@ class _Context:
         if m.head or m.embedding:
             if vocabulary or (unique and m.name in self.last):
                 return Decision(Route("adamw"), "output head, by name and shape")
+            if m.by_parent:
+                return Decision(Route(), "matrix")
             if unique or m.embedding:
                 return Decision(Route("adamw"), "output head, by name alone", "likely")
             return Decision(
@@ -202,8 +208,6 @@ class _Context:
             )
         if vocabulary and rows > cols and (m.name in self.first or m.name in self.last):
             return Decision(Route("adamw"), f"vocabulary of {rows}, by shape", "likely")
-        if vocabulary and cols > rows and m.name in self.last:
-            return Decision(Route("adamw"), f"vocabulary of {cols}, by shape", "likely")
         if len(self.matrices) > 2 and m.name in self.last and unique and cols in self.sizes:
             return Decision(
                 Route(), "matrix: the last layer, which may be an output head", "untold"
@@ -281,14 +285,6 @@ def _experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         elif len(shape) == 3:
             found[stem] = shape[0]
     return found | {stem: len(numbers) for stem, numbers in counts.items()}
-
-
-def _is_window(shape: tuple[int, ...]) -> bool:
-    """Whether the last dimensions are a convolution's window and not a matrix."""
-    high, wide = shape[-2:]
-    if len(shape) >= 4:  # an image has one channel or three, and patches of 14 or 16
-        return high == wide <= (32 if shape[-3] in (1, 3) else 11) or min(high, wide) == 1
-    return wide in _WINDOWS
 
 
 def _leaf(name: str) -> str:

@@ -17,6 +17,7 @@ _WRAPPERS = re.compile(
     r"^(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_module"
     r"|parametrizations|base_layer|original_module|original\d*|weight(_v|_orig|_bar)?)$"
 )
+_WINDOWS = (1, 3, 5, 7)
 _SAVED = ("modules_to_save",)  # and the adapter's name behind it
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)\.original\d*$")
 _REPARAMETRIZED = re.compile(r"^(.+)_(v|orig|bar)$")  # the older weight_norm and spectral_norm
@@ -34,6 +35,14 @@ def unwrapped(path: str) -> list[str]:
         elif not _WRAPPERS.match(part):
             found.append(part)
     return found
+
+
+def is_window(shape: tuple[int, ...]) -> bool:
+    """Whether the last dimensions are a convolution's window and not a matrix."""
+    high, wide = shape[-2:]
+    if len(shape) >= 4:  # an image has one channel or three, and patches of 14 or 16
+        return high == wide <= (32 if shape[-3] in (1, 3) else 11) or min(high, wide) == 1
+    return wide in _WINDOWS
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ def _set(text: str) -> frozenset[str]:
 
 
 _EMBED = _set(
-    "embed embeds embedding embeddings emb embs wte wpe codebook codebooks ape lookup vocab"
-    " vocabulary lut"
+    "embed embedder embeds embedding embeddings emb embs wte wpe codebook codebooks ape lookup"
+    " vocab vocabulary lut"
 )
 _TABLE = _set(
     "token tokens tok toks table tables queries latents registers register prompt prompts"
@@ -71,6 +71,8 @@ def embedding(segment: str) -> Strength | None:
     if words[-1] in _EMBED:
         return "weak" if _CONTINUOUS & set(words[:-1]) and "pos" not in words else "strong"
     if words[0] in _EMBED and set(words[1:]) <= _EMBEDDED:
+        return "strong"
+    if words[0] in _PLACE and words[-1] in ("bias", "biases"):
         return "strong"
     if words[-1] in ("table", "tokens", "token") or (
         words[0] in ("tok", "token", "vocab", "word") and not _OF_LAYERS & set(words)

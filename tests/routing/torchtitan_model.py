@@ -1,4 +1,4 @@
-"""A transformer named as torchtitan names them, one block dense, one fused with experts. Never run."""
+"""A transformer named as torchtitan names them: a dense block, and one with experts. Never run."""
 
 from __future__ import annotations
 
