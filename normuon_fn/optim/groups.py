@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..routing.routes import Route, Routes, RouteTable, resolve_routes
+from ..routing.resolve import Routes, resolve_routes
+from ..routing.routes import Route, RouteTable
 from ..types import Config, Guard
 from .hyper import Groups
 

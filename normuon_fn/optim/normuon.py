@@ -14,7 +14,7 @@ from torch import Tensor
 from ..compat import Ranks, read_by_grad_scaler
 from ..distributed import placements
 from ..planning.plan import Plan
-from ..routing.routes import Routes
+from ..routing.resolve import Routes
 from ..runtime.compiled import step_
 from ..types import Config, Guard, StepResult
 from . import groups as groups_of

@@ -14,7 +14,7 @@ from ..compat import Ranks
 from ..distributed import placements
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
-from ..routing.routes import Routes
+from ..routing.resolve import Routes
 from ..runtime.graphed import GraphedStep
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of, route

@@ -22,7 +22,7 @@ from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_
 from ..distributed.messages import Exchange
 from ..distributed.owners import GroupShards, Ownership, Shared, balance
 from ..distributed.placements import ShardedLayout, covering
-from ..routing.routes import Routes, resolve_routes
+from ..routing.resolve import Routes, resolve_routes
 from ..types import Config
 from .buckets import AdamWBucket, AnyBucket, Bucket, Group, SharedBucket, members_of, parameter_of
 from .checks import check_params

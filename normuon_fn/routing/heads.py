@@ -1,31 +1,34 @@
-"""Which modules of a model are its output heads, which route tokens to experts, and how wide the model is."""
+"""Which modules of a model are its output heads, and how wide the model is."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterator
+
 from torch import nn
 
-from .projections import _first, _get, is_a, kind_of
+from . import words
+from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs, sources_of
+from .uses import unwrapped
 
-_HEAD_NAMES = frozenset(
-    {"lm_head", "head", "heads", "classifier", "cls_head", "unembed", "unembedding", "embed_out"}
-)
-# These count where they are parts of the model itself: layers inside of blocks have such names too.
-_LAYER_NAMES = frozenset(
-    {"output", "out", "decoder", "logits", "score", "fc", "qa_outputs", "generator", "proj_out"}
-)
-_ROUTER_NAMES = frozenset({"gate", "router"})
-_EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "n_experts",
-    "num_routed_experts",
-)
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim")
+# Attributes under which a module has a whole model, beside a copy of it or beside a loss.
+_MODELS = re.compile(
+    r"(^|_)(model|net|network|module|ema|teacher|student|target|online|shadow|averaged|policy|actor"
+    r"|critic|generator|discriminator|backbone|momentum|swa|learner)(_|\d|$)"
+)
+_INNER = (
+    "_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module", "_forward_module", "module",
+)  # fmt: skip
+_VIRTUAL = re.compile(r"Prompt(Encoder|Embedding)$|PrefixEncoder$")  # of virtual tokens
+_PART = re.compile(r"^([qkv]_proj|query|key|value|up_proj|gate_proj|fc1)$")
+_HEAD_CLASS = re.compile(r"(Prediction|Classification|LM|Output)Head$")
 
 
 class Heads:
-    """Found once for a model; `reason` then says of a module whether it is one."""
+    """Found once for a model; `reason` then says why a module is one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
@@ -35,77 +38,121 @@ class Heads:
         }
         self.widths = {_table(m)[1] for m in self.embeddings.values()}
         if not self.widths:
-            width = _first([s for s in (_get(model, "config"), model) if s is not None], _WIDTHS)
+            width = first(sources_of([model]), _WIDTHS)
             self.widths = set() if width is None else {width}
         self._found: dict[int, str] = {}
-        self._say_the_models()
+        self._said_by_the_models()
         self._by_name()
         self._by_vocabulary()
 
-    def reason(self, module: nn.Module, leaf: str, shape: tuple[int, ...]) -> str | None:
-        """Why a weight gets AdamW as an output head, or as one of logits over experts."""
-        if leaf.startswith(("weight", "original")) and id(module) in self._found:
-            return self._found[id(module)]
-        parts = self.names.get(id(module), "").split(".")
-        if len(shape) == 2 and _ROUTER_NAMES & set(parts[-2:]) and shape[0] == self._experts(parts):
-            return f"router: logits of {shape[0]} experts"
-        return None
+    def reason(self, module: nn.Module, leaf: str) -> str | None:
+        """Why a module's weight gets AdamW as an output head."""
+        return self._found.get(id(module)) if leaf.startswith(("weight", "original")) else None
 
-    def _experts(self, parts: list[str]) -> int | None:
-        """How many experts the nearest module has that says so, or that has a list or a stack of them."""
-        for k in range(len(parts), -1, -1):
-            owner = self.modules[".".join(parts[:k])]
-            count = _first([s for s in (owner, _get(owner, "config")) if s is not None], _EXPERTS)
-            if count is not None:
-                return count
-            experts = _get(owner, "experts")
-            if isinstance(experts, nn.Module) and is_a(experts, nn.ModuleList):
-                return len(list(experts.children()))
-            if isinstance(experts, nn.Module):
-                return next((p.shape[0] for p in experts.parameters() if p.ndim == 3), None)
-        return None
+    def is_head(self, module: nn.Module) -> bool:
+        return any(id(layer) in self._found for layer in _layers_behind(module))
 
-    def _say_the_models(self) -> None:
-        """Hugging Face models say it themselves."""
+    def _mark(self, module: nn.Module, reason: str) -> None:
+        for layer in _layers_behind(module):
+            self._found.setdefault(id(layer), reason)
+
+    def _said_by_the_models(self) -> None:
+        """Hugging Face models say it by get_output_embeddings(), timm's by get_classifier()."""
         for path, module in self.modules.items():
-            ask = _get(module, "get_output_embeddings")
-            if callable(ask):
-                try:
-                    found = ask()
-                except Exception:  # it has none
+            for method in ("get_output_embeddings", "get_classifier"):
+                ask = get(module, method)
+                if not callable(ask):
                     continue
-                if isinstance(found, nn.Module):
-                    self._found.setdefault(
-                        id(found),
-                        f"output head, by get_output_embeddings() of {path or 'the model'}",
-                    )
+                try:
+                    answer = ask()
+                except Exception:  # the model has none
+                    continue
+                for found in answer if isinstance(answer, (tuple, list)) else (answer,):
+                    if isinstance(found, nn.Module):
+                        owner = path or "the model"
+                        self._mark(found, f"output head, by {method}() of {owner}")
 
     def _by_name(self) -> None:
-        said, top = bool(self._found), self._top()
+        said, tops = bool(self._found), self._tops()
         for path, module in self.modules.items():
-            owner, _, name = path.rpartition(".")
-            if self._repeated(path) or not (
-                name in _HEAD_NAMES or (name in _LAYER_NAMES and owner == top)
-            ):
+            owner, _, _ = path.rpartition(".")
+            parts = unwrapped(path)
+            if any(_VIRTUAL.match(kind_of(o)) for o in self._owners(path)):
                 continue
-            layers = [m for m in module.modules() if _is_layer(m)]
-            itself = bool(layers) and layers[0] is module
-            if layers and (itself if said or name in _LAYER_NAMES else True):
-                self._found.setdefault(id(layers[-1]), "output head, by name")
+            if not parts or path.endswith(f"modules_to_save.{parts[-1]}"):
+                continue
+            listed = parts[-1].isdigit() and len(parts) > 1
+            listed = listed and is_a(self.modules[owner], nn.ModuleList)
+            strength = words.head(parts[-2] if listed else parts[-1])
+            if _HEAD_CLASS.search(kind_of(module)):
+                strength = "strong"
+            elif strength is None or self._repeated(path):
+                continue
+            if strength == "weak" and ".".join(unwrapped(owner)) not in tops:
+                continue
+            layers = [m for m in module.modules() if is_layer(m)]
+            if not layers:
+                continue
+            itself = layers[0] in list(_layers_behind(module))
+            if listed and (itself or is_a(layers[-1], nn.modules.conv._ConvNd)):
+                # One of several heads side by side, and not one of the layers of one head.
+                side_by_side = self._alike(self.modules[owner], parts[-1]) > 1
+                outputs, inputs = outputs_and_inputs(layers[-1])
+                if not (itself and side_by_side and outputs != inputs):
+                    continue
+            if itself:
+                if strength == "strong" or not self._is_between(layers[-1]):
+                    self._mark(module, "output head, by name")
+            elif strength == "strong" or (is_a(module, nn.Sequential) and not said):
+                self._mark_last(path, layers)
 
-    def _top(self) -> str:
-        """The path of the model inside of what only wraps it: of the first module whose parameters are not all one child's."""
-        path = ""
-        while not any(p is not None for _, p in self.modules[path]._parameters.items()):
-            children = self.modules[path].named_children()
-            parts = [name for name, child in children if next(child.parameters(), None) is not None]
-            if len(parts) != 1:
-                break
-            path = f"{path}.{parts[0]}" if path else parts[0]
-        return path
+    def _owners(self, path: str) -> Iterator[nn.Module]:
+        parts = path.split(".")
+        return (self.modules[".".join(parts[:k])] for k in range(len(parts)))
+
+    def _mark_last(self, path: str, layers: list[nn.Module]) -> None:
+        """Of a head of several layers the last, unless one of them is called a head itself, or the
+        last has the width of the model, or is a part of an attention."""
+        inside = [p for p in self.modules if p.startswith(f"{path}.")]
+        if any(words.head(p.rpartition(".")[2]) == "strong" for p in inside):
+            return
+        outputs, inputs = outputs_and_inputs(layers[-1])
+        own = unwrapped(self.names[id(layers[-1])])[-1]
+        attention = any("att" in part.lower() for p in inside for part in p.split("."))
+        wide = outputs == inputs or (outputs in self.widths and 4 * outputs >= inputs)
+        if not wide and not attention and not _PART.match(own):
+            self._mark(layers[-1], "output head, by name")
+
+    def _is_between(self, layer: nn.Module) -> bool:
+        """Whether more layers take the same width in as this one puts out, behind it."""
+        layers = [m for m in self.modules.values() if is_layer(m)]
+        outputs, _ = outputs_and_inputs(layer)
+        behind = layers[layers.index(layer) + 1 :]
+        return any(outputs_and_inputs(other)[1] == outputs for other in behind[:1])
+
+    def _tops(self) -> set[str]:
+        """The unwrapped paths of the models proper: the model inside a wrapper, the attribute of a
+        LightningModule, and a copy (EMA, teacher) beside it."""
+        tops, queue = set(), [""]
+        while queue:
+            path = queue.pop()
+            module = self.modules[path]
+            tops.add(".".join(unwrapped(path)))
+            kids = [
+                (name, child)
+                for name, child in module.named_children()
+                if next(child.parameters(), None) is not None
+            ]
+            own = any(p is not None for p in module._parameters.values())
+            lightning = any(cls.__name__ == "LightningModule" for cls in type(module).__mro__)
+            for name, _ in kids:
+                single = len(kids) == 1 and not own
+                if single or lightning or _MODELS.search(name):
+                    queue.append(f"{path}.{name}" if path else name)
+        return tops
 
     def _by_vocabulary(self) -> None:
-        """A Linear behind the embedding of the most rows, that has its shape, outside of all repeated blocks."""
+        """A layer behind the embedding of the most rows, with its shape, outside all blocks."""
         if not self.embeddings:
             return
         path, largest = max(self.embeddings.items(), key=lambda entry: _table(entry[1])[0])
@@ -114,35 +161,59 @@ class Heads:
         for other in behind:
             module = self.modules[other]
             if (
-                _is_layer(module)
-                and tuple(module.weight.shape) == shape
+                is_layer(module)
+                and module.weight.ndim == 2
+                and outputs_and_inputs(module) == shape
                 and shape[0] != shape[1]
                 and not self._repeated(other)
             ):
-                self._found.setdefault(
-                    id(module), f"output head: as many outputs as {path} has rows"
-                )
+                self._mark(module, f"output head: as many outputs as {path} has rows")
 
     def _repeated(self, path: str) -> bool:
-        """Whether it is one of many alike: in a list, or in a numbered place that is not of a head's own."""
+        """Whether it belongs to one of many blocks: in a list, or a numbered place of a Sequential
+        with others of its class, unless the list itself is called a head."""
         parts = path.split(".")
         for k in range(1, len(parts)):
             owner = self.modules[".".join(parts[:k])]
-            if is_a(owner, nn.ModuleList, nn.ModuleDict):
+            if not is_a(owner, nn.ModuleList, nn.ModuleDict, nn.Sequential):
+                continue
+            if words.head(parts[k - 1]) == "strong":
+                continue
+            if is_a(owner, nn.ModuleList) and parts[k].isdigit():
                 return True
-            if is_a(owner, nn.Sequential) and parts[k - 1] not in _HEAD_NAMES:
+            if parts[k].isdigit() and self._alike(owner, parts[k]) > 1:
                 return True
-        return False
+        top = self.modules[""]
+        return is_a(top, nn.Sequential) and parts[0].isdigit() and self._alike(top, parts[0]) > 1
+
+    @staticmethod
+    def _alike(owner: nn.Module, name: str) -> int:
+        """How many children of a container have the class and the parameters' shapes of one."""
+
+        def signature(module: nn.Module) -> tuple[object, ...]:
+            return kind_of(module), *(tuple(p.shape) for p in module.parameters())
+
+        children = dict(owner.named_children())
+        return Counter(map(signature, children.values()))[signature(children[name])]
 
 
-def _is_layer(module: nn.Module) -> bool:
-    weight = _get(module, "weight")
-    return is_a(module, nn.modules.conv._ConvNd) or (
-        "Linear" in kind_of(module) and isinstance(weight, nn.Parameter) and weight.ndim == 2
-    )
+def _layers_behind(module: nn.Module) -> Iterator[nn.Module]:
+    """The layer itself, or those that a wrapper has: the original and every adapter's copy."""
+    if is_layer(module) and not isinstance(get(module, "base_layer"), nn.Module):
+        yield module
+        return
+    for name in _INNER:
+        inner = get(module, name)
+        if isinstance(inner, nn.Module):
+            yield from _layers_behind(inner)
+    saved = get(module, "modules_to_save")
+    if isinstance(saved, nn.ModuleDict):
+        for copy in saved.values():
+            yield from _layers_behind(copy)
 
 
 def _table(embedding: nn.Module) -> tuple[int, int]:
     """How many rows of how many entries; a traced module has its weight alone."""
-    rows, width = _get(embedding, "num_embeddings"), _get(embedding, "embedding_dim")
-    return (rows, width) if rows and width else tuple(embedding.weight.shape)  # type: ignore[arg-type]
+    rows, width = get(embedding, "num_embeddings"), get(embedding, "embedding_dim")
+    shape = tuple(embedding.weight.shape)  # type: ignore[arg-type]
+    return (rows, width) if rows and width else (shape[-2], shape[-1])

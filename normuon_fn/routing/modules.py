@@ -1,74 +1,37 @@
-"""`routes_for`: what the modules of a model say of their parameters. Modules are told by type, class name and attributes.
+"""`routes_for`: what the modules of a model tell about their parameters.
 
-named_modules -> every use of every tensor -> what each use makes of it -> one route a tensor, with the reason
+named_modules -> every use of every tensor -> what each use makes of it -> one route per tensor
+
+Modules are told by type, class name and attributes.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from . import adapters, routers, words
 from . import projections as fused
+from . import raw as raw_parameter
+from .attributes import get, is_a, is_conv1d_of_gpt2, is_linear, kind_of
 from .heads import Heads
-from .projections import _get, is_a, kind_of, says_nothing
-from .routes import Route, Routed, RouteTable, _default_route
+from .mixers import Cut
+from .names import by_names
+from .routes import Decision, Route, Routed, RouteTable
+from .uses import Use, unwrapped, uses
 
-Decision = tuple[Route, str]
-
-# Parts of a path that only wrap: DDP, torch.compile, activation checkpoints, FSDP, parametrizations, adapters.
-_WRAPPERS = re.compile(
-    r"^(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|parametrizations|base_layer|weight\w*|original\d*)$"
-)
-_ADAPTER = re.compile(r"(^|\.)(lora_(embedding_)?[ab])(\.|$)", re.IGNORECASE)
-_LOOKUPS = re.compile(
-    r"(^|_)(pos(ition(al)?)?_?emb(ed(ding)?s?)?|pos_embed|embeddings?|token|tokens|class_embedding|latents|prompt)(_|$)|bias|A_logs?$",
-    re.IGNORECASE,
-)
 _NORM = re.compile(
     r"Norm(\dd)?$"
-)  # and neither LayerNormLinear nor NormalizedLinear, which have matrices
-_PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)\.original\d*$")
-_TOWARDS_WIDTH = re.compile(r"^(w2|down_proj|down|c_proj|output_linear|wo|fc2)$")
+)  # neither LayerNormLinear nor NormalizedLinear: they have matrices
+_TOWARDS_WIDTH = re.compile(
+    r"^(w2|down_proj|down|c_proj|output_linear|wo|fc2|w_?o|w_out|out_proj|o_proj)$", re.I
+)
 _GATES = {"LSTM": 4, "GRU": 3}
-
-
-@dataclass(frozen=True)
-class Use:
-    """A tensor under one of its names."""
-
-    name: str
-    tensor: Tensor
-    owners: tuple[nn.Module, ...]  # the modules that it lies in, the nearest first
-    buffer: bool = False
-
-    @property
-    def module(self) -> nn.Module:
-        return next(
-            (m for m in self.owners if kind_of(m) not in ("ParametrizationList", "ModuleDict")),
-            self.owners[0],
-        )
-
-    @property
-    def leaf(self) -> str:
-        """What its module calls it."""
-        found = _PARAMETRIZED.search(self.name)
-        return found[1] if found else self.name.rpartition(".")[2]
-
-    @property
-    def own(self) -> str:
-        """The projection's name: its module's if the tensor is but its ``weight``."""
-        parts = [part for part in self.name.split(".") if not _WRAPPERS.match(part)]
-        return parts[-1].removesuffix("_weight") if parts else self.leaf
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
 
 
 def routes_for(
@@ -78,73 +41,61 @@ def routes_for(
     per_head: bool = False,
     decay_vectors: bool = True,
 ) -> RouteTable:
-    """A route for every parameter and buffer of a model, from its modules. ``print(routes_for(model))`` explains each.
+    """A route for every parameter and buffer of a model, from its modules.
 
         plan = nm.make_plan(params, config, routes=nm.routes_for(model))
 
-    Linear layers, convolutions (flattened), experts and adapters get NorMuon; embeddings, output heads, routers of experts,
-    norms, biases and other vectors AdamW; what needs no gradient and buffers are frozen, the former only in plans of tensors
-    that do not require one: `NorMuon` trains what is unfrozen later (``Route.unfrozen``). Projections fused in one matrix are
-    split where their sizes are known from the modules or their configuration; where not, they are left whole, and the reason
-    says so. A weight with several names has one route under each of them.
+    ``print(routes_for(model))`` explains each. Linear layers, convolutions (flattened), experts and
+    the factors of adapters get NorMuon; embeddings, output heads, routers of experts, norms, biases
+    and other vectors get AdamW. What needs no gradient and buffers are frozen, the former only in
+    plans of tensors that do not require one: `NorMuon` trains what is unfrozen later
+    (``Route.unfrozen``). Projections fused in one matrix are split where their sizes are known from
+    the modules or their configuration; elsewhere they are left whole, and the reason says why. A
+    weight with several names has one route under each of them. Wrappers (DDP, FSDP, torch.compile,
+    PEFT, AveragedModel, ...) are seen through. ``table.unsure()`` has what could not be told.
 
     Args:
-        overrides: name, glob or predicate -> Route, as ``make_plan(routes=)`` takes them; they come first.
-        per_head: every attention head of q, k and v is a matrix of its own, also where they are separate parameters.
-        decay_vectors: ``False``: no weight decay for what has no two dimensions.
+        overrides: name, glob or predicate -> Route, as ``make_plan(routes=)`` takes them; they come
+            first.
+        per_head: every attention head of q, k and v is a matrix of its own, also where they are
+            separate parameters.
+        decay_vectors: ``False``: no weight decay for what has fewer than two dimensions.
 
     Raises:
         TypeError: not a module, or an override that is not a Route.
-        ValueError: parameters or buffers without a shape yet (lazy modules), or an override that matches nothing.
+        ValueError: parameters or buffers without a shape yet (lazy modules), or an override that
+            matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    given = dict((overrides or {}).items())
-    for key, route in given.items():
+    asked = dict((overrides or {}).items())
+    for key, route in asked.items():
         if not isinstance(route, Route):
             raise TypeError(f"overrides[{key!r}]: expected a Route, got {type(route).__name__}")
-    seen = Seen(model, Heads(model), per_head)
-    uses: dict[int, list[Use]] = {}
-    for use in _uses(model):
-        uses.setdefault(id(use.tensor), []).append(use)
+    reader = Reader(model, per_head)
+    by_tensor: dict[int, list[Use]] = {}
+    for use in uses(model):
+        by_tensor.setdefault(id(use.tensor), []).append(use)
 
     entries, matched = [], set()
-    for same in uses.values():
-        keys = [key for key in given if any(_matches(key, use) for use in same)]
+    for same in by_tensor.values():
+        keys = [key for key in asked if any(_matches(key, use) for use in same)]
         matched |= set(keys)
         if keys:
-            route, reason = given[keys[0]], f"overrides[{keys[0]!r}]"
+            found = Decision(asked[keys[0]], f"overrides[{keys[0]!r}]")
         else:
-            route, reason = _joint(same, [seen.decide(use) for use in same])
-            if not decay_vectors and route.algorithm == "adamw" and _is_vector(same[0].shape):
-                route = Route("adamw", wd_mul=0.0)
-            if route.algorithm != "frozen" and not same[0].tensor.requires_grad:
-                route, reason = Route("frozen", unfrozen=route), "requires_grad=False"
-        entries += [Routed(use.name, use.shape, kind_of(use.module), route, reason) for use in same]
-    if len(matched) < len(given):
-        raise ValueError(
-            f"overrides: {[key for key in given if key not in matched]!r} match no parameter"
-        )
+            found = _joint(same, [reader.decide(use) for use in same])
+            if not decay_vectors and found.route.algorithm == "adamw" and _is_vector(same[0].shape):
+                found = found._replace(route=Route("adamw", wd_mul=0.0))
+            if found.route.algorithm != "frozen" and not same[0].tensor.requires_grad:
+                later = Route("frozen", unfrozen=found.route)
+                found = Decision(later, "requires_grad=False")
+        entries += [Routed(use.name, use.shape, kind_of(use.module), *found) for use in same]
+    if len(matched) < len(asked):
+        missing = [key for key in asked if key not in matched]
+        raise ValueError(f"overrides: {missing!r} match no parameter")
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
     return RouteTable(sorted(entries, key=lambda entry: order.get(entry.name, len(order))))
-
-
-def _uses(model: nn.Module) -> Iterator[Use]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, module in modules.items():
-        parts = path.split(".") if path else []
-        owners = tuple(modules[".".join(parts[:k])] for k in range(len(parts), -1, -1))
-        tensors = [(name, p, False) for name, p in module._parameters.items()]
-        tensors += [(name, b, True) for name, b in module._buffers.items()]
-        for name, tensor, buffer in tensors:
-            if tensor is None:
-                continue
-            full = f"{path}.{name}" if path else name
-            if is_lazy(tensor):
-                raise ValueError(
-                    f"{full}: has no shape yet (a lazy module); run the model once before routes_for()"
-                )
-            yield Use(full, tensor, owners, buffer)
 
 
 def _matches(key: str | Callable[[str, Tensor], bool], use: Use) -> bool:
@@ -153,104 +104,125 @@ def _matches(key: str | Callable[[str, Tensor], bool], use: Use) -> bool:
     return bool(key(use.name, use.tensor))
 
 
-def _joint(uses: list[Use], decisions: list[Decision]) -> Decision:
-    """Of a tensor with several names: AdamW if it is an embedding or a head anywhere, else what its first name says."""
-    if len(uses) == 1:
+def _joint(found: list[Use], decisions: list[Decision]) -> Decision:
+    """For a tensor with several names: AdamW if it is an embedding or a head under any of them,
+    otherwise what its first name says."""
+    if len(found) == 1:
         return decisions[0]
-    route, reason = next(
-        (found for found in decisions if found[0].algorithm != "normuon"), decisions[0]
-    )
-    return route, f"{reason}; one tensor: {', '.join(use.name for use in uses)}"
+    chosen = next((d for d in decisions if d.route.algorithm != "normuon"), decisions[0])
+    names = ", ".join(use.name for use in found)
+    return chosen._replace(reason=f"{chosen.reason}; one tensor: {names}")
 
 
 def _is_vector(shape: tuple[int, ...]) -> bool:
     return sum(size != 1 for size in shape) < 2
 
 
-class Seen:
+class Reader:
     """What has been found out about the model as a whole, and by it what a tensor gets."""
 
-    def __init__(self, model: nn.Module, heads: Heads, per_head: bool) -> None:
-        self.heads, self.per_head = heads, per_head
+    def __init__(self, model: nn.Module, per_head: bool) -> None:
+        self.model, self.per_head = model, per_head
+        self.heads = Heads(model)
+
+    @cached_property
+    def by_names(self) -> dict[str, Decision]:
+        return by_names(dict(self.model.named_parameters(remove_duplicate=False)))
 
     def decide(self, use: Use) -> Decision:
+        """Asked in this order: what is no matrix, whose adapter it is, what its module is."""
         module, shape = use.module, use.shape
-        kind = kind_of(module)
         if use.buffer:
-            return Route("frozen"), "buffer"
+            return Decision(Route("frozen"), "buffer")
         if not use.tensor.dtype.is_floating_point:
-            return Route("frozen"), f"{use.tensor.dtype}"
+            return Decision(Route("frozen"), f"{use.tensor.dtype}")
+        if 0 in shape and len(shape) > 1:
+            return Decision(Route("frozen"), "no entries")
         if _is_vector(shape):
-            return Route("adamw"), "norm" if _is_norm(module) else "bias" if use.leaf.startswith(
-                "bias"
-            ) else "vector"
-        adapter = _ADAPTER.search(use.name)
-        if adapter:
-            return _adapter(adapter[2])
+            what = (
+                "norm" if _is_norm(module) else "bias" if use.leaf.startswith("bias") else "vector"
+            )
+            return Decision(Route("adamw"), what)
+        of_head = any(self.heads.is_head(owner) for owner in use.owners[1:3])
+        adapter = adapters.decide(use.name, use.owners, shape, of_head=of_head)
+        if adapter is not None:
+            return adapter
         if is_a(module, nn.Embedding, nn.EmbeddingBag) or (
-            kind.endswith("Embedding") and use.leaf == "weight"
+            kind_of(module).endswith("Embedding") and use.leaf == "weight"
         ):
-            return Route("adamw"), "embedding"
+            return Decision(Route("adamw"), "embedding")
         if _is_norm(module):
-            return Route("adamw"), "norm"
-        head = self.heads.reason(module, use.leaf, shape)
+            return Decision(Route("adamw"), "norm")
+        if use.leaf != "weight" and words.is_biases(use.leaf):
+            return Decision(Route("adamw"), "biases or scales, one vector per row")
+        if use.leaf == "bias":
+            return Decision(Route("adamw"), "biases, one per member")
+        head = self.heads.reason(module, use.leaf)
         if head is not None:
-            return Route("adamw"), head
+            return Decision(Route("adamw"), head)
+        found = self._layer(use, is_conv1d_of_gpt2(module) and use.leaf == "weight")
+        if found.route.flatten and shape[0] == 1:
+            return Decision(Route("adamw"), f"vector: a {kind_of(module)} of one row, flattened")
+        return found
+
+    def _layer(self, use: Use, transposed: bool) -> Decision:
+        module, shape, kind = use.module, use.shape, kind_of(use.module)
+        outputs_first = shape[::-1] if transposed else shape
+        parts = unwrapped(use.name)
+        router = routers.reason(
+            [part for part in parts if part != "weight"], use.owners, use.leaf, outputs_first
+        )
+        if router is not None:
+            return Decision(Route("adamw"), router)
         if is_a(module, nn.modules.conv._ConvNd):
             return _convolution(module, shape)
         if is_a(module, nn.RNNBase, nn.RNNCellBase) and len(shape) == 2:
-            hidden = _get(module, "hidden_size") or shape[0] // _GATES.get(
-                kind.removesuffix("Cell"), 1
-            )
+            gates = _GATES.get(kind.removesuffix("Cell"), 1)
+            hidden = get(module, "hidden_size") or shape[0] // gates
             return _with(fused.recurrent(use.leaf, int(hidden), shape[0]), kind)
         if is_a(module, nn.MultiheadAttention) and use.leaf == "in_proj_weight":
-            each, count = shape[1], _get(module, "num_heads")
+            each, count = shape[1], get(module, "num_heads")
             heads = (count,) * 3 if self.per_head and count else None
-            return Route(splits=(each,) * 3, heads=heads), "fused qkv of MultiheadAttention"
+            route = Route(splits=(each,) * 3, heads=heads)
+            return Decision(route, "fused qkv of MultiheadAttention")
         if is_a(module, nn.Bilinear):
-            return Route(flatten=True), "Bilinear, flattened"
-        transposed = kind == "Conv1D" and hasattr(module, "nf") and use.leaf == "weight"
-        raw = not (is_a(module, nn.Linear) or "Linear" in kind or transposed)
-        if raw and (
-            _LOOKUPS.search(use.leaf) or (len(shape) == 3 and 1 in shape[:-1] and shape[0] == 1)
-        ):
-            return Route("adamw"), "table of vectors, by name"
-        by_name = _default_route(use.name, use.tensor)
-        if raw and says_nothing(module) and by_name[0].algorithm == "adamw":
-            return by_name
+            return Decision(Route(flatten=True), "Bilinear, flattened")
+        raw = not (is_linear(module) or is_a(module, nn.Linear) or "Linear" in kind or transposed)
+        if raw:
+            found = raw_parameter.decide(use, lambda: self.by_names[use.name])
+            if found is not None:
+                return found
         if len(shape) == 3:
             return self._stack(use)
         if len(shape) > 3:
-            return Route(), f"of {kind}, read as matrices of {shape[-2]}x{shape[-1]}"
-        outputs, inputs = (shape[1], shape[0]) if transposed else shape
-        cut = fused.cut(use.own, use.owners, outputs, inputs, per_head=self.per_head)
-        what = (
-            "Conv1D, stored [inputs, outputs]"
-            if transposed
-            else "matrix"
-            if not raw
-            else f"matrix of {kind}"
+            what = f"{kind}, read as matrices of {shape[-2]}x{shape[-1]}"
+            return Decision(Route(), what, "untold")
+        cut = fused.cut(
+            use.own, use.owners, outputs_first[0], outputs_first[1], per_head=self.per_head
         )
-        return _with(cut, what, transposed)
+        what = "matrix" if not raw else f"matrix of {kind}"
+        return _with(cut, "Conv1D, stored [inputs, outputs]" if transposed else what, transposed)
 
     def _stack(self, use: Use) -> Decision:
         """[n, rows, cols]: experts, mostly."""
         transposed = self._stored_by_inputs(use)
         is_experts = any("expert" in text.lower() for text in (use.name, kind_of(use.module)))
         what = f"{use.shape[0]} {'experts' if is_experts else 'matrices'}"
+        sure = is_experts or not use.leaf.startswith("weight") or "Linear" in kind_of(use.module)
         if transposed is None:
             transposed, what = False, f"{what}, taken as [outputs, inputs]"
         elif transposed:
             what += ", stored [inputs, outputs]"
-        outputs, inputs = (
-            (use.shape[2], use.shape[1]) if transposed else (use.shape[1], use.shape[2])
-        )
-        found = fused.cut(use.own, use.owners, outputs, inputs, per_head=False)
-        return _with(found, what, transposed)
+        rows, cols = use.shape[1:]
+        outputs, inputs = (cols, rows) if transposed else (rows, cols)
+        cut = fused.cut(use.own, use.owners, outputs, inputs, per_head=False)
+        found = _with(cut, what, transposed)
+        return found if sure else found._replace(certainty="likely")
 
     def _stored_by_inputs(self, use: Use) -> bool | None:
-        """Which dimension is the model's width tells how an expert lies; ``None``: both or neither are."""
-        known = _get(use.module, "is_transposed")
+        """Which dimension is the model's width tells how an expert is stored; ``None``: both are,
+        or neither."""
+        known = get(use.module, "is_transposed")
         if isinstance(known, bool):
             return known
         widths = {size in self.heads.widths for size in use.shape[1:]}
@@ -263,34 +235,26 @@ class Seen:
 def _is_norm(module: nn.Module) -> bool:
     if is_a(module, nn.Linear, nn.modules.conv._ConvNd):
         return False
-    return is_a(
-        module, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
-    ) or bool(_NORM.search(kind_of(module)))
-
-
-def _adapter(which: str) -> Decision:
-    if "embedding" in which.lower():
-        return Route("adamw"), "LoRA of an embedding"
-    return Route(), f"LoRA {which[-1].upper()}: each factor is a matrix of its own"
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+    return is_a(module, *norms) or bool(_NORM.search(kind_of(module)))
 
 
 def _convolution(module: nn.Module, shape: tuple[int, ...]) -> Decision:
-    kind, groups = kind_of(module), _get(module, "groups")  # which a traced module does not have
+    kind, groups = kind_of(module), get(module, "groups")  # which a traced module does not have
     if groups != 1 and shape[1] == 1:
-        return Route("adamw"), f"depthwise {kind}: every filter sees one channel"
+        return Decision(Route("adamw"), f"depthwise {kind}: every filter sees one channel")
     what = f"{kind}, flattened to {shape[0]}x{torch.Size(shape[1:]).numel()}"
-    if is_a(module, nn.modules.conv._ConvTransposeNd) or _get(module, "transposed"):
-        return Route(flatten=True, transposed=True), f"{what}: the rows are inputs"
-    return Route(flatten=True), what if groups in (
-        None,
-        1,
-    ) else f"{what}: its {groups} groups together"
+    if is_a(module, nn.modules.conv._ConvTransposeNd) or get(module, "transposed"):
+        return Decision(Route(flatten=True, transposed=True), f"{what}: the rows are inputs")
+    together = "" if groups in (None, 1) else f": its {groups} groups together"
+    return Decision(Route(flatten=True), f"{what}{together}")
 
 
-def _with(cut: fused.Cut | None, what: str, transposed: bool = False) -> Decision:
+def _with(cut: Cut | None, what: str, transposed: bool = False) -> Decision:
     """A matrix, or a stack, along whose outputs ``cut`` says where the parts are."""
     if cut is None:
-        return Route(transposed=transposed), what
+        return Decision(Route(transposed=transposed), what)
     dim = int(transposed) if cut.splits or cut.heads else 0
     reason = cut.reason if what.startswith("matrix") else f"{what}; {cut.reason}"
-    return Route(splits=cut.splits, heads=cut.heads, dim=dim, transposed=transposed), reason
+    route = Route(splits=cut.splits, heads=cut.heads, dim=dim, transposed=transposed)
+    return Decision(route, reason)

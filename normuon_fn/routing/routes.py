@@ -1,18 +1,15 @@
-"""Which algorithm each parameter gets, why, and how it is read as matrices."""
+"""What a route is, how sure one is, and the table of a model's routes."""
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
-
-from torch import Tensor
 
 from .table import render
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
+Certainty = Literal["certain", "likely", "untold"]
 
 
 @dataclass(frozen=True)
@@ -22,17 +19,23 @@ class Route:
     Args:
         algorithm: ``"normuon"``, ``"adamw"``, or ``"frozen"`` (never changed, no state).
         lr_mul, wd_mul: multiply the learning rate and the weight decay.
-        flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack of its last two dimensions.
-        splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a parameter of its own would.
-        heads: so many equal matrices along ``dim``; with ``splits``, one number for all or one a split.
-        dim: the dimension of ``splits`` and ``heads``: 0 (rows) or 1 (columns). A stack can have ``splits``, not ``heads``.
-        transposed: the rows are the inputs and the columns the outputs, as in the Conv1D of GPT-2: wherever the rule tells them
-            apart (variance, scale), they change places. ``dim`` counts as the tensor lies.
-        unfrozen: of ``"frozen"``: what it is instead in a plan of a tensor that requires a gradient. Routes that differ in it
-            alone are equal.
+        flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack
+            of its last two dimensions.
+        splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a
+            parameter of its own would get.
+        heads: the number of equal matrices along ``dim``; with ``splits``, one number for all
+            splits or one per split.
+        dim: the dimension of ``splits`` and ``heads``: 0 (rows) or 1 (columns). A stack can have
+            ``splits``, but not ``heads``.
+        transposed: the rows are the inputs and the columns the outputs, as in the Conv1D of GPT-2:
+            wherever the rule tells them apart (variance, scale), they change places. ``dim`` counts
+            as the tensor is stored.
+        unfrozen: for ``"frozen"``: the route in a plan of a tensor that requires a gradient. Routes
+            that differ in it alone are equal.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type or value, or that has no meaning for the algorithm.
+        TypeError, ValueError: an option of the wrong type or value, or that has no meaning for the
+            algorithm.
     """
 
     algorithm: Algorithm = "normuon"
@@ -81,7 +84,8 @@ class Route:
             self.algorithm != "frozen" or not isinstance(self.unfrozen, Route)
         ):
             raise ValueError(
-                f"Route.unfrozen: expected a Route, for 'frozen' alone, got {self.unfrozen!r} for {self.algorithm!r}"
+                "Route.unfrozen: expected a Route, for 'frozen' alone, got "
+                f"{self.unfrozen!r} for {self.algorithm!r}"
             )
 
     def __str__(self) -> str:
@@ -106,6 +110,18 @@ class Route:
         return " ".join(words)
 
 
+class Decision(NamedTuple):
+    """What was decided for a parameter, why, and how sure that is.
+
+    ``certain`` is done without a word. ``likely`` is done and said once. ``untold``: what is known
+    fits both rules; one is taken and said once.
+    """
+
+    route: Route
+    reason: str
+    certainty: Certainty = "certain"
+
+
 class Routed(NamedTuple):
     """One parameter, or buffer, in a `RouteTable`."""
 
@@ -114,12 +130,14 @@ class Routed(NamedTuple):
     module: str  # the class of the module that it belongs to
     route: Route
     reason: str
+    certainty: Certainty = "certain"
 
 
 class RouteTable(dict[str, Route]):
     """What `routes_for` returns: name -> Route, for all of a model. ``str(table)`` says why.
 
-    A plan may be of fewer parameters than the table has, but not of others. Merged into a plain dict it is one.
+    A plan may have fewer parameters than the table, but no others. Merged into a plain dict the
+    table is one.
     """
 
     def __init__(self, entries: Iterable[Routed]) -> None:
@@ -129,84 +147,47 @@ class RouteTable(dict[str, Route]):
     def __str__(self) -> str:
         rows = [("parameter", "shape", "module", "route", "why")]
         for e in self.entries.values():
-            rows.append(
-                (
-                    e.name,
-                    "x".join(map(str, e.shape)) or "scalar",
-                    e.module,
-                    str(self.get(e.name, e.route)),
-                    e.reason,
-                )
-            )
+            shape = "x".join(map(str, e.shape)) or "scalar"
+            sure = "" if e.certainty == "certain" else f" ({e.certainty})"
+            rows.append((e.name, shape, e.module, str(self.get(e.name, e.route)), e.reason + sure))
         return render(rows)
 
+    def decisions(self) -> dict[str, Decision]:
+        """Every route with its reason and how sure it is; a route that was written over is."""
+        return {name: self._decision(name) for name in self}
+
+    def unsure(self) -> dict[str, Decision]:
+        """The decisions that are likely, or could not be told. `doubts.warning_text` says them."""
+        return {k: d for k, d in self.decisions().items() if d.certainty != "certain"}
+
     def find(self, name: str) -> tuple[Route, str]:
+        return self.decide(name, None)[:2]
+
+    def decide(self, name: str, shape: tuple[int, ...] | None) -> Decision:
+        """The route of a parameter of that shape, or of one such per member of an ensemble.
+
+        Raises:
+            ValueError: the table has no such name, or its route has no meaning for an ensemble.
+        """
         if name not in self:
             raise ValueError(
-                f"params[{name!r}]: routes_for() was given a model without it; it has {list(self)[:8]!r} ... Give it the "
-                "module that the names of params come from, or make a plain dict of it: {**routes_for(model)}"
+                f"params[{name!r}]: routes_for() was given a model without it; it has "
+                f"{list(self)[:8]!r} ... Give it the module that the names of params come from, or "
+                "make a plain dict of it: {**routes_for(model)}"
             )
+        found, entry = self._decision(name), self.entries.get(name)
+        stacked = entry is not None and shape is not None and shape[1:] == entry.shape
+        parts = found.route.flatten or found.route.heads is not None
+        if entry is not None and stacked and parts:
+            raise ValueError(
+                f"params[{name!r}]: expected the shape {entry.shape}, got {shape}, one "
+                f"per member of an ensemble, for which there is no {found.route}; write "
+                f"routes={{**routes_for(model), {name!r}: nm.Route('adamw')}}"
+            )
+        return found
+
+    def _decision(self, name: str) -> Decision:
         entry = self.entries.get(name)
-        return (
-            (self[name], entry.reason)
-            if entry is not None and entry.route == self[name]
-            else (self[name], "routes")
-        )
-
-
-Key = str | Callable[[str, Tensor], bool]
-Routes = Mapping[str, Route] | Mapping[Key, Route]
-
-
-def resolve_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, tuple[Route, str]]:
-    if not isinstance(routes, Mapping):
-        raise TypeError(
-            f"routes: expected a dict of name, glob or predicate -> Route, got {type(routes).__name__}"
-        )
-    if isinstance(routes, RouteTable):
-        return {
-            name: (Route("frozen"), "no entries") if t.numel() == 0 else routes.find(name)
-            for name, t in params.items()
-        }
-    unmatched: dict[object, Route] = dict(routes.items())
-    routed = {}
-    for name, tensor in params.items():
-        for key, route in routes.items():
-            if not isinstance(route, Route):
-                raise TypeError(f"routes[{key!r}]: expected a Route, got {type(route).__name__}")
-            if not isinstance(key, str) and not callable(key):
-                raise TypeError(f"routes: expected names, globs or predicates as keys, got {key!r}")
-            matches = (
-                (key == name or fnmatch.fnmatchcase(name, key))
-                if isinstance(key, str)
-                else bool(key(name, tensor))
-            )
-            if matches:
-                unmatched.pop(key, None)
-                if name not in routed:
-                    label = (
-                        repr(key) if isinstance(key, str) else getattr(key, "__name__", "predicate")
-                    )
-                    routed[name] = (route, f"routes[{label}]")
-        if name not in routed:
-            routed[name] = _default_route(name, tensor)
-        if tensor.numel() == 0:
-            routed[name] = (Route("frozen"), "no entries")
-    if unmatched:
-        raise ValueError(
-            f"routes: {list(unmatched)!r} match no parameter; the parameters are {list(params)[:8]!r} ..."
-        )
-    return routed
-
-
-_LOOKUP = re.compile(
-    r"(^|[._])(embed\w*|\w*_emb|emb|wte|wpe|lm_head|head|unembed\w*)([._]|$)", re.IGNORECASE
-)
-
-
-def _default_route(name: str, tensor: Tensor) -> tuple[Route, str]:
-    if tensor.ndim < 2:
-        return Route("adamw"), f"{tensor.ndim}-D"
-    if (tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[0] == 1)) and _LOOKUP.search(name):
-        return Route("adamw"), "embedding or output head, by name"
-    return Route("normuon"), "matrix" if tensor.ndim == 2 else "stack of matrices"
+        if entry is not None and entry.route == self[name]:
+            return Decision(self[name], entry.reason, entry.certainty)
+        return Decision(self[name], "routes")

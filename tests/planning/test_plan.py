@@ -246,7 +246,7 @@ def test_a_convolution_read_as_kernels_warns_and_strides_that_cannot_be_read_are
     with pytest.warns(
         UserWarning, match=r"read as 8 matrices of 3x3; for a convolution use Route\(flatten=True\)"
     ):
-        nm.make_plan({"conv": torch.randn(4, 2, 3, 3)})
+        nm.make_plan({"conv": torch.randn(4, 2, 3, 3)}, routes={"conv": nm.Route()})
     strided = torch.randn(4, 2, 3, 3).to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"params\['conv'\]: strides .* make it contiguous\(\)"):
         nm.make_plan({"conv": strided}, routes={"conv": nm.Route(flatten=True)})

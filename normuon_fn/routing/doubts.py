@@ -1,0 +1,63 @@
+"""The one warning about every decision that is not certain, and the caller's line for it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from .routes import Decision
+
+_PACKAGE = str(Path(__file__).parents[1])
+_SHOWN = 20
+
+
+def unsure(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
+    """Those decisions that are likely, or could not be told."""
+    return {name: found for name, found in decisions.items() if found.certainty != "certain"}
+
+
+def line_to_write(name: str, decision: Decision) -> str:
+    """The entry of ``routes=`` that a reader writes if the decision was wrong."""
+    other = 'nm.Route("adamw")' if decision.route.algorithm == "normuon" else "nm.Route()"
+    return f'"{name}": {other}'
+
+
+def warning_text(decisions: Mapping[str, Decision]) -> str | None:
+    """One text about every decision that is not certain; ``None`` if all are.
+
+    Per parameter: its name, the rule it got, why, and the entry of ``routes=`` for the other rule.
+    """
+    doubtful = unsure(decisions)
+    if not doubtful:
+        return None
+    untold = sum(found.certainty == "untold" for found in doubtful.values())
+    count = f"{len(doubtful)} parameter{'s' if len(doubtful) > 1 else ''}"
+    lines = [
+        f"The rule of {count} follows from names and shapes alone"
+        + (f", and {untold} of them could be either kind" if untold else "")
+        + ". Give the model (routes=nm.routes_for(model)) to have its modules read, or write the "
+        "entries that are wrong into routes={...}:"
+    ]
+    shown = sorted(doubtful.items(), key=lambda item: item[1].certainty != "untold")
+    for name, found in shown[:_SHOWN]:
+        lines.append(
+            f"  {name}: got {found.route} ({found.reason}); otherwise {line_to_write(name, found)}"
+        )
+    if len(shown) > _SHOWN:
+        lines.append(f"  and {len(shown) - _SHOWN} more: {', '.join(n for n, _ in shown[_SHOWN:])}")
+    return "\n".join(lines)
+
+
+def warn_at_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line of the first frame outside this package (and outside torch, which may call
+    the optimizer's constructor in between)."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
+        frame = frame.f_back
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno)
+
+
+def _is_inside(filename: str) -> bool:
+    return filename.startswith((_PACKAGE, "<")) or "/torch/" in filename

@@ -1,0 +1,69 @@
+"""Which weights are logits over experts: their rows are experts, each a vector of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from . import words
+from .attributes import first, get, is_a, is_layer, kind_of, sources_of
+
+_EXPERTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "n_experts", "num_routed_experts",
+    "moe_num_experts", "num_moe_experts", "n_expert",
+)  # fmt: skip
+_ROUTER_CLASS = re.compile(r"Router|(MoE?|Top_?K\w*|Switch|Routing|Expert)_?Gat(e|ing)$", re.I)
+_ROUTER_LEAF = re.compile(r"^w_?(gate|g|noise|router)$")
+
+
+def reason(
+    parts: Sequence[str],  # the module's unwrapped path
+    owners: Sequence[nn.Module],  # the nearest first
+    leaf: str,
+    shape: tuple[int, ...],  # [outputs, inputs]
+) -> str | None:
+    """Why a weight is a router's; ``None`` if it is none."""
+    if len(shape) != 2:
+        return None
+    count = experts(owners)
+    named = any(part.lower() in words.ROUTERS for part in parts[-2:])
+    if parts and words.words_of(parts[-1])[-1:] == ["router"] and 8 * shape[0] <= shape[1]:
+        return f"router: logits of {shape[0]} choices" if shape[0] != count else _logits(count)
+    counted = shape[0] == count or (leaf != "weight" and shape[1] == count)
+    if count is not None and counted and (named or _ROUTER_LEAF.match(leaf)):
+        return _logits(count)
+    routers = [owner for owner in owners[:3] if _ROUTER_CLASS.search(kind_of(owner))]
+    if not routers and not (named and count is not None and _has_experts(owners)):
+        return None
+    if shape[0] > shape[1] // 2 and shape[0] != count:
+        return None  # a hidden layer of a router with several
+    if routers:
+        layers = [m for m in routers[-1].modules() if is_layer(m)]
+        if layers and owners[0] in layers and owners[0] is not layers[-1] and shape[0] != count:
+            return None
+    known = f", of which the model counts {count}" if count not in (None, shape[0]) else ""
+    return f"router: logits of {shape[0]} experts{known}"
+
+
+def _logits(count: int) -> str:
+    return f"router: logits of {count} experts"
+
+
+def experts(owners: Sequence[nn.Module]) -> int | None:
+    """How many experts the nearest module has that says so, or that has a list or a stack."""
+    for owner in owners:
+        count = first(sources_of([owner]), _EXPERTS)
+        if count is not None:
+            return count
+        inner = get(owner, "experts")
+        if isinstance(inner, nn.Module) and is_a(inner, nn.ModuleList):
+            return len(list(inner.children()))
+        if isinstance(inner, nn.Module):
+            return next((p.shape[0] for p in inner.parameters() if p.ndim == 3), None)
+    return None
+
+
+def _has_experts(owners: Sequence[nn.Module]) -> bool:
+    return any(isinstance(get(owner, "experts"), nn.Module) for owner in owners[:3])

@@ -1,0 +1,118 @@
+"""What the words of a name mean: tables of vectors, output heads, routers, parts of blocks.
+
+A name counts by its words, not by its letters: ``head_proj`` and ``emb_gate`` are projections,
+``pos_embed`` and ``lm_head`` are what their last word says.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Strength = Literal["strong", "weak"]
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_EMBED = _set(
+    "embed embedder embeds embedding embeddings emb embs wte wpe codebook codebooks ape lookup"
+    " vocab vocabulary lut"
+)
+_TABLE = _set(
+    "token tokens tok toks table tables queries latents registers register prompt prompts"
+    " mask_emb position positions"
+)
+# What an embed_... is made of; embed_dim or embed_proj are not among them.
+_EMBEDDED = _set(
+    "tokens token in out positions position pos word words table input inputs output vocab ids id"
+    " type types char chars text entities segment segments e"
+)
+_CONTINUOUS = _set("patch patches time timestep timesteps t image img pixel audio x")
+_PLACE = _set("pos position positions positional rel relative axial relpos")
+# A name with one of these is a layer, whatever stands before it.
+_OF_LAYERS = _set(
+    "proj projection projections mixer mixing gate gates gating mlp dense linear fc net conv attn"
+    " attention norm ln key keys value values query q k v up down in1 in2 transform net block"
+    " adapter mix lin scale kv qkv"
+)
+_VECTOR = _set("bias biases norm ln layernorm rmsnorm gamma beta gain scale scales ls alpha")
+_HEAD = _set("head heads classifier unembed unembedding logits classifiers unembeddings")
+_WEAK_HEADS = _set(
+    "output outputs out decoder score fc generator proj_out output_proj output_projection"
+    " output_layer final final_layer final_proj final_linear readout prediction predictions pred"
+    " predictor shared project_out out_proj vocab_proj vocab_projection fc_out out_layer cls"
+    " classification regressor last_layer last lin_out linear_out"
+)
+_STRONG_HEADS = _set(
+    "class_embed bbox_embed embed_out to_logits qa_outputs w_u score classifier lm_head"
+    " seq_relationship"
+)
+ROUTERS = _set("gate router wg gating routers switch classifier")
+
+
+def words_of(segment: str) -> list[str]:
+    """``tokEmbed_1`` -> tok, embed: lower case, without numbers."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.sub(r"\d[dD]$", "", segment))
+    return [word for word in re.split(r"[_\W\d]+", apart.lower()) if word]
+
+
+def embedding(segment: str) -> Strength | None:
+    """Whether a name says that its rows (or columns) are vectors looked up by number."""
+    words = words_of(segment)
+    if not words:
+        return None
+    joined = "_".join(words)
+    if joined in ("w_e", "w_pos", "tok", "token", "tokens", "tok_e"):
+        return "strong"
+    if joined == "shared":
+        return "weak"
+    if words[-1] in _EMBED:
+        return "weak" if _CONTINUOUS & set(words[:-1]) and "pos" not in words else "strong"
+    if words[0] in _EMBED and set(words[1:]) <= _EMBEDDED:
+        return "strong"
+    if words[0] in _PLACE and words[-1] in ("bias", "biases"):
+        return "strong"
+    if words[-1] in ("table", "tokens", "token") or (
+        words[0] in ("tok", "token", "vocab", "word") and not _OF_LAYERS & set(words)
+    ):
+        return "strong"
+    return None
+
+
+def head(segment: str) -> Strength | None:
+    """Whether a name outside every block says output head."""
+    words = words_of(segment)
+    if not words:
+        return None
+    joined = "_".join(words)
+    predicts = len(words) > 1 and (words[-1] == "predictor" or words[0] == "predict")
+    if joined in _STRONG_HEADS or words[-1] in _HEAD or joined.endswith("class_embed") or predicts:
+        return "strong"
+    if words[0] == "head" and not _OF_LAYERS & set(words[1:]):
+        return "strong"
+    return "weak" if joined in _WEAK_HEADS and not segment[-1].isdigit() else None
+
+
+def is_table(leaf: str) -> bool:
+    """Whether a parameter that belongs to no layer is named as a table of vectors."""
+    words = words_of(leaf)
+    if not words or (_OF_LAYERS & set(words[-1:]) and words[-1] not in ("query", "queries")):
+        return is_biases(leaf)
+    joined = "_".join(words)
+    return bool(
+        words[-1] in _EMBED | _TABLE
+        or words[0] in _EMBED
+        or (set(words) & _PLACE and not set(words) & _OF_LAYERS)
+        or (words[0] in ("cls", "mask") and "".join(words[1:2]).startswith(("tok", "emb")))
+        or joined in ("latent", "latent_query", "latent_queries", "cls", "class_token", "a_log")
+        or re.search(r"(^|_)(a_logs?|embed\w*|centroids?|prototypes?|anchors?|level_\w+)$", joined)
+        or is_biases(leaf)
+    )
+
+
+def is_biases(leaf: str) -> bool:
+    """Whether a parameter is one bias, or one norm's scale, per expert or per member."""
+    words = words_of(leaf)
+    return bool(words) and (words[-1] in _VECTOR or words[0] in ("bias", "biases"))
