@@ -26,6 +26,8 @@ _SECOND = (
 )  # fmt: skip
 _TURNS_ROW_BY_ROW = ("GptOss",)
 
+_MANY = 64  # children: a list of blocks, not the layers of one feed-forward
+
 
 def gate_up(owners: Sequence[nn.Module], outputs: int, reason: str = "gate and up") -> Cut | None:
     where = kind_of(owners[0]) if owners else ""
@@ -43,6 +45,8 @@ def gate_up(owners: Sequence[nn.Module], outputs: int, reason: str = "gate and u
 def second_inputs(owners: Sequence[nn.Module]) -> int | None:
     """How many inputs the layer has that takes in what this one puts out."""
     for k, owner in enumerate(owners[:3]):
+        if len(owner._modules) > _MANY:
+            continue
         children = dict(owner.named_children())
         if type(owner) in (nn.ModuleList, nn.Sequential):  # the next layer in the list
             listed, inside = list(children.values()), owners[k - 1] if k else None

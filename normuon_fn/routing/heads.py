@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from . import words
 from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs, sources_of
@@ -41,6 +42,9 @@ class Heads:
             width = first(sources_of([model]), _WIDTHS)
             self.widths = set() if width is None else {width}
         self._found: dict[int, str] = {}
+        self._counts: dict[
+            int, tuple[dict[str, tuple[object, ...]], Counter[tuple[object, ...]]]
+        ] = {}
         self._said_by_the_models()
         self._by_name()
         self._by_vocabulary()
@@ -186,15 +190,17 @@ class Heads:
         top = self.modules[""]
         return is_a(top, nn.Sequential) and parts[0].isdigit() and self._alike(top, parts[0]) > 1
 
-    @staticmethod
-    def _alike(owner: nn.Module, name: str) -> int:
+    def _alike(self, owner: nn.Module, name: str) -> int:
         """How many children of a container have the class and the parameters' shapes of one."""
+        if id(owner) not in self._counts:
+            kinds = {key: _signature(child) for key, child in owner.named_children()}
+            self._counts[id(owner)] = kinds, Counter(kinds.values())
+        kinds, counts = self._counts[id(owner)]
+        return counts[kinds[name]] if name in kinds else 1
 
-        def signature(module: nn.Module) -> tuple[object, ...]:
-            return kind_of(module), *(tuple(p.shape) for p in module.parameters())
 
-        children = dict(owner.named_children())
-        return Counter(map(signature, children.values()))[signature(children[name])]
+def _signature(module: nn.Module) -> tuple[object, ...]:
+    return kind_of(module), *(tuple(p.shape) for p in module.parameters() if not is_lazy(p))
 
 
 def _layers_behind(module: nn.Module) -> Iterator[nn.Module]:

@@ -245,10 +245,12 @@ def _is_modulation(own: str, owners: Sequence[nn.Module]) -> bool:
     for owner in owners[1:3]:
         if _MODULATION.search(kind_of(owner)):
             return True
+    named = [o for o in owners[1:4] if not isinstance(o, nn.ModuleList)]  # a list has numbers
     return any(
-        isinstance(child, nn.Module) and child in owners[:2] and _MODULATION.search(name)
-        for owner in owners[1:4]
-        for name, child in owner.named_children()
+        child is inside and _MODULATION.search(name)
+        for owner in named
+        for name, child in owner._modules.items()
+        for inside in owners[:2]
     )
 
 

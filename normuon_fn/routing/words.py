@@ -64,7 +64,17 @@ def embedding(segment: str) -> Strength | None:
     if not words:
         return None
     joined = "_".join(words)
-    if joined in ("w_e", "w_pos", "tok", "token", "tokens", "tok_e"):
+    if joined in (
+        "w_e",
+        "w_pos",
+        "tok",
+        "token",
+        "tokens",
+        "tok_e",
+        "pos",
+        "position",
+        "positions",
+    ):
         return "strong"
     if joined == "shared":
         return "weak"
@@ -115,4 +125,4 @@ def is_table(leaf: str) -> bool:
 def is_biases(leaf: str) -> bool:
     """Whether a parameter is one bias, or one norm's scale, per expert or per member."""
     words = words_of(leaf)
-    return bool(words) and (words[-1] in _VECTOR or words[0] in ("bias", "biases"))
+    return bool(words) and (words[-1] in _VECTOR or bool({"bias", "biases"} & set(words)))

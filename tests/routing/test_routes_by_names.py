@@ -42,7 +42,7 @@ EMBED = {"embed_tokens.weight": (V, D)}
      "emb.weight", "model.embed_tokens.weight", "vocab_embed.weight", "token_table.weight",
      "embedder.weight",
      "module.tok.weight", "_orig_mod.tok.weight", "char_emb.weight", "transformer.wpe.weight",
-     "lut.weight", "a.weight"],
+     "lut.weight", "a.weight", "pos.weight"],
 )  # fmt: skip
 def test_what_is_looked_up_by_number_gets_adamw(name: str) -> None:
     assert decided({name: (V, D)}, HEAD)[name].route == nm.Route("adamw")
@@ -231,3 +231,12 @@ def test_a_warning_stands_at_the_line_of_the_first_caller_outside_the_package() 
         names["inside"](warn_at_caller)
         line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
     assert [(w.filename, w.lineno, str(w.message)) for w in caught] == [(__file__, line, "words")]
+
+
+def test_a_small_network_without_blocks_has_no_vocabulary_and_its_parts_are_told_alike() -> None:
+    shapes = {"up.weight": (12, 6), "down.weight": (6, 12), "square.weight": (6, 6)}
+    params = {name: torch.empty(shape) for name, shape in shapes.items()}
+    together = by_names(params)
+    assert {d.route for d in together.values()} == {nm.Route()} and warning_text(together) is None
+    for name, tensor in params.items():
+        assert by_names({name: tensor})[name].route == together[name].route
