@@ -116,10 +116,10 @@ class Config:
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
         check_number("Config.rms", self.rms)
         check_number("Config.eps", self.eps)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"Config.seed: expected an int, got {self.seed!r}")
         if self.rms == 0.0:
             raise ValueError("Config.rms: expected a number > 0, got 0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"Config.seed: expected an int, got {self.seed!r}")
         for field in ("orthogonalize_dtype", "momentum_dtype"):
             value = getattr(self, field)
             if value not in (None, *COMPUTE_DTYPES):
@@ -206,10 +206,8 @@ class Hyper(NamedTuple):
     ) -> Hyper:
         """The hyperparameters as 0-d float32 tensors on the device of ``params``.
 
-        Raises:
-            TypeError: a value that is not a number, or ``params`` without a tensor.
-            ValueError: a value that is negative or not finite, or a momentum or beta outside
-                [0, 1) in float32.
+        Raises TypeError for what is not a number, ValueError for one that is negative or not
+        finite, or a momentum or beta outside [0, 1) in float32.
         """
         if not isinstance(params, Mapping) or not params:
             raise ValueError("params: expected a non-empty dict of tensors, to know the device")
@@ -217,22 +215,13 @@ class Hyper(NamedTuple):
         if not isinstance(adamw_betas, (tuple, list)) or len(adamw_betas) != 2:
             raise TypeError(f"adamw_betas: expected two numbers, got {adamw_betas!r}")
         decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-        values = {
-            "lr": lr,
-            "momentum": momentum,
-            "beta2": beta2,
-            "weight_decay": weight_decay,
-            "adamw_lr": lr if adamw_lr is None else adamw_lr,
-            "adamw_beta1": adamw_betas[0],
-            "adamw_beta2": adamw_betas[1],
-            "adamw_eps": adamw_eps,
-            "adamw_weight_decay": decay,
-        }
-        for name, value in values.items():
+        adamw = (lr if adamw_lr is None else adamw_lr, *adamw_betas, adamw_eps, decay)
+        values = (lr, momentum, beta2, weight_decay, *adamw)
+        for name, value in zip(Hyper._fields, values, strict=True):
             check_number(name, value)
             if name in ("momentum", "beta2", "adamw_beta1", "adamw_beta2") and value >= ONE:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {value!r} as float32")
-        numbers = map(float, values.values())
+        numbers = map(float, values)
         return Hyper(*(torch.tensor(x, dtype=torch.float32, device=device) for x in numbers))
 
     @staticmethod
