@@ -28,9 +28,8 @@ class Front(NamedTuple):
 
     groups: list[Members[MatrixKind]]
     sizes: list[int]  # how many tensors each group has
-    momentums: list[
-        Tensor
-    ]  # the new ones, of all groups in order; with `Context.holds_late` still the old ones
+    # Of all groups in order: the new ones; with `Context.holds_late` still the old ones.
+    momentums: list[Tensor]
     grads: list[Tensor]
     measures: Measures  # see ops/advance.py
     stacks: list[Tensor] | None = (

@@ -46,9 +46,8 @@ class Rule:
     scope: GuardScope
     # [n_matrices] int64 on the device: the place of its parameter in the plan, bucket by bucket
     parameter_of: Tensor
-    members: (
-        Tensor  # [n_buckets, n_params] bool on the device: which parameters a bucket decides about
-    )
+    # [n_buckets, n_params] bool on the device: which parameters a bucket decides about
+    members: Tensor
     group: str | None = None  # the process group whose ranks decide together
     alike: bool = True  # all of them have these parameters
     early: bool = False  # they agree before anything is written

@@ -27,9 +27,8 @@ class Momentum:
     """One entry of `MOMENTA`."""
 
     operator_form: MomentumForm  # as the operators of ops/ call it
-    headroom: Callable[
-        [Tensor], Tensor | float
-    ]  # beta -> the largest gradient, as a share of the largest momentum
+    # beta -> the largest gradient that is safe, as a share of the largest momentum.
+    headroom: Callable[[Tensor], Tensor | float]
     source: str
     states: tuple[State, ...] = (State("momentum", "entry", "momentum"),)
 

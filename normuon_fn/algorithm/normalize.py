@@ -131,9 +131,8 @@ NORMALIZERS: dict[str, Normalizer] = {
 
 def _inverse_root(variance: Tensor, eps: float) -> Tensor:
     """1 / sqrt(v), and 0 for a dead neuron. NaN stays NaN: it must reach the guard."""
-    dead = (
-        variance < torch.finfo(variance.dtype).tiny
-    )  # v is in units of o^2, which no gradient's scale changes
+    # v is in units of o^2, which no gradient's scale changes.
+    dead = variance < torch.finfo(variance.dtype).tiny
     return torch.where(dead, 0.0, variance.rsqrt())
 
 

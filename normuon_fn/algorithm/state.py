@@ -13,9 +13,8 @@ class State(NamedTuple):
     """One tensor of the flat state per parameter, named ``"<parameter>.<name>"``."""
 
     name: str
-    per: Literal[
-        "entry", "line"
-    ]  # shaped as the parameter; or one number per row (column: see `per_row`)
+    # Shaped as the parameter; or one number per row, or per column: see `per_row`.
+    per: Literal["entry", "line"]
     dtype: Literal["wide", "momentum"] | torch.dtype = (
         "wide"  # "wide": float32, of float64 parameters float64
     )

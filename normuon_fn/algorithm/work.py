@@ -51,9 +51,8 @@ class Stack:
     cols: int
     form: Form
     coefficients: CoefficientSet
-    kernels: (
-        bool  # whether operators over lists have kernels for its tensors: see `ops.kernels_for`
-    )
+    # whether operators over lists have kernels for its tensors: see `ops.kernels_for`
+    kernels: bool
 
 
 K = TypeVar("K", bound=Kind, covariant=True)
@@ -65,9 +64,8 @@ class Members(Generic[K]):
 
     kind: K
     count: int  # of matrices
-    tensors: (
-        int  # that these are in: each is one matrix [rows, cols] or several [count, rows, cols]
-    )
+    # that these are in: each is one matrix [rows, cols] or several [count, rows, cols]
+    tensors: int
     read: Callable[[str], list[Tensor]]  # "param", "grad", or the name of a state
     put: Callable[[str, list[Tensor]], None]  # new ones in their place
     salts: list[int]  # one per matrix, where parameters are rounded by chance
@@ -87,9 +85,8 @@ class Context(NamedTuple):
     holds_late: bool  # only the agreement at the end of the step tells if momentums keep their bits
 
 
-Runs = Sequence[
-    tuple[bool, int]
-]  # of a bucket's matrices in order: do they take part here, how many
+# Of the matrices of a bucket, in order: whether they take part in this step here, and how many.
+Runs = Sequence[tuple[bool, int]]
 
 
 def complete(

@@ -218,7 +218,7 @@ def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _distributed(
-    x: Tensor,  # [..., rows, cols], the part of the long side that lies here
+    x: Tensor,  # [..., rows, cols], the local part of the long side
     tall: bool,
     chosen: CoefficientSet,
     form: Form,

@@ -28,9 +28,8 @@ class Group(MatrixKind):
     """Blocks of one shape, dtype and rate: one stack for everything but the orthogonalization."""
 
     blocks: tuple[Block, ...]
-    names: tuple[
-        str, ...
-    ]  # of all parameters that belong to it, also those of which nothing is on this rank
+    # Of all parameters that belong to it, also those of which nothing is on this rank.
+    names: tuple[str, ...]
     ownership: Ownership | None = None  # where ranks share the matrices: who owns which
     hyper: int = 0  # which entry of Hyper's tensors
 

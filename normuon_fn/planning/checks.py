@@ -156,7 +156,7 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
         raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
     if not params:
         raise ValueError("params: expected at least one parameter, got an empty dict")
-    held: dict[object, list[tuple[int, int, str]]] = {}
+    by_storage: dict[object, list[tuple[int, int, str]]] = {}
     device, first = None, ""
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -185,8 +185,8 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
                 (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
             )
             start, end = (int(tensor.storage_offset() + at) * tensor.itemsize for at in (0, reach))
-            held.setdefault(storage_key(tensor), []).append((start, end, name))
-    for views in held.values():  # of one storage, as cuDNN keeps the weights of an LSTM
+            by_storage.setdefault(storage_key(tensor), []).append((start, end, name))
+    for views in by_storage.values():  # of one storage, as cuDNN keeps the weights of an LSTM
         views.sort(key=lambda view: view[0])
         for (_, end, name), (start, _, other) in pairwise(views):
             if start < end:
@@ -194,4 +194,4 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
                     f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, "
                     "clone() slices"
                 )
-    return any(len(views) > 1 for views in held.values())
+    return any(len(views) > 1 for views in by_storage.values())

@@ -128,10 +128,8 @@ def _matrix_buckets(
         short, long = sorted((group.rows, group.cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, dtype)
         apart = config.orthogonalizer is not None or dtype == torch.float64
-        own, at = (
-            dtype if apart else None,
-            group.ownership,
-        )  # own: what a stack may not mix with others
+        own = dtype if apart else None  # what a stack may not mix with others
+        at = group.ownership
         ranks = None if at is None else (at.group, at.shards, at.replicas)
         momentum = stages.momentum.states[0].dtype_for(config, dtype)
         kernels = ops.kernels_for(device, [dtype, momentum])

@@ -23,9 +23,8 @@ class Spec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     sharded: ShardedLayout | None = None
-    starts_as_parameter: bool = (
-        False  # a state that `init` copies from its parameter; others begin as zeros
-    )
+    # a state that `init` copies from its parameter; others begin as zeros
+    starts_as_parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,8 @@ class Plan:
     guard: Rule
     sharded: bool = False  # any parameter is a DTensor
     one_storage: bool = False  # some parameters are parts of one storage
-    hypers: int = (
-        0  # sets of hyperparameters: Hyper's tensors are [hypers]; 0: one set, and they are 0-d
-    )
+    # sets of hyperparameters: Hyper's tensors are [hypers]; 0: one set, and they are 0-d
+    hypers: int = 0
 
     @property
     def all_buckets(self) -> tuple[AnyBucket, ...]:
