@@ -39,23 +39,25 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
     if all(group.decisions is not None for group in added):
         return [*added]
     routes = {} if routes is None else routes
-    found = decide_routes(named, routes)
+    found = _trained(decide_routes(named, routes))
+    by_table = isinstance(routes, RouteTable)
+    is_split = any(group.has_algorithm for group in added)  # then somebody told the rules apart
     for group in added:
-        found |= _of_group(group, found, by_table=isinstance(routes, RouteTable))
+        found |= _of_group(group, found, by_table=by_table, is_split=is_split)
     fresh = {name: p for group in added if group.decisions is None for name, p in group.params}
     decisions = {name: found[name] for name in fresh}
     refuse_flattened(fresh, decisions)
-    _warn(fresh, decisions, by_table=isinstance(routes, RouteTable))
+    _warn(fresh, decisions, by_table=by_table)
     return [
         group
         if group.decisions is not None
-        else group._replace(decisions={name: _trained(found[name]) for name, _ in group.params})
+        else group._replace(decisions={name: found[name] for name, _ in group.params})
         for group in added
     ]
 
 
 def _of_group(
-    group: AddedGroup, found: Mapping[str, Decision], *, by_table: bool
+    group: AddedGroup, found: Mapping[str, Decision], *, by_table: bool, is_split: bool
 ) -> dict[str, Decision]:
     """What a group itself says, by its algorithm and its routes, or by having no names."""
     of_group = {}
@@ -68,20 +70,23 @@ def _of_group(
         elif decision.route.algorithm == "normuon" and not (is_written(decision) or by_table):
             if group.has_algorithm and not decision.route.flatten:
                 of_group[name] = decision._replace(certainty="certain")
-            elif not group.has_names and not decision.route.flatten:
+            elif not (group.has_names or is_split or decision.route.flatten):
                 of_group[name] = Decision(decision.route, _NAMELESS, "untold")
     if group.routes:
-        asked = decide_routes(dict(group.params), group.routes)
+        asked = _trained(decide_routes(dict(group.params), group.routes))
         all_of_them = isinstance(group.routes, RouteTable)
         of_group |= {name: d for name, d in asked.items() if all_of_them or is_written(d)}
     return of_group
 
 
-def _trained(decision: Decision) -> Decision:
+def _trained(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
     """Only parameters with gradients are planned for, whether or not they were unfrozen since."""
-    if decision.route.unfrozen is None:
-        return decision
-    return Decision(decision.route.unfrozen, "requires a gradient by now", decision.certainty)
+    return {
+        name: found
+        if found.route.unfrozen is None
+        else Decision(found.route.unfrozen, "requires a gradient by now", found.certainty)
+        for name, found in decisions.items()
+    }
 
 
 def _warn(

@@ -135,6 +135,8 @@ def test_a_group_that_says_its_algorithm_needs_no_names() -> None:
         {"params": others, "algorithm": "adamw"},
     ]
     assert right(model, nm.NorMuon(groups))
+    del groups[0]["algorithm"]  # the other group's tells that somebody has split them
+    assert right(model, nm.NorMuon(groups))
 
 
 def test_doubts_are_said_at_construction_and_not_again_when_other_gradients_come(
