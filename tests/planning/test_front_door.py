@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import normuon_fn as nm
 
@@ -109,6 +113,30 @@ def test_a_flattened_or_empty_parameter_is_refused_by_name_with_the_cure(kind: s
         nm.make_plan(params)
     with pytest.raises(ValueError, match=text):
         nm.NorMuon(list(params.items()))
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_what_fsdp1_makes_of_a_model_is_refused(two_ranks: None, use_orig_params: bool) -> None:
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model = FullyShardedDataParallel(
+        layers, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    makes: list[Callable[[], object]] = [
+        lambda: nm.make_plan(model), lambda: nm.NorMuon(model),
+        lambda: nm.NorMuon(model.named_parameters()),
+        lambda: nm.NorMuon(model.parameters(), routes=nm.routes_for(model)),
+    ]  # fmt: skip
+    for make in makes:
+        with pytest.raises(ValueError, match=r"flattened by FSDP1.*fully_shard"):
+            make()
 
 
 @pytest.mark.parametrize("kind", ["FSDP1", "an unknown flat buffer"])
