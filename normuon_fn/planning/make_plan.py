@@ -84,11 +84,14 @@ def plan_of(
     params: Mapping[str, Tensor],
     decisions: Mapping[str, Decision],
     config: Config | None,
-    mesh: Ranks | None,
-    guard_mesh: Ranks | None,
-    hyper_of: Mapping[str, int] | None,
+    mesh: Ranks | None = None,
+    guard_mesh: Ranks | None = None,
+    hyper_of: Mapping[str, int] | None = None,
 ) -> Plan:
-    """The plan of a step over parameters whose routes are decided. See `make_plan`."""
+    """The plan of a step over parameters whose routes are decided, without a warning.
+
+    See `make_plan`.
+    """
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
