@@ -92,8 +92,8 @@ def _trained(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
 def _warn(
     params: Mapping[str, Tensor], decisions: Mapping[str, Decision], *, by_table: bool
 ) -> None:
-    nameless = {name for name, found in decisions.items() if found.reason == _NAMELESS}
-    others = {name: found for name, found in decisions.items() if name not in nameless}
+    nameless = [name for name, found in decisions.items() if found.reason == _NAMELESS]
+    others = {name: found for name, found in decisions.items() if found.reason != _NAMELESS}
     texts = [doubts_of(params, others, by_table=by_table)]
     if nameless:
         shapes = Counter("x".join(map(str, params[name].shape)) for name in nameless)
