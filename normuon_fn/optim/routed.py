@@ -68,9 +68,9 @@ def _of_group(
                 decision = Decision(Route("adamw"), "algorithm='adamw' of the group")
             of_group[name] = decision
         elif decision.route.algorithm == "normuon" and not (is_written(decision) or by_table):
-            if group.has_algorithm and not decision.route.flatten:
+            if is_split and not decision.route.flatten:
                 of_group[name] = decision._replace(certainty="certain")
-            elif not (group.has_names or is_split or decision.route.flatten):
+            elif not (group.has_names or decision.route.flatten):
                 of_group[name] = Decision(decision.route, _NAMELESS, "untold")
     if group.routes:
         asked = _trained(decide_routes(dict(group.params), group.routes))
