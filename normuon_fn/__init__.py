@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .diagnostics.capture import capture
     from .diagnostics.skips import NonFiniteStepError, SkipMonitor, check
     from .optim.normuon import NorMuon
+    from .optim.trainer import for_trainer
     from .persistence.checkpoint import Checkpoint, load, save
     from .persistence.converters import convert_state, names_in
     from .persistence.file_format import CheckpointError
@@ -43,6 +44,7 @@ __all__ = [
     "capture",
     "check",
     "convert_state",
+    "for_trainer",
     "foreach_step_",
     "init",
     "load",
@@ -67,6 +69,7 @@ _LATER = {
     "check": "diagnostics.skips",
     "NorMuon": "optim.normuon",
     "convert_state": "persistence.converters",
+    "for_trainer": "optim.trainer",
     "load": "persistence.checkpoint",
     "names_in": "persistence.converters",
     "save": "persistence.checkpoint",

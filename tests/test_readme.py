@@ -100,7 +100,8 @@ ROWS = [
 ]
 
 
-def test_the_trainer_runs_as_printed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["optimizers=(optimizer, None)", "nm.for_trainer("])
+def test_the_trainer_runs_as_printed(tmp_path: Path, text: str) -> None:
     import transformers
 
     arguments = transformers.TrainingArguments(
@@ -115,7 +116,7 @@ def test_the_trainer_runs_as_printed(tmp_path: Path) -> None:
         "data": ROWS,
     }
     with torch.compiler.set_stance("force_eager"):
-        exec(compile(block_with("transformers.Trainer("), "README.md", "exec"), printed)
+        exec(compile(block_with(text), "README.md", "exec"), printed)
     losses = [entry["loss"] for entry in printed["trainer"].state.log_history if "loss" in entry]
     assert len(losses) == 3 and losses[-1] < losses[0]
 

@@ -21,8 +21,9 @@ from ..compat import VERSION
 from ..distributed.placements import full_tensor, rank_and_world_size
 from ..ops import reference
 from ..planning.buckets import Bucket, Group
-from ..planning.make_plan import make_plan
+from ..planning.make_plan import plan_of
 from ..planning.plan import Plan
+from ..routing.routes import Decision
 from ..types import Grads, Hyper, StepResult
 
 
@@ -127,8 +128,8 @@ def _gathered(
         grad = grads[name]
         found[name] = None if grad is None else full_tensor(grad)
     hyper_of = {p.name: p.hyper for p in parameters} if plan.hypers else None
-    routes = {p.name: p.route for p in parameters}
-    alone = make_plan(whole, plan.config, routes=routes, hyper_of=hyper_of)
+    decisions = {p.name: Decision(p.route, p.reason) for p in parameters}
+    alone = plan_of(whole, decisions, plan.config, hyper_of=hyper_of)
     return result._replace(state=state), found, alone
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..routing.resolve import Routes, resolve_routes
-from ..routing.routes import Route, RouteTable
+from ..routing.resolve import Routes
+from ..routing.routes import Decision
 from ..types import Config, Guard
 from .hyper import Groups
 
@@ -37,6 +37,9 @@ class AddedGroup(NamedTuple):
     params: list[tuple[str, Tensor]]
     routes: Routes
     algorithm: str
+    has_algorithm: bool  # its own, which was written, and not the constructor's
+    has_names: bool
+    decisions: dict[str, Decision] | None = None  # by name, until then not made
 
 
 # --- what is asked for at construction
@@ -90,7 +93,9 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 # --- names
 
 
-def remember_last(groups: Sequence[dict[str, Any]], routes: Routes) -> AddedGroup:
+def remember_last(
+    groups: Sequence[dict[str, Any]], routes: Routes | None, has_algorithm: bool
+) -> AddedGroup:
     """What to remember about the last group, which was just added.
 
     Its hyperparameters that are tensors of an earlier group are cloned, so that every group's can
@@ -104,7 +109,10 @@ def remember_last(groups: Sequence[dict[str, Any]], routes: Routes) -> AddedGrou
     names = group.get("param_names") or [
         f"groups.{len(others)}.{i}" for i in range(len(group["params"]))
     ]
-    return AddedGroup([*zip(names, group["params"], strict=True)], routes, group["algorithm"])
+    params = [*zip(names, group["params"], strict=True)]
+    has_names = "param_names" in group
+    routes = {} if routes is None else routes
+    return AddedGroup(params, routes, group["algorithm"], has_algorithm, has_names)
 
 
 def named_again(groups: Sequence[dict[str, Any]], before: Sequence[AddedGroup]) -> list[AddedGroup]:
@@ -179,36 +187,3 @@ def fingerprint_of(groups: Groups) -> list[Any]:
         (group["algorithm"], [(id(p), p.device, p.dtype) for p in group["params"]])
         for group in groups
     ]
-
-
-# --- routes
-
-
-def route(
-    added: Sequence[AddedGroup], routes: Routes | None, named: Mapping[str, Tensor]
-) -> dict[str, Route]:
-    """The routes that somebody asked for, by the parameters' names.
-
-    A group's routes go before its algorithm, and that goes before the optimizer's ``routes``.
-    """
-    routed = _asked_for(named, {} if routes is None else routes)
-    for group in added:
-        if group.algorithm == "adamw":  # a route to AdamW that is there keeps its multipliers
-            others = [
-                name
-                for name, _ in group.params
-                if name not in routed or routed[name].algorithm != "adamw"
-            ]
-            routed |= dict.fromkeys(others, Route("adamw"))
-        routed |= _asked_for(dict(group.params), group.routes)
-    return routed
-
-
-def _asked_for(named: Mapping[str, Tensor], routes: Routes) -> dict[str, Route]:
-    is_table = isinstance(routes, RouteTable)  # a table decides about every parameter
-    return {
-        # Only parameters with gradients are planned for, whether or not they were unfrozen since.
-        name: route.unfrozen or route
-        for name, (route, why) in resolve_routes(named, routes).items()
-        if is_table or why.startswith("routes[")
-    }

@@ -5,7 +5,7 @@ param_groups -> names, routes, a Hyper -> a plan for what has gradients -> step_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,9 +21,9 @@ from . import groups as groups_of
 from . import hyper as hyper_of
 from . import state as state_of
 from .planned import Planner
+from .routed import Params, decide_new, of_model
 
 LateGradients = Literal["replan", "error"]
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
     "_constructed",
@@ -33,14 +33,16 @@ _SAVED = (  # what a pickle or a copy has besides what every optimizer has
 class NorMuon(torch.optim.Optimizer):
     """NorMuon for matrices and AdamW for all other parameters, one compiled graph per step.
 
-    >>> optimizer = nm.NorMuon(model.named_parameters(), lr=0.02, weight_decay=0.1, guard="full")
+    >>> optimizer = nm.NorMuon(model, lr=0.02, weight_decay=0.1, guard="full")
 
-    Pass ``model.named_parameters()``: without names, embeddings and output heads cannot be told
-    from other matrices. All parameters are on one device. A group may have its own ``lr``,
-    ``momentum``, ``beta2``, ``weight_decay``, ``algorithm``, ``adamw_betas``, ``adamw_eps`` and
-    ``routes`` (as for `make_plan`; they go before the optimizer's). With ``algorithm="adamw"`` a
-    group's parameters get AdamW unless its ``routes`` say otherwise. With ``"normuon"`` its
-    matrices get NorMuon, and its other parameters AdamW with the same ``lr``.
+    Pass the model, whose modules tell every route (`routes_for`). Parameters or groups of them are
+    taken too: with ``routes=nm.routes_for(model)`` they are found in the model; with names alone,
+    what these cannot tell is said in one warning. All parameters are on one device. A group may
+    have its own ``lr``, ``momentum``, ``beta2``, ``weight_decay``, ``algorithm``, ``adamw_betas``,
+    ``adamw_eps`` and ``routes`` (as for `make_plan`; they go before the optimizer's). With
+    ``algorithm="adamw"`` a group's parameters get AdamW unless its ``routes`` say otherwise. With
+    ``"normuon"`` its matrices get NorMuon, and its other parameters AdamW with the same ``lr``.
+    Routes are decided once, when a parameter is added.
 
     **Groups.** All groups are one graph with one decision of the guard: a bad matrix in one group
     skips the step of all groups (``guard_scope="step"``), or that of the matrices of the same
@@ -118,7 +120,7 @@ class NorMuon(torch.optim.Optimizer):
             )
         self.config = groups_of.with_guard(config, guard, nan_guard_fallback)
         self.late_gradients, self.graphed = late_gradients, graphed
-        self._routes, self._mesh, self._guard_mesh = routes, mesh, guard_mesh
+        self._mesh, self._guard_mesh = mesh, guard_mesh
         self._added: list[groups_of.AddedGroup] = []
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
         self._constructed = False
@@ -129,7 +131,8 @@ class NorMuon(torch.optim.Optimizer):
             "lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay,
             "algorithm": algorithm, "adamw_betas": adamw_betas, "adamw_eps": adamw_eps,
         }  # fmt: skip
-        super().__init__(params, defaults)
+        taken, self._routes = of_model(params, routes)
+        super().__init__(taken, defaults)
         self._constructed = True
         self._settle()
 
@@ -211,12 +214,10 @@ class NorMuon(torch.optim.Optimizer):
         """Adds a group with the constructor's defaults. The next step is planned and compiled."""
         if isinstance(param_group, dict):
             groups_of.check_keys(param_group, self.defaults)
-            routes = param_group.get("routes")
+            routes, has_algorithm = param_group.get("routes"), "algorithm" in param_group
             param_group = {key: value for key, value in param_group.items() if key != "routes"}
         super().add_param_group(param_group)
-        self._added.append(
-            groups_of.remember_last(self.param_groups, {} if routes is None else routes)
-        )
+        self._added.append(groups_of.remember_last(self.param_groups, routes, has_algorithm))
         try:
             hyper_of.check_hyperparameters(self.param_groups[-1])
             if self._constructed:
@@ -236,10 +237,9 @@ class NorMuon(torch.optim.Optimizer):
 
     def _settle(self) -> Planner:
         self._forget()
-        self._added = groups_of.named_again(self.param_groups, self._added)
-        planner = Planner(
-            self.param_groups, self._added, self.config, self._routes, self._mesh, self._guard_mesh
-        )
+        named = groups_of.named_again(self.param_groups, self._added)
+        self._added = decide_new(named, self._routes)
+        planner = Planner(self.param_groups, self._added, self.config, self._mesh, self._guard_mesh)
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if id(p) not in present]:
             del self.state[p]

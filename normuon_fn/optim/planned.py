@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..compat import Ranks
 from ..distributed import placements
-from ..planning.make_plan import make_plan
+from ..planning.make_plan import plan_of
 from ..planning.plan import Plan
-from ..routing.resolve import Routes
 from ..runtime.graphed import GraphedStep
 from ..types import Config
-from .groups import AddedGroup, fingerprint_of, names_of, route
+from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
 from .state import States, collect
 
@@ -53,13 +52,14 @@ class Planner:
         groups: Groups,
         added: Sequence[AddedGroup],
         config: Config,
-        routes: Routes | None,
         mesh: Ranks | None,
         guard_mesh: Ranks | None,
     ) -> None:
         self.fingerprint = fingerprint_of(groups)
         self.named, self.group_of = names_of(added)
-        self._routes = route(added, routes, self.named)
+        self._decisions = {
+            name: found for group in added for name, found in (group.decisions or {}).items()
+        }
         self._config, self._mesh, self._guard_mesh = config, mesh, guard_mesh
         params = list(self.named.values())
         device = placements.local(params[0]).device if params else torch.device("cpu")
@@ -112,13 +112,13 @@ class Planner:
             raise ValueError(
                 f"params: expected one device, got {devices}; make one optimizer per device"
             )
-        plan = make_plan(
+        plan = plan_of(
             params,
+            self._decisions,
             self._config,
-            routes={name: route for name, route in self._routes.items() if name in params},
-            mesh=self._mesh,
-            guard_mesh=self._guard_mesh,
-            hyper_of=self.group_of if self.hyper.several else None,
+            self._mesh,
+            self._guard_mesh,
+            self.group_of if self.hyper.several else None,
         )
         for ranks in plan.shared_by:
             placements.check_alike(plan.summary, ranks)

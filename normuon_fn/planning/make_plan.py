@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..algorithm.coefficients import resolve
@@ -22,16 +22,19 @@ from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_
 from ..distributed.messages import Exchange
 from ..distributed.owners import GroupShards, Ownership, Shared, balance
 from ..distributed.placements import ShardedLayout, covering
-from ..routing.resolve import Routes, resolve_routes
+from ..routing.doubts import warn_at_caller
+from ..routing.front_door import doubts_of, read_model, refuse_flattened
+from ..routing.resolve import Routes, decide_routes
+from ..routing.routes import Decision, RouteTable
 from ..types import Config
 from .buckets import AdamWBucket, AnyBucket, Bucket, Group, SharedBucket, members_of, parameter_of
-from .checks import check_params
+from .checks import check_params, checked_hyper_of
 from .parameters import Decided, Piece, decide
 from .plan import Plan, Spec
 
 
 def make_plan(
-    params: Mapping[str, Tensor],
+    params: Mapping[str, Tensor] | nn.Module,
     config: Config | None = None,
     *,
     routes: Routes | None = None,
@@ -42,11 +45,14 @@ def make_plan(
     """The plan of a step over ``params``: what each of them gets, and what is done together.
 
     Args:
-        params: name -> tensor; shapes, dtypes and the device are read, never the values.
+        params: a model, which stands for ``dict(model.named_parameters())`` and whose modules tell
+            the routes (`routes_for`); or name -> tensor. Shapes, dtypes and the device are read,
+            never the values.
         routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that
-            matches a parameter decides. Without one, matrices and stacks of matrices get NorMuon,
-            and embeddings, output heads (by name) and everything else AdamW. Or the table of
-            `routes_for`, which has an entry for every parameter.
+            matches a parameter decides. Without one, the model's modules decide. Where there is no
+            model, matrices and stacks of matrices get NorMuon, and embeddings, output heads and
+            vectors AdamW, by names and shapes; what these cannot tell for certain is said in one
+            warning. Or the table of `routes_for`, which has an entry for every parameter.
         mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
             orthogonalizes a share. DTensors bring their own mesh.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
@@ -58,20 +64,44 @@ def make_plan(
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, no tensors).
-        ValueError: an empty dict, parameters that share memory or are on several devices, a route
-            that matches nothing or does not fit its parameter. Each names the parameter.
+        ValueError: an empty dict, parameters that share memory or are on several devices, that a
+            wrapper has flattened or emptied, a route that matches nothing or does not fit its
+            parameter. Each names the parameter.
+    """
+    if isinstance(params, nn.Module):
+        params, routes = read_model(params, routes)
+    check_params(params)
+    decisions = decide_routes(params, {} if routes is None else routes)
+    refuse_flattened(params, decisions)
+    doubts = doubts_of(params, decisions, by_table=isinstance(routes, RouteTable))
+    plan = plan_of(params, decisions, config, mesh, guard_mesh, hyper_of)
+    if doubts:
+        warn_at_caller(doubts)
+    return plan
+
+
+def plan_of(
+    params: Mapping[str, Tensor],
+    decisions: Mapping[str, Decision],
+    config: Config | None,
+    mesh: Ranks | None = None,
+    guard_mesh: Ranks | None = None,
+    hyper_of: Mapping[str, int] | None = None,
+) -> Plan:
+    """The plan of a step over parameters whose routes are decided, without a warning.
+
+    See `make_plan`.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
     one_storage = check_params(params)
     prepare_inductor()
-    routed = resolve_routes(params, {} if routes is None else routes)
-    hyper_of, hypers = _checked_hyper_of(params, hyper_of)
+    hyper_of, hypers = checked_hyper_of(params, hyper_of)
     stages, device = stages_of(config), next(iter(params.values())).device
 
     decided = [
-        decide(name, tensor, *routed[name], config, stages, mesh, hyper_of[name])
+        decide(name, tensor, *decisions[name][:2], config, stages, mesh, hyper_of[name])
         for name, tensor in params.items()
     ]
     state = {key: spec for each in decided for key, spec in each.state.items()}
@@ -96,24 +126,6 @@ def make_plan(
         one_storage=one_storage,
         hypers=hypers,
     )
-
-
-def _checked_hyper_of(
-    params: Mapping[str, Tensor], given: Mapping[str, int] | None
-) -> tuple[Mapping[str, int], int]:
-    if given is None:
-        return dict.fromkeys(params, 0), 0
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"hyper_of: expected a dict of parameter name -> int, got {type(given).__name__}"
-        )
-    for name in params:
-        index = given.get(name)
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(
-                f"hyper_of[{name!r}]: expected an int >= 0 for every parameter, got {index!r}"
-            )
-    return given, 1 + max(given.values())
 
 
 # ------------------------------------------------------------------------------------- buckets

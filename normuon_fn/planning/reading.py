@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..distributed.placements import is_dtensor
@@ -28,19 +26,6 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
         )
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
-    high, wide = shape[-2:]
-    if len(shape) >= 4:  # an image has one channel or three, and patches of 14 or 16
-        is_window = high == wide <= (32 if shape[-3] in (1, 3) else 11) or min(high, wide) == 1
-    else:
-        is_window = len(shape) == 3 and wide in (1, 3, 5, 7)
-    if is_window and not route.flatten:
-        warnings.warn(
-            f"params[{name!r}]: shape {shape} is read as {torch.Size(shape[:-2]).numel()} "
-            f"matrices of {shape[-2]}x{shape[-1]}; "
-            "for a convolution use Route(flatten=True), or routes=nm.routes_for(model), which "
-            "sees what it is",
-            stacklevel=4,
-        )
     size = shape[len(shape) - 2 + route.dim]
     splits = route.splits
     if splits is not None and sum(splits) != size:

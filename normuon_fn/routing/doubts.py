@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .routes import Decision
+from .uses import is_window
 
 _PACKAGE = str(Path(__file__).parents[1])
 _SHOWN = 20
@@ -18,17 +19,24 @@ def unsure(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
     return {name: found for name, found in decisions.items() if found.certainty != "certain"}
 
 
-def line_to_write(name: str, decision: Decision) -> str:
+def line_to_write(name: str, decision: Decision, shape: tuple[int, ...] = ()) -> str:
     """The entry of ``routes=`` that a reader writes if the decision was wrong."""
-    other = 'nm.Route("adamw")' if decision.route.algorithm == "normuon" else "nm.Route()"
+    route = decision.route
+    if len(shape) > 2 and is_window(shape) and not route.flatten:
+        other = "nm.Route(flatten=True)"
+    else:
+        other = 'nm.Route("adamw")' if route.algorithm == "normuon" else "nm.Route()"
     return f'"{name}": {other}'
 
 
-def warning_text(decisions: Mapping[str, Decision]) -> str | None:
+def warning_text(
+    decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> str | None:
     """One text about every decision that is not certain; ``None`` if all are.
 
     Per parameter: its name, the rule it got, why, and the entry of ``routes=`` for the other rule.
     """
+    shapes = shapes or {}
     doubtful = unsure(decisions)
     if not doubtful:
         return None
@@ -37,13 +45,15 @@ def warning_text(decisions: Mapping[str, Decision]) -> str | None:
     lines = [
         f"The rule of {count} follows from names and shapes alone"
         + (f", and {untold} of them could be either kind" if untold else "")
-        + ". Give the model (routes=nm.routes_for(model)) to have its modules read, or write the "
-        "entries that are wrong into routes={...}:"
+        + ". Give the model (nm.NorMuon(model), nm.make_plan(model), or "
+        "routes=nm.routes_for(model)) to have its modules read, or write the entries that are "
+        "wrong into routes={...}:"
     ]
     shown = sorted(doubtful.items(), key=lambda item: item[1].certainty != "untold")
     for name, found in shown[:_SHOWN]:
         lines.append(
-            f"  {name}: got {found.route} ({found.reason}); otherwise {line_to_write(name, found)}"
+            f"  {name}: got {found.route} ({found.reason}); otherwise "
+            f"{line_to_write(name, found, shapes.get(name, ()))}"
         )
     if len(shown) > _SHOWN:
         lines.append(f"  and {len(shown) - _SHOWN} more: {', '.join(n for n, _ in shown[_SHOWN:])}")

@@ -45,6 +45,7 @@ def routes_for(
 
         plan = nm.make_plan(params, config, routes=nm.routes_for(model))
 
+    `NorMuon` and `make_plan` make this table themselves where they are given the model.
     ``print(routes_for(model))`` explains each. Linear layers, convolutions (flattened), experts and
     the factors of adapters get NorMuon; embeddings, output heads, routers of experts, norms, biases
     and other vectors get AdamW. What needs no gradient and buffers are frozen, the former only in
@@ -95,7 +96,7 @@ def routes_for(
         missing = [key for key in asked if key not in matched]
         raise ValueError(f"overrides: {missing!r} match no parameter")
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
-    return RouteTable(sorted(entries, key=lambda entry: order.get(entry.name, len(order))))
+    return RouteTable(sorted(entries, key=lambda entry: order.get(entry.name, len(order))), model)
 
 
 def _matches(key: str | Callable[[str, Tensor], bool], use: Use) -> bool:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from .names import by_names
 from .routes import Decision, Route, RouteTable
+from .uses import is_window
 
 Key = str | Callable[[str, Tensor], bool]
 Routes = Mapping[str, Route] | Mapping[Key, Route]
-
-
-def resolve_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, tuple[Route, str]]:
-    """The route of every parameter and its reason."""
-    return {name: found[:2] for name, found in decide_routes(params, routes).items()}
 
 
 def decide_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Decision]:
@@ -32,14 +29,32 @@ def decide_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Dec
             f"{type(routes).__name__}"
         )
     if isinstance(routes, RouteTable):
-        found = {name: routes.decide(name, tuple(t.shape)) for name, t in params.items()}
+        found = routes.decide_all(params)
     else:
         found = asked(params, routes)
         if len(found) < len(params):
             named = by_names(params)
             found = {name: found.get(name, named[name]) for name in params}
-    empty = Decision(Route("frozen"), "no entries")
-    return {name: empty if t.numel() == 0 else found[name] for name, t in params.items()}
+    return {name: _seen(found[name], tensor) for name, tensor in params.items()}
+
+
+def is_written(decision: Decision) -> bool:
+    """Whether somebody wrote the route for this parameter, by name, pattern or group."""
+    return decision.reason.startswith(("routes", "overrides[", "algorithm="))
+
+
+def _seen(found: Decision, tensor: Tensor) -> Decision:
+    """The decision with what the tensor itself tells: it is empty, or looks like a convolution."""
+    shape, route = tuple(tensor.shape), found.route
+    if tensor.numel() == 0:
+        if is_written(found) and len(shape) == 1:
+            return Decision(Route("frozen"), f"{found.reason}: no entries")
+        return Decision(Route("frozen"), "no entries")
+    if route.algorithm == "normuon" and not route.flatten and len(shape) > 2 and is_window(shape):
+        count = torch.Size(shape[:-2]).numel()
+        how = f"shape {shape} is read as {count} matrices of {shape[-2]}x{shape[-1]}"
+        return Decision(route, f"{found.reason}; {how}", "likely")
+    return found
 
 
 def asked(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Decision]:

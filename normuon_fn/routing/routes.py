@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+from torch import Tensor, nn
 
 from .table import render
 
@@ -136,13 +139,19 @@ class Routed(NamedTuple):
 class RouteTable(dict[str, Route]):
     """What `routes_for` returns: name -> Route, for all of a model. ``str(table)`` says why.
 
-    A plan may have fewer parameters than the table, but no others. Merged into a plain dict the
-    table is one.
+    A plan may have fewer parameters than the table, but no others. A parameter is found as the
+    tensor that the model has now, whatever its name in the plan, and otherwise by its name. Merged
+    into a plain dict the table is one, by names alone; so is a pickled table.
     """
 
-    def __init__(self, entries: Iterable[Routed]) -> None:
+    def __init__(self, entries: Iterable[Routed], model: nn.Module | None = None) -> None:
         self.entries = {entry.name: entry for entry in entries}
+        # The model and not its tensors: torch does not swap tensors that have weak references.
+        self._model = None if model is None else weakref.ref(model)
         super().__init__({name: entry.route for name, entry in self.entries.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "module", "route", "why")]
@@ -163,6 +172,25 @@ class RouteTable(dict[str, Route]):
     def find(self, name: str) -> tuple[Route, str]:
         return self.decide(name, None)[:2]
 
+    def decide_all(self, params: Mapping[str, Tensor]) -> dict[str, Decision]:
+        """The decision for each of ``params``, found as a tensor of the model or by name.
+
+        Raises:
+            ValueError: as `decide`.
+        """
+        names: dict[int, list[str]] = {}
+        model = None if self._model is None else self._model()
+        for path, module in () if model is None else model.named_modules(remove_duplicate=False):
+            for leaf, tensor in module._parameters.items():
+                name = f"{path}.{leaf}" if path else leaf
+                if name in self:
+                    names.setdefault(id(tensor), []).append(name)
+        found = {}
+        for name, tensor in params.items():
+            known = names.get(id(tensor), [name])
+            found[name] = self.decide(name if name in known else known[0], tuple(tensor.shape))
+        return found
+
     def decide(self, name: str, shape: tuple[int, ...] | None) -> Decision:
         """The route of a parameter of that shape, or of one such per member of an ensemble.
 
@@ -171,9 +199,9 @@ class RouteTable(dict[str, Route]):
         """
         if name not in self:
             raise ValueError(
-                f"params[{name!r}]: routes_for() was given a model without it; it has "
-                f"{list(self)[:8]!r} ... Give it the module that the names of params come from, or "
-                "make a plain dict of it: {**routes_for(model)}"
+                f"params[{name!r}]: routes_for() was given a model without it, neither as a tensor "
+                f"nor by name; it has {list(self)[:8]!r} ... Give it the module that params come "
+                "from, or make a plain dict of it: {**routes_for(model)}"
             )
         found, entry = self._decision(name), self.entries.get(name)
         stacked = entry is not None and shape is not None and shape[1:] == entry.shape

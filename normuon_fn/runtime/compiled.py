@@ -16,8 +16,9 @@ from torch import Tensor
 from ..compat import apart, compile_whole, without_autocast
 from ..distributed import placements
 from ..planning.checks import check_placements, check_step
-from ..planning.make_plan import make_plan
+from ..planning.make_plan import plan_of
 from ..planning.plan import Plan
+from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
@@ -147,5 +148,6 @@ def _step_on_zeros(plan: Plan, function: StepFunction) -> None:
             p.name: torch.zeros(p.spec.shape, dtype=p.spec.dtype, device=plan.device)
             for p in kinds.values()
         }
-        few = make_plan(params, plan.config, routes={p.name: p.route for p in kinds.values()})
+        decisions = {p.name: Decision(p.route, p.reason) for p in kinds.values()}
+        few = plan_of(params, decisions, plan.config)
         function(params, params, init(params, few), Hyper.of(params, lr=0.0), few)

@@ -226,7 +226,8 @@ def test_plain_tensors_named_ones_and_generators_are_taken() -> None:
         lambda m: (p for _, p in everything(m)),
     ):
         model = Net()
-        optimizer = nm.NorMuon(params(model), lr=0.02, routes={"groups.0.3": nm.Route("adamw")})
+        with pytest.warns(UserWarning, match="The parameters have no names"):
+            optimizer = nm.NorMuon(params(model), lr=0.02, routes={"groups.0.3": nm.Route("adamw")})
         train(model, optimizer, range(2))
         results.append(weights(model))
         assert optimizer.plan is not None and list(optimizer.plan.names)[:2] == [

@@ -32,9 +32,10 @@ def test_a_parameter_that_is_removed_takes_no_other_ones_name_with_it(with_names
         params: Any = everything(net) if with_names else [p for _, p in everything(net)]
         up = "up.weight" if with_names else "groups.0.0"
         square = "square.weight" if with_names else "groups.0.2"
-        optimizer = nm.NorMuon(
-            params, lr=0.02, routes={square: nm.Route(lr_mul=0.1), up: nm.Route(lr_mul=0.5)}
-        )
+        embedding = "embed.weight" if with_names else "groups.0.3"
+        slower = {square: nm.Route(lr_mul=0.1), up: nm.Route(lr_mul=0.5)}
+        others = {} if with_names else {"groups.0.1": nm.Route(), embedding: nm.Route("adamw")}
+        optimizer = nm.NorMuon(params, lr=0.02, routes=slower | others)
         train(net, optimizer, range(2))
         optimizer._routes = {
             square: nm.Route(lr_mul=0.1)

@@ -32,9 +32,7 @@ def test_a_transposed_matrix_steps_as_the_one_that_it_is_the_transpose_of(
     torch.testing.assert_close(stored.mT, plain, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:params.* is read as"
-)  # a part of 16x16 could be a convolution's window
+@pytest.mark.filterwarnings("ignore:The rule of")  # a part of 16x16 could be a convolution's window
 @pytest.mark.parametrize("preset", ["dion", "modded_nanogpt"])
 @pytest.mark.parametrize(
     ("shape", "dim"), [((3, 24, 16), 0), ((3, 16, 24), 1), ((2, 2, 24, 16), 0), ((2, 2, 16, 24), 1)]

@@ -18,7 +18,7 @@ import normuon_fn as nm
 from normuon_fn.step import local_update_
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:params.* is read as"
+    "ignore:The rule of"
 )  # any shape may look like a convolution's
 
 Tensors = dict[str, Tensor]

@@ -1,0 +1,110 @@
+"""What is given as ``params``, and one route for every parameter, decided when it is added."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..routing.doubts import warn_at_caller
+from ..routing.front_door import doubts_of, read_model, refuse_flattened
+from ..routing.resolve import Routes, decide_routes, is_written
+from ..routing.routes import Decision, Route, RouteTable
+from .groups import AddedGroup, names_of
+
+Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+_NAMELESS = "matrix without a name"
+
+
+def of_model(params: Params, routes: Routes | None) -> tuple[Any, Routes | None]:
+    """Parameters and routes as an optimizer takes them; a model's are read from its modules."""
+    if not isinstance(params, nn.Module):
+        return params, routes
+    named, table = read_model(params, routes)
+    return list(named.items()), table
+
+
+def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[AddedGroup]:
+    """The groups with a decision for every parameter.
+
+    What was decided before stays. A group's routes go before its algorithm, and that goes before
+    the optimizer's ``routes``. One warning says what could not be told.
+
+    Raises:
+        TypeError, ValueError: as `decide_routes` and `refuse_flattened`.
+    """
+    named, _ = names_of(added)
+    if all(group.decisions is not None for group in added):
+        return [*added]
+    routes = {} if routes is None else routes
+    found = _trained(decide_routes(named, routes))
+    by_table = isinstance(routes, RouteTable)
+    is_split = any(group.has_algorithm for group in added)  # then somebody told the rules apart
+    for group in added:
+        found |= _of_group(group, found, by_table=by_table, is_split=is_split)
+    fresh = {name: p for group in added if group.decisions is None for name, p in group.params}
+    decisions = {name: found[name] for name in fresh}
+    refuse_flattened(fresh, decisions)
+    _warn(fresh, decisions, by_table=by_table)
+    return [
+        group
+        if group.decisions is not None
+        else group._replace(decisions={name: found[name] for name, _ in group.params})
+        for group in added
+    ]
+
+
+def _of_group(
+    group: AddedGroup, found: Mapping[str, Decision], *, by_table: bool, is_split: bool
+) -> dict[str, Decision]:
+    """What a group itself says, by its algorithm and its routes, or by having no names."""
+    of_group = {}
+    for name, _ in group.params:
+        decision = found[name]
+        if group.algorithm == "adamw":  # a route to AdamW that is there keeps its multipliers
+            if not (is_written(decision) or by_table) or decision.route.algorithm != "adamw":
+                decision = Decision(Route("adamw"), "algorithm='adamw' of the group")
+            of_group[name] = decision
+        elif decision.route.algorithm == "normuon" and not (is_written(decision) or by_table):
+            if is_split and not decision.route.flatten:
+                of_group[name] = decision._replace(certainty="certain")
+            elif not (group.has_names or decision.route.flatten):
+                of_group[name] = Decision(decision.route, _NAMELESS, "untold")
+    if group.routes:
+        asked = _trained(decide_routes(dict(group.params), group.routes))
+        all_of_them = isinstance(group.routes, RouteTable)
+        of_group |= {name: d for name, d in asked.items() if all_of_them or is_written(d)}
+    return of_group
+
+
+def _trained(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
+    """Only parameters with gradients are planned for, whether or not they were unfrozen since."""
+    return {
+        name: found
+        if found.route.unfrozen is None
+        else Decision(found.route.unfrozen, "requires a gradient by now", found.certainty)
+        for name, found in decisions.items()
+    }
+
+
+def _warn(
+    params: Mapping[str, Tensor], decisions: Mapping[str, Decision], *, by_table: bool
+) -> None:
+    nameless = [name for name, found in decisions.items() if found.reason == _NAMELESS]
+    others = {name: found for name, found in decisions.items() if found.reason != _NAMELESS}
+    texts = [doubts_of(params, others, by_table=by_table)]
+    if nameless:
+        shapes = Counter("x".join(map(str, params[name].shape)) for name in nameless)
+        many = [f"{n} of {shape}" for shape, n in shapes.most_common(8)]
+        more = f" and {len(shapes) - 8} more shapes" if len(shapes) > 8 else ""
+        texts.append(
+            f"The parameters have no names, so embeddings and output heads cannot be told from "
+            f"other matrices. NorMuon is the rule of {', '.join(many)}{more}. Write "
+            "nm.NorMuon(model, ...), or routes=nm.routes_for(model) beside the groups, or "
+            "algorithm='normuon' into a group whose matrices are all meant"
+        )
+    text = "\n".join(text for text in texts if text)
+    if text:
+        warn_at_caller(text)
