@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..routing.resolve import Routes, resolve_routes
+from ..routing.resolve import Routes, asked, decide_routes
 from ..routing.routes import Route, RouteTable
 from ..types import Config, Guard
 from .hyper import Groups
@@ -189,26 +189,27 @@ def route(
 ) -> dict[str, Route]:
     """The routes that somebody asked for, by the parameters' names.
 
-    A group's routes go before its algorithm, and that goes before the optimizer's ``routes``.
+    A group's routes go before its algorithm, and that goes before the optimizer's ``routes``. One
+    with multipliers alone changes those of what comes after it.
     """
     routed = _asked_for(named, {} if routes is None else routes)
     for group in added:
-        if group.algorithm == "adamw":  # a route to AdamW that is there keeps its multipliers
-            others = [
-                name
-                for name, _ in group.params
-                if name not in routed or routed[name].algorithm != "adamw"
-            ]
-            routed |= dict.fromkeys(others, Route("adamw"))
-        routed |= _asked_for(dict(group.params), group.routes)
+        own = _asked_for(dict(group.params), group.routes)
+        for name, _ in group.params:
+            found = routed.get(name)
+            if group.algorithm == "adamw":  # a route to AdamW that is there keeps its multipliers
+                adamw = Route("adamw")
+                found = adamw if found is None else found.over(adamw)
+                found = found if found.algorithm == "adamw" else adamw
+            if name in own:
+                found = own[name] if found is None else own[name].over(found)
+            if found is not None:
+                routed[name] = found
     return routed
 
 
 def _asked_for(named: Mapping[str, Tensor], routes: Routes) -> dict[str, Route]:
     is_table = isinstance(routes, RouteTable)  # a table decides about every parameter
-    return {
-        # Only parameters with gradients are planned for, whether or not they were unfrozen since.
-        name: route.unfrozen or route
-        for name, (route, why) in resolve_routes(named, routes).items()
-        if is_table or why.startswith("routes[")
-    }
+    found = decide_routes(named, routes) if is_table else asked(named, routes)
+    # Only parameters with gradients are planned for, whether or not they were unfrozen since.
+    return {name: each.route.unfrozen or each.route for name, each in found.items()}

@@ -26,6 +26,7 @@ from ..routing.resolve import Routes, resolve_routes
 from ..types import Config
 from .buckets import AdamWBucket, AnyBucket, Bucket, Group, SharedBucket, members_of, parameter_of
 from .checks import check_params
+from .hyper_of import checked_hyper_of
 from .parameters import Decided, Piece, decide
 from .plan import Plan, Spec
 
@@ -44,7 +45,8 @@ def make_plan(
     Args:
         params: name -> tensor; shapes, dtypes and the device are read, never the values.
         routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that
-            matches a parameter decides. Without one, matrices and stacks of matrices get NorMuon,
+            matches a parameter and decides a rule wins, and entries with multipliers alone that
+            come before it apply on top. Without one, matrices and stacks of matrices get NorMuon,
             and embeddings, output heads (by name) and everything else AdamW. Or the table of
             `routes_for`, which has an entry for every parameter.
         mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
@@ -52,9 +54,10 @@ def make_plan(
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
             may have other parameters. With it, this is a collective. ``None``: all ranks that have
             a part of a parameter.
-        hyper_of: name -> which entry of `Hyper`'s tensors a parameter takes; these are then 1-d
-            (`Hyper.stack`). For parameter groups whose hyperparameters move apart: one graph and
-            one guard. Matrices of different entries are not stacked.
+        hyper_of: name or glob -> which entry of `Hyper`'s tensors a parameter takes; these are then
+            1-d (`Hyper.stack`). A name comes before the globs, and of these the first that matches.
+            For parameter groups whose hyperparameters move apart: one graph and one guard. Matrices
+            of different entries are not stacked.
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, no tensors).
@@ -67,7 +70,7 @@ def make_plan(
     one_storage = check_params(params)
     prepare_inductor()
     routed = resolve_routes(params, {} if routes is None else routes)
-    hyper_of, hypers = _checked_hyper_of(params, hyper_of)
+    hyper_of, hypers = checked_hyper_of(params, hyper_of)
     stages, device = stages_of(config), next(iter(params.values())).device
 
     decided = [
@@ -96,24 +99,6 @@ def make_plan(
         one_storage=one_storage,
         hypers=hypers,
     )
-
-
-def _checked_hyper_of(
-    params: Mapping[str, Tensor], given: Mapping[str, int] | None
-) -> tuple[Mapping[str, int], int]:
-    if given is None:
-        return dict.fromkeys(params, 0), 0
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"hyper_of: expected a dict of parameter name -> int, got {type(given).__name__}"
-        )
-    for name in params:
-        index = given.get(name)
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(
-                f"hyper_of[{name!r}]: expected an int >= 0 for every parameter, got {index!r}"
-            )
-    return given, 1 + max(given.values())
 
 
 # ------------------------------------------------------------------------------------- buckets

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, cast, get_args
 
+from .keys import is_glob
 from .table import render
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 Certainty = Literal["certain", "likely", "untold"]
+_RULES, _MULTIPLIERS = get_args(Algorithm), ("lr_mul", "wd_mul")
+
+
+class _DefaultWord(str):
+    """An argument that was not written. It equals one that was; copies of a route keep it."""
+
+    def __repr__(self) -> str:
+        return f"<default {str(self)!r}>"
+
+
+class _DefaultNumber(float):
+    """As `_DefaultWord`, for a number."""
+
+    def __repr__(self) -> str:
+        return f"<default {float(self)!r}>"
+
+
+_NORMUON, _ONE = cast(Algorithm, _DefaultWord("normuon")), _DefaultNumber(1.0)
 
 
 @dataclass(frozen=True)
 class Route:
     """What one parameter gets.
 
+    ``Route(lr_mul=0.5)``, with ``lr_mul``, ``wd_mul`` or both and nothing else, changes multipliers
+    alone: the parameter keeps the rule, the splits and the heads that it has without this route,
+    and a multiplier that is not written. What is written replaces the multiplier that was there;
+    it does not multiply it. Any other route, ``Route()`` and ``Route("normuon", lr_mul=0.5)`` too,
+    decides all. A list of routes (`foreach_step_`) has no other rule: multipliers alone mean
+    NorMuon there.
+
     Args:
-        algorithm: ``"normuon"``, ``"adamw"``, or ``"frozen"`` (never changed, no state).
+        algorithm: ``"normuon"`` (the default), ``"adamw"``, or ``"frozen"`` (never changed, no
+            state).
         lr_mul, wd_mul: multiply the learning rate and the weight decay.
         flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack
             of its last two dimensions.
@@ -38,9 +66,9 @@ class Route:
             algorithm.
     """
 
-    algorithm: Algorithm = "normuon"
-    lr_mul: float = 1.0
-    wd_mul: float = 1.0
+    algorithm: Algorithm = _NORMUON
+    lr_mul: float = _ONE
+    wd_mul: float = _ONE
     flatten: bool = False
     heads: int | tuple[int, ...] | None = None
     splits: tuple[int, ...] | None = None
@@ -49,11 +77,9 @@ class Route:
     unfrozen: Route | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.algorithm not in get_args(Algorithm):
-            raise ValueError(
-                f"Route.algorithm: expected one of {get_args(Algorithm)}, got {self.algorithm!r}"
-            )
-        for name in ("lr_mul", "wd_mul"):
+        if self.algorithm not in _RULES:
+            raise ValueError(f"Route.algorithm: expected one of {_RULES}, got {self.algorithm!r}")
+        for name in _MULTIPLIERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"Route.{name}: expected a number, got {value!r}")
@@ -87,14 +113,50 @@ class Route:
                 "Route.unfrozen: expected a Route, for 'frozen' alone, got "
                 f"{self.unfrozen!r} for {self.algorithm!r}"
             )
+        parts = self.flatten, self.heads, self.splits, self.dim, self.transposed
+        if (
+            not isinstance(self.algorithm, _DefaultWord)
+            or any(parts)
+            or not self._written_multipliers()
+        ):
+            self._decide()
+
+    def _decide(self) -> None:
+        """From here on nothing tells a default from what was written."""
+        object.__setattr__(self, "algorithm", str(self.algorithm))
+        for name in _MULTIPLIERS:
+            if isinstance(getattr(self, name), _DefaultNumber):
+                object.__setattr__(self, name, 1.0)
+
+    def _written_multipliers(self) -> dict[str, float]:
+        found = {name: getattr(self, name) for name in _MULTIPLIERS}
+        return {name: x for name, x in found.items() if not isinstance(x, _DefaultNumber)}
+
+    @property
+    def decides(self) -> bool:
+        """Whether it decides the rule; ``False``: it changes multipliers alone."""
+        return not isinstance(self.algorithm, _DefaultWord)
+
+    def over(self, base: Route) -> Route:
+        """This route, or ``base`` with its multipliers where it has multipliers alone.
+
+        A frozen route has them from when it is unfrozen.
+        """
+        if self.decides:
+            return self
+        if base.algorithm == "frozen":
+            later = base.unfrozen
+            return base if later is None else replace(base, unfrozen=self.over(later))
+        written = self._written_multipliers()
+        return replace(base, **written)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """In few words, for a table."""
-        words: list[str] = [self.algorithm]
+        words: list[str] = [self.algorithm] if self.decides else []
         words += [
             f"{word}={value:g}"
             for word, value in (("lr*", self.lr_mul), ("wd*", self.wd_mul))
-            if value != 1.0
+            if value != 1.0 or not (self.decides or isinstance(value, _DefaultNumber))
         ]
         words += [
             word for word, on in (("flatten", self.flatten), ("transposed", self.transposed)) if on
@@ -121,6 +183,14 @@ class Decision(NamedTuple):
     reason: str
     certainty: Certainty = "certain"
 
+    def over(self, base: Decision) -> Decision:
+        """As `Route.over`. A rule that was not asked for is as sure as it was."""
+        if self.route.decides:
+            return self
+        return Decision(
+            self.route.over(base.route), f"{base.reason}; {self.reason}", base.certainty
+        )
+
 
 class Routed(NamedTuple):
     """One parameter, or buffer, in a `RouteTable`."""
@@ -136,8 +206,9 @@ class Routed(NamedTuple):
 class RouteTable(dict[str, Route]):
     """What `routes_for` returns: name -> Route, for all of a model. ``str(table)`` says why.
 
-    A plan may have fewer parameters than the table, but no others. Merged into a plain dict the
-    table is one.
+    A plan may have fewer parameters than the table, but no others. ``table | {name: Route(...)}``
+    is another table, in which a route with multipliers alone keeps the rest of what the table had.
+    ``{**table}`` is a plain dict: there a new route takes the place of the table's wholly.
     """
 
     def __init__(self, entries: Iterable[Routed]) -> None:
@@ -148,9 +219,31 @@ class RouteTable(dict[str, Route]):
         rows = [("parameter", "shape", "module", "route", "why")]
         for e in self.entries.values():
             shape = "x".join(map(str, e.shape)) or "scalar"
-            sure = "" if e.certainty == "certain" else f" ({e.certainty})"
-            rows.append((e.name, shape, e.module, str(self.get(e.name, e.route)), e.reason + sure))
+            found = self._decision(e.name) if e.name in self else e
+            sure = "" if found.certainty == "certain" else f" ({found.certainty})"
+            rows.append((e.name, shape, e.module, str(found.route), found.reason + sure))
         return render(rows)
+
+    def __or__(self, routes: Mapping[str, Route]) -> RouteTable:  # type: ignore[override]
+        table = copy.copy(self)
+        table |= routes
+        return table
+
+    def __ior__(self, routes: Mapping[str, Route]) -> RouteTable:  # type: ignore[override]
+        entries = self.entries | getattr(routes, "entries", {})
+        for name, route in routes.items():
+            is_name = isinstance(name, str) and not is_glob(name)
+            if name not in self and not (is_name and route.decides):
+                raise ValueError(
+                    f"table | {{{name!r}: ...}}: expected a name of the table; for globs, "
+                    "predicates and multipliers of other names write nm.routes_for(model, {...})"
+                )
+            if not route.decides:
+                found = Decision(route, "routes").over(self._decision(name))
+                entries[name] = self.entries[name]._replace(**found._asdict())
+        self.update({k: x if x.decides else entries[k].route for k, x in routes.items()})
+        self.entries = entries
+        return self
 
     def decisions(self) -> dict[str, Decision]:
         """Every route with its reason and how sure it is; a route that was written over is."""
@@ -190,4 +283,7 @@ class RouteTable(dict[str, Route]):
         entry = self.entries.get(name)
         if entry is not None and entry.route == self[name]:
             return Decision(self[name], entry.reason, entry.certainty)
-        return Decision(self[name], "routes")
+        asked = Decision(self[name], "routes")
+        if entry is None:
+            return asked
+        return asked.over(Decision(entry.route, entry.reason, entry.certainty))
