@@ -10,7 +10,8 @@ from .optim.foreach import ForeachResult, foreach_step_
 from .planning.make_plan import make_plan
 from .planning.plan import Plan
 from .routing.modules import routes_for
-from .routing.routes import Route, RouteTable
+from .routing.route_table import RouteTable
+from .routing.routes import Route
 from .runtime.compiled import step, step_
 from .step import init, update
 from .types import Config, Hyper, StepResult

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..routing.doubts import warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
-from ..routing.resolve import Routes, decide_routes, is_written
-from ..routing.routes import Decision, Route, RouteTable
+from ..routing.resolve import Routes, asked, decide_routes, is_written
+from ..routing.route_table import RouteTable
+from ..routing.routes import Decision, Route
 from .groups import AddedGroup, names_of
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -40,10 +41,11 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
         return [*added]
     routes = {} if routes is None else routes
     found = _trained(decide_routes(named, routes))
+    written = {} if isinstance(routes, RouteTable) else asked(named, routes)
     by_table = isinstance(routes, RouteTable)
     is_split = any(group.has_algorithm for group in added)  # then somebody told the rules apart
     for group in added:
-        found |= _of_group(group, found, by_table=by_table, is_split=is_split)
+        found |= _of_group(group, found, written, by_table=by_table, is_split=is_split)
     fresh = {name: p for group in added if group.decisions is None for name, p in group.params}
     decisions = {name: found[name] for name in fresh}
     refuse_flattened(fresh, decisions)
@@ -57,7 +59,12 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
 
 
 def _of_group(
-    group: AddedGroup, found: Mapping[str, Decision], *, by_table: bool, is_split: bool
+    group: AddedGroup,
+    found: Mapping[str, Decision],
+    written: Mapping[str, Decision],  # by the optimizer's routes
+    *,
+    by_table: bool,
+    is_split: bool,
 ) -> dict[str, Decision]:
     """What a group itself says, by its algorithm and its routes, or by having no names."""
     of_group = {}
@@ -66,17 +73,19 @@ def _of_group(
         if group.algorithm == "adamw":  # a route to AdamW that is there keeps its multipliers
             if not (is_written(decision) or by_table) or decision.route.algorithm != "adamw":
                 decision = Decision(Route("adamw"), "algorithm='adamw' of the group")
+                if name in written and not written[name].route.decides:
+                    decision = written[name].over(decision)
             of_group[name] = decision
         elif decision.route.algorithm == "normuon" and not (is_written(decision) or by_table):
             if is_split and not decision.route.flatten:
                 of_group[name] = decision._replace(certainty="certain")
             elif not (group.has_names or decision.route.flatten):
                 of_group[name] = Decision(decision.route, _NAMELESS, "untold")
-    if group.routes:
-        asked = _trained(decide_routes(dict(group.params), group.routes))
-        all_of_them = isinstance(group.routes, RouteTable)
-        of_group |= {name: d for name, d in asked.items() if all_of_them or is_written(d)}
-    return of_group
+    if isinstance(group.routes, RouteTable):
+        return of_group | _trained(decide_routes(dict(group.params), group.routes))
+    own = asked(dict(group.params), group.routes or {})
+    over = {name: d.over(of_group.get(name, found[name])) for name, d in own.items()}
+    return of_group | _trained(over)
 
 
 def _trained(decisions: Mapping[str, Decision]) -> dict[str, Decision]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..routing.modules import routes_for
-from ..routing.routes import RouteTable
+from ..routing.route_table import RouteTable
 from .normuon import NorMuon
 
 

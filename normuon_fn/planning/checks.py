@@ -195,22 +195,3 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
                     "clone() slices"
                 )
     return any(len(views) > 1 for views in by_storage.values())
-
-
-def checked_hyper_of(
-    params: Mapping[str, Tensor], given: Mapping[str, int] | None
-) -> tuple[Mapping[str, int], int]:
-    """The entry of each parameter in `Hyper`'s tensors, and how many there are (0: no tensors)."""
-    if given is None:
-        return dict.fromkeys(params, 0), 0
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"hyper_of: expected a dict of parameter name -> int, got {type(given).__name__}"
-        )
-    for name in params:
-        index = given.get(name)
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(
-                f"hyper_of[{name!r}]: expected an int >= 0 for every parameter, got {index!r}"
-            )
-    return given, 1 + max(given.values())

@@ -25,10 +25,12 @@ from ..distributed.placements import ShardedLayout, covering
 from ..routing.doubts import warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, decide_routes
-from ..routing.routes import Decision, RouteTable
+from ..routing.route_table import RouteTable
+from ..routing.routes import Decision
 from ..types import Config
 from .buckets import AdamWBucket, AnyBucket, Bucket, Group, SharedBucket, members_of, parameter_of
-from .checks import check_params, checked_hyper_of
+from .checks import check_params
+from .hyper_of import checked_hyper_of
 from .parameters import Decided, Piece, decide
 from .plan import Plan, Spec
 
@@ -49,7 +51,8 @@ def make_plan(
             the routes (`routes_for`); or name -> tensor. Shapes, dtypes and the device are read,
             never the values.
         routes: name, glob or predicate ``(name, tensor) -> bool`` -> `Route`; the first entry that
-            matches a parameter decides. Without one, the model's modules decide. Where there is no
+            matches a parameter and decides a rule wins, and entries with multipliers alone that
+            come before it apply on top. Without one, the model's modules decide. Where there is no
             model, matrices and stacks of matrices get NorMuon, and embeddings, output heads and
             vectors AdamW, by names and shapes; what these cannot tell for certain is said in one
             warning. Or the table of `routes_for`, which has an entry for every parameter.
@@ -58,9 +61,10 @@ def make_plan(
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
             may have other parameters. With it, this is a collective. ``None``: all ranks that have
             a part of a parameter.
-        hyper_of: name -> which entry of `Hyper`'s tensors a parameter takes; these are then 1-d
-            (`Hyper.stack`). For parameter groups whose hyperparameters move apart: one graph and
-            one guard. Matrices of different entries are not stacked.
+        hyper_of: name or glob -> which entry of `Hyper`'s tensors a parameter takes; these are then
+            1-d (`Hyper.stack`). A name comes before the globs, and of these the first that matches.
+            For parameter groups whose hyperparameters move apart: one graph and one guard. Matrices
+            of different entries are not stacked.
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, no tensors).

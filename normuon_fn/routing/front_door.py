@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .doubts import warning_text
 from .modules import routes_for
 from .resolve import Routes, is_written
-from .routes import Decision, RouteTable
+from .route_table import RouteTable
+from .routes import Decision
 from .uses import is_window
 
 _FLAT = 2**20  # elements; the longest bias of a published model is a vocabulary of 262144
@@ -35,7 +36,7 @@ def read_model(model: nn.Module, routes: Routes | None) -> tuple[dict[str, Tenso
             "routes: expected a dict of name, glob or predicate -> Route, got "
             f"{type(routes).__name__}"
         )
-    return params, routes_for(model, routes)  # type: ignore[arg-type]
+    return params, routes_for(model, routes)
 
 
 def doubts_of(

@@ -7,13 +7,11 @@ Modules are told by type, class name and attributes.
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import adapters, routers, words
 from . import projections as fused
@@ -22,7 +20,9 @@ from .attributes import get, is_a, is_conv1d_of_gpt2, is_linear, kind_of
 from .heads import Heads
 from .mixers import Cut
 from .names import by_names
-from .routes import Decision, Route, Routed, RouteTable
+from .resolve import Entries, Routes
+from .route_table import Routed, RouteTable
+from .routes import Decision, Route
 from .uses import Use, unwrapped, uses
 
 _NORM = re.compile(
@@ -36,7 +36,7 @@ _GATES = {"LSTM": 4, "GRU": 3}
 
 def routes_for(
     model: nn.Module,
-    overrides: Mapping[str | Callable[[str, Tensor], bool], Route] | None = None,
+    overrides: Routes | None = None,
     *,
     per_head: bool = False,
     decay_vectors: bool = True,
@@ -57,7 +57,9 @@ def routes_for(
 
     Args:
         overrides: name, glob or predicate -> Route, as ``make_plan(routes=)`` takes them; they come
-            first.
+            first. Those with multipliers alone (`Route`) keep the rest of what the modules tell.
+            Rates that fall with the distance from the last of twelve layers:
+            ``{f"blocks.{k}.*": nm.Route(lr_mul=0.9 ** (12 - k)) for k in range(12)}``.
         per_head: every attention head of q, k and v is a matrix of its own, also where they are
             separate parameters.
         decay_vectors: ``False``: no weight decay for what has fewer than two dimensions.
@@ -69,40 +71,30 @@ def routes_for(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    asked = dict((overrides or {}).items())
-    for key, route in asked.items():
-        if not isinstance(route, Route):
-            raise TypeError(f"overrides[{key!r}]: expected a Route, got {type(route).__name__}")
+    asked = Entries("overrides", overrides or {})
     reader = Reader(model, per_head)
     by_tensor: dict[int, list[Use]] = {}
     for use in uses(model):
         by_tensor.setdefault(id(use.tensor), []).append(use)
 
-    entries, matched = [], set()
+    entries = []
     for same in by_tensor.values():
-        keys = [key for key in asked if any(_matches(key, use) for use in same)]
-        matched |= set(keys)
-        if keys:
-            found = Decision(asked[keys[0]], f"overrides[{keys[0]!r}]")
+        override = asked.decide([(use.name, use.tensor) for use in same])
+        if override is not None and override.route.decides:
+            found = override
         else:
             found = _joint(same, [reader.decide(use) for use in same])
             if not decay_vectors and found.route.algorithm == "adamw" and _is_vector(same[0].shape):
                 found = found._replace(route=Route("adamw", wd_mul=0.0))
+            if override is not None:
+                found = override.over(found)
             if found.route.algorithm != "frozen" and not same[0].tensor.requires_grad:
                 later = Route("frozen", unfrozen=found.route)
                 found = Decision(later, "requires_grad=False")
         entries += [Routed(use.name, use.shape, kind_of(use.module), *found) for use in same]
-    if len(matched) < len(asked):
-        missing = [key for key in asked if key not in matched]
-        raise ValueError(f"overrides: {missing!r} match no parameter")
+    asked.check_used()
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
     return RouteTable(sorted(entries, key=lambda entry: order.get(entry.name, len(order))), model)
-
-
-def _matches(key: str | Callable[[str, Tensor], bool], use: Use) -> bool:
-    if isinstance(key, str):
-        return key == use.name or fnmatch.fnmatchcase(use.name, key)
-    return bool(key(use.name, use.tensor))
 
 
 def _joint(found: list[Use], decisions: list[Decision]) -> Decision:

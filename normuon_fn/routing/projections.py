@@ -61,7 +61,7 @@ def cut(
         each = known.kv_heads or known.heads
         heads = (each, each) if per_head and each and outputs // 2 % each == 0 else None
         return Cut((outputs // 2, outputs // 2), heads, "k and v of equal size")
-    if _is_modulation(own, owners) and inputs < outputs <= 9 * inputs and outputs % inputs == 0:
+    if inputs < outputs <= 9 * inputs and outputs % inputs == 0 and _is_modulation(own, owners):
         count = outputs // inputs
         return Cut((inputs,) * count, None, f"{count} modulations (shifts, scales, gates)")
     if per_head and (_QUERY.match(own) or _KEY_VALUE.match(own)):

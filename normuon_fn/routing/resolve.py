@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .keys import Key, Keys
 from .names import by_names
-from .routes import Decision, Route, RouteTable
+from .route_table import RouteTable
+from .routes import Decision, Route
 from .uses import is_window
 
-Key = str | Callable[[str, Tensor], bool]
 Routes = Mapping[str, Route] | Mapping[Key, Route]
 
 
@@ -23,18 +23,13 @@ def decide_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Dec
         TypeError: routes that are no mapping, or have a key or value of another type.
         ValueError: a key that matches no parameter.
     """
-    if not isinstance(routes, Mapping):
-        raise TypeError(
-            "routes: expected a dict of name, glob or predicate -> Route, got "
-            f"{type(routes).__name__}"
-        )
     if isinstance(routes, RouteTable):
         found = routes.decide_all(params)
     else:
         found = asked(params, routes)
-        if len(found) < len(params):
+        if len(found) < len(params) or not all(each.route.decides for each in found.values()):
             named = by_names(params)
-            found = {name: found.get(name, named[name]) for name in params}
+            found = {n: found[n].over(base) if n in found else base for n, base in named.items()}
     return {name: _seen(found[name], tensor) for name, tensor in params.items()}
 
 
@@ -59,30 +54,64 @@ def _seen(found: Decision, tensor: Tensor) -> Decision:
 
 def asked(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Decision]:
     """The routes that were asked for by name, glob or predicate, of the parameters they match."""
-    for key, route in routes.items():
-        if not isinstance(route, Route):
-            raise TypeError(f"routes[{key!r}]: expected a Route, got {type(route).__name__}")
-        if not isinstance(key, str) and not callable(key):
-            raise TypeError(f"routes: expected names, globs or predicates as keys, got {key!r}")
-    order = {key: at for at, key in enumerate(routes)}
-    plain = {key for key in order if isinstance(key, str) and not set(key) & set("*?[")}
-    patterns = [key for key in order if key not in plain]
-    matched, found = set(), {}
-    for name, tensor in params.items():
-        keys = [key for key in patterns if _matches(key, name, tensor)]
-        keys += [name] if name in order and name not in keys else []
-        matched.update(keys)
-        if keys:
-            key = min(keys, key=order.__getitem__)
-            label = repr(key) if isinstance(key, str) else getattr(key, "__name__", "predicate")
-            found[name] = Decision(routes[key], f"routes[{label}]")  # type: ignore[index]
-    unmatched = [key for key in order if key not in matched]
-    if unmatched:
-        raise ValueError(
-            f"routes: {unmatched!r} match no parameter; the parameters are {list(params)[:8]!r} ..."
-        )
-    return found
+    entries = Entries("routes", routes)
+    decided = {name: entries.decide([(name, tensor)]) for name, tensor in params.items()}
+    entries.check_used()
+    return {name: found for name, found in decided.items() if found is not None}
 
 
-def _matches(key: Key, name: str, tensor: Tensor) -> bool:
-    return fnmatch.fnmatchcase(name, key) if isinstance(key, str) else bool(key(name, tensor))
+class Entries:
+    """What a user writes for names, globs and predicates.
+
+    Of the entries that match a parameter the first that decides a rule wins, and the multipliers of
+    those before it apply on top, the first of each. Where none decides, the route has multipliers
+    alone.
+    """
+
+    def __init__(self, what: str, routes: Routes) -> None:
+        if not isinstance(routes, Mapping):
+            raise TypeError(
+                f"{what}: expected a dict of name, glob or predicate -> Route, got "
+                f"{type(routes).__name__}"
+            )
+        for key, route in routes.items():
+            if not isinstance(route, Route):
+                raise TypeError(f"{what}[{key!r}]: expected a Route, got {type(route).__name__}")
+            if not isinstance(key, str) and not callable(key):
+                raise TypeError(f"{what}: expected names, globs or predicates as keys, got {key!r}")
+        self._what, self._routes = what, dict[Key, Route](routes.items())
+        self._keys, self._used, self._names = Keys(self._routes), set[Key](), list[str]()
+
+    def decide(self, names: Sequence[tuple[str, Tensor]]) -> Decision | None:
+        """What is asked for a tensor with these names; ``None``: nothing."""
+        self._names += [name for name, _ in names]
+        matching = self._keys.matching(names)
+        if not matching:
+            return None
+        first = next((k for k, key in enumerate(matching) if self._routes[key].decides), None)
+        *before, last = matching if first is None else matching[: first + 1]
+        self._used.update(before, (last,))
+        route, reason = self._routes[last], self._label(last)
+        for key in reversed(before):
+            route, reason = self._routes[key].over(route), f"{reason}; {self._label(key)}"
+        return Decision(route, reason)
+
+    def check_used(self) -> None:
+        """That every key matches a parameter, and that multipliers alone change one."""
+        unmatched = self._keys.unmatched()
+        if unmatched:
+            raise ValueError(
+                f"{self._what}: {unmatched!r} match no parameter; the parameters are "
+                f"{self._names[:8]!r} ..."
+            )
+        for key, route in self._routes.items():
+            if not route.decides and key not in self._used:
+                raise ValueError(
+                    f"{self._label(key)}: expected to change multipliers, but entries before it "
+                    "decide everything about the parameters that it matches; write it before them "
+                    "(for a table: nm.routes_for(model, {...}))"
+                )
+
+    def _label(self, key: Key) -> str:
+        text = repr(key) if isinstance(key, str) else getattr(key, "__name__", "predicate")
+        return f"{self._what}[{text}]"

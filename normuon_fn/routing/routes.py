@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
-
-from torch import Tensor, nn
-
-from .table import render
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, cast, get_args
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 Certainty = Literal["certain", "likely", "untold"]
+_RULES, _MULTIPLIERS = get_args(Algorithm), ("lr_mul", "wd_mul")
+
+
+class _DefaultWord(str):
+    """An argument that was not written. It equals one that was; copies of a route keep it."""
+
+    def __repr__(self) -> str:
+        return f"<default {str(self)!r}>"
+
+
+class _DefaultNumber(float):
+    """As `_DefaultWord`, for a number."""
+
+    def __repr__(self) -> str:
+        return f"<default {float(self)!r}>"
+
+
+_NORMUON, _ONE = cast(Algorithm, _DefaultWord("normuon")), _DefaultNumber(1.0)
 
 
 @dataclass(frozen=True)
 class Route:
     """What one parameter gets.
 
+    ``Route(lr_mul=0.5)``, with ``lr_mul``, ``wd_mul`` or both and nothing else, changes multipliers
+    alone: the parameter keeps the rule, the splits and the heads that it has without this route,
+    and a multiplier that is not written. What is written replaces the multiplier that was there;
+    it does not multiply it. Any other route, ``Route()`` and ``Route("normuon", lr_mul=0.5)`` too,
+    decides all. A list of routes (`foreach_step_`) has no other rule: multipliers alone mean
+    NorMuon there.
+
     Args:
-        algorithm: ``"normuon"``, ``"adamw"``, or ``"frozen"`` (never changed, no state).
+        algorithm: ``"normuon"`` (the default), ``"adamw"``, or ``"frozen"`` (never changed, no
+            state).
         lr_mul, wd_mul: multiply the learning rate and the weight decay.
         flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack
             of its last two dimensions.
@@ -41,9 +61,9 @@ class Route:
             algorithm.
     """
 
-    algorithm: Algorithm = "normuon"
-    lr_mul: float = 1.0
-    wd_mul: float = 1.0
+    algorithm: Algorithm = _NORMUON
+    lr_mul: float = _ONE
+    wd_mul: float = _ONE
     flatten: bool = False
     heads: int | tuple[int, ...] | None = None
     splits: tuple[int, ...] | None = None
@@ -52,11 +72,9 @@ class Route:
     unfrozen: Route | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.algorithm not in get_args(Algorithm):
-            raise ValueError(
-                f"Route.algorithm: expected one of {get_args(Algorithm)}, got {self.algorithm!r}"
-            )
-        for name in ("lr_mul", "wd_mul"):
+        if self.algorithm not in _RULES:
+            raise ValueError(f"Route.algorithm: expected one of {_RULES}, got {self.algorithm!r}")
+        for name in _MULTIPLIERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"Route.{name}: expected a number, got {value!r}")
@@ -90,14 +108,50 @@ class Route:
                 "Route.unfrozen: expected a Route, for 'frozen' alone, got "
                 f"{self.unfrozen!r} for {self.algorithm!r}"
             )
+        parts = self.flatten, self.heads, self.splits, self.dim, self.transposed
+        if (
+            not isinstance(self.algorithm, _DefaultWord)
+            or any(parts)
+            or not self._written_multipliers()
+        ):
+            self._decide()
+
+    def _decide(self) -> None:
+        """From here on nothing tells a default from what was written."""
+        object.__setattr__(self, "algorithm", str(self.algorithm))
+        for name in _MULTIPLIERS:
+            if isinstance(getattr(self, name), _DefaultNumber):
+                object.__setattr__(self, name, 1.0)
+
+    def _written_multipliers(self) -> dict[str, float]:
+        found = {name: getattr(self, name) for name in _MULTIPLIERS}
+        return {name: x for name, x in found.items() if not isinstance(x, _DefaultNumber)}
+
+    @property
+    def decides(self) -> bool:
+        """Whether it decides the rule; ``False``: it changes multipliers alone."""
+        return not isinstance(self.algorithm, _DefaultWord)
+
+    def over(self, base: Route) -> Route:
+        """This route, or ``base`` with its multipliers where it has multipliers alone.
+
+        A frozen route has them from when it is unfrozen.
+        """
+        if self.decides:
+            return self
+        if base.algorithm == "frozen":
+            later = base.unfrozen
+            return base if later is None else replace(base, unfrozen=self.over(later))
+        written = self._written_multipliers()
+        return replace(base, **written)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """In few words, for a table."""
-        words: list[str] = [self.algorithm]
+        words: list[str] = [self.algorithm] if self.decides else []
         words += [
             f"{word}={value:g}"
             for word, value in (("lr*", self.lr_mul), ("wd*", self.wd_mul))
-            if value != 1.0
+            if value != 1.0 or not (self.decides or isinstance(value, _DefaultNumber))
         ]
         words += [
             word for word, on in (("flatten", self.flatten), ("transposed", self.transposed)) if on
@@ -124,98 +178,10 @@ class Decision(NamedTuple):
     reason: str
     certainty: Certainty = "certain"
 
-
-class Routed(NamedTuple):
-    """One parameter, or buffer, in a `RouteTable`."""
-
-    name: str
-    shape: tuple[int, ...]
-    module: str  # the class of the module that it belongs to
-    route: Route
-    reason: str
-    certainty: Certainty = "certain"
-
-
-class RouteTable(dict[str, Route]):
-    """What `routes_for` returns: name -> Route, for all of a model. ``str(table)`` says why.
-
-    A plan may have fewer parameters than the table, but no others. A parameter is found as the
-    tensor that the model has now, whatever its name in the plan, and otherwise by its name. Merged
-    into a plain dict the table is one, by names alone; so is a pickled table.
-    """
-
-    def __init__(self, entries: Iterable[Routed], model: nn.Module | None = None) -> None:
-        self.entries = {entry.name: entry for entry in entries}
-        # The model and not its tensors: torch does not swap tensors that have weak references.
-        self._model = None if model is None else weakref.ref(model)
-        super().__init__({name: entry.route for name, entry in self.entries.items()})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
-
-    def __str__(self) -> str:
-        rows = [("parameter", "shape", "module", "route", "why")]
-        for e in self.entries.values():
-            shape = "x".join(map(str, e.shape)) or "scalar"
-            sure = "" if e.certainty == "certain" else f" ({e.certainty})"
-            rows.append((e.name, shape, e.module, str(self.get(e.name, e.route)), e.reason + sure))
-        return render(rows)
-
-    def decisions(self) -> dict[str, Decision]:
-        """Every route with its reason and how sure it is; a route that was written over is."""
-        return {name: self._decision(name) for name in self}
-
-    def unsure(self) -> dict[str, Decision]:
-        """The decisions that are likely, or could not be told. `doubts.warning_text` says them."""
-        return {k: d for k, d in self.decisions().items() if d.certainty != "certain"}
-
-    def find(self, name: str) -> tuple[Route, str]:
-        return self.decide(name, None)[:2]
-
-    def decide_all(self, params: Mapping[str, Tensor]) -> dict[str, Decision]:
-        """The decision for each of ``params``, found as a tensor of the model or by name.
-
-        Raises:
-            ValueError: as `decide`.
-        """
-        names: dict[int, list[str]] = {}
-        model = None if self._model is None else self._model()
-        for path, module in () if model is None else model.named_modules(remove_duplicate=False):
-            for leaf, tensor in module._parameters.items():
-                name = f"{path}.{leaf}" if path else leaf
-                if name in self:
-                    names.setdefault(id(tensor), []).append(name)
-        found = {}
-        for name, tensor in params.items():
-            known = names.get(id(tensor), [name])
-            found[name] = self.decide(name if name in known else known[0], tuple(tensor.shape))
-        return found
-
-    def decide(self, name: str, shape: tuple[int, ...] | None) -> Decision:
-        """The route of a parameter of that shape, or of one such per member of an ensemble.
-
-        Raises:
-            ValueError: the table has no such name, or its route has no meaning for an ensemble.
-        """
-        if name not in self:
-            raise ValueError(
-                f"params[{name!r}]: routes_for() was given a model without it, neither as a tensor "
-                f"nor by name; it has {list(self)[:8]!r} ... Give it the module that params come "
-                "from, or make a plain dict of it: {**routes_for(model)}"
-            )
-        found, entry = self._decision(name), self.entries.get(name)
-        stacked = entry is not None and shape is not None and shape[1:] == entry.shape
-        parts = found.route.flatten or found.route.heads is not None
-        if entry is not None and stacked and parts:
-            raise ValueError(
-                f"params[{name!r}]: expected the shape {entry.shape}, got {shape}, one "
-                f"per member of an ensemble, for which there is no {found.route}; write "
-                f"routes={{**routes_for(model), {name!r}: nm.Route('adamw')}}"
-            )
-        return found
-
-    def _decision(self, name: str) -> Decision:
-        entry = self.entries.get(name)
-        if entry is not None and entry.route == self[name]:
-            return Decision(self[name], entry.reason, entry.certainty)
-        return Decision(self[name], "routes")
+    def over(self, base: Decision) -> Decision:
+        """As `Route.over`. A rule that was not asked for is as sure as it was."""
+        if self.route.decides:
+            return self
+        return Decision(
+            self.route.over(base.route), f"{base.reason}; {self.reason}", base.certainty
+        )

@@ -252,7 +252,11 @@ def test_a_group_with_adamw_keeps_the_multipliers_of_what_the_routes_give_adamw_
     )
     found = routes_of(
         nm.NorMuon(
-            groups, routes={"*.bias": nm.Route("adamw", lr_mul=0.5), "embed*": nm.Route(lr_mul=0.5)}
+            groups,
+            routes={
+                "*.bias": nm.Route("adamw", lr_mul=0.5),
+                "embed*": nm.Route("normuon", lr_mul=0.5),
+            },
         )
     )
     assert found["up.bias"] == nm.Route("adamw", lr_mul=0.5) and found["embed.weight"] == nm.Route(

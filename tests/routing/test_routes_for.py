@@ -248,7 +248,7 @@ def test_adapters_step_each_factor_and_leave_the_frozen_rest() -> None:
 
 def test_overrides_come_first_and_must_match() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    slow = nm.Route(lr_mul=0.1)
+    slow = nm.Route("normuon", lr_mul=0.1)
     table = nm.routes_for(model, {"1.*": slow, lambda name, t: t.ndim == 1: nm.Route("frozen")})
     assert table == {
         "0.weight": nm.Route(),

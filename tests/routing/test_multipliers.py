@@ -1,0 +1,331 @@
+"""Overriding one number keeps the rest: routes with multipliers alone, and globs in hyper_of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normuon_fn as nm
+from normuon_fn.routing.resolve import decide_routes, resolve_routes
+
+D, V = 16, 200
+SLOW = nm.Route(lr_mul=0.5)
+
+
+def zeros(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
+
+
+PARAMS = zeros(
+    embed__weight=(V, D), blocks__0__qkv__weight=(3 * D, D), blocks__0__norm__weight=(D,),
+    blocks__0__up__weight=(4 * D, D), blocks__1__up__weight=(4 * D, D),
+)  # fmt: skip
+
+
+def routes(**options: object) -> dict[str, nm.Route]:
+    plan = nm.make_plan(PARAMS, **options)  # type: ignore[arg-type]
+    return {p.name: p.route for p in plan.parameters}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.attn = nn.MultiheadAttention(D, 4, bias=False)
+        self.conv = nn.Conv2d(2, 4, 3, bias=False)
+
+
+class Model(nn.Module):
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
+        self.register_buffer("scale", torch.ones(3))
+
+
+# --- multipliers alone
+
+
+@pytest.mark.parametrize("key", ["*", "embed.weight", lambda name, tensor: True])
+def test_an_embedding_stays_adamw_with_the_multiplier(key: str | Callable) -> None:
+    assert routes(routes={key: SLOW})["embed.weight"] == nm.Route("adamw", lr_mul=0.5)
+
+
+def test_a_norm_does_not_fail_and_a_matrix_keeps_normuon() -> None:
+    found = routes(routes={"blocks.0.*": nm.Route(lr_mul=0.5, wd_mul=0.0)})
+    assert found == {
+        "embed.weight": nm.Route("adamw"),
+        "blocks.0.qkv.weight": nm.Route("normuon", lr_mul=0.5, wd_mul=0.0),
+        "blocks.0.norm.weight": nm.Route("adamw", lr_mul=0.5, wd_mul=0.0),
+        "blocks.0.up.weight": nm.Route("normuon", lr_mul=0.5, wd_mul=0.0),
+        "blocks.1.up.weight": nm.Route(),
+    }
+
+
+def test_splits_and_heads_of_a_later_entry_are_kept() -> None:
+    own = nm.Route(splits=(D, D, D), heads=2, wd_mul=0.1)
+    found = routes(routes={"blocks.0.*": SLOW, "*.qkv.weight": own})["blocks.0.qkv.weight"]
+    assert found == nm.Route(splits=(D, D, D), heads=2, lr_mul=0.5, wd_mul=0.1)
+
+
+@pytest.mark.parametrize("overlay", ["argument", "or", "assigned"])
+def test_what_the_modules_tell_is_kept(overlay: str) -> None:
+    model, slow = Model(), {"blocks.0.attn.in_proj_weight": SLOW, "blocks.0.conv.weight": SLOW}
+    before = nm.routes_for(model, per_head=True)
+    if overlay == "argument":
+        found = nm.routes_for(model, {"blocks.0.*": SLOW}, per_head=True)
+        assert found["blocks.0.norm.weight"] == nm.Route("adamw", lr_mul=0.5)
+        row = next(line for line in str(found).splitlines() if "0.conv" in line)
+        assert "lr*=0.5" in row and "flattened" in row and "overrides['blocks.0.*']" in row
+    elif overlay == "or":
+        found = before | slow
+    else:
+        found = before
+        found.update(slow)
+    params = dict(model.named_parameters())
+    resolved = {name: route for name, (route, _) in resolve_routes(params, found).items()}
+    assert resolved["blocks.0.attn.in_proj_weight"] == nm.Route(
+        splits=(D, D, D), heads=(4, 4, 4), lr_mul=0.5
+    )
+    assert resolved["blocks.0.conv.weight"] == nm.Route(flatten=True, lr_mul=0.5)
+    assert resolved["blocks.1.conv.weight"] == nm.Route(flatten=True)
+
+
+def test_a_table_takes_names_on_its_right_and_refuses_what_it_could_not_apply() -> None:
+    table = nm.routes_for(Model())
+    for key in ("blocks.0.*", "blocks.0.conv.wieght", lambda name, tensor: True):
+        with pytest.raises(ValueError, match=r"expected a name of the table.*nm.routes_for"):
+            table | {key: SLOW}
+    both = nm.routes_for(nn.Linear(4, 4)) | table
+    assert list(both)[:2] == ["weight", "bias"] and both.entries.keys() == both.keys()
+    assert table == nm.routes_for(Model())
+    found = table | {"embed.weight": SLOW} | {"embed.weight": nm.Route(wd_mul=0.0)}
+    assert found["embed.weight"] == nm.Route("adamw", lr_mul=0.5, wd_mul=0.0)
+    assert found.decisions()["embed.weight"].reason == "embedding; routes; routes"
+    found = table | {"embed.weight": nm.Route("normuon")} | {"embed.weight": SLOW}
+    assert found["embed.weight"] == nm.Route("normuon", lr_mul=0.5)
+
+
+def test_what_is_frozen_stays_frozen_and_has_the_multiplier_when_it_is_unfrozen() -> None:
+    model = Model()
+    model.blocks[0].requires_grad_(False)
+    found = nm.routes_for(model, {"*": SLOW})
+    for name, later in (("conv", nm.Route(flatten=True, lr_mul=0.5)), ("norm", "adamw")):
+        route = found[f"blocks.0.{name}.weight"]
+        assert route.algorithm == "frozen"
+        expected = nm.Route("adamw", lr_mul=0.5) if later == "adamw" else later
+        assert route.unfrozen == expected
+    assert found["scale"] == nm.Route("frozen")
+    assert found["blocks.1.norm.weight"] == nm.Route("adamw", lr_mul=0.5)
+    assert routes(routes={"*": SLOW, "embed*": nm.Route("frozen")})["embed.weight"] == nm.Route(
+        "frozen"
+    )
+
+
+def test_a_multiplier_that_is_not_written_is_kept_and_one_that_is_replaces() -> None:
+    model = Model()
+    found = nm.routes_for(model, {"blocks.0.*": SLOW}, decay_vectors=False)
+    assert found["blocks.0.norm.weight"] == nm.Route("adamw", lr_mul=0.5, wd_mul=0.0)
+    own = nm.Route("adamw", lr_mul=0.1, wd_mul=0.2)
+    found = routes(routes={"embed*": nm.Route(lr_mul=1.0), "*": own})
+    assert found["embed.weight"] == nm.Route("adamw", lr_mul=1.0, wd_mul=0.2)
+
+
+def test_a_rate_of_1_is_multipliers_alone_too() -> None:
+    found = routes(routes={f"blocks.{k}.*": nm.Route(lr_mul=0.9 ** (1 - k)) for k in range(2)})
+    assert found["blocks.0.norm.weight"] == nm.Route("adamw", lr_mul=0.9)
+    assert found["blocks.1.up.weight"] == nm.Route(lr_mul=1.0)
+    only = zeros(blocks__1__norm__weight=(D,), blocks__1__up__weight=(D, D))
+    found, _ = resolve_routes(only, {"*": nm.Route(lr_mul=1.0)})["blocks.1.norm.weight"]
+    assert found == nm.Route("adamw")
+
+
+def test_the_multipliers_of_several_entries_apply_up_to_the_first_that_decides() -> None:
+    found = decide_routes(
+        PARAMS,
+        {
+            "blocks.0.up.weight": nm.Route(wd_mul=0.0),
+            "blocks.0.*": SLOW,
+            "blocks.*": nm.Route(lr_mul=0.7, wd_mul=0.3),
+            "*up*": nm.Route("adamw", lr_mul=0.1),
+            "*": nm.Route(lr_mul=9.0),
+        },
+    )
+    assert found["blocks.0.up.weight"].route == nm.Route("adamw", lr_mul=0.5, wd_mul=0.0)
+    assert found["blocks.1.up.weight"].route == nm.Route("adamw", lr_mul=0.7, wd_mul=0.3)
+    assert found["blocks.0.qkv.weight"].route == nm.Route(lr_mul=0.5, wd_mul=0.3)
+    assert found["embed.weight"].route == nm.Route("adamw", lr_mul=9.0)
+    reason = found["blocks.0.up.weight"].reason
+    assert reason.startswith("routes['*up*']") and reason.endswith("routes['blocks.0.up.weight']")
+
+
+def test_layerwise_rates_are_one_line() -> None:
+    model = Model(12)
+    found = nm.routes_for(
+        model, {f"blocks.{k}.*": nm.Route(lr_mul=0.9 ** (12 - k)) for k in range(12)}
+    )
+    for k in range(12):
+        rate = 0.9 ** (12 - k)
+        assert found[f"blocks.{k}.norm.weight"] == nm.Route("adamw", lr_mul=rate)
+        assert found[f"blocks.{k}.conv.weight"] == nm.Route(flatten=True, lr_mul=rate)
+
+
+def test_the_optimizer_keeps_rules_and_a_group_its_algorithm() -> None:
+    named = [(name, nn.Parameter(t.clone())) for name, t in PARAMS.items()]
+    groups = [
+        {"params": named[:1], "algorithm": "adamw", "routes": {"*": nm.Route(wd_mul=0.0)}},
+        {"params": named[1:4], "routes": {"*norm*": nm.Route(lr_mul=0.1)}},
+        {"params": named[4:], "algorithm": "adamw"},
+    ]
+    optimizer = nm.NorMuon(groups, lr=0.02, routes={"*": SLOW, "*.qkv.*": nm.Route(heads=2)})
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.plan is not None
+    assert {p.name: p.route for p in optimizer.plan.parameters} == {
+        "embed.weight": nm.Route("adamw", lr_mul=0.5, wd_mul=0.0),
+        "blocks.0.qkv.weight": nm.Route(heads=2, lr_mul=0.5),
+        "blocks.0.norm.weight": nm.Route("adamw", lr_mul=0.1),
+        "blocks.0.up.weight": nm.Route("normuon", lr_mul=0.5),
+        "blocks.1.up.weight": nm.Route("adamw", lr_mul=0.5),
+    }
+
+
+def test_a_plan_and_a_checkpoint_tell_the_multiplier_and_the_rule(tmp_path: Path) -> None:
+    plan = nm.make_plan(PARAMS, routes={"*": SLOW})
+    lines = {line.split()[0]: line for line in str(plan).splitlines()}
+    assert "adamw lr*=0.5" in lines["embed.weight"] and "by name" in lines["embed.weight"]
+    assert "normuon lr*=0.5" in lines["blocks.0.up.weight"]
+    assert "routes['*']" in lines["embed.weight"]
+    for p in plan.parameters:  # a plan has plain values: no trace of what was not written
+        assert p.route.decides
+        assert {type(p.route.algorithm), type(p.route.lr_mul), type(p.route.wd_mul)} == {str, float}
+    written = nm.make_plan(PARAMS, routes={p.name: p.route for p in plan.parameters})
+    nm.save(tmp_path / "state", PARAMS, nm.init(PARAMS, plan), plan)
+    nm.load(tmp_path / "state", written)
+
+
+def test_a_list_of_routes_with_multipliers_alone_means_normuon() -> None:
+    results = []
+    for route in (SLOW, nm.Route("normuon", lr_mul=0.5)):
+        lists = [[torch.full((4, 8), x)] for x in (1.0, 0.5, 0.0)]
+        nm.foreach_step_(
+            *lists, [torch.zeros(4, 1)], lr=0.1, momentum=0.9, beta2=0.9, weight_decay=0.0,
+            routes=[route], compiled=False,
+        )  # fmt: skip
+        results.append(lists[0][0])
+    assert torch.equal(*results) and not torch.equal(results[0], torch.ones(4, 8))
+
+
+# --- what a route knows of itself
+
+COPIES: list[Callable[[nm.Route], nm.Route]] = [
+    copy.copy, copy.deepcopy, dataclasses.replace, lambda r: pickle.loads(pickle.dumps(r)),
+    lambda r: nm.Route(**{f.name: getattr(r, f.name) for f in dataclasses.fields(r)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_multipliers_alone_is_one(copied: Callable[[nm.Route], nm.Route]) -> None:
+    for route in (SLOW, nm.Route(wd_mul=0.0), nm.Route(lr_mul=1.0)):
+        again = copied(route)
+        assert again == route and hash(again) == hash(route) and not again.decides
+        assert again.over(nm.Route("adamw", wd_mul=0.5)) == route.over(
+            nm.Route("adamw", wd_mul=0.5)
+        )
+    assert not dataclasses.replace(SLOW, lr_mul=0.1).decides
+    assert dataclasses.replace(SLOW, algorithm="normuon").decides
+    assert dataclasses.replace(SLOW, heads=2).decides
+    assert copied(nm.Route()).decides
+
+
+def test_a_route_that_says_anything_else_decides() -> None:
+    for route in (
+        nm.Route(), nm.Route("normuon"), nm.Route("normuon", lr_mul=0.5), nm.Route("normuon", 0.5),
+        nm.Route(lr_mul=0.5, flatten=True), nm.Route(lr_mul=0.5, heads=2), nm.Route(dim=1),
+        nm.Route(lr_mul=0.5, transposed=True), nm.Route(splits=(1, 2)), nm.Route("adamw"),
+    ):  # fmt: skip
+        assert route.decides and route.over(nm.Route("adamw", wd_mul=0.0)) is route
+    assert nm.Route("normuon", lr_mul=0.5) == SLOW and str(SLOW) == "lr*=0.5"
+    assert "default" in repr(SLOW) and "default" not in repr(nm.Route("normuon", lr_mul=0.5))
+    with pytest.raises(ValueError, match="at least 2 dimensions"):
+        nm.make_plan(PARAMS, routes={"blocks.0.norm.weight": nm.Route("normuon", lr_mul=0.5)})
+
+
+def test_multipliers_that_would_change_nothing_are_refused() -> None:
+    params = dict(Model().named_parameters())
+    table = {name: nm.routes_for(Model())[name] for name in params}
+    for entries in ({"*": nm.Route("adamw"), "embed*": SLOW}, {**table, "embed*": SLOW}):
+        with pytest.raises(ValueError, match=r"routes\['embed\*'\].*write it before them"):
+            resolve_routes(params, entries)
+    with pytest.raises(ValueError, match=r"overrides\['embed.weight'\]"):
+        nm.routes_for(Model(), {"embed*": nm.Route("adamw"), "embed.weight": SLOW})
+    with pytest.raises(ValueError, match=r"\['nothing.\*'\] match no parameter"):
+        routes(routes={"nothing.*": SLOW})
+
+
+# --- hyper_of
+
+
+def entries(hyper_of: dict) -> list[int]:
+    return [p.hyper for p in nm.make_plan(PARAMS, hyper_of=hyper_of).parameters]
+
+
+def test_hyper_of_takes_globs_after_exact_names() -> None:
+    assert entries({"*": 0}) == [0, 0, 0, 0, 0]
+    assert entries({"blocks.0.*": 1, "*": 0, "blocks.0.norm.weight": 2}) == [0, 1, 2, 1, 0]
+    assert entries({"blocks.?.up.weight": 2, "blocks.*": 1, "embed.weight": 0}) == [0, 1, 1, 2, 2]
+    assert nm.make_plan(PARAMS, hyper_of={"blocks.*": 3, "*": 0}).hypers == 4
+
+
+def test_hyper_of_names_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"'embed\.weight', 'blocks\.1\.up\.weight'; write"):
+        entries({"blocks.0.*": 1})
+    with pytest.raises(ValueError, match=r"hyper_of: \['block.0.\*'\] match no parameter"):
+        entries({"block.0.*": 1, "*": 0})
+    with pytest.raises(ValueError, match=r"hyper_of: \['embed.wieght'\] match no parameter"):
+        entries({"embed.wieght": 1, "*": 0})
+    for wrong in (-1, True, 0.5):
+        with pytest.raises(ValueError, match=r"hyper_of\['\*'\]: expected an int >= 0"):
+            entries({"*": wrong})
+    with pytest.raises(TypeError, match="names or globs as keys, got 3"):
+        entries({3: 0})
+
+
+# --- time
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shortest of three, because other programs run too."""
+    found = []
+    for _ in range(3):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def test_four_times_the_parameters_take_at_most_six_times_as_long() -> None:
+    def asked(count: int) -> Callable[[], object]:
+        params = {
+            f"blocks.{k // 8}.{k % 8}.weight": torch.empty(8, 8, device="meta")
+            for k in range(count)
+        }
+        wanted = {f"blocks.{k}.*": SLOW for k in range(24)} | dict.fromkeys(params, nm.Route())
+        return lambda: resolve_routes(params, wanted)
+
+    def read(count: int) -> Callable[[], object]:
+        with torch.device("meta"):
+            model = nn.Sequential(*(nn.Linear(8, 32, bias=False) for _ in range(count)))
+        return lambda: nm.routes_for(model, {f"{k}.*": SLOW for k in range(24)})
+
+    assert _seconds(asked(4000)) <= 6 * _seconds(asked(1000))
+    assert _seconds(read(2000)) <= 6 * _seconds(read(500))
