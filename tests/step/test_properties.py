@@ -187,7 +187,12 @@ def values(
 def problem(drawn: tuple[Drawn, ...], config: nm.Config) -> tuple[nm.Plan, Tensors, list[Tensors]]:
     """``(plan, params, the gradients of every step)``."""
     params = {f"p{k}": values(d.shape, d.dtype, "gaussian", 0, 7 * k) for k, d in enumerate(drawn)}
-    routes = {f"p{k}": d.route for k, d in enumerate(drawn) if d.route is not None}
+    # Matrices of one row, of one column or of one entry too: by their shapes they are vectors.
+    routes = {
+        f"p{k}": d.route or nm.Route("normuon")
+        for k, d in enumerate(drawn)
+        if d.route is not None or len(d.shape) > 1
+    }
     steps = [
         {
             f"p{k}": values(d.shape, d.dtype, *d.grads[step], 100 * step + k, d.largest(config))
@@ -287,7 +292,8 @@ def test_the_update_of_every_matrix_has_rms_a_fifth_of_lr_whatever_its_gradient(
 ) -> None:
     grads = {"w": values(shape, dtype, kind, power, 1).float()}
     params = {"w": torch.zeros(shape)}
-    plan, hyper = nm.make_plan(params), nm.Hyper.of(params, lr=lr)
+    plan = nm.make_plan(params, routes={"w": nm.Route("normuon")})
+    hyper = nm.Hyper.of(params, lr=lr)
     moved = nm.update(params, grads, nm.init(plan, params), hyper, plan).params["w"]
     rms = moved.double().square().mean((-2, -1)).sqrt()
     has_gradient = grads["w"].abs().amax((-2, -1)) > 0
@@ -304,7 +310,12 @@ def test_the_order_of_the_parameters_changes_no_bit(
     names = list(params)
     random.Random(seed).shuffle(names)
     shuffled = {name: params[name] for name in names}
-    routes = {f"p{k}": d.route for k, d in enumerate(drawn) if d.route is not None}
+    # Matrices of one row, of one column or of one entry too: by their shapes they are vectors.
+    routes = {
+        f"p{k}": d.route or nm.Route("normuon")
+        for k, d in enumerate(drawn)
+        if d.route is not None or len(d.shape) > 1
+    }
     other = nm.make_plan(shuffled, config_of(config, "full"), routes=routes)
     state, other_state = nm.init(plan, params), nm.init(other, shuffled)
     hyper = nm.Hyper.of(params, lr=0.02, weight_decay=0.1)
@@ -381,10 +392,8 @@ def test_gradients_times_a_power_of_two_give_the_same_weights_bit_for_bit(
     low, high = POWERS[dtype]
     k = round(low + where * (high - low))
     params = {"w": values(shape, dtype, "gaussian", 0, 0)}
-    plan, hyper = (
-        nm.make_plan(params, config_of(config, guard)),
-        nm.Hyper.of(params, lr=0.02, weight_decay=0.1),
-    )
+    plan = nm.make_plan(params, config_of(config, guard), routes={"w": nm.Route("normuon")})
+    hyper = nm.Hyper.of(params, lr=0.02, weight_decay=0.1)
     ends = []
     for power in (0, k):
         here, state = params, nm.init(plan, params)
