@@ -33,7 +33,7 @@ def test_a_parameter_that_is_removed_takes_no_other_ones_name_with_it(with_names
         up = "up.weight" if with_names else "groups.0.0"
         square = "square.weight" if with_names else "groups.0.2"
         embedding = "embed.weight" if with_names else "groups.0.3"
-        slower = {square: nm.Route(lr_mul=0.1), up: nm.Route(lr_mul=0.5)}
+        slower = {square: nm.Route("normuon", lr_mul=0.1), up: nm.Route("normuon", lr_mul=0.5)}
         others = {} if with_names else {"groups.0.1": nm.Route(), embedding: nm.Route("adamw")}
         optimizer = nm.NorMuon(params, lr=0.02, routes=slower | others)
         train(net, optimizer, range(2))
