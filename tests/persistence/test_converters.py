@@ -399,7 +399,11 @@ def run_of(
             {},
             r"'w' has \['exp_avg', 'exp_inf', 'step'\], which is the state of no optimizer",
         ),
-        (nm.NorMuon, {}, "'w' has the state of normuon_fn.NorMuon, whose own load_state_dict"),
+        (
+            nm.NorMuon,
+            {"routes": {"*": nm.Route()}},
+            "'w' has the state of normuon_fn.NorMuon, whose own load_state_dict",
+        ),
         (
             nm.NorMuon,
             {"algorithm": "adamw"},
