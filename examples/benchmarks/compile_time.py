@@ -59,7 +59,7 @@ def problem(shapes: list[tuple[int, int]]) -> Arguments:
     torch.manual_seed(0)
     params = {f"layers.{k}": torch.randn(shape) for k, shape in enumerate(shapes)}
     grads = {name: torch.randn_like(p) for name, p in params.items()}
-    plan = nm.make_plan(params, nm.Config(guard=GUARD))
+    plan = nm.make_plan(params, nm.Config(guard=GUARD), routes={"*": nm.Route("normuon")})
     return params, grads, nm.init(plan, params), nm.Hyper.of(params, lr=0.01), plan
 
 

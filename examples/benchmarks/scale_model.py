@@ -200,7 +200,7 @@ def problem(
 
 
 def _planned(params: dict[str, Tensor], ranks: Any) -> tuple[nm.Plan, dict[str, Tensor]]:
-    return nm.make_plan(params, CONFIG, mesh=ranks), params
+    return nm.make_plan(params, CONFIG, routes={"*": nm.Route("normuon")}, mesh=ranks), params
 
 
 def arguments(plan: nm.Plan, params: dict[str, Tensor]) -> tuple[Any, ...]:

@@ -65,6 +65,8 @@ from tqdm import tqdm
 import normuon_fn as nm
 from normuon_fn.runtime.graphed import GraphedStep
 
+MATRICES = {"*": nm.Route("normuon")}  # every parameter of a workload is meant as matrices
+
 Shapes = list[tuple[int, int, int]]  # (matrices, rows, cols)
 
 WORKLOADS: dict[str, Shapes] = {
@@ -348,7 +350,7 @@ class Workload:
         device.clear()
         before = device.allocated()
         config = nm.Config(guard=guard)  # type: ignore[arg-type]
-        plan = nm.make_plan(self.params, config, mesh=self.mesh)
+        plan = nm.make_plan(self.params, config, routes=MATRICES, mesh=self.mesh)
         state, hyper = nm.init(plan, self.params), nm.Hyper.of(self.params, lr=1e-4)
         own = sum(
             torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in plan.state.values()
@@ -569,7 +571,7 @@ def first_step_seconds(device: Device, spec: str, dtype: torch.dtype, guard: str
 def first_step(device: Device, spec: str, options: Options) -> float:
     workload = Workload(device, shapes_of(spec), options.dtype)
     config = nm.Config(guard=options.guards[0])  # type: ignore[arg-type]
-    plan = nm.make_plan(workload.params, config)
+    plan = nm.make_plan(workload.params, config, routes=MATRICES)
     state, hyper = nm.init(plan, workload.params), nm.Hyper.of(workload.params, lr=1e-4)
     device.sync()
 
@@ -589,7 +591,7 @@ def orthogonalize_rows(
     entries, found = [], []
     torch.manual_seed(0)
     x = torch.randn(count, rows, cols, dtype=dtype, device=device.device)
-    plan = nm.make_plan({"x": x})
+    plan = nm.make_plan({"x": x}, routes=MATRICES)
     for how, function in (("compiled", compiled), ("eager", nm.orthogonalize)):
         row = Row(f"orthogonalize {spec} {how}")
         found.append(row)
