@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -74,9 +73,8 @@ def test_update_works_in_the_users_own_graph_with_loss_and_backward() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("guard", ["off", "full"])
-def test_generated_code_writes_parameters_and_state_in_place_and_copies_none(guard: str) -> None:
-    given = problem(VIEWS, nm.Config(guard=guard, **SHORT), routes=VIEW_ROUTES)
+def test_generated_code_writes_parameters_and_state_in_place_and_copies_none() -> None:
+    given = problem(VIEWS, nm.Config(guard="full", **SHORT), routes=VIEW_ROUTES)
     code = graphs.generated(local_update_, *given)
     code.check_in_place(least=16 * 16)
     lists = (

@@ -16,7 +16,7 @@ import normuon_fn as nm
 pytestmark = pytest.mark.usefixtures("without_inductor")
 EXPERTS = [f"expert{k}" for k in range(4)]
 SHORT = nm.Config(method="standard", steps=1)  # where graphs are counted, small ones
-PATTERNS = list(itertools.product((False, True), repeat=len(EXPERTS)))
+PATTERNS = list(itertools.product((False, True), repeat=len(EXPERTS)))[-10:]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def experts(config: nm.Config) -> tuple[dict[str, Tensor], nm.Plan, dict[str, Te
 
 @pytest.mark.parametrize("missing", ["skip", "zeros"])
 def test_any_set_of_gradients_may_be_missing(missing: str) -> None:
-    """16 sets, more than dynamo compiles of one function; with "zeros" they are one graph."""
+    """10 sets, more than dynamo compiles of one function; with "zeros" they are one graph."""
     params, plan, state, hyper = experts(replace(SHORT, missing_grads=missing))  # type: ignore[arg-type]
     expected, expected_state = (
         {k: x.clone() for k, x in given.items()} for given in (params, state)
@@ -69,8 +69,11 @@ def test_too_many_forms_say_what_has_to_be_alike() -> None:
     params = {"w": torch.randn(4, 4), **{name: torch.randn(4) for name in "abcd"}}
     plan = nm.make_plan(params, SHORT)
     state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.1)
-    with pytest.raises(RuntimeError, match="the order of the keys, the strides"):
-        for names in itertools.islice(itertools.permutations(params), 12):
+    with (
+        pytest.raises(RuntimeError, match="the order of the keys, the strides"),
+        torch._dynamo.config.patch(recompile_limit=2),  # 8 by default
+    ):
+        for names in itertools.islice(itertools.permutations(params), 4):
             nm.step(params, {name: params[name] for name in names}, state, hyper, plan)
 
 

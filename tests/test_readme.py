@@ -23,6 +23,7 @@ def block_with(text: str) -> str:
     return next(block for block in BLOCKS if text in block)
 
 
+@pytest.mark.usefixtures("without_inductor")  # compiled by Inductor in compile_tests
 def test_the_loop_runs_as_printed_and_learns() -> None:
     torch.manual_seed(0)
     printed: dict[str, Any] = {}

@@ -47,6 +47,12 @@ def key(kind: str, guard: str, scope: str, stage: str, rank: int) -> str:
     return f"{kind} {guard} {scope} {stage} {rank}"
 
 
+def faulty_ranks(kind: str, stage: str, world: int) -> tuple[int, ...]:
+    """Every rank, or of four ranks whose kind is not "eager" a different one for each stage."""
+    every = tuple(range(world))
+    return every if world < 4 or kind == "eager" else every[STAGES.index(stage) :: 3]
+
+
 def fault(stage: str, rank: int) -> tuple[str, str, str]:
     """Which fault a rank has in a stage: over the ranks and stages, all values and parameters come
     up.
@@ -112,7 +118,7 @@ class _Rank:
             for guard, scope in on:
                 plan = self.plan(mesh, guard, scope)
                 for stage in STAGES:
-                    for rank in range(self.world):
+                    for rank in faulty_ranks(kind, stage, self.world):
                         seen[key(kind, guard, scope, stage, rank)] = self.case(
                             function, plan, fault(stage, rank), rank
                         )

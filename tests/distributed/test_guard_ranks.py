@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.ranks import ON, Seen, fault, key, run
+from tests.distributed.ranks import ON, Seen, fault, faulty_ranks, key, run
 from tests.faults import COUNTERS, SHAPES, STAGES, expected_flags, keeps_its_bits
 
 pytestmark = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_in_place_compiled_by_group_and_on_a_mesh_of_two_dimensions_it_is_the_sa
     wrong = []
     for kind in KINDS[len(ranks)]:
         for stage in STAGES:
-            for faulty in range(len(ranks)):
+            for faulty in faulty_ranks(kind, stage, len(ranks)):
                 wrong += [
                     (kind, *w) for w in wrong_with(ranks, kind, "full", "step", stage, faulty)
                 ]
@@ -114,7 +114,7 @@ def test_with_the_guard_off_only_that_rank_is_damaged(ranks: Ranks, stage: str) 
 
 def test_without_a_mesh_every_rank_decides_alone_and_the_replicas_drift(ranks: Ranks) -> None:
     for stage in STAGES:
-        for faulty in range(len(ranks)):
+        for faulty in faulty_ranks("alone", stage, len(ranks)):
             cases = of_case(ranks, "alone", "full", "step", stage, faulty)
             assert [seen["skipped"][0] for seen in cases] == [
                 rank == faulty for rank in range(len(ranks))
@@ -128,7 +128,7 @@ def test_a_guard_mesh_of_some_ranks_skips_on_those_and_no_others(ranks: Ranks) -
     if len(ranks) < 4:
         pytest.skip("two groups of two need four ranks")
     for stage in STAGES:
-        for faulty in range(4):
+        for faulty in faulty_ranks("row", stage, 4):
             cases = of_case(ranks, "row", "full", "step", stage, faulty)
             together = {0, 1} if faulty < 2 else {2, 3}
             assert {rank for rank, seen in enumerate(cases) if seen["skipped"][0]} == together

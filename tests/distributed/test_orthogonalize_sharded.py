@@ -116,8 +116,18 @@ CASES_OF_4 = {
     "two of three without names": Case((16, 128), (S1, S1, R), {"all_reduce": 10}, "3-D, no names"),
     "without names": Case((16, 128), (S1, S1), DISTRIBUTED, "2-D, no names"),
 }
-ON_2_ONLY = {
+ON_2_ONLY = {  # more ranks change nothing in them
+    "aol",
+    "bfloat16 gram",
+    "float16 gram",
+    "float16, duplicated",
     "replicated",
+    "stack, columns cut",
+    "stack, rows cut",
+    "tall float16 gram",
+    "tall stack, columns cut",
+    "tall, rows cut",
+    "x is smaller than its grams",
     "square",
     "square, gram",
     "standard",

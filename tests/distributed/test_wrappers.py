@@ -78,7 +78,7 @@ def test_accelerate_on_two_ranks_is_ddp_and_resumes_exactly(ranks: list[dict[str
         assert seen["accelerate"]["resumed"] == 0.0
 
 
-def test_inductor_compiles_the_steps_of_two_ranks_once_and_they_skip_together(
+def test_the_steps_of_two_ranks_are_compiled_once_and_they_skip_together(
     tmp_path: Path,
 ) -> None:
     for seen in run_ranks(compiled, WORLD, tmp_path):

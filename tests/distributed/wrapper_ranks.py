@@ -5,6 +5,7 @@ gloo on CPU.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import normuon_fn as nm
+from normuon_fn.compat import compile_whole
 from normuon_fn.step import local_update_
 from tests.distributed.optimizer_ranks import EXACT, local, model_of, off, whole
 
@@ -284,10 +286,15 @@ def main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str,
 
 
 def compiled(rank: int, world: int, device: torch.device) -> dict[str, Any]:
-    """One matrix through Inductor, and the same operation by operation."""
+    """One matrix in a graph, and the same operation by operation.
+
+    test_layouts takes two ranks through Inductor.
+    """
     config = nm.Config(steps=1, method="standard", orthogonalize_dtype=torch.float32)
     results, skipped = [], []
     module = __import__("normuon_fn.optim.normuon", fromlist=["step_"])
+    runtime = __import__("normuon_fn.runtime.compiled", fromlist=["compile_whole"])
+    runtime.compile_whole = functools.partial(compile_whole, backend="aot_eager")
     for _ in range(2):
         torch.manual_seed(0)
         model = nn.Linear(6, 7, bias=False)

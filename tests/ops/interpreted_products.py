@@ -185,12 +185,11 @@ def main() -> None:
         for config in DESCRIPTORS[2 * (shape[1] > 40) :][:2]:
             check(*shape, PRODUCT_DTYPES[k % 2], config, transposed)
     for k, config in enumerate(REAL):
-        check(1, 304 - 48 * (k % 2), 72, PRODUCT_DTYPES[k % 2], config, transposed=k % 3 == 0)
+        check(1, 208 - 48 * (k % 2), 72, PRODUCT_DTYPES[k % 2], config, transposed=k % 3 == 0)
     check_choice()
-    for config in (*SMALL, *DESCRIPTORS[2:], REAL[0]):
+    for k, config in enumerate((*SMALL, *DESCRIPTORS[2:], REAL[0])):
         check_gaussian_is_symmetric(config)
-        check_non_finite(torch.float16, config)
-        check_non_finite(torch.bfloat16, config)
+        check_non_finite((torch.float16, torch.bfloat16)[k % 2], config)
     check_operators()
 
 

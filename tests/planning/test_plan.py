@@ -159,8 +159,10 @@ def test_parameters_that_cannot_be_optimized_are_refused_by_name(
         nm.make_plan(params)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+)
 def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
     dtype: torch.dtype, compiled: bool
 ) -> None:

@@ -178,6 +178,7 @@ def test_layerwise_rates_are_one_line() -> None:
         assert found[f"blocks.{k}.conv.weight"] == nm.Route(flatten=True, lr_mul=rate)
 
 
+@pytest.mark.usefixtures("eager")
 def test_the_optimizer_keeps_rules_and_a_group_its_algorithm() -> None:
     named = [(name, nn.Parameter(t.clone())) for name, t in PARAMS.items()]
     groups = [

@@ -220,6 +220,7 @@ def test_muon_without_normalization_has_no_variance() -> None:
     )  # seen 2e-7: scale and order of the products
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_parameters_that_require_grad_are_written_in_place_without_a_graph() -> None:
     model = torch.nn.Linear(8, 8)
     params = dict(model.named_parameters())
