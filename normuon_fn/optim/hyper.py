@@ -105,8 +105,8 @@ def remember_base(group: dict[str, Any], written: Mapping[str, Any]) -> None:
                 group[of_adamw] = None
     lr = group["lr"]
     if BASE not in group and (group.get("adamw_lr") is not None or not isinstance(lr, Tensor)):
-        one = not isinstance(lr, Tensor) or lr.numel() == 1
-        group[BASE] = float(lr) if one and isinstance(lr, (int, float, Tensor)) else None
+        is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real)
+        group[BASE] = float(lr) if is_number else None
     group.setdefault(BASE, None)
 
 
