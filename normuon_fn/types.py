@@ -1,5 +1,5 @@
-"""The three things a caller holds: what is static (`Config`), what changes (`Hyper`), what comes
-back (`StepResult`).
+"""The three things a caller holds: what is static (`Config`), what changes (`Hyper`, whose home is
+hyper.py), what comes back (`StepResult`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .hyper import LARGEST as LARGEST
 from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper
 from .hyper import check_number as check_number
+from .other_names import with_hints
 
 Row = tuple[float, float, float]
 CoefficientsName = Literal[
@@ -153,6 +154,8 @@ class Config:
         return Config(**{**_PRESETS[name], **overrides})
 
 
+# A dataclass writes its own __init__: it has hints for the names of other optimizers too.
+Config.__init__ = with_hints(Config.__init__)  # type: ignore[method-assign]
 _CHOICES = {k: get_args(v) for k, v in get_type_hints(Config).items() if get_origin(v) is Literal}
 _CUSHIONED: dict[str, Any] = {"coefficients": "polar_express_cushioned"}
 _FLOOR: dict[str, Any] = {"reduction": "short", "eps_form": "floor"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import warnings
@@ -240,6 +241,17 @@ def test_an_argument_of_another_optimizer_is_answered_with_the_line_to_write(
     for make in (nm.NorMuon, nm.for_trainer):
         with pytest.raises(TypeError, match=f"NorMuon: .*{message}"):
             make(model, **given)
+
+
+def test_a_config_answers_names_of_other_optimizers_and_stays_a_dataclass() -> None:
+    for key, message in (("ns_steps", "steps=..."), ("use_nesterov", "nesterov=...")):
+        with pytest.raises(TypeError, match=f"Config: there is no argument '{key}'.*{message}"):
+            nm.Config(**{key: 5})
+    with pytest.raises(TypeError, match=r"Config: .*'nesterof'; did you mean 'nesterov'"):
+        nm.Config(nesterof=True)  # type: ignore[call-arg]
+    config = nm.Config(nesterov=True)
+    assert pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
+    assert "nesterov" in inspect.signature(nm.Config).parameters
 
 
 def test_lists_are_answered_too_and_signatures_stay_visible() -> None:
