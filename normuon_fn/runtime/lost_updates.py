@@ -27,11 +27,10 @@ _SAMPLE = 1024  # entries per parameter: the share of them is right within 3 %
 ADAMW_RMS = 0.4  # of an update per unit of lr; usually 0.2 to 0.4: arXiv 2502.16982, section 2.2
 
 
-class Entries(NamedTuple):
-    """Entries of one parameter between two powers of two."""
+class Kind(NamedTuple):
+    """Entries of one rule and between the same two powers of two."""
 
     needed: float  # the learning rate from which on the RMS of their updates is half a step
-    share: float  # how many they are
     of_adamw: bool
 
 
@@ -39,7 +38,7 @@ class Entries(NamedTuple):
 class Coarseness:
     """How coarse the parameters of one entry of `Hyper` are; numbers on the host."""
 
-    entries: list[Entries]
+    entries: Counter[Kind]  # how many there are of each kind
     dtypes: set[torch.dtype]
 
     def doubt(self, lr: float, adamw_lr: float) -> str | None:
@@ -48,7 +47,7 @@ class Coarseness:
         An update is taken as normal: rounding to nearest loses what is under half a step.
         """
         total = lost = moved = 0.0
-        for needed, count, of_adamw in self.entries:
+        for (needed, of_adamw), count in self.entries.items():
             rate = adamw_lr if of_adamw else lr
             if rate > 0:
                 total += count
@@ -95,12 +94,12 @@ def coarseness_of(
     for p, whole, sample in zip(chosen, flat, samples, strict=True):
         of_adamw, kind = p.route.algorithm == "adamw", torch.finfo(p.spec.dtype)
         per_lr = (ADAMW_RMS if of_adamw else rms.get(p.name, plan.config.rms)) * p.route.lr_mul
-        each = found.setdefault(p.hyper, Coarseness([], set()))
+        each = found.setdefault(p.hyper, Coarseness(Counter(), set()))
         each.dtypes.add(p.spec.dtype)
         for exponent, count in Counter(exponents[at : at + len(sample)]).items():
             half = max(2.0 ** (exponent - 1), kind.smallest_normal) * kind.eps / 2
             needed = half / per_lr if per_lr else math.inf
-            each.entries.append(Entries(needed, count * len(whole) / len(sample), of_adamw))
+            each.entries[Kind(needed, of_adamw)] += count * len(whole) // len(sample)
         at += len(sample)
     return found
 
