@@ -77,7 +77,7 @@ def main() -> None:
     )
     params, state = members(one), members(nm.init(plan, one))
     stacked = [nm.Hyper.of(one, lr=rate, weight_decay=0.1) for rate in RATES]
-    hyper = nm.Hyper(*(torch.stack(values) for values in zip(*stacked, strict=True)))
+    hyper = nm.Hyper.stack(stacked)
 
     generator, losses = torch.Generator().manual_seed(args.seed), []
     warmup = max(1, args.steps // 10)
@@ -85,7 +85,7 @@ def main() -> None:
         starts = torch.randint(len(text.train) - CONTEXT, (BATCH, 1), generator=generator)
         tokens = text.train[starts + torch.arange(CONTEXT + 1)].to(args.device)
         factor = min((step + 1) / warmup, (args.steps - step) / (args.steps - warmup + 1))
-        now = hyper._replace(lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor)
+        now = hyper.scaled(factor)
         params, state, loss = ensemble(params, state, now, tokens)
         losses.append(loss)
 

@@ -83,10 +83,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             loss = loss * float("nan")
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
-        factor = schedule[step - 1]
-        now = hyper._replace(
-            lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor
-        )  # tensors: never a recompile
+        now = hyper.scaled(schedule[step - 1])  # tensors: never a recompile
         result = nm.step_(params, grads, state, now, plan)
         model.zero_grad()
 

@@ -317,10 +317,7 @@ class Trainer:
         while run.step < stop:
             tokens = self.text.batch(run.generator).to(self.device)
             grads, loss = self.loss_and_grad(run.params, tokens)
-            factor = schedule[run.step]
-            now = hyper._replace(
-                lr=hyper.lr * factor, adamw_lr=hyper.adamw_lr * factor
-            )  # tensors: never a recompile
+            now = hyper.scaled(schedule[run.step])  # tensors: never a recompile
             result = self.step(run.params, grads, run.state, now, plan)
             run.params, run.state, run.step = result.params, result.state, run.step + 1
             pending.append(loss)

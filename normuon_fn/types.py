@@ -1,5 +1,5 @@
-"""The three things a caller holds: what is static (`Config`), what changes (`Hyper`), what comes
-back (`StepResult`).
+"""The three things a caller holds: what is static (`Config`), what changes (`Hyper`, whose home is
+hyper.py), what comes back (`StepResult`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import torch
 from torch import Tensor
+
+from .hyper import LARGEST as LARGEST
+from .hyper import ONE as ONE
+from .hyper import Hyper as Hyper
+from .hyper import check_number as check_number
+from .other_names import with_hints
 
 Row = tuple[float, float, float]
 CoefficientsName = Literal[
@@ -35,8 +41,6 @@ Tensors = Mapping[str, Tensor]
 Grads = Mapping[str, Tensor | None]
 
 FIXED_STEPS = {"cubic5": 5}  # one composition, which can neither be cut nor continued
-ONE = 1.0 - 2.0**-25  # rounded to float32 it is 1, and with it all numbers from there on
-LARGEST = torch.finfo(torch.float32).max
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -150,6 +154,8 @@ class Config:
         return Config(**{**_PRESETS[name], **overrides})
 
 
+# A dataclass writes its own __init__: it has hints for the names of other optimizers too.
+Config.__init__ = with_hints(Config.__init__)  # type: ignore[method-assign]
 _CHOICES = {k: get_args(v) for k, v in get_type_hints(Config).items() if get_origin(v) is Literal}
 _CUSHIONED: dict[str, Any] = {"coefficients": "polar_express_cushioned"}
 _FLOOR: dict[str, Any] = {"reduction": "short", "eps_form": "floor"}
@@ -172,66 +178,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Hyper(NamedTuple):
-    """What may change from step to step: 0-d float32 tensors on the device (1-d: see `stack`).
-
-    ``hyper._replace(lr=tensor)`` changes a value without recompiling; ``hyper.lr.fill_(x)`` also
-    under a replayed CUDA graph. Units: ``lr`` multiplies the update that ``Config.scale`` describes
-    (with ``"paper"``, RMS ``rms`` per step, so AdamW's learning rates carry over); ``weight_decay``
-    is per step and unit of ``lr``.
-    """
-
-    lr: Tensor
-    momentum: Tensor
-    beta2: Tensor
-    weight_decay: Tensor
-    adamw_lr: Tensor
-    adamw_beta1: Tensor
-    adamw_beta2: Tensor
-    adamw_eps: Tensor
-    adamw_weight_decay: Tensor
-
-    @staticmethod
-    def of(
-        params: Mapping[str, Tensor],
-        *,
-        lr: float,
-        momentum: float = 0.95,
-        beta2: float = 0.95,
-        weight_decay: float = 0.0,
-        adamw_lr: float | None = None,  # None: lr
-        adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_eps: float = 1e-8,
-        adamw_weight_decay: float | None = None,  # None: weight_decay
-    ) -> Hyper:
-        """The hyperparameters as 0-d float32 tensors on the device of ``params``.
-
-        Raises TypeError for what is not a number, ValueError for one that is negative or not
-        finite, or a momentum or beta outside [0, 1) in float32.
-        """
-        if not isinstance(params, Mapping) or not params:
-            raise ValueError("params: expected a non-empty dict of tensors, to know the device")
-        device = next(iter(params.values())).device
-        if not isinstance(adamw_betas, (tuple, list)) or len(adamw_betas) != 2:
-            raise TypeError(f"adamw_betas: expected two numbers, got {adamw_betas!r}")
-        decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-        adamw = (lr if adamw_lr is None else adamw_lr, *adamw_betas, adamw_eps, decay)
-        values = (lr, momentum, beta2, weight_decay, *adamw)
-        for name, value in zip(Hyper._fields, values, strict=True):
-            check_number(name, value)
-            if name in ("momentum", "beta2", "adamw_beta1", "adamw_beta2") and value >= ONE:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r} as float32")
-        numbers = map(float, values)
-        return Hyper(*(torch.tensor(x, dtype=torch.float32, device=device) for x in numbers))
-
-    @staticmethod
-    def stack(hypers: Sequence[Hyper]) -> Hyper:
-        """One `Hyper` of 1-d tensors, for a plan with ``hyper_of``: entry k is ``hypers[k]``."""
-        if not hypers:
-            raise ValueError("hypers: expected at least one Hyper, got none")
-        return Hyper(*(torch.stack(values) for values in zip(*hypers, strict=True)))
-
-
 class StepResult(NamedTuple):
     """``params`` and ``state`` have the keys of what was given, in the same order."""
 
@@ -240,13 +186,6 @@ class StepResult(NamedTuple):
     # [2, n_params] int32, in the order of plan.names: non-finite update, non-finite gradient
     flags: Tensor
     skipped: Tensor  # 0-d bool: something kept its bits
-
-
-def check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__} ({value!r})")
-    if not 0.0 <= value <= LARGEST:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r} as float32")
 
 
 def check_coefficients(

@@ -302,7 +302,8 @@ class Trainer:
         }
         plan = self.plan(job.variant, params)
         state = nm.init(plan, params)
-        hyper = nm.Hyper.of(params, lr=job.lr, weight_decay=WEIGHT_DECAY)
+        peak = nm.Hyper.of(params, lr=job.lr, weight_decay=WEIGHT_DECAY)
+        hyper = peak.scaled(0.0)  # what a captured step reads
         buffers = {
             name: torch.zeros_like(p) for name, p in params.items()
         }  # of gradients: a captured step wants them in place
@@ -321,7 +322,7 @@ class Trainer:
         )
         rise = max(1, round(steps * WARMUP))
         shape = [min((i + 1) / rise, (steps - i) / (steps - rise + 1)) for i in range(steps)]
-        schedule = job.lr * torch.tensor(shape, device=self.device)
+        schedule = torch.tensor(shape, device=self.device)
         broken = (
             torch.rand(steps, generator=torch.Generator().manual_seed(1000 + job.seed)) < job.faults
         )
@@ -344,8 +345,7 @@ class Trainer:
                 )
             marks.append(self.mark())
             torch._foreach_copy_(list(buffers.values()), [grads[name] for name in buffers])
-            hyper.lr.copy_(schedule[i])
-            hyper.adamw_lr.copy_(schedule[i])
+            peak.scaled(schedule[i], out=hyper)
             step(params, buffers, state, hyper)
             return [*marks, self.mark()]
 

@@ -180,10 +180,11 @@ class Trainer:
             name: torch.zeros_like(p) for name, p in params.items()
         }  # where a captured step looks for them
         plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES)
-        state, hyper = (
+        state, peak = (
             nm.init(plan, params),
             nm.Hyper.of(params, lr=LR["normuon"], weight_decay=0.1),
         )
+        hyper = peak.scaled(0.0)  # what a captured step reads
         generator = torch.Generator().manual_seed(args.seed)
         if first:
             saved = nm.load(checkpoint, plan, params=params, state=state)
@@ -201,11 +202,8 @@ class Trainer:
                 which, entry, kind = self.faults[step]
                 grad = list(grads.values())[int(which * len(grads))].view(-1)
                 grad[int(entry * len(grad))].fill_(math.nan if kind < 0.5 else math.inf)
-            lr = LR["normuon"] * min(
-                (step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1)
-            )
-            hyper.lr.fill_(lr)
-            hyper.adamw_lr.fill_(lr)
+            factor = min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1))
+            peak.scaled(factor, out=hyper)
             step_(params, grads, state, hyper)
             losses[seen].copy_(loss)
             clock.mark()

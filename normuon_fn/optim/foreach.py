@@ -17,6 +17,7 @@ from ..routing.routes import Route
 from ..runtime.compiled import step_
 from ..step import local_update_
 from ..types import LARGEST, ONE, Config, Hyper, StepResult
+from .groups import with_config_hints
 from .list_plans import Looks, plan_for
 
 Masters = Sequence[Tensor | None]
@@ -29,6 +30,7 @@ class ForeachResult(NamedTuple):
     skipped: Tensor  # 0-d bool: at least one parameter was not updated
 
 
+@with_config_hints
 def foreach_step_(
     params: Sequence[Tensor],  # [rows, cols] or [..., rows, cols]
     grads: Sequence[Tensor],

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..other_names import ELSEWHERE, OF_ROUTES, RENAMED, F, alike, arguments_of, hint, with_hints
 from ..routing.resolve import Routes
 from ..routing.routes import Decision
 from ..types import Config, Guard
-from .hyper import Groups
+from .hyper import BASE, OF_ADAMW, Groups, plain, remember_base
 
-_RENAMED = {  # keys of other optimizers, and what they are called here
-    "betas": "adamw_betas", "eps": "adamw_eps", "mu": "momentum", "muon_beta2": "beta2",
-    "use_muon": "algorithm", "adamw_lr": "lr", "adamw_weight_decay": "weight_decay",
-}  # fmt: skip
-_ELSEWHERE = {  # keys of other optimizers, and what to do instead; None and False ask for nothing
-    "maximize": "negate the loss",
-    "amsgrad": "leave it out, there is none here",
-    "flatten": "write routes={...: Route(flatten=True)}",
-    "beta1": "write momentum, or adamw_betas for AdamW",
-    "epsilon": "write adamw_eps, or NorMuon(config=Config(eps=...)) for matrices",
-    "adjust_lr": "write NorMuon(config=Config(scale=...))",
-    "adjust_lr_fn": "write NorMuon(config=Config(scale=...))",
-    "ns_steps": "write NorMuon(config=Config(steps=...))",
-    "ns_coefficients": "write NorMuon(config=Config(coefficients=...))",
-    "cautious_wd": "write NorMuon(config=Config(weight_decay_form='cautious'))",
+CONFIG_FIELDS = tuple(field.name for field in fields(Config))
+_OF_ALL = (  # arguments of the constructor that no group can have for itself
+    "config", "nan_guard_fallback", "mesh", "guard_mesh", "late_gradients", "graphed",
+)  # fmt: skip
+
+
+_OF_MATRICES: dict[str, tuple[Any, str]] = {  # what NorMuon takes if nothing is written
+    "momentum": (0.95, "write adamw_betas=(beta1, beta2)"),
+    "beta2": (0.95, "write adamw_betas=(beta1, beta2)"),
+    "lr": (1e-3, "write it in the place of adamw_lr"),
+    "weight_decay": (0.0, "write it in the place of adamw_weight_decay"),
 }
 
 
@@ -45,6 +42,28 @@ class AddedGroup(NamedTuple):
 # --- what is asked for at construction
 
 
+def with_config_hints(function: F) -> F:
+    """``function``, which has a ``config``, with hints for arguments that it does not have."""
+    return with_hints(function, options=CONFIG_FIELDS)
+
+
+def check_arguments(function: Callable[..., Any], kwargs: Iterable[str]) -> None:
+    """Refuses arguments that ``function``, which has a ``config``, does not have.
+
+    Raises:
+        TypeError: naming the argument and what to write instead.
+    """
+    known, where = arguments_of(function), function.__qualname__.removesuffix(".__init__")
+    for key in kwargs:
+        if key not in known:
+            raise TypeError(hint(where, key, known, CONFIG_FIELDS))
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
 def with_guard(config: Config | None, guard: Guard | None, nan_guard_fallback: bool) -> Config:
     """``config`` with the guard that the optimizer's own arguments ask for."""
     config = Config() if config is None else config
@@ -57,6 +76,11 @@ def with_guard(config: Config | None, guard: Guard | None, nan_guard_fallback: b
                 "pass either nan_guard_fallback=True or guard="
             )
         return replace(config, guard="output", guard_scope="bucket")
+    if guard is not None and config.guard not in ("off", guard):
+        raise ValueError(
+            f"guard: {guard!r} contradicts config.guard, which is {config.guard!r}; write one of "
+            "them"
+        )
     return config if guard is None else replace(config, guard=guard)
 
 
@@ -68,35 +92,73 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     Raises:
         TypeError: naming the key and what to write instead.
     """
-    known = {field.name for field in fields(Config)}
     for key, value in group.items():
-        if key in _RENAMED:
-            raise TypeError(f"param_group: {key!r} is called {_RENAMED[key]!r} here")
-        if key in _ELSEWHERE and value is not None and value is not False:
+        asks = value is not None and value is not False
+        if key in RENAMED and RENAMED[key] in defaults:
+            raise TypeError(f"param_group: {key!r} is called {RENAMED[key]!r} here")
+        if key in ELSEWHERE and asks:
             raise TypeError(
-                f"param_group: {key}={value!r} cannot be set per group; {_ELSEWHERE[key]}"
+                f"param_group: {key}={value!r} cannot be set per group; {ELSEWHERE[key]}"
             )
-        if key in known:
+        if key in CONFIG_FIELDS:
             raise TypeError(
                 f"param_group: {key!r} is the same for all groups; "
                 f"write NorMuon(config=Config({key}=...))"
             )
-    if group.get("algorithm", defaults["algorithm"]) == "adamw" and not group.get("routes"):
-        for key in ("momentum", "beta2"):
-            if key in group and group[key] != defaults[key]:
-                raise TypeError(
-                    f"param_group: {key!r} is for matrices; "
-                    "with algorithm='adamw' write adamw_betas"
-                )
+        if RENAMED.get(key, key) in _OF_ALL and asks:
+            raise TypeError(
+                f"param_group: {key!r} is the same for all groups; "
+                f"write NorMuon({RENAMED.get(key, key)}=...)"
+            )
+        if key in OF_ROUTES:
+            raise TypeError(
+                f"param_group: {key!r} is of single parameters; "
+                f"write routes={{...: Route({key}=...)}} into the group"
+            )
+        known = (*defaults, BASE, "params", "param_names", "routes")
+        meant = None if key in known or key in ELSEWHERE else alike(key, known)
+        if meant is not None:
+            raise TypeError(f"param_group: there is no key {key!r}; did you mean {meant!r}?")
+    if group.get("algorithm", defaults["algorithm"]) != "adamw" or group.get("routes"):
+        return
+    for key in ("momentum", "beta2"):
+        if key in group and group[key] != defaults[key]:
+            raise TypeError(
+                f"param_group: {key!r} is for matrices; with algorithm='adamw' write adamw_betas"
+            )
+    if BASE in group:  # a group of another NorMuon, which has the constructor's values too
+        return
+    for key, of_adamw in OF_ADAMW.items():
+        own, other = group.get(key), group.get(of_adamw)
+        if own is not None and other is not None and plain([own]) != plain([other]):
+            raise TypeError(
+                f"param_group: {key}={own!r} and {of_adamw}={other!r} contradict each other; with "
+                f"algorithm='adamw' {key} is AdamW's already, write {key} alone"
+            )
+
+
+def check_used(defaults: Mapping[str, Any], added: Sequence[AddedGroup]) -> None:
+    """Refuses arguments of the constructor for matrices where ``algorithm="adamw"`` leaves none.
+
+    Raises:
+        TypeError: naming the argument and what to write instead.
+    """
+    rules = [found.route for group in added for found in (group.decisions or {}).values()]
+    if defaults["algorithm"] != "adamw" or any(rule.algorithm == "normuon" for rule in rules):
+        return
+    for key, (usual, instead) in _OF_MATRICES.items():
+        if defaults.get(OF_ADAMW.get(key, key)) is not None and plain(defaults[key]) != usual:
+            raise TypeError(
+                f"{key}: {defaults[key]!r} is for matrices, and algorithm='adamw' leaves none; "
+                f"{instead}"
+            )
 
 
 # --- names
 
 
-def remember_last(
-    groups: Sequence[dict[str, Any]], routes: Routes | None, has_algorithm: bool
-) -> AddedGroup:
-    """What to remember about the last group, which was just added.
+def remember_last(groups: Sequence[dict[str, Any]], written: Mapping[str, Any]) -> AddedGroup:
+    """What to remember about the last group, which was just added as somebody has written it.
 
     Its hyperparameters that are tensors of an earlier group are cloned, so that every group's can
     be written separately.
@@ -106,12 +168,13 @@ def remember_last(
         id(value) for other in others for value in other.values() if isinstance(value, Tensor)
     }
     group |= {key: value.detach().clone() for key, value in group.items() if id(value) in shared}
+    remember_base(group, written)
     names = group.get("param_names") or [
         f"groups.{len(others)}.{i}" for i in range(len(group["params"]))
     ]
     params = [*zip(names, group["params"], strict=True)]
-    has_names = "param_names" in group
-    routes = {} if routes is None else routes
+    has_algorithm, has_names = "algorithm" in written, "param_names" in group
+    routes = {} if written.get("routes") is None else written["routes"]
     return AddedGroup(params, routes, group["algorithm"], has_algorithm, has_names)
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from ..types import ONE, Hyper, check_number
 
 Groups = Sequence[Mapping[str, Any]]
-_NUMBERS = ("lr", "momentum", "beta2", "weight_decay", "adamw_eps")
+OF_ADAMW = {"lr": "adamw_lr", "weight_decay": "adamw_weight_decay"}  # None: the same as the first
+BASE = "adamw_lr_base"  # the key of a group: its lr when it was added, where AdamW has adamw_lr
+_NUMBERS = ("lr", "momentum", "beta2", "weight_decay", "adamw_eps", *OF_ADAMW.values())
 _KEYS = (  # by field of `Hyper`: the key of a group that it comes from
     "lr", "momentum", "beta2", "weight_decay",
-    "lr", "adamw_betas", "adamw_betas", "adamw_eps", "weight_decay",
+    "adamw_lr", "adamw_betas", "adamw_betas", "adamw_eps", "adamw_weight_decay",
 )  # fmt: skip
 
 
@@ -61,11 +63,51 @@ class GroupHyper:
 
 def _values(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """A group's hyperparameters in the order of `Hyper`'s fields."""
-    lr, decay = group["lr"], group["weight_decay"]
+    decay, of_adamw = group["weight_decay"], group.get("adamw_weight_decay")
     return (
-        lr, group["momentum"], group["beta2"], decay,
-        lr, *group["adamw_betas"], group["adamw_eps"], decay,
+        group["lr"], group["momentum"], group["beta2"], decay,
+        adamw_lr_of(group), *group["adamw_betas"], group["adamw_eps"],
+        decay if of_adamw is None else of_adamw,
     )  # fmt: skip
+
+
+def adamw_lr_of(group: Mapping[str, Any]) -> Any:
+    """AdamW's learning rate now: ``adamw_lr``, times what became of ``lr`` since it was added.
+
+    So everything that moves ``lr`` moves AdamW's rate in proportion. Nothing waits for a tensor.
+    """
+    lr, peak = group["lr"], group.get("adamw_lr")
+    if peak is None:
+        return lr
+    base = group.get(BASE)
+    if base is None or not base > 0:
+        raise ValueError(
+            "adamw_lr: is AdamW's rate while lr is what it was when its group was added, and "
+            f"follows lr from there; expected an lr > 0 by then, got {base!r}. Write lr at its "
+            "peak and let a scheduler begin at 0, or give AdamW's parameters a group with "
+            "algorithm='adamw' and an lr of their own"
+        )
+    if isinstance(lr, Tensor) or isinstance(peak, Tensor):
+        each = [x.detach().reshape(()) if isinstance(x, Tensor) else x for x in (peak, lr)]
+        return each[0] * (each[1] / base)
+    return peak if lr == base else peak * (lr / base)
+
+
+def remember_base(group: dict[str, Any], written: Mapping[str, Any]) -> None:
+    """Settles AdamW's own values of a group that is being added; ``written`` are its own keys.
+
+    In a group with ``algorithm="adamw"``, ``lr`` and ``weight_decay`` are AdamW's: there they go
+    before the constructor's ``adamw_lr`` and ``adamw_weight_decay``.
+    """
+    if group["algorithm"] == "adamw" and BASE not in written:
+        for key, of_adamw in OF_ADAMW.items():
+            if key in written and written.get(of_adamw) is None:
+                group[of_adamw] = None
+    lr = group["lr"]
+    if BASE not in group and (group.get("adamw_lr") is not None or not isinstance(lr, Tensor)):
+        is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real)
+        group[BASE] = float(lr) if is_number else None
+    group.setdefault(BASE, None)
 
 
 def check_hyperparameters(group: dict[str, Any], where: str = "") -> None:
@@ -84,17 +126,27 @@ def check_hyperparameters(group: dict[str, Any], where: str = "") -> None:
     betas = group["adamw_betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{where}adamw_betas: expected two numbers, got {betas!r}")
-    group |= {key: _number(group[key]) for key in _NUMBERS}
+    group |= {key: _number(group[key]) for key in _NUMBERS if key in group}
     numbers = [*map(_number, betas)]
     group["adamw_betas"] = numbers if isinstance(betas, list) else tuple(numbers)
+    own = {key: group.get(key) for key in ("lr", *OF_ADAMW.values())}
+    for name, value in own.items():  # before AdamW's rate is computed from them
+        if value is not None and not isinstance(value, Tensor):
+            _check_value(where + name, value)
+        elif isinstance(value, Tensor):
+            _check_one(where + name, value)
     for name, value in zip(_KEYS, _values(group), strict=True):
         if not isinstance(value, Tensor):
             _check_value(where + name, value)
-        elif value.numel() != 1:
-            raise ValueError(
-                f"{where}{name}: expected a number or a tensor of one element, "
-                f"got shape {tuple(value.shape)}"
-            )
+        else:
+            _check_one(where + name, value)
+
+
+def _check_one(name: str, value: Tensor) -> None:
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}"
+        )
 
 
 def _check_value(name: str, value: Any) -> None:

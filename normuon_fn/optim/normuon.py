@@ -38,24 +38,22 @@ class NorMuon(torch.optim.Optimizer):
     Pass the model, whose modules tell every route (`routes_for`). Parameters or groups of them are
     taken too: with ``routes=nm.routes_for(model)`` they are found in the model; with names alone,
     what these cannot tell is said in one warning. All parameters are on one device. A group may
-    have its own ``lr``, ``momentum``, ``beta2``, ``weight_decay``, ``algorithm``, ``adamw_betas``,
-    ``adamw_eps`` and ``routes`` (as for `make_plan`; they go before the optimizer's). With
-    ``algorithm="adamw"`` a group's parameters get AdamW unless its ``routes`` say otherwise. With
-    ``"normuon"`` its matrices get NorMuon, and its other parameters AdamW with the same ``lr``.
-    Routes are decided once, when a parameter is added.
+    have its own ``lr``, ``momentum``, ``beta2``, ``weight_decay``, ``algorithm``, ``adamw_*`` and
+    ``routes`` (as for `make_plan`; they go before the optimizer's). With ``algorithm="adamw"`` a
+    group's parameters get AdamW, at its ``lr``, unless its ``routes`` say otherwise. With
+    ``"normuon"`` its matrices get NorMuon, and its other parameters AdamW. Routes are decided once,
+    when a parameter is added.
 
     **Groups.** All groups are one graph with one decision of the guard: a bad matrix in one group
-    skips the step of all groups (``guard_scope="step"``), or that of the matrices of the same
-    shape in the same group (``"bucket"``). Matrices of different groups are not orthogonalized as
-    one stack, so prefer few groups. A hyperparameter is a float or a tensor of one element. If
-    several groups get the same tensor, every group but the first has a clone. Schedulers change
-    hyperparameters without a recompilation; the next step raises for an invalid value.
+    skips the step of all groups (``guard_scope="step"``), or that of the matrices of its shape in
+    its group (``"bucket"``). Matrices of different groups are not one stack, so prefer few groups.
+    A hyperparameter is a float or a tensor of one element; if several groups get the same tensor,
+    every group but the first has a clone. Schedulers change them without a recompilation.
 
     **Gradients.** A step is planned for the parameters that have a gradient: at the first step, and
     whenever the set of these parameters is new. Each set is compiled once (and captured once). A
-    parameter without a gradient keeps its value and its state. Planning is a collective of the
-    ranks of ``mesh`` and ``guard_mesh``, so ranks that share parameters need gradients for the same
-    ones: if one comes late on one rank alone, the ranks wait for each other.
+    parameter without a gradient keeps its value and its state. Planning is a collective, so ranks
+    that share parameters need gradients for the same ones: they wait for each other otherwise.
     ``Config(missing_grads="zeros")`` takes a missing gradient as zeros and plans only once.
     ``late_gradients="error"`` raises when the first gradient of a parameter comes after the first
     step, on the rank where it comes.
@@ -68,11 +66,10 @@ class NorMuon(torch.optim.Optimizer):
     that are put into ``optimizer.state``, counters included, are used from the next step on. State
     that is removed starts anew.
 
-    AdamW corrects its bias by ``step``, also where a parameter's own first step comes later or its
-    state starts anew. After many steps nothing corrects such a parameter's zero moments: with a
-    constant gradient its n-th step is (1 - beta1^n) / sqrt(1 - beta2^n) times ``lr``. With betas
-    (0.9, 0.95) that factor starts at 0.45 and stays below 1.1; with (0.9, 0.999) it starts at 3.2
-    and reaches 6.6. There, use a lower ``lr`` or a separate optimizer.
+    AdamW corrects its bias by ``step``, also where a parameter's own first step comes much later:
+    with a constant gradient its n-th step is then (1 - beta1^n) / sqrt(1 - beta2^n) times ``lr``.
+    With betas (0.9, 0.95) that factor starts at 0.45 and stays below 1.1; with (0.9, 0.999) it
+    starts at 3.2 and reaches 6.6: there, use a lower ``lr`` or a separate optimizer.
 
     ``torch.amp.GradScaler`` works without a host sync: the step unscales the gradients in place,
     and ``found_inf`` skips it. ``torch.compile`` leaves its graph for the step, which is compiled
@@ -82,18 +79,20 @@ class NorMuon(torch.optim.Optimizer):
     Args:
         lr: as in `Hyper`: the update has RMS 0.2 before ``lr`` (see ``Config.scale``), so AdamW's
             learning rates carry over.
+        adamw_lr, adamw_weight_decay: of AdamW's parameters; ``None``: as for matrices. ``adamw_lr``
+            is AdamW's rate while ``lr`` is what its group was added with, and follows ``lr`` in
+            proportion: a scheduler, which moves ``lr``, moves both.
         config, routes, mesh, guard_mesh: as for `make_plan`, for all groups.
-        guard: replaces ``Config.guard``.
+        guard: as ``Config.guard``, which may be written in ``config`` instead.
         nan_guard_fallback: as in microsoft/dion PR #79: ``guard="output"`` with
             ``guard_scope="bucket"``, for AdamW too.
-        graphed: captures the step in a CUDA graph (`GraphedStep`). `zero_grad` then keeps the
-            gradients allocated.
+        graphed: captures the step in a CUDA graph; `zero_grad` then keeps gradients allocated.
 
     Raises:
-        TypeError, ValueError: as `make_plan` and `Hyper.of`, at construction and from
-            `add_param_group`.
+        TypeError, ValueError: as `make_plan` and `Hyper.of`; from `add_param_group` too.
     """
 
+    @groups_of.with_config_hints
     def __init__(
         self,
         params: Params,
@@ -105,6 +104,8 @@ class NorMuon(torch.optim.Optimizer):
         algorithm: Literal["normuon", "adamw"] = "normuon",
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        adamw_lr: float | Tensor | None = None,
+        adamw_weight_decay: float | None = None,
         config: Config | None = None,
         guard: Guard | None = None,
         nan_guard_fallback: bool = False,
@@ -114,10 +115,7 @@ class NorMuon(torch.optim.Optimizer):
         late_gradients: LateGradients = "replan",
         graphed: bool = False,
     ) -> None:
-        if late_gradients not in get_args(LateGradients):
-            raise ValueError(
-                f"late_gradients: expected one of {get_args(LateGradients)}, got {late_gradients!r}"
-            )
+        groups_of.check_choice("late_gradients", late_gradients, get_args(LateGradients))
         self.config = groups_of.with_guard(config, guard, nan_guard_fallback)
         self.late_gradients, self.graphed = late_gradients, graphed
         self._mesh, self._guard_mesh = mesh, guard_mesh
@@ -130,11 +128,13 @@ class NorMuon(torch.optim.Optimizer):
         defaults = {
             "lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay,
             "algorithm": algorithm, "adamw_betas": adamw_betas, "adamw_eps": adamw_eps,
+            "adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay,
         }  # fmt: skip
         taken, self._routes = of_model(params, routes)
         super().__init__(taken, defaults)
         self._constructed = True
         self._settle()
+        groups_of.check_used(self.defaults, self._added)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -178,7 +178,7 @@ class NorMuon(torch.optim.Optimizer):
         if fresh:  # their parameters may have been loaded since construction
             params = {name: planned.params[name] for name in fresh}
             state_of.follow_parameters(params, planned.state)
-        planner.hyper.follow(self.param_groups)
+        planner.follow(self.param_groups, planned)
         named_grads = dict(zip(planned.params, [grads[k] for k in planned.places], strict=True))
         found_inf = self._unscale(named_grads, planner.found_inf)
         arguments = planned.params, named_grads, planned.state, planner.hyper.hyper
@@ -212,19 +212,19 @@ class NorMuon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with the constructor's defaults. The next step is planned and compiled."""
-        if isinstance(param_group, dict):
-            groups_of.check_keys(param_group, self.defaults)
-            routes, has_algorithm = param_group.get("routes"), "algorithm" in param_group
-            param_group = {key: value for key, value in param_group.items() if key != "routes"}
+        written = param_group
+        if isinstance(written, dict):
+            groups_of.check_keys(written, self.defaults)
+            param_group = {key: value for key, value in written.items() if key != "routes"}
         super().add_param_group(param_group)
-        self._added.append(groups_of.remember_last(self.param_groups, routes, has_algorithm))
         try:
+            self._added.append(groups_of.remember_last(self.param_groups, written))
             hyper_of.check_hyperparameters(self.param_groups[-1])
             if self._constructed:
                 self._settle()
         except BaseException:
             self.param_groups.pop()
-            self._added.pop()
+            del self._added[len(self.param_groups) :]
             self._forget()
             raise
 

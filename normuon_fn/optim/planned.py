@@ -18,6 +18,7 @@ from ..runtime.graphed import GraphedStep
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
+from .rate_watch import RateWatch
 from .state import States, collect
 
 Chosen = tuple[bool, ...]  # by parameter: whether a step is planned for it
@@ -67,12 +68,26 @@ class Planner:
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self.steps: dict[Chosen, PlannedStep] = {}
         self._had_gradients: set[str] | None = None
+        self._watch: RateWatch | None = None
 
     def prepare(self, states: States, begun: set[str]) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
+        if self._config.master == "none":
+            narrow = {name for name, p in self.named.items() if p.dtype.itemsize < 4} - begun
+            self._watch = RateWatch(narrow) if narrow else None
         chosen = tuple(p.requires_grad for p in self.named.values())
         if any(chosen):
             self.steps[chosen] = self.plan(chosen, states, begun)
+
+    def follow(self, groups: Groups, planned: PlannedStep) -> None:
+        """Writes the groups' values into `hyper`; says once if 16-bit parameters cannot move.
+
+        Raises:
+            TypeError, ValueError: as `GroupHyper.follow`.
+        """
+        self.hyper.follow(groups)
+        if self._watch is not None and self._watch.settled(groups, planned.plan, planned.params):
+            self._watch = None
 
     def first(
         self, chosen: Chosen, states: States, begun: set[str], *, late: str, graphed: bool

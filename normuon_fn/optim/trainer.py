@@ -8,6 +8,7 @@ from torch import nn
 
 from ..routing.modules import routes_for
 from ..routing.route_table import RouteTable
+from .groups import check_arguments
 from .normuon import NorMuon
 
 
@@ -32,8 +33,9 @@ def for_trainer(model: nn.Module, **kwargs: Any) -> tuple[type[NorMuon], dict[st
         kwargs: as for `NorMuon`; ``routes`` go before those of the model.
 
     Raises:
-        TypeError, ValueError: as `routes_for`.
+        TypeError, ValueError: as `routes_for`; or an argument that `NorMuon` does not have.
     """
+    check_arguments(NorMuon.__init__, kwargs)
     routes = kwargs.pop("routes", None)
     if not isinstance(routes, RouteTable):
         routes = routes_for(model, routes, decay_vectors=False)

@@ -22,6 +22,7 @@ from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
+from .lost_updates import warn_of_lost_updates
 
 StepFunction = Callable[..., StepResult]
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
@@ -95,6 +96,8 @@ def _run_compiled(
     graphs = _graphs.setdefault(plan, {})
     compiled = graphs.get((function, missing))
     if compiled is None:
+        if not graphs:
+            warn_of_lost_updates(plan, params, hyper)
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
             _compile_kernels_beside(plan, function)

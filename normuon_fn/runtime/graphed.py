@@ -37,11 +37,13 @@ class GraphedStep:
     """`step_` captured in a CUDA graph and replayed. Call it like `step_`, without the plan.
 
     >>> graphed = nm.GraphedStep(plan)
-    >>> for batch in data:
+    >>> peak = nm.Hyper.of(params, lr=0.02)
+    >>> hyper = peak.scaled(0.0)
+    >>> for k, batch in enumerate(data):
+    ...     peak.scaled(schedule(k), out=hyper)
     ...     loss(batch).backward()
     ...     grads = {name: p.grad for name, p in model.named_parameters()}
     ...     result = graphed(params, grads, state, hyper)
-    ...     hyper.lr.fill_(schedule(...))
     ...     model.zero_grad(set_to_none=False)
 
     The first call is a plain `step_`, which compiles. The second call captures, which executes
@@ -50,8 +52,9 @@ class GraphedStep:
 
     Every call gets all tensors, as `step_` does, and not only the construction. So a gradient that
     was replaced is noticed; a graph alone would go on reading the old one. Values may change
-    freely: ``hyper.lr.fill_(x)``, ``found_inf.fill_(x)``, ``params[name].copy_(x)``. When a tensor
-    was replaced (``zero_grad()`` sets gradients to None, and the next ones are new), when other
+    freely: ``peak.scaled(x, out=hyper)``, which moves all learning rates, ``found_inf.fill_(x)``,
+    ``params[name].copy_(x)``; ``hyper.lr.fill_(x)`` leaves AdamW's rate as it is. When a tensor was
+    replaced (``zero_grad()`` sets gradients to None, and the next ones are new), when other
     gradients are None, or when keys come in another order, the call warns, names the first such
     tensor, frees the graph and is a plain `step_`; the next call captures again. The step is right
     in any case. After three such changes in a row, none of them ten replays after the one before,

@@ -184,6 +184,7 @@ def test_a_graphed_step_is_the_same_and_captured_once(
     assert recorded[0].did() == "plain capture" + 7 * " replay"
 
 
+@pytest.mark.filterwarnings("ignore:.*Config.master='none'")
 @pytest.mark.parametrize("master", ["none", "mantissa"])
 def test_state_that_was_moved_away_and_back_is_the_one_that_is_stepped_and_saved(
     master: str,
