@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import normuon_fn as nm
-from normuon_fn.hyper import peaks_of
+from normuon_fn.types.hyper import peaks_of
 
 PARAMS = {"up": torch.ones(4, 6), "bias": torch.ones(4)}
 OTHERS = [name for name in nm.Hyper._fields if name not in ("lr", "adamw_lr")]

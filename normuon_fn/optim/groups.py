@@ -8,10 +8,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..other_names import ELSEWHERE, OF_ROUTES, RENAMED, F, alike, arguments_of, hint, with_hints
 from ..routing.resolve import Routes
 from ..routing.routes import Decision
 from ..types import Config, Guard
+from ..types.other_names import (
+    ELSEWHERE,
+    OF_ROUTES,
+    RENAMED,
+    F,
+    alike,
+    arguments_of,
+    hint,
+    with_hints,
+)
 from .hyper import BASE, OF_ADAMW, Groups, plain, remember_base
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))

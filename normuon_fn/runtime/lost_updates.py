@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..algorithm.normalize import SCALES
 from ..distributed.placements import local
-from ..hyper import Hyper, peaks_of
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..types import Config
+from ..types.hyper import Hyper, peaks_of
 from . import streams
 
 _SAMPLE = 1024  # entries per parameter: the share of them is right within 3 %

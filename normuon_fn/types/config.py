@@ -1,6 +1,4 @@
-"""The three things a caller holds: what is static (`Config`), what changes (`Hyper`, whose home is
-hyper.py), what comes back (`StepResult`).
-"""
+"""What is static (`Config`), and what a step gives back (`StepResult`)."""
 
 from __future__ import annotations
 
@@ -13,10 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import torch
 from torch import Tensor
 
-from .hyper import LARGEST as LARGEST
-from .hyper import ONE as ONE
-from .hyper import Hyper as Hyper
-from .hyper import check_number as check_number
+from .hyper import check_number
 from .other_names import with_hints
 
 Row = tuple[float, float, float]

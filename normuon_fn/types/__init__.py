@@ -1,0 +1,32 @@
+"""What callers pass and get back: what is static, what changes, what comes out.
+
+In the order of reading: `config` (`Config`, `StepResult`), `hyper` (`Hyper`), `other_names` (hints
+for arguments that other optimizers call otherwise). It must not know of plans or of anything above.
+"""
+
+from .config import COMPUTE_DTYPES as COMPUTE_DTYPES
+from .config import FIXED_STEPS as FIXED_STEPS
+from .config import Coefficients as Coefficients
+from .config import CoefficientsName as CoefficientsName
+from .config import Config as Config
+from .config import DecayForm as DecayForm
+from .config import EpsForm as EpsForm
+from .config import Grads as Grads
+from .config import Guard as Guard
+from .config import GuardScope as GuardScope
+from .config import Master as Master
+from .config import Method as Method
+from .config import MissingGrads as MissingGrads
+from .config import MomentumForm as MomentumForm
+from .config import Orthogonalizer as Orthogonalizer
+from .config import Preset as Preset
+from .config import Reduction as Reduction
+from .config import Row as Row
+from .config import Scale as Scale
+from .config import StepResult as StepResult
+from .config import Tensors as Tensors
+from .config import check_coefficients as check_coefficients
+from .hyper import LARGEST as LARGEST
+from .hyper import ONE as ONE
+from .hyper import Hyper as Hyper
+from .hyper import check_number as check_number
