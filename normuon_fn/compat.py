@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -129,6 +130,11 @@ def prepare_inductor() -> None:
 def storage_key(tensor: Tensor) -> Hashable:
     """Equal for tensors that share a storage, real or fake."""
     return tensor.untyped_storage()._cdata
+
+
+def address(tensor: Tensor) -> int | None:
+    """Where its first entry lies; ``None`` if nowhere: fake, meta, or its memory is given back."""
+    return None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.data_ptr() or None
 
 
 def has_tangent(tensor: Tensor) -> bool:

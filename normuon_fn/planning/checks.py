@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..algorithm.state import MASTERS
-from ..compat import storage_key
 from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
+from .memory import check_apart, in_one_storage
 from .plan import Plan, Spec
 
 
@@ -156,7 +155,6 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
         raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
     if not params:
         raise ValueError("params: expected at least one parameter, got an empty dict")
-    by_storage: dict[object, list[tuple[int, int, str]]] = {}
     device, first = None, ""
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -180,18 +178,5 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
                 "plan a device"
             )
         device, first = tensor.device, first or name
-        if tensor.numel():
-            reach = 1 + sum(
-                (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            start, end = (int(tensor.storage_offset() + at) * tensor.itemsize for at in (0, reach))
-            by_storage.setdefault(storage_key(tensor), []).append((start, end, name))
-    for views in by_storage.values():  # of one storage, as cuDNN keeps the weights of an LSTM
-        views.sort(key=lambda view: view[0])
-        for (_, end, name), (start, _, other) in pairwise(views):
-            if start < end:
-                raise ValueError(
-                    f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, "
-                    "clone() slices"
-                )
-    return any(len(views) > 1 for views in by_storage.values())
+    check_apart({"params": params}, "pass tied weights once, clone() slices")
+    return in_one_storage(params.values())

@@ -17,6 +17,7 @@ from ..compat import apart, compile_whole, without_autocast
 from ..distributed import placements
 from ..planning.checks import check_placements, check_step
 from ..planning.make_plan import plan_of
+from ..planning.memory import check_writable
 from ..planning.plan import Plan
 from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
@@ -94,13 +95,17 @@ def _run_compiled(
         missing = tuple([grad is None for grad in grads.values()])
     graphs = _graphs.setdefault(plan, {})
     compiled = graphs.get((function, missing))
+    known = compiled is not None
     if compiled is None:
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
             _compile_kernels_beside(plan, function)
         compiled = compile_whole(function, overlap=plan.sends)
-        graphs[function, missing] = compiled
     try:
+        if not known:
+            if function is local_update_:
+                check_writable({"params": params, "state": state})
+            graphs[function, missing] = compiled
         if plan.sharded:
             check_placements(plan, *passed)
             params, grads, state = map(placements.local_of, passed)
