@@ -137,6 +137,35 @@ def address(tensor: Tensor) -> int | None:
     return None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.data_ptr() or None
 
 
+def is_subclass(tensor: Tensor) -> bool:
+    """Whether it is of a subclass that torch.compile does not take for a plain tensor.
+
+    Parameters and buffers it does, and those of torch's own that it knows.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith(_KNOWN):
+        return False
+    return kind.__torch_function__ is not torch.nn.Parameter.__torch_function__
+
+
+def has_own_dispatch(tensor: Tensor) -> bool:
+    """Whether its subclass may have no memory of its own: it decides what every operation does."""
+    kind = type(tensor)
+    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not kind.__module__.startswith(_KNOWN)
+
+
+_KNOWN = ("torch._subclasses", "torch.distributed")  # fake and functional tensors, DTensors
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same memory as a plain tensor, whatever subclass it is of."""
+    if not is_subclass(tensor):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
+
+
 def has_tangent(tensor: Tensor) -> bool:
     """Whether ``torch.func.grad`` or the like differentiates by it. Always False in a graph."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(tensor)

@@ -111,7 +111,6 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 }  # fmt: skip
 
 
-@cache
 def resolve(
     coefficients: Coefficients, steps: int, safety_factor: float | None = None
 ) -> CoefficientSet:
@@ -124,7 +123,15 @@ def resolve(
     Raises:
         TypeError, ValueError: as `check_coefficients`.
     """
-    checked = check_coefficients(coefficients, steps, safety_factor)
+    return _resolved(check_coefficients(coefficients, steps, safety_factor), steps, safety_factor)
+
+
+@cache
+def _resolved(
+    checked: Coefficients,  # a name or tuples, which can be found again
+    steps: int,
+    safety_factor: float | None,
+) -> CoefficientSet:
     if isinstance(checked, str):
         found = COEFFICIENTS[checked]
     else:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..algorithm.state import MASTERS
+from ..compat import has_own_dispatch, is_subclass
 from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
 from .memory import check_apart, in_one_storage
@@ -149,6 +151,36 @@ def check_tensors(
             )
 
 
+def check_plain(params: Tensors, grads: Grads, state: Tensors) -> None:
+    """That no tensor is of a subclass, which a graph that was made for plain tensors refuses."""
+    for what, given in (("params", params), ("grads", grads), ("state", state)):
+        for name, tensor in given.items():
+            if tensor is not None and (is_subclass(tensor) or has_own_dispatch(tensor)):
+                raise TypeError(
+                    f"{what}[{name!r}]: expected a plain tensor, got a {type(tensor).__name__}; "
+                    "pass its as_subclass(torch.Tensor)"
+                )
+
+
+def check_kind(name: str, tensor: Tensor) -> None:
+    """That a parameter is a tensor with memory of its own.
+
+    Raises:
+        TypeError, ValueError: naming it, and what to do.
+    """
+    if is_lazy(tensor):
+        raise ValueError(
+            f"params[{name!r}]: is an UninitializedParameter, which has no shape yet; run the "
+            "model on a batch first"
+        )
+    if has_own_dispatch(local(tensor)):
+        raise TypeError(
+            f"params[{name!r}]: expected a plain tensor or a DTensor, got a "
+            f"{type(tensor).__name__}, a subclass with a __torch_dispatch__ of its own, whose "
+            "memory cannot be written as a matrix; train a plain tensor, or leave it out of params"
+        )
+
+
 def check_params(params: Mapping[str, Tensor]) -> bool:
     """Whether some are parts of one storage."""
     if not isinstance(params, Mapping):
@@ -161,6 +193,7 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
             raise TypeError(
                 f"params[{name!r}]: expected str -> Tensor, got {type(tensor).__name__}"
             )
+        check_kind(name, tensor)
         if (
             tensor.layout != torch.strided
             or not tensor.dtype.is_floating_point
