@@ -112,7 +112,9 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 
 
 def resolve(
-    coefficients: Coefficients, steps: int, safety_factor: float | None = None
+    coefficients: object,  # a name, or rows: checked here
+    steps: int,
+    safety_factor: float | None = None,
 ) -> CoefficientSet:
     """The set with exactly ``steps`` rows and the safety factor divided in.
 
