@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .optim.trainer import for_trainer
     from .persistence.checkpoint import Checkpoint, load, save
     from .persistence.converters import convert_state, names_in
-    from .persistence.file_format import CheckpointError
+    from .persistence.description import CheckpointError
     from .runtime.graphed import GraphedStep
 
 __version__ = VERSION
@@ -62,7 +62,7 @@ __all__ = [
 
 _LATER = {
     "Checkpoint": "persistence.checkpoint",
-    "CheckpointError": "persistence.file_format",
+    "CheckpointError": "persistence.description",
     "GraphedStep": "runtime.graphed",
     "NonFiniteStepError": "diagnostics.skips",
     "SkipMonitor": "diagnostics.skips",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -129,6 +130,40 @@ def prepare_inductor() -> None:
 def storage_key(tensor: Tensor) -> Hashable:
     """Equal for tensors that share a storage, real or fake."""
     return tensor.untyped_storage()._cdata
+
+
+def address(tensor: Tensor) -> int | None:
+    """Where its first entry lies; ``None`` if nowhere: fake, meta, or its memory is given back."""
+    return None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.data_ptr() or None
+
+
+def is_subclass(tensor: Tensor) -> bool:
+    """Whether it is of a subclass that torch.compile does not take for a plain tensor.
+
+    Parameters and buffers it does, and those of torch's own that it knows.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith(_KNOWN):
+        return False
+    return kind.__torch_function__ is not torch.nn.Parameter.__torch_function__
+
+
+def has_own_dispatch(tensor: Tensor) -> bool:
+    """Whether its subclass may have no memory of its own: it decides what every operation does."""
+    kind = type(tensor)
+    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not kind.__module__.startswith(_KNOWN)
+
+
+_KNOWN = ("torch._subclasses", "torch.distributed")  # fake and functional tensors, DTensors
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same memory as a plain tensor, whatever subclass it is of."""
+    if not is_subclass(tensor):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
 
 def has_tangent(tensor: Tensor) -> bool:

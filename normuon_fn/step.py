@@ -65,8 +65,8 @@ def update(
 ) -> StepResult:
     """One NorMuon step, pure: new parameters and new state; for your own ``torch.compile``.
 
-    A gradient of ``None`` leaves that parameter and its state as they are; which ones are ``None``
-    is static. The step has no derivative.
+    A gradient of ``None`` leaves that parameter and its state as they are: they come back as the
+    same tensors (see `StepResult`). Which ones are ``None`` is static. The step has no derivative.
 
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.

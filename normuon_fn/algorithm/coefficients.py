@@ -111,9 +111,10 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 }  # fmt: skip
 
 
-@cache
 def resolve(
-    coefficients: Coefficients, steps: int, safety_factor: float | None = None
+    coefficients: object,  # a name, or rows: checked here
+    steps: int,
+    safety_factor: float | None = None,
 ) -> CoefficientSet:
     """The set with exactly ``steps`` rows and the safety factor divided in.
 
@@ -124,7 +125,15 @@ def resolve(
     Raises:
         TypeError, ValueError: as `check_coefficients`.
     """
-    checked = check_coefficients(coefficients, steps, safety_factor)
+    return _resolved(check_coefficients(coefficients, steps, safety_factor), steps, safety_factor)
+
+
+@cache
+def _resolved(
+    checked: Coefficients,  # a name or tuples, which can be found again
+    steps: int,
+    safety_factor: float | None,
+) -> CoefficientSet:
     if isinstance(checked, str):
         found = COEFFICIENTS[checked]
     else:

@@ -79,8 +79,10 @@ class Context(NamedTuple):
     stages: Stages
     hyper: Hyper  # 0-d tensors
     operators: ops.Operators
-    step: Tensor  # 0-d int32, the number of steps so far: rounding by chance depends on it
-    adamw_step: Tensor  # 0-d int32, the number of this step for the bias correction of AdamW
+    step: Tensor  # 0-d int32, of steps so far (see below): rounding by chance depends on it
+    # 0-d int32, the number of this step for the bias correction of AdamW. Both count accepted
+    # steps only, but with the guard's scope a bucket all.
+    adamw_step: Tensor
     early: bool  # the guard agrees about gradients before anything is written
     holds_late: bool  # only the agreement at the end of the step tells if momentums keep their bits
 

@@ -205,6 +205,14 @@ def to_dtensor(tensor: Tensor, layout: ShardedLayout | None) -> Tensor:
     )
 
 
+def times_rows(tensor: Tensor, factors: Tensor) -> Tensor:
+    """``tensor * factors``, where ``factors`` [rows, 1] has all rows of a DTensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor * factors
+    everywhere = [Replicate()] * tensor.device_mesh.ndim
+    return tensor * DTensor.from_local(factors, tensor.device_mesh, everywhere, run_check=False)
+
+
 def per_row_layout(layout: ShardedLayout | None, shape: tuple[int, ...]) -> ShardedLayout | None:
     """The layout of a state of ``shape`` with one entry per row, for a parameter of ``layout``.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compat import storage_key
+from ..compat import address, storage_key
 from ..distributed.placements import local
 from ..routing.routes import Route
 from ..runtime.compiled import step_
@@ -146,7 +146,7 @@ def _check_list(what: str, tensors: Masters, length: int, *, optional: bool) -> 
 def _check_distinct(written: dict[str, Masters]) -> None:
     """Refuses a tensor that would be written twice."""
     places = [
-        (what, k, (storage_key(local(x)), local(x).storage_offset()))
+        (what, k, address(local(x)) or (storage_key(local(x)), local(x).storage_offset()))
         for what, tensors in written.items()
         for k, x in enumerate(tensors)
         if x is not None and local(x).numel()

@@ -62,6 +62,11 @@ def plan_for(looks: Looks, config: Config, routes: Routes, params: Sequence[Tens
 def _number(looks: Looks, config: Config, routes: Routes, params: Sequence[Tensor] | None) -> int:
     """The number of the plan. With ``params`` None, tensors of such looks stand in for them."""
     key = (looks, config, routes)
+    if config.orthogonalizer is not None and config.orthogonalizer.__hash__ is None:
+        raise TypeError(
+            "config: expected an orthogonalizer that can be hashed, by which foreach_step_ finds "
+            f"its plan again, got a {type(config.orthogonalizer).__name__}; pass a function"
+        )
     number = _numbers.get(key)
     if number is None:
         plan = _make(looks, config, routes, params)

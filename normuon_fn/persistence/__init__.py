@@ -1,7 +1,7 @@
 """What happens between runs: state goes to a file and comes back, or comes from another optimizer.
 
 Read in this order: ``checkpoint.py`` (`save` and `load`: what a file must agree with),
-``file_format.py`` (bytes, digests, the write that is complete or absent), ``converters.py``
-(`convert_state` from other optimizers).
+``file_format.py`` (bytes, digests, the write that is complete or absent), ``description.py`` (what
+a file says of itself), ``converters.py`` (`convert_state` from other optimizers).
 Nothing here may unpickle, change a tensor before all of a file is checked, or know how a step runs.
 """

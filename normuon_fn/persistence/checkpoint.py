@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compat import address
 from ..distributed.placements import is_dtensor
 from ..planning.checks import check_tensors
+from ..planning.memory import check_writable
 from ..planning.plan import Plan
 from ..types import Config, Tensors
-from .file_format import DTYPES, CheckpointError, read, require_safetensors, write
+from .description import CheckpointError
+from .file_format import DTYPES, read, require_safetensors, write
 
 # The options that decide what the state means, or how a state of the same shape is laid out.
 # A run does not continue from a state that was saved with another value of one of them.
@@ -49,8 +52,9 @@ def save(
 ) -> None:
     """Writes a run as one safetensors file. Waits for the device.
 
-    An old file stays complete until the new one is on disk. A process that dies while it writes
-    leaves ``.<name>.*.tmp`` beside it. With several ranks, call it on one.
+    An old file stays complete until the new one is on disk, also for those who have mapped it. A
+    process that dies while it writes leaves ``.<name>.*.tmp`` beside it. With several ranks, call
+    it on one.
 
     Args:
         params, state: of the plan; on any device.
@@ -62,6 +66,8 @@ def save(
             is, which is anything but JSON values (no tuples, no keys that are not strings) and
             dense plain tensors of a dtype that safetensors has.
         ValueError: ``params`` or ``state`` are not those of the plan in names, shapes or dtypes.
+        OSError: the file cannot be written: no such folder, a folder of that name, a read-only one,
+            a full disk. An old file is as it was.
     """
     require_safetensors()
     _check_run(plan, params, state)
@@ -102,9 +108,10 @@ def load(
 
     Raises:
         ImportError: safetensors is not installed.
-        OSError: there is no such file.
+        OSError: there is no such file, or it cannot be opened.
         TypeError: the plan has DTensors.
-        ValueError: ``params`` or ``state`` are not those of the plan.
+        ValueError: ``params`` or ``state`` are not those of the plan, or cannot be written: they
+            share memory, are expanded, on the meta device, or made under inference mode.
         CheckpointError (a ValueError): the file is damaged, truncated or of another format, or it
             does not fit the plan. The message says which names are missing or unexpected, which
             shapes or dtypes differ, or which options give the state another meaning.
@@ -113,6 +120,7 @@ def load(
         raise ValueError("params, state: to be written in place they need plan=")
     if plan is not None:
         _check_run(plan, params, state)
+        _check_targets({"params": params or {}, "state": state or {}})
     meta, found = read(Path(path))
     if plan is not None:
         _check_meaning(path, meta, plan)
@@ -131,7 +139,8 @@ def load(
             if into is not None:
                 into[name].copy_(tensor)
             else:
-                parts[part][name] = tensor if part == "extra" else tensor.to(device)
+                with torch.inference_mode(False):  # they will be written
+                    parts[part][name] = tensor if part == "extra" else tensor.to(device)
     return Checkpoint(
         parts["params"] if params is None else params,
         parts["state"] if state is None else state,
@@ -195,6 +204,18 @@ def _check_run(plan: Plan, params: Tensors | None, state: Tensors | None) -> Non
         check_tensors(plan, "params", params, specs, anywhere=True)
     if state is not None:
         check_tensors(plan, "state", state, plan.state, anywhere=True)
+
+
+def _check_targets(given: Mapping[str, Tensors]) -> None:
+    """That nothing can fail once the first of these tensors is written."""
+    for what, tensors in given.items():
+        for name, tensor in tensors.items():
+            if address(tensor) is None and tensor.numel():
+                raise ValueError(
+                    f"{what}[{name!r}]: expected a tensor with memory to load into, got one on "
+                    f"{tensor.device} without; give {what} to_empty(device=...) first"
+                )
+    check_writable(given)
 
 
 def _check_extra(what: str, value: Any, depth: int = 0) -> None:

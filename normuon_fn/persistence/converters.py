@@ -1,12 +1,13 @@
 """State of other optimizers as the state of a plan.
 
-A sum (M <- b M + G) is 1/(1-b) times the ema of the same gradients (M <- b M + (1-b) G). In all of
-the optimizers in ``other_optimizers.py`` a variance is a mean of squares of the orthogonalized
-momentum before any scale.
+A sum (M <- b M + G) is 1/(1-b) times the ema of the same gradients (M <- b M + (1-b) G). A variance
+is a mean of squares of the orthogonalized momentum before any scale, but for dion's blocks of
+``split_sizes``: see ``other_optimizers.py``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ from ..distributed.placements import to_dtensor
 from ..planning.checks import check_tensors
 from ..planning.plan import Parameter, Plan, Spec
 from ..types import MomentumForm
-from .other_optimizers import Found, StateDict, entries
+from .other_optimizers import Found, SourceVariance, StateDict, entries, unscaled
 
 
 def names_in(
@@ -50,6 +51,7 @@ def convert_state(
     names: Sequence[str] | Sequence[Sequence[str]] | None = None,
     *,
     source_momentum: MomentumForm | None = None,
+    source_variance: SourceVariance | None = None,
     step: int | None = None,
     missing: Literal["error", "zeros"] = "error",
     params: Mapping[str, Tensor] | None = None,
@@ -68,6 +70,11 @@ def convert_state(
             from ``named_parameters()`` and of distributed checkpoints do.
         source_momentum: the form of its momentum where its keys mislead: ``"sum"`` for
             KellerJordan/Muon before 2025.
+        source_variance: whether the variances of dion's parameters with ``split_sizes`` have the
+            square of each block's learning-rate scale as a factor, which is divided out.
+            ``"scaled"``: saved by dion before its pull request #113 of 2026-08-18; ``"plain"``: by
+            a later one. The state does not say which, so that ``None`` is an error where the scales
+            are not 1.
         step: how many steps AdamW has made (for its bias correction); ``None``: as the source says.
         missing: what to do with a parameter without state in the source, with the state of the
             other algorithm, or with a variance that the plan cannot use.
@@ -80,8 +87,14 @@ def convert_state(
             step counters that differ, a state whose momentum is of another kind (SGD, RMSprop), or
             the state of `NorMuon` itself.
     """
-    _check_options(missing, source_momentum, step)
+    _check_options(missing, source_momentum, source_variance, step)
     found = _entries_of_all(source, names, source_momentum)
+    if source_variance == "scaled" and not any(entry.blocks for entry in found.values()):
+        raise ValueError(
+            "source_variance: 'scaled' is for dion's parameters with split_sizes whose scales "
+            "differ from 1, and no group of the source has such; leave it out"
+        )
+    _say_what_is_ignored(found)
     unknown = [name for name in found if name not in plan.names]
     if unknown:
         raise ValueError(
@@ -91,7 +104,7 @@ def convert_state(
     unused = []
     for parameter in plan.parameters:
         try:
-            state |= _state_of(parameter, found.get(parameter.name), plan)
+            state |= _state_of(parameter, found.get(parameter.name), plan, source_variance)
         except LookupError as error:
             unused.append(f"{parameter.name!r}: {error.args[0]}")
     if unused and missing == "error":
@@ -109,13 +122,31 @@ def convert_state(
     return result
 
 
-def _check_options(missing: str, source_momentum: str | None, step: int | None) -> None:
+def _say_what_is_ignored(found: Mapping[str, Found]) -> None:
+    keys = sorted({key for entry in found.values() for key in entry.ignored})
+    if keys:
+        name = next(name for name, entry in found.items() if entry.ignored)
+        warnings.warn(
+            f"convert_state leaves out {keys} of the source (of {name!r}, for example), which have "
+            "no counterpart",
+            stacklevel=3,
+        )
+
+
+def _check_options(
+    missing: str, source_momentum: str | None, source_variance: str | None, step: int | None
+) -> None:
     if missing not in ("error", "zeros"):
         raise ValueError(f"missing: expected 'error' or 'zeros', got {missing!r}")
     if source_momentum not in (None, *get_args(MomentumForm)):
         raise ValueError(
             f"source_momentum: expected None or one of {get_args(MomentumForm)}, "
             f"got {source_momentum!r}"
+        )
+    if source_variance not in (None, *get_args(SourceVariance)):
+        raise ValueError(
+            f"source_variance: expected None or one of {get_args(SourceVariance)}, "
+            f"got {source_variance!r}"
         )
     if step is not None and (
         isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**31
@@ -147,7 +178,9 @@ def _entries_of_all(
     return found
 
 
-def _state_of(parameter: Parameter, found: Found | None, plan: Plan) -> dict[str, Tensor]:
+def _state_of(
+    parameter: Parameter, found: Found | None, plan: Plan, source_variance: SourceVariance | None
+) -> dict[str, Tensor]:
     """The state of one parameter.
 
     Raises:
@@ -177,8 +210,11 @@ def _state_of(parameter: Parameter, found: Found | None, plan: Plan) -> dict[str
             )
         factor = 1.0 - found.beta if found.form == "sum" else 1.0 / (1.0 - found.beta)
     own = {f"{name}.momentum": _as(found.first, plan, name, "momentum", factor)}
+    if plan.config.normalize and found.unusable:
+        raise LookupError(found.unusable)
     if found.second is not None and plan.config.normalize:
-        own[f"{name}.variance"] = _variance(parameter, found.second, plan)
+        variance = unscaled(name, found, source_variance)
+        own[f"{name}.variance"] = _variance(parameter, variance, plan)
     return own
 
 

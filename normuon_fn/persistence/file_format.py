@@ -3,15 +3,17 @@
     write: tensors -> temporary file beside the target -> fsync -> os.replace -> fsync of the folder
     read:  header -> its digest, format and list of tensors -> tensors and their digests
 
-The header has the description as JSON under "normuon_fn" and that text's SHA-256 under "sha256".
+What the header has: see ``description.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .description import META, CheckpointError, description
+
 FORMAT = 1
-_META = "normuon_fn"
+_LONGEST = 40  # characters of its target's name in that of a temporary file: 255 bytes are allowed
 DTYPES = (  # those of safetensors
     torch.float64, torch.float32, torch.bfloat16, torch.float16,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool,
@@ -30,17 +34,19 @@ DTYPES = (  # those of safetensors
 )  # fmt: skip
 
 
-class CheckpointError(ValueError):
-    """A file that is damaged, has another format, or belongs to another model or plan."""
-
-
 def write(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> None:
-    """Waits for the device. ``about`` (JSON values) joins the description of the tensors."""
-    require_safetensors()
+    """Waits for the device. ``about`` (JSON values) joins the description of the tensors.
+
+    Raises:
+        OSError: the file cannot be written; an old one is as it was.
+    """
+    safetensors_error = require_safetensors()
     from safetensors.torch import save_file
 
+    target = Path(os.path.realpath(path))  # a link keeps leading to it
+    _check_target(path, target)
     host = _on_host(tensors)
     meta = {
         "format": FORMAT,
@@ -50,12 +56,10 @@ def write(
         "torch": torch.__version__,
     }
     text = json.dumps(meta, allow_nan=True)
-    sealed = {_META: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    sealed = {META: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
-    target = Path(os.path.realpath(path))  # a link keeps leading to it
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-    )
+    prefix = f".{target.name[:_LONGEST]}."
+    descriptor, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=target.parent)
     os.close(descriptor)
     try:
         save_file(host, temporary, metadata=sealed)
@@ -64,44 +68,57 @@ def write(
             os.chmod(temporary, mode)
         _sync(temporary)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, safetensors_error):
+            raise _as_os_error(error, path) from error
         raise
     if os.name == "posix":
         _sync(target.parent)
+
+
+def _check_target(path: str | os.PathLike[str], target: Path) -> None:
+    """What can be told before anything is written."""
+    if target.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; give the name of a file, in it for example")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {target.parent}; make it first")
+
+
+def _as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError:
+    """What safetensors says of a write that failed, as what it is."""
+    number = re.search(r"os error (\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, f"{path}: could not be written, an old file is as it was ({error})")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description, and copies of all tensors in the order in which they were saved.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be opened.
         CheckpointError: the file is damaged, truncated, or of another format.
     """
-    safetensors_error = require_safetensors()
+    require_safetensors()
     from safetensors import safe_open
 
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; expected a file of normuon_fn.save")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = _description(path, file.metadata() or {})
-            if set(file.keys()) != set(meta["order"]) or set(meta["sha256"]) != set(meta["order"]):
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
+            meta = description(path, file.metadata() or {}, FORMAT)
+            if set(file.keys()) != set(meta["order"]):
                 raise CheckpointError(
                     f"{path}: damaged: its tensors are not those that its description lists"
                 )
             # Clones, because the file may disappear under a memory map.
             tensors = {key: file.get_tensor(key).clone() for key in meta["order"]}
-    except CheckpointError:
+    except (CheckpointError, OSError):
         raise
-    except (
-        safetensors_error,
-        RuntimeError,
-        UnicodeDecodeError,
-        MemoryError,
-        OverflowError,
-    ) as error:
+    except Exception as error:  # safetensors and torch have many for what a file can say
         raise CheckpointError(
             f"{path}: damaged or truncated, or no safetensors file: {error}"
         ) from error
@@ -127,22 +144,6 @@ def require_safetensors() -> type[Exception]:
         ) from error
     found: type[Exception] = SafetensorError
     return found
-
-
-def _description(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    if _META not in header or "sha256" not in header:
-        raise CheckpointError(
-            f"{path}: expected a file of normuon_fn.save; this one was not written by "
-            "normuon_fn.save, or it is damaged"
-        )
-    if hashlib.sha256(header[_META].encode()).hexdigest() != header["sha256"]:
-        raise CheckpointError(f"{path}: damaged: its description is not the one that was saved")
-    meta: dict[str, Any] = json.loads(header[_META])
-    if meta["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path}: has format {meta['format']}, this version of normuon_fn reads format {FORMAT}"
-        )
-    return meta
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..algorithm.state import MASTERS
-from ..compat import storage_key
+from ..compat import has_own_dispatch, is_subclass
 from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
+from .memory import check_apart, in_one_storage
 from .plan import Plan, Spec
 
 
@@ -150,19 +151,49 @@ def check_tensors(
             )
 
 
+def check_plain(params: Tensors, grads: Grads, state: Tensors) -> None:
+    """That no tensor is of a subclass, which a graph that was made for plain tensors refuses."""
+    for what, given in (("params", params), ("grads", grads), ("state", state)):
+        for name, tensor in given.items():
+            if tensor is not None and (is_subclass(tensor) or has_own_dispatch(tensor)):
+                raise TypeError(
+                    f"{what}[{name!r}]: expected a plain tensor, got a {type(tensor).__name__}; "
+                    "pass its as_subclass(torch.Tensor)"
+                )
+
+
+def check_kind(name: str, tensor: Tensor) -> None:
+    """That a parameter is a tensor with memory of its own.
+
+    Raises:
+        TypeError, ValueError: naming it, and what to do.
+    """
+    if is_lazy(tensor):
+        raise ValueError(
+            f"params[{name!r}]: is an UninitializedParameter, which has no shape yet; run the "
+            "model on a batch first"
+        )
+    if has_own_dispatch(local(tensor)):
+        raise TypeError(
+            f"params[{name!r}]: expected a plain tensor or a DTensor, got a "
+            f"{type(tensor).__name__}, a subclass with a __torch_dispatch__ of its own, whose "
+            "memory cannot be written as a matrix; train a plain tensor, or leave it out of params"
+        )
+
+
 def check_params(params: Mapping[str, Tensor]) -> bool:
     """Whether some are parts of one storage."""
     if not isinstance(params, Mapping):
         raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
     if not params:
         raise ValueError("params: expected at least one parameter, got an empty dict")
-    by_storage: dict[object, list[tuple[int, int, str]]] = {}
     device, first = None, ""
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(
                 f"params[{name!r}]: expected str -> Tensor, got {type(tensor).__name__}"
             )
+        check_kind(name, tensor)
         if (
             tensor.layout != torch.strided
             or not tensor.dtype.is_floating_point
@@ -180,18 +211,5 @@ def check_params(params: Mapping[str, Tensor]) -> bool:
                 "plan a device"
             )
         device, first = tensor.device, first or name
-        if tensor.numel():
-            reach = 1 + sum(
-                (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            start, end = (int(tensor.storage_offset() + at) * tensor.itemsize for at in (0, reach))
-            by_storage.setdefault(storage_key(tensor), []).append((start, end, name))
-    for views in by_storage.values():  # of one storage, as cuDNN keeps the weights of an LSTM
-        views.sort(key=lambda view: view[0])
-        for (_, end, name), (start, _, other) in pairwise(views):
-            if start < end:
-                raise ValueError(
-                    f"params[{other!r}]: shares memory with {name!r}; pass tied weights once, "
-                    "clone() slices"
-                )
-    return any(len(views) > 1 for views in by_storage.values())
+    check_apart({"params": params}, "pass tied weights once, clone() slices")
+    return in_one_storage(params.values())

@@ -18,7 +18,7 @@ from ..algorithm.guard import Rule
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
 from ..algorithm.stages import Stages, stages_of
-from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group
+from ..compat import Ranks, gather_objects, is_subclass, overlaps, prepare_inductor, process_group
 from ..distributed.messages import Exchange
 from ..distributed.owners import GroupShards, Ownership, Shared, balance
 from ..distributed.placements import ShardedLayout, covering
@@ -128,6 +128,7 @@ def plan_of(
         guard=_guard_rule(params, (*buckets, *adamw), config, device, placements, mesh, guard_mesh),
         sharded=any(placement is not None for placement in placements),
         one_storage=one_storage,
+        subclasses=any(map(is_subclass, params.values())),
         hypers=hypers,
     )
 

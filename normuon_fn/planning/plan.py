@@ -53,6 +53,7 @@ class Plan:
     guard: Rule
     sharded: bool = False  # any parameter is a DTensor
     one_storage: bool = False  # some parameters are parts of one storage
+    subclasses: bool = False  # some parameters are of a subclass of Tensor
     # sets of hyperparameters: Hyper's tensors are [hypers]; 0: one set, and they are 0-d
     hypers: int = 0
 

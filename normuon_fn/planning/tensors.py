@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -45,11 +46,13 @@ class StepTensors:
         """What the works of a step share. ``hyper``: which entry of `Hyper`'s tensors."""
         own = self.hyper if self.hypers == 0 else Hyper(*(values[hyper] for values in self.hyper))
         step = self.state["guard.step"]
-        # The bias correction counts accepted steps. With the guard's scope a bucket, the skips of
-        # other buckets must not count, so all steps do.
+        # The bias correction and rounding by chance count accepted steps: a skipped one leaves no
+        # trace. With the guard's scope a bucket, the skips of other buckets must not count, so all
+        # steps do.
         count = step + 1
         if self.config.guard_scope == "step":
-            count = count - self.state["guard.skipped"]
+            skipped = self.state["guard.skipped"]
+            count, step = count - skipped, step - skipped
         return Context(
             config=self.config,
             stages=self.stages,
@@ -124,7 +127,14 @@ class StepTensors:
 
     def _joined(self, key: str, old: Tensor) -> Tensor:
         parts = self.new.get(key)
-        return old if parts is None else join(parts)
+        return old if parts is None else _laid_out_as(old, join(parts))
+
+
+def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:
+    """``new`` with the strides of ``old``, so that the next step meets the same graph."""
+    if old.is_contiguous() or new.stride() == old.stride():
+        return new
+    return torch.empty_like(old).copy_(new)
 
 
 def _key(name: str, what: str) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..compat import apart, compile_whole, without_autocast
+from ..compat import apart, compile_whole, plain, without_autocast
 from ..distributed import placements
-from ..planning.checks import check_placements, check_step
+from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.make_plan import plan_of
+from ..planning.memory import check_writable
 from ..planning.plan import Plan
 from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
@@ -95,6 +97,7 @@ def _run_compiled(
         missing = tuple([grad is None for grad in grads.values()])
     graphs = _graphs.setdefault(plan, {})
     compiled = graphs.get((function, missing))
+    known = compiled is not None
     if compiled is None:
         if not graphs:
             warn_of_lost_updates(plan, params, hyper)
@@ -102,19 +105,26 @@ def _run_compiled(
             check_step(plan, *passed, hyper, found_inf)
             _compile_kernels_beside(plan, function)
         compiled = compile_whole(function, overlap=plan.sends)
-        graphs[function, missing] = compiled
     try:
+        if not known:
+            if function is local_update_:
+                check_writable({"params": params, "state": state})
+            graphs[function, missing] = compiled
         if plan.sharded:
             check_placements(plan, *passed)
             params, grads, state = map(placements.local_of, passed)
         if zeros:
             grads = zeros_for_none(params, grads)
+        if plan.subclasses:
+            params, grads, state = map(_plain_of, (params, grads, state))
         if plan.one_storage:
             params = {name: apart(p) for name, p in params.items()}
         with without_autocast(plan.device):
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception as error:
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
+        if not plan.subclasses:
+            check_plain(*passed)
         if type(error).__name__ == "FailOnRecompileLimitHit":
             raise RuntimeError(
                 "step: it was compiled for too many forms of its arguments. Keep these the same "
@@ -122,6 +132,10 @@ def _run_compiled(
                 "requires_grad, and whether gradients are recorded"
             ) from error
         raise
+
+
+def _plain_of(tensors: Grads) -> dict[str, Any]:
+    return {name: None if x is None else plain(x) for name, x in tensors.items()}
 
 
 def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:

@@ -69,14 +69,16 @@ class Config:
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters).
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
       not finite; ``"full"``: momentum too, if a gradient is not finite.
-    - ``guard_scope``: ``"step"``: one bad matrix skips all; ``"bucket"``: only its bucket.
+    - ``guard_scope``: ``"step"``: one bad matrix skips all, and with guard ``"full"`` the run goes
+      on bit for bit as one that never saw the batch; ``"bucket"``: only its bucket is skipped, and
+      AdamW's bias correction and ``"stochastic"`` count the step for all.
     - ``missing_grads``: ``"skip"``: a gradient of ``None`` leaves its parameter as it is, and is an
       error for matrices that ranks share; ``"zeros"``: it counts as zeros, so ranks may differ.
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.
-    - ``seed``: of the chances of ``"stochastic"``, which also depend on ``"guard.step"``, the name
-      of the parameter, the place of the entry, and on a mesh how the parameter is sharded.
+    - ``seed``: of the chances of ``"stochastic"``, which also depend on the number of steps (see
+      ``guard_scope``), the parameter's name, the entry's place, and on a mesh its sharding.
 
     Raises TypeError or ValueError for an unknown option, or options that exclude each other.
     """
@@ -174,7 +176,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 class StepResult(NamedTuple):
-    """``params`` and ``state`` have the keys of what was given, in the same order."""
+    """``params`` and ``state`` have the keys of what was given, in the same order.
+
+    What a step does not update (frozen, or without a gradient) comes back as the tensor that was
+    given, which a later `step_` writes: clone() what is to stay. Others have the strides of theirs.
+    """
 
     params: dict[str, Tensor]
     state: dict[str, Tensor]

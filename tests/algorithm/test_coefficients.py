@@ -239,3 +239,18 @@ def test_malformed_coefficients_are_refused(
         nm.Config(**options)
     with pytest.raises((TypeError, ValueError)):
         nm.orthogonalize(torch.eye(4), **options)
+
+
+def test_rows_may_be_lists_wherever_they_may_be_tuples() -> None:
+    rows, x = [[3.0, -4.0, 2.0], [2.0, -1.5, 0.5]], torch.randn(8, 12)
+    of_tuples = nm.orthogonalize(x, coefficients=tuple(map(tuple, rows)), steps=2)
+    assert torch.equal(nm.orthogonalize(x, coefficients=rows, steps=2), of_tuples)  # type: ignore[arg-type]
+    ends = []
+    for coefficients in (rows, tuple(map(tuple, rows))):
+        config, w = nm.Config(coefficients=coefficients, steps=2), x.clone()  # type: ignore[arg-type]
+        nm.foreach_step_(
+            [w], [torch.ones(8, 12)], [torch.zeros(8, 12)], [torch.zeros(8, 1)],
+            lr=0.1, momentum=0.9, beta2=0.9, weight_decay=0.0, config=config, compiled=False,
+        )  # fmt: skip
+        ends.append(w)
+    assert torch.equal(*ends)

@@ -381,3 +381,21 @@ def test_vectors_and_tensors_without_entries_are_refused() -> None:
             nm.foreach_step_(
                 one, one, one, [], **HYPER, config=nm.Config(normalize=False), compiled=False
             )
+
+
+def test_an_orthogonalizer_by_which_no_plan_is_found_again_is_refused_by_name() -> None:
+    class Own:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x
+
+    w = torch.randn(8, 12)
+    with pytest.raises(
+        TypeError, match=r"orthogonalizer that can be hashed.* got a Own; pass a fu"
+    ):
+        nm.foreach_step_(
+            [w], [w.clone()], [torch.zeros(8, 12)], [torch.zeros(8, 1)],
+            lr=0.1, momentum=0.9, beta2=0.9, weight_decay=0.0,
+            config=nm.Config(orthogonalizer=Own()), compiled=False,
+        )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Whether tensors can be written in place: each entry once, and nothing by half."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..compat import address, storage_key
+from ..distributed.placements import local
+
+
+class Reach(NamedTuple):
+    """The bytes of one memory from a tensor's first entry to its last."""
+
+    memory: int
+    start: int
+    end: int
+    what: str
+    name: str
+
+
+def check_apart(given: Mapping[str, Mapping[str, Tensor]], advice: str) -> None:
+    """That no tensor begins before another one ends, as parts of one storage may not either.
+
+    By addresses: tensors of several storages can share memory too, as two of one numpy array do.
+
+    Args:
+        given: dicts of tensors by what messages call them: ``params``, ``state``.
+
+    Raises:
+        ValueError: naming both, and what to do: ``advice``.
+    """
+    found = [
+        reach
+        for what, tensors in given.items()
+        for name, tensor in tensors.items()
+        if (reach := _reach(what, name, tensor)) is not None
+    ]
+    found.sort(key=lambda reach: reach[:2])
+    for old, new in pairwise(found):
+        if new.memory == old.memory and new.start < old.end:
+            other = repr(old.name) if old.what == new.what else f"{old.what}[{old.name!r}]"
+            raise ValueError(f"{new.what}[{new.name!r}]: shares memory with {other}; {advice}")
+
+
+def check_writable(given: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """That every tensor of these dicts can be written in place, all of them after one another.
+
+    Raises:
+        ValueError: naming one that cannot, and what to pass instead.
+    """
+    for what, tensors in given.items():
+        for name, tensor in tensors.items():
+            here = f"{what}[{name!r}]: cannot be written in place:"
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise ValueError(
+                    f"{here} it was made under torch.inference_mode(); pass its clone(), made "
+                    "outside of it"
+                )
+            if repeats_entries(local(tensor)):
+                raise ValueError(
+                    f"{here} with strides {local(tensor).stride()} several of its entries lie at "
+                    "one place, as after expand(); pass its contiguous()"
+                )
+    check_apart(given, "each must have memory of its own: clone() one of them")
+
+
+def in_one_storage(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are parts of one storage."""
+    keys = [storage_key(local(tensor)) for tensor in tensors if local(tensor).numel()]
+    return len(set(keys)) < len(keys)
+
+
+def repeats_entries(tensor: Tensor) -> bool:
+    """Whether several entries may lie at one place, as those of an expanded tensor do."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += (size - 1) * stride
+    return False
+
+
+def _reach(what: str, name: str, tensor: Tensor) -> Reach | None:
+    tensor = local(tensor)
+    if not tensor.numel():
+        return None
+    extent = 1 + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    start, memory = address(tensor), hash(tensor.device)
+    if start is None:
+        start, memory = int(tensor.storage_offset()) * tensor.itemsize, hash(storage_key(tensor))
+    return Reach(memory, start, start + int(extent) * tensor.itemsize, what, name)
