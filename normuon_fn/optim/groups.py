@@ -96,16 +96,8 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 def remember_last(
     groups: Sequence[dict[str, Any]], routes: Routes | None, has_algorithm: bool
 ) -> AddedGroup:
-    """What to remember about the last group, which was just added.
-
-    Its hyperparameters that are tensors of an earlier group are cloned, so that every group's can
-    be written separately.
-    """
+    """What to remember about the last group, which was just added."""
     *others, group = groups
-    shared = {
-        id(value) for other in others for value in other.values() if isinstance(value, Tensor)
-    }
-    group |= {key: value.detach().clone() for key, value in group.items() if id(value) in shared}
     names = group.get("param_names") or [
         f"groups.{len(others)}.{i}" for i in range(len(group["params"]))
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import Ranks
+from ..compat import Ranks, outside_inference_mode
 from ..distributed import placements
+from ..planning.checks import check_writable
 from ..planning.make_plan import plan_of
 from ..planning.plan import Plan
 from ..runtime.graphed import GraphedStep
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
-from .state import States, collect
+from .state import COUNTERS, States, collect, load
 
 Chosen = tuple[bool, ...]  # by parameter: whether a step is planned for it
 
@@ -104,6 +105,7 @@ class Planner:
         self.steps[chosen] = planned
         return planned
 
+    @outside_inference_mode
     def plan(self, chosen: Chosen, states: States, begun: set[str]) -> PlannedStep:
         """A planned step for the chosen parameters, with its state. It is not remembered here."""
         params = dict(compress(self.named.items(), chosen))
@@ -112,6 +114,7 @@ class Planner:
             raise ValueError(
                 f"params: expected one device, got {devices}; make one optimizer per device"
             )
+        check_writable("params", params)
         plan = plan_of(
             params,
             self._decisions,
@@ -125,6 +128,34 @@ class Planner:
         planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)
         self.collect(planned, states, begun)
         return planned
+
+    def load(self, states: States, begun: set[str], saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes a saved state, by parameter, into ``optimizer.state``: see `state.load`."""
+        load(states, self.named, saved, lambda chosen: self.kinds(chosen, states, begun))
+        for planned in self.steps.values():
+            self.collect(planned, states, begun)
+
+    def kinds(self, chosen: Chosen, states: States, begun: set[str]) -> dict[str, set[str]]:
+        """By name, the kinds of state that a step of the chosen parameters reads.
+
+        Their state is complete then. The guard's counters belong to every parameter.
+        """
+        plans = [planned.plan for planned in self.steps.values()]
+        for planned in self.steps.values():
+            self.collect(planned, states, begun)
+        planned_for = {p.name for plan in plans for p in plan.parameters}
+        rest = tuple(
+            is_in and name not in planned_for
+            for name, is_in in zip(self.named, chosen, strict=True)
+        )
+        if any(rest):
+            plans.append(self.plan(rest, states, begun).plan)
+        found = {name: set(COUNTERS) for name in self.named}
+        for key in [key for plan in plans for key in plan.state]:
+            name, _, kind = key.rpartition(".")
+            if name in found:
+                found[name].add(kind)
+        return found
 
     def collect(self, planned: PlannedStep, states: States, begun: set[str]) -> None:
         """Takes a planned step's state from ``optimizer.state``, the owner (see state.py).

@@ -110,6 +110,47 @@ def _check_readable(plan: Plan, params: Tensors, state: Tensors) -> None:
                 raise ValueError(f"{what}[{name!r}]: {found}; make it contiguous()") from error
 
 
+def check_writable(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """That a step in place can write every entry of these tensors.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        x = local(tensor)
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{what}[{name!r}]: was made under torch.inference_mode(), and such a tensor "
+                "cannot be written outside of it; clone() it outside"
+            )
+        if _overlaps_itself(x):
+            raise ValueError(
+                f"{what}[{name!r}]: several of its entries are one place in memory (shape "
+                f"{tuple(x.shape)}, strides {x.stride()}, as expand() makes them), so that a step "
+                "cannot write each; clone() it"
+            )
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two entries of a tensor have the same address."""
+    if x.is_contiguous() or not x.numel():
+        return False
+    dims = sorted((step, n) for step, n in zip(x.stride(), x.shape, strict=True) if n > 1)
+    reach = 0
+    for step, n in dims:
+        if step <= reach:
+            break
+        reach += step * (n - 1)
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    places = sum(  # strides that interleave may still miss each other
+        torch.arange(n).mul(step).reshape(-1, *[1] * k) for k, (step, n) in enumerate(dims)
+    )
+    return isinstance(places, Tensor) and places.unique().numel() < places.numel()
+
+
 def check_tensors(
     plan: Plan,
     what: str,

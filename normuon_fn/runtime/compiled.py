@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..compat import apart, compile_whole, without_autocast
 from ..distributed import placements
-from ..planning.checks import check_placements, check_step
+from ..planning.checks import check_placements, check_step, check_writable
 from ..planning.make_plan import plan_of
 from ..planning.plan import Plan
 from ..routing.routes import Decision
@@ -94,6 +94,7 @@ def _run_compiled(
         missing = tuple([grad is None for grad in grads.values()])
     graphs = _graphs.setdefault(plan, {})
     compiled = graphs.get((function, missing))
+    is_new = compiled is None
     if compiled is None:
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
@@ -101,6 +102,8 @@ def _run_compiled(
         compiled = compile_whole(function, overlap=plan.sends)
         graphs[function, missing] = compiled
     try:
+        if is_new:
+            _check_writable(function, params, state)
         if plan.sharded:
             check_placements(plan, *passed)
             params, grads, state = map(placements.local_of, passed)
@@ -112,6 +115,7 @@ def _run_compiled(
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception as error:
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
+        _check_writable(function, params, state)
         if type(error).__name__ == "FailOnRecompileLimitHit":
             raise RuntimeError(
                 "step: it was compiled for too many forms of its arguments. Keep these the same "
@@ -119,6 +123,12 @@ def _run_compiled(
                 "requires_grad, and whether gradients are recorded"
             ) from error
         raise
+
+
+def _check_writable(function: StepFunction, params: Tensors, state: Tensors) -> None:
+    if function is local_update_:
+        check_writable("params", params)
+        check_writable("state", state)
 
 
 def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
