@@ -272,10 +272,10 @@ class NorMuon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies a `state_dict` into this optimizer's tensors, whose dtypes stay.
 
-        Parameters are found by name if both sides have names, where a wrapper's prefix does not
-        count, and by their order otherwise. A group takes the values that its parameters had. A
-        parameter without saved state, because it was frozen, starts anew. What others added to
-        ``optimizer.state`` comes back as it was. Nothing is written if anything does not fit.
+        Parameters are found by name (but for wrappers' prefixes) if both sides have names, and by
+        order otherwise. A group takes the values that its parameters had. A parameter without
+        saved state, because it was frozen, starts anew. What others added to ``optimizer.state``
+        comes back too. Nothing is written if anything does not fit.
 
         Raises:
             ValueError, TypeError: other names, groups, algorithms or values, or a state of another
@@ -287,12 +287,8 @@ class NorMuon(torch.optim.Optimizer):
         planner = self._settled()
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
         write_values = hyper_of.loading(self.param_groups, found.groups)
-        planner.load(self.state, self._begun, found.states)
-        self.state.update(found.others)
+        self._begun = planner.load(self.state, self._begun, found)
         write_values()
-        step = next((self.state[p]["step"] for p in planner.named.values() if p in self.state), 0)
-        begun = planner.named if step > 0 else self._begun
-        self._begun = {name for name in begun if found.states[name]}
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

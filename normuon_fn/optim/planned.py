@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -19,6 +19,7 @@ from ..runtime.graphed import GraphedStep
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
+from .saved import Saved
 from .state import COUNTERS, States, collect, load
 
 Chosen = tuple[bool, ...]  # by parameter: whether a step is planned for it
@@ -129,11 +130,17 @@ class Planner:
         self.collect(planned, states, begun)
         return planned
 
-    def load(self, states: States, begun: set[str], saved: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes a saved state, by parameter, into ``optimizer.state``: see `state.load`."""
-        load(states, self.named, saved, lambda chosen: self.kinds(chosen, states, begun))
+    def load(self, states: States, begun: set[str], saved: Saved) -> set[str]:
+        """Writes a saved state into ``optimizer.state`` (see `state.load`).
+
+        Returns the names of the parameters that were stepped, as far as that is known now.
+        """
+        load(states, self.named, saved.states, lambda of: self.kinds(of, states, begun))
+        states.update(saved.others)
         for planned in self.steps.values():
             self.collect(planned, states, begun)
+        step = next((states[p]["step"] for p in self.named.values() if p in states), 0)
+        return {name for name in (self.named if step > 0 else begun) if saved.states[name]}
 
     def kinds(self, chosen: Chosen, states: States, begun: set[str]) -> dict[str, set[str]]:
         """By name, the kinds of state that a step of the chosen parameters reads.
