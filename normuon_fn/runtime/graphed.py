@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import placements
-from ..planning.checks import check_step, check_writable
+from ..planning.checks import check_step
 from ..planning.plan import Plan
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
@@ -131,8 +131,6 @@ class GraphedStep:
             return self._graph.result
 
         check_step(self.plan, params, grads, state, hyper, found_inf)
-        check_writable("params", params)
-        check_writable("state", state)
         self._check_scalars(hyper, found_inf)
         call = functools.partial(step_, params, grads, state, hyper, self.plan, found_inf=found_inf)
         if same:
