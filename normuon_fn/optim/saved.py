@@ -111,7 +111,7 @@ def read(
             f"state_dict: 'state' has entries for {unclaimed[:SHOWN]}, which are in no group of "
             "'param_groups'; remove them, or put them into their group's 'params'"
         )
-    values = [_group_values(k, groups, group_of, found, saved) for k in range(len(groups))]
+    values = [_group_values(k, groups, group_of, found, saved, state) for k in range(len(groups))]
     return Saved(
         {name: state.get(place.key) or {} for name, place in found.items()}, values, others
     )
@@ -176,6 +176,7 @@ def _group_values(
     group_of: Mapping[str, int],
     found: Mapping[str, _Place],
     saved: Groups,
+    state: Mapping[Any, Any],
 ) -> dict[str, Any]:
     """The values of the saved groups that have the parameters of group ``k``, checked."""
     own = groups[k]
@@ -208,7 +209,7 @@ def _group_values(
             f"expected {own['algorithm']!r}; was it saved by another optimizer?"
         )
     for j in firsts:
-        _check_whose_values(k, saved[j])
+        _check_whose_values(k, saved[j], state)
     new = copy.deepcopy(new)
     both = {**own, **new}
     check_hyperparameters(both, f"state_dict: group {k}: ")
@@ -219,7 +220,7 @@ def _values(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in _NOT_VALUES}
 
 
-def _check_whose_values(k: int, group: Mapping[str, Any]) -> None:
+def _check_whose_values(k: int, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
     """Says so where torch gave a group the values of a saved group that had other parameters.
 
     `set_optimizer_state_dict` writes the keys of this optimizer's parameters into ``params``, and
@@ -229,7 +230,7 @@ def _check_whose_values(k: int, group: Mapping[str, Any]) -> None:
     if names is None or not all(isinstance(key, str) for key in keys):
         return
     known = set(map(unwrapped, names))
-    strangers = [key for key in keys if unwrapped(key) not in known]
+    strangers = [key for key in keys if unwrapped(key) not in known and state.get(key)]
     if strangers and len(strangers) < len(keys):
         warn_at_caller(
             f"state_dict: group {k} gets the values that {some(names)} had. What "
