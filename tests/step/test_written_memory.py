@@ -5,6 +5,7 @@ Tensors that were made under ``torch.inference_mode()``, and entries that share 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +41,15 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
 bad = pytest.mark.parametrize("kind", BAD)
 
 
+@functools.cache
+def plan_of_two() -> nm.Plan:
+    """One plan for all tests, so that its graph is traced once."""
+    params = {"w": torch.zeros(6, 6), "b": torch.zeros(6)}
+    return nm.make_plan(params, nm.Config(orthogonalize_dtype=torch.float32))
+
+
 def problem(w: Tensor) -> DICTS:
-    params = {"w": w, "b": torch.randn(6)}
-    plan = nm.make_plan(params, nm.Config(orthogonalize_dtype=torch.float32))
+    params, plan = {"w": w, "b": torch.randn(6)}, plan_of_two()
     grads = {name: torch.randn(p.shape) for name, p in params.items()}
     return params, grads, nm.init(plan, params), nm.Hyper.of(params, lr=0.5), plan
 
