@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ except ImportError:
 
 VERSION = "0.2.0"  # of this package, where every wing may read it
 Ranks = DeviceMesh | ProcessGroup
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def compile_whole(
@@ -103,6 +105,21 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, whose tensors can be written anywhere, also where it is called under
+    ``torch.inference_mode()``.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
 
 
 @functools.cache

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from .algorithm.guard import Agreement
-from .compat import without_autocast
+from .compat import outside_inference_mode, without_autocast
 from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
+from .planning.memory import check_writable
 from .planning.plan import Plan
 from .planning.tensors import StepTensors
 from .types import Grads, Hyper, StepResult, Tensors
 
 
+@outside_inference_mode
 def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     """All state of all parameters, by name, on the plan's device.
 
@@ -112,6 +114,8 @@ def _checked_step(
     in_place: bool,
 ) -> StepResult:
     check_step(plan, params, grads, state, hyper, found_inf)
+    if in_place and not torch.compiler.is_compiling():
+        check_writable({"params": params, "state": state})
     with torch.no_grad(), without_autocast(plan.device):
         params, grads, state = local_of(params), local_of(grads), local_of(state)
         if plan.config.missing_grads == "zeros":

@@ -167,16 +167,8 @@ def check_used(defaults: Mapping[str, Any], added: Sequence[AddedGroup]) -> None
 
 
 def remember_last(groups: Sequence[dict[str, Any]], written: Mapping[str, Any]) -> AddedGroup:
-    """What to remember about the last group, which was just added as somebody has written it.
-
-    Its hyperparameters that are tensors of an earlier group are cloned, so that every group's can
-    be written separately.
-    """
+    """What to remember about the last group, which was just added as somebody has written it."""
     *others, group = groups
-    shared = {
-        id(value) for other in others for value in other.values() if isinstance(value, Tensor)
-    }
-    group |= {key: value.detach().clone() for key, value in group.items() if id(value) in shared}
     remember_base(group, written)
     names = group.get("param_names") or [
         f"groups.{len(others)}.{i}" for i in range(len(group["params"]))

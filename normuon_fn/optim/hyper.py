@@ -1,15 +1,15 @@
-"""The hyperparameters of parameter groups: checked, written into one `Hyper`, saved and loaded."""
+"""The hyperparameters of parameter groups: checked, written into one `Hyper`, and loaded."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..routing.doubts import warn_at_caller
 from ..types import ONE, Hyper, check_number
 
 Groups = Sequence[Mapping[str, Any]]
@@ -46,11 +46,11 @@ class GroupHyper:
             TypeError, ValueError: a value that changed to one that no step can take.
         """
         for k, (group, written) in enumerate(zip(groups, self._written, strict=False)):
-            for field, value in enumerate(_values(group)):
+            for field, value in enumerate(_values(group, k)):
                 is_tensor = isinstance(value, Tensor)
-                if not is_tensor:
-                    if value == written[field]:
-                        continue
+                if not is_tensor and value == written[field]:
+                    continue
+                if not is_tensor or value.numel() != 1:
                     _check_value(f"param_groups[{k}]: {_KEYS[field]}", value)
                 own = self.hyper[field][k] if self.several else self.hyper[field]
                 if is_tensor:
@@ -61,14 +61,27 @@ class GroupHyper:
                 written[field] = None if is_tensor else value
 
 
-def _values(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A group's hyperparameters in the order of `Hyper`'s fields."""
-    decay, of_adamw = group["weight_decay"], group.get("adamw_weight_decay")
-    return (
-        group["lr"], group["momentum"], group["beta2"], decay,
-        adamw_lr_of(group), *group["adamw_betas"], group["adamw_eps"],
-        decay if of_adamw is None else of_adamw,
-    )  # fmt: skip
+def _values(group: Mapping[str, Any], k: int) -> tuple[Any, ...]:
+    """The hyperparameters of group ``k`` in the order of `Hyper`'s fields."""
+    try:
+        decay, betas = group["weight_decay"], group["adamw_betas"]
+        _check_betas(f"param_groups[{k}]: ", betas)
+        of_adamw = group.get("adamw_weight_decay")
+        return (
+            group["lr"], group["momentum"], group["beta2"], decay,
+            adamw_lr_of(group), *betas, group["adamw_eps"],
+            decay if of_adamw is None else of_adamw,
+        )  # fmt: skip
+    except KeyError as error:
+        key = error.args[0]
+        raise ValueError(
+            f"param_groups[{k}]: has no {key!r} any more; write param_groups[{k}][{key!r}] = ..."
+        ) from None
+
+
+def _check_betas(where: str, betas: Any) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{where}adamw_betas: expected two numbers, got {betas!r}")
 
 
 def adamw_lr_of(group: Mapping[str, Any]) -> Any:
@@ -124,32 +137,26 @@ def check_hyperparameters(group: dict[str, Any], where: str = "") -> None:
             "to freeze parameters, set requires_grad to False"
         )
     betas = group["adamw_betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"{where}adamw_betas: expected two numbers, got {betas!r}")
+    _check_betas(where, betas)
     group |= {key: _number(group[key]) for key in _NUMBERS if key in group}
     numbers = [*map(_number, betas)]
     group["adamw_betas"] = numbers if isinstance(betas, list) else tuple(numbers)
     own = {key: group.get(key) for key in ("lr", *OF_ADAMW.values())}
     for name, value in own.items():  # before AdamW's rate is computed from them
-        if value is not None and not isinstance(value, Tensor):
+        if value is not None:
             _check_value(where + name, value)
-        elif isinstance(value, Tensor):
-            _check_one(where + name, value)
-    for name, value in zip(_KEYS, _values(group), strict=True):
-        if not isinstance(value, Tensor):
-            _check_value(where + name, value)
-        else:
-            _check_one(where + name, value)
-
-
-def _check_one(name: str, value: Tensor) -> None:
-    if value.numel() != 1:
-        raise ValueError(
-            f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}"
-        )
+    for name, value in zip(_KEYS, _values(group, 0), strict=True):
+        _check_value(where + name, value)
 
 
 def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name}: expected a number or a tensor of one element, "
+                f"got shape {tuple(value.shape)}"
+            )
+        return
     value = _number(value)
     check_number(name, value)
     if name.endswith(("momentum", "beta2", "adamw_betas")) and value >= ONE:
@@ -176,48 +183,50 @@ def plain(value: Any) -> Any:
     return value.item() if one else value
 
 
-def saved_groups(groups: Groups, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The values that a ``state_dict`` has for each group, checked. Nothing is written.
+def loading(groups: Sequence[dict[str, Any]], saved: Groups) -> Callable[[], None]:
+    """A function that writes the values which `saved.read` found. Nothing is written before.
 
-    Raises:
-        TypeError, ValueError: the groups are not those of this optimizer, or have a value that it
-            cannot take.
+    A tensor of one element stays that tensor. One that several groups share stays shared by those
+    with the first one's value; the others get a tensor of their own, and a warning says so.
     """
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(
-            "state_dict: expected the keys 'state' and 'param_groups', "
-            f"got {sorted(map(str, state_dict))}"
-        )
-    saved = state_dict["param_groups"]
-    own_sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (groups, saved))
-    if own_sizes != saved_sizes:
-        raise ValueError(
-            f"state_dict: expected groups of {own_sizes} parameters, got {saved_sizes}"
-        )
-    found = []
-    for k, (own, other) in enumerate(zip(groups, saved, strict=True)):
-        if other.get("algorithm") != own["algorithm"]:
-            raise ValueError(
-                f"state_dict: group {k} has algorithm {other.get('algorithm')!r}, "
-                f"expected {own['algorithm']!r}; was it saved by another optimizer?"
-            )
-        new = {
-            key: copy.deepcopy(value)
+    fills: list[tuple[Tensor, float]] = []
+    numbers: dict[int, float] = {}  # by tensor
+    parted: list[str] = []
+
+    def loaded(where: str, into: Any, value: Any) -> Any:
+        number = plain(value)
+        if type(into) in (tuple, list) and type(value) in (tuple, list) and len(into) == len(value):
+            return type(value)(loaded(where, *pair) for pair in zip(into, value, strict=True))
+        if (
+            not isinstance(into, Tensor)
+            or into.numel() != 1
+            or not isinstance(number, (int, float))
+        ):
+            return value
+        if numbers.setdefault(id(into), number) != number:
+            parted.append(where)
+            into = into.detach().clone()
+        fills.append((into.detach(), number))
+        return into
+
+    new = [
+        {
+            key: loaded(f"param_groups[{k}][{key!r}]", own.get(key), value)
             for key, value in other.items()
-            if key not in ("params", "param_names")
         }
-        both = {**own, **new}
-        check_hyperparameters(both, f"state_dict: group {k}: ")
-        found.append({key: both[key] for key in new})
-    return found
+        for k, (own, other) in enumerate(zip(groups, saved, strict=True))
+    ]
+    if parted:
+        warn_at_caller(
+            f"state_dict: {', '.join(parted)} shares a tensor with an earlier group, for which "
+            "another value was saved: it gets a tensor of its own, and no longer follows the "
+            "shared one"
+        )
 
+    def write() -> None:
+        for into, number in fills:
+            into.fill_(number)
+        for own, values in zip(groups, new, strict=True):
+            own.update(values)
 
-def load_groups(groups: Sequence[dict[str, Any]], saved: Groups) -> None:
-    """Writes what `saved_groups` found. A tensor of one element stays that tensor."""
-    for own, other in zip(groups, saved, strict=True):
-        for key, value in other.items():
-            into, number = own.get(key), plain(value)
-            if isinstance(into, Tensor) and into.numel() == 1 and isinstance(number, (int, float)):
-                into.detach().fill_(number)
-            else:
-                own[key] = value
+    return write

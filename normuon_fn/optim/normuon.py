@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..compat import Ranks, read_by_grad_scaler
+from ..compat import Ranks, outside_inference_mode, read_by_grad_scaler
 from ..distributed import placements
 from ..planning.plan import Plan
 from ..routing.resolve import Routes
@@ -19,6 +19,7 @@ from ..runtime.compiled import step_
 from ..types import Config, Guard, StepResult
 from . import groups as groups_of
 from . import hyper as hyper_of
+from . import saved as saved_of
 from . import state as state_of
 from .planned import Planner
 from .routed import Params, decide_new, of_model
@@ -47,8 +48,8 @@ class NorMuon(torch.optim.Optimizer):
     **Groups.** All groups are one graph with one decision of the guard: a bad matrix in one group
     skips the step of all groups (``guard_scope="step"``), or that of the matrices of its shape in
     its group (``"bucket"``). Matrices of different groups are not one stack, so prefer few groups.
-    A hyperparameter is a float or a tensor of one element; if several groups get the same tensor,
-    every group but the first has a clone. Schedulers change them without a recompilation.
+    A hyperparameter is a float or a tensor of one element, which several groups may share.
+    Schedulers change them without a recompilation.
 
     **Gradients.** A step is planned for the parameters that have a gradient: at the first step, and
     whenever the set of these parameters is new. Each set is compiled once (and captured once). A
@@ -235,13 +236,14 @@ class NorMuon(torch.optim.Optimizer):
             planner = self._settle()
         return planner
 
+    @outside_inference_mode
     def _settle(self) -> Planner:
         self._forget()
         named = groups_of.named_again(self.param_groups, self._added)
         self._added = decide_new(named, self._routes)
         planner = Planner(self.param_groups, self._added, self.config, self._mesh, self._guard_mesh)
         present = set(map(id, planner.named.values()))
-        for p in [p for p in self.state if id(p) not in present]:
+        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:
             del self.state[p]
         planner.prepare(self.state, self._begun)
         self._planner = planner
@@ -255,40 +257,38 @@ class NorMuon(torch.optim.Optimizer):
 
     # --- saving and loading
 
+    @torch.compiler.disable
     def state_dict(self) -> dict[str, Any]:
-        """As for every optimizer, with hyperparameters as plain numbers."""
+        """As for every optimizer, with hyperparameters as plain numbers and no tensor twice."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         self._settled()
-        packed = super().state_dict()
-        if "param_groups" in packed:  # unless a hook made something else of it
-            packed["param_groups"] = [*map(hyper_of.plain, packed["param_groups"])]
+        packed = saved_of.pack(self.param_groups, self.state)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = after(self, packed) or packed
         return packed
 
     @torch.compiler.disable
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies a `state_dict` into this optimizer's tensors, whose dtypes stay.
 
-        Nothing is written if anything does not fit. A parameter without saved state, because it was
-        frozen, starts anew.
+        Parameters are found by name (but for wrappers' prefixes) if both sides have names, and by
+        order otherwise. A group takes the values that its parameters had. A parameter without
+        saved state, because it was frozen, starts anew. What others added to ``optimizer.state``
+        comes back too. Nothing is written if anything does not fit.
 
         Raises:
-            ValueError, TypeError: other groups, algorithms or values, or a state of another kind or
-                shape; naming the parameter or the group.
+            ValueError, TypeError: other names, groups, algorithms or values, or a state of another
+                kind or shape; naming the parameter or the group.
         """
         saved: Any = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
         planner = self._settled()
-        groups = hyper_of.saved_groups(self.param_groups, saved)
-        theirs = state_of.saved_by_name(saved, planner.named)
-        state_of.load(
-            self.state, planner.named, theirs, lambda of: planner.plan(of, self.state, self._begun)
-        )
-        for planned in planner.steps.values():
-            planner.collect(planned, self.state, self._begun)
-        hyper_of.load_groups(self.param_groups, groups)
-        step = next((kinds["step"] for kinds in self.state.values() if "step" in kinds), 0)
-        begun = planner.named if step > 0 else self._begun
-        self._begun = {name for name in begun if theirs.get(name)}
+        found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
+        write_values = hyper_of.loading(self.param_groups, found.groups)
+        self._begun = planner.load(self.state, self._begun, found)
+        write_values()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import Ranks
+from ..compat import Ranks, outside_inference_mode
 from ..distributed import placements
 from ..planning.make_plan import plan_of
+from ..planning.memory import check_writable
 from ..planning.plan import Plan
 from ..runtime.graphed import GraphedStep
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
 from .rate_watch import RateWatch
-from .state import States, collect
+from .saved import Saved
+from .state import COUNTERS, States, collect, load
 
 Chosen = tuple[bool, ...]  # by parameter: whether a step is planned for it
 
@@ -119,6 +121,7 @@ class Planner:
         self.steps[chosen] = planned
         return planned
 
+    @outside_inference_mode
     def plan(self, chosen: Chosen, states: States, begun: set[str]) -> PlannedStep:
         """A planned step for the chosen parameters, with its state. It is not remembered here."""
         params = dict(compress(self.named.items(), chosen))
@@ -127,6 +130,7 @@ class Planner:
             raise ValueError(
                 f"params: expected one device, got {devices}; make one optimizer per device"
             )
+        check_writable({"params": params})
         plan = plan_of(
             params,
             self._decisions,
@@ -140,6 +144,40 @@ class Planner:
         planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)
         self.collect(planned, states, begun)
         return planned
+
+    def load(self, states: States, begun: set[str], saved: Saved) -> set[str]:
+        """Writes a saved state into ``optimizer.state`` (see `state.load`).
+
+        Returns the names of the parameters that were stepped, as far as that is known now.
+        """
+        load(states, self.named, saved.states, lambda of: self.kinds(of, states, begun))
+        states.update(saved.others)
+        for planned in self.steps.values():
+            self.collect(planned, states, begun)
+        step = next((states[p]["step"] for p in self.named.values() if p in states), 0)
+        return {name for name in (self.named if step > 0 else begun) if saved.states[name]}
+
+    def kinds(self, chosen: Chosen, states: States, begun: set[str]) -> dict[str, set[str]]:
+        """By name, the kinds of state that a step of the chosen parameters reads.
+
+        Their state is complete then. The guard's counters belong to every parameter.
+        """
+        plans = [planned.plan for planned in self.steps.values()]
+        for planned in self.steps.values():
+            self.collect(planned, states, begun)
+        planned_for = {p.name for plan in plans for p in plan.parameters}
+        rest = tuple(
+            is_in and name not in planned_for
+            for name, is_in in zip(self.named, chosen, strict=True)
+        )
+        if any(rest):
+            plans.append(self.plan(rest, states, begun).plan)
+        found = {name: set(COUNTERS) for name in self.named}
+        for key in [key for plan in plans for key in plan.state]:
+            name, _, kind = key.rpartition(".")
+            if name in found:
+                found[name].add(kind)
+        return found
 
     def collect(self, planned: PlannedStep, states: States, begun: set[str]) -> None:
         """Takes a planned step's state from ``optimizer.state``, the owner (see state.py).

@@ -8,22 +8,26 @@ next step notices it (`PlannedStep.is_current`) and collects again.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
-from itertools import chain, compress
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat import outside_inference_mode
 from ..distributed import placements
 from ..planning.plan import Plan, Spec
 
-States = MutableMapping[Tensor, dict[str, Any]]  # optimizer.state
+States = MutableMapping[Any, dict[str, Any]]  # optimizer.state; others may add keys of their own
 COUNTERS = ("step", "skipped", "consecutive")  # of the guard, shared by all parameters
 _MASTERS = ("mantissa", "master")
+_OWN = {"momentum", "variance", "exp_avg", "exp_avg_sq", *_MASTERS}  # kinds that nobody else adds
 
 
+@outside_inference_mode
 def collect(
     states: States,
     plan: Plan,
@@ -54,7 +58,8 @@ def collect(
         for kind in _MASTERS:
             if f"{name}.{kind}" not in plan.state:  # the parameter was bfloat16 before
                 states[p].pop(kind, None)
-    for p in [*params.values(), *(p for p, kinds in states.items() if kinds)]:
+    begun_elsewhere = (p for p, kinds in states.items() if isinstance(p, Tensor) and kinds)
+    for p in [*params.values(), *begun_elsewhere]:
         states[p].update(counters)
     return flat
 
@@ -65,7 +70,7 @@ def _counter(states: States, kind: str, known: Tensor | None, device: torch.devi
     Without a known tensor the one that most parameters share is taken for it. A counter that no
     parameter has starts at zero.
     """
-    seen = [kinds[kind] for kinds in states.values() if kind in kinds]
+    seen = [own[kind] for p, own in states.items() if isinstance(p, Tensor) and kind in own]
     before: Any = known
     if before is None and seen:
         shared_by = Counter(map(id, seen))
@@ -114,67 +119,68 @@ def follow_parameters(params: Mapping[str, Tensor], state: Mapping[str, Tensor])
 # --- loading
 
 
-def saved_by_name(
-    state_dict: Mapping[str, Any], named: Mapping[str, Tensor]
-) -> dict[str, Mapping[str, Any]]:
-    """What a ``state_dict`` has for every parameter, by name; empty for one without state.
-
-    Without names, or with those of a wrapped model, the parameters are taken in their order.
-    """
-    groups = state_dict["param_groups"]
-    keys = [key for group in groups for key in group["params"]]
-    names = [name for group in groups for name in group.get("param_names", ())]
-    if set(names) != named.keys():
-        names = [*named]
-    found = {
-        name: state_dict["state"].get(key) or {} for name, key in zip(names, keys, strict=True)
-    }
-    return {name: found[name] for name in named}
-
-
+@outside_inference_mode
 def load(
     states: States,
     named: Mapping[str, Tensor],
-    saved: Mapping[str, Mapping[str, Any]],  # of `saved_by_name`
-    make_state: Callable[[tuple[bool, ...]], object],  # of the chosen parameters, in ``states``
+    saved: Mapping[str, Mapping[str, Any]],  # of `saved.read`
+    complete: Callable[[tuple[bool, ...]], Mapping[str, set[str]]],
 ) -> None:
     """Copies a saved state into the tensors of ``states``; removes what is not saved.
 
+    What others added to a parameter's state is replaced by what they had there when it was saved.
+
+    Args:
+        complete: makes the state of the chosen parameters complete in ``states``, and tells by name
+            which kinds a step reads.
+
     Raises:
-        ValueError: something does not fit. Nothing was written then.
+        ValueError: something does not fit. ``states`` has its tensors and their values then.
     """
-    lacking = tuple(bool(saved[name]) and not states.get(p) for name, p in named.items())
+    before = {p: dict(kinds) for p, kinds in states.items() if isinstance(kinds, dict)}
     try:
-        if any(lacking):
-            make_state(lacking)
-        copies = [_copies(name, states[p], saved[name]) for name, p in named.items() if saved[name]]
+        kinds = complete(tuple(bool(saved[name]) for name in named))
+        present = {name: p for name, p in named.items() if saved[name]}
+        copies = [_copies(name, states[p], kinds[name], saved[name]) for name, p in present.items()]
+        added = [
+            (states[p], _added(saved[name], kinds[name], placements.local(p).device))
+            for name, p in present.items()
+        ]
+        _check_counters({name: saved[name] for name in present})
     except BaseException:
-        for p in compress(named.values(), lacking):
-            states.pop(p, None)
+        for p in [p for p in states if p not in before and isinstance(p, Tensor)]:
+            del states[p]
+        for p, own in before.items():
+            states[p].clear()
+            states[p].update(own)
         raise
     with torch.no_grad():
         for into, value in chain.from_iterable(copies):
             into.copy_(value)
+    for (own, new), name in zip(added, present, strict=True):
+        for kind in own.keys() - kinds[name]:
+            del own[kind]
+        own.update(new)
     for name, p in named.items():
         if not saved[name]:
             states.pop(p, None)
 
 
 def _copies(
-    name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any]
+    name: str, own: Mapping[str, Tensor], kinds: set[str], saved: Mapping[str, Any]
 ) -> list[tuple[Tensor, Tensor]]:
     """A parameter's state tensors, each with the saved one to copy into it. Nothing is written.
 
     Raises:
         ValueError: other kinds of state, or one of another shape.
     """
-    if own.keys() != saved.keys():
+    if not kinds <= saved.keys() or _OWN & saved.keys() - kinds:
         raise ValueError(
-            f"state_dict: expected {sorted(own)} for {name!r}, got {sorted(map(str, saved))}; "
+            f"state_dict: expected {sorted(kinds)} for {name!r}, got {sorted(map(str, saved))}; "
             "was it saved with another config?"
         )
-    for kind, into in own.items():
-        value = saved[kind]
+    for kind in sorted(kinds):
+        value, into = saved[kind], own[kind]
         if (
             not isinstance(value, Tensor)
             or value.shape != into.shape
@@ -185,4 +191,37 @@ def _copies(
                 f"state_dict: expected {type(into).__name__} {tuple(into.shape)} for {name!r} "
                 f"{kind}, got {type(value).__name__}{shape}"
             )
-    return [(into, saved[kind]) for kind, into in own.items()]
+    return [(own[kind], saved[kind]) for kind in kinds]
+
+
+def _added(saved: Mapping[str, Any], kinds: set[str], device: torch.device) -> dict[str, Any]:
+    """Copies of what others added to a parameter's state, on the parameter's device."""
+    return {kind: _copied(value, device) for kind, value in saved.items() if kind not in kinds}
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if type(value) is dict:
+        return {key: _copied(each, device) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(each, device) for each in value)
+    return copy.deepcopy(value)
+
+
+def _check_counters(saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """That the saved parameters have counted the same steps, because there is one count for all."""
+    for kind in COUNTERS:
+        seen: dict[int, str] = {}  # by count: the first parameter that has it
+        tensors: set[int] = set()
+        for name, kinds in saved.items():
+            if id(kinds[kind]) not in tensors:
+                tensors.add(id(kinds[kind]))
+                seen.setdefault(int(kinds[kind]), name)
+        if len(seen) > 1:
+            (one, name), (other, of), *_ = seen.items()
+            raise ValueError(
+                f"state_dict: {kind} is {one} for {name!r} and {other} for {of!r}, but all "
+                "parameters of an optimizer have one count; write the one that is meant into all: "
+                f"for kinds in state_dict['state'].values(): kinds[{kind!r}].fill_({other})"
+            )

@@ -55,16 +55,17 @@ def check_writable(given: Mapping[str, Mapping[str, Tensor]]) -> None:
     """
     for what, tensors in given.items():
         for name, tensor in tensors.items():
-            here = f"{what}[{name!r}]: cannot be written in place:"
-            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            x = local(tensor)
+            if x.is_inference() and not torch.is_inference_mode_enabled():
                 raise ValueError(
-                    f"{here} it was made under torch.inference_mode(); pass its clone(), made "
-                    "outside of it"
+                    f"{what}[{name!r}]: cannot be written in place: it was made under "
+                    "torch.inference_mode(); pass its clone(), made outside of it"
                 )
-            if repeats_entries(local(tensor)):
+            if overlaps_itself(x):
                 raise ValueError(
-                    f"{here} with strides {local(tensor).stride()} several of its entries lie at "
-                    "one place, as after expand(); pass its contiguous()"
+                    f"{what}[{name!r}]: cannot be written in place: several of its entries are one "
+                    f"place in memory (shape {tuple(x.shape)}, strides {x.stride()}, as expand() "
+                    "makes them); pass its clone()"
                 )
     check_apart(given, "each must have memory of its own: clone() one of them")
 
@@ -75,15 +76,24 @@ def in_one_storage(tensors: Iterable[Tensor]) -> bool:
     return len(set(keys)) < len(keys)
 
 
-def repeats_entries(tensor: Tensor) -> bool:
-    """Whether several entries may lie at one place, as those of an expanded tensor do."""
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two entries of a tensor have the same address."""
+    if x.is_contiguous() or not x.numel():
+        return False
+    dims = sorted((step, n) for step, n in zip(x.stride(), x.shape, strict=True) if n > 1)
     reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return tensor.numel() > 0
-            reach += (size - 1) * stride
-    return False
+    for step, n in dims:
+        if step <= reach:
+            break
+        reach += step * (n - 1)
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    places = sum(  # strides that interleave may still miss each other
+        torch.arange(n).mul(step).reshape(-1, *[1] * k) for k, (step, n) in enumerate(dims)
+    )
+    return isinstance(places, Tensor) and places.unique().numel() < places.numel()
 
 
 def _reach(what: str, name: str, tensor: Tensor) -> Reach | None:

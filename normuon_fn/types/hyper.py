@@ -74,7 +74,8 @@ class Hyper(NamedTuple):
             if name in ("momentum", "beta2", "adamw_beta1", "adamw_beta2") and value >= ONE:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {value!r} as float32")
         numbers = [*map(float, values)]
-        made = Hyper(*(torch.tensor(x, dtype=torch.float32, device=device) for x in numbers))
+        with torch.inference_mode(False):  # so that a schedule may write them anywhere
+            made = Hyper(*(torch.tensor(x, dtype=torch.float32, device=device) for x in numbers))
         _remember(made, (numbers[0],), (numbers[4],))
         return made
 

@@ -5,7 +5,10 @@ device. gloo on CPU, eagerly.
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import normuon_fn as nm
+from tests.optim.saved_state import WAYS, by_name, differing, hand_over, regrouped
 
 STEPS, BAD = 5, 3  # the step in which the last rank alone has a NaN
 EXACT = nm.Config(
@@ -104,6 +108,39 @@ def fsdp2(last: bool) -> dict[str, Any]:
     }
 
 
+def reordered(last: bool) -> dict[str, Any]:
+    """What differs after torch's functions gave an optimizer's state to one of another order."""
+
+    def made(seed: int, kind: Any, other: bool) -> tuple[nn.Module, Any]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return model, kind(regrouped(model, other=other, lr=(0.1, 0.1) if other else (0.5, 0.01)))
+
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, 0)
+    found: dict[str, list[str]] = {}
+    for kind in (nm.NorMuon, torch.optim.AdamW):
+        model, optimizer = made(0, kind, False)
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        for way in WAYS:
+            other, into = made(1, kind, True)
+            place = Path(folder[0]) / f"{kind.__name__} {way}"
+            hand_over(way, place, model, optimizer, other, into)
+            found[f"{kind.__name__} {way}"] = differing(
+                by_name(model, optimizer), by_name(other, into)
+            )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return found
+
+
 def ddp(last: bool) -> dict[str, Any]:
     model = model_of()
     optimizer = nm.NorMuon(
@@ -146,7 +183,12 @@ def alone() -> dict[str, Tensor]:
     return whole(model)
 
 
-CASES: dict[str, Callable[[bool], dict[str, Any]]] = {"fsdp2": fsdp2, "ddp": ddp, "unlike": unlike}
+CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "fsdp2": fsdp2,
+    "reordered": reordered,
+    "ddp": ddp,
+    "unlike": unlike,
+}
 
 
 def main(rank: int, world: int, device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed.optimizer_ranks import BAD, STEPS, main
 from tests.distributed.processes import run_ranks
+from tests.optim.saved_state import WAYS
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available(), reason="torch was built without torch.distributed"
@@ -52,6 +53,14 @@ def test_sharded_state_goes_through_a_distributed_checkpoint_and_on_exactly(
     ranks: list[dict[str, Any]],
 ) -> None:
     assert [seen["fsdp2"]["resumed"] for seen in ranks] == [0.0] * WORLD
+
+
+@pytest.mark.parametrize("kind", ["NorMuon", "AdamW"])
+@pytest.mark.parametrize("way", WAYS)
+def test_sharded_parameters_in_another_order_get_their_own_state_and_rate(
+    ranks: list[dict[str, Any]], way: str, kind: str
+) -> None:
+    assert [seen["reordered"][f"{kind} {way}"] for seen in ranks] == [[]] * WORLD
 
 
 def test_ranks_whose_optimizers_are_not_alike_say_so(ranks: list[dict[str, Any]]) -> None:

@@ -188,18 +188,6 @@ def test_numbers_of_numpy_are_taken_as_floats_and_what_float32_cannot_hold_is_re
         nm.NorMuon(model.named_parameters(), lr=True)
 
 
-def test_a_tensor_that_groups_share_is_one_for_each() -> None:
-    lr = torch.tensor(0.5)
-    matrices, rest = split(Net())
-    optimizer = nm.NorMuon([{"params": matrices}, {"params": rest, "algorithm": "adamw"}], lr=lr)
-    assert optimizer.param_groups[0]["lr"] is lr
-    saved = copy.deepcopy(optimizer.state_dict())
-    for group, value in zip(saved["param_groups"], (0.25, 0.125), strict=True):
-        group["lr"] = value
-    optimizer.load_state_dict(saved)
-    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.125]
-
-
 def test_an_algorithm_that_is_changed_after_the_construction_is_refused_by_group() -> None:
     model = Net()
     optimizer = nm.NorMuon(three(model))
