@@ -22,10 +22,11 @@ from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
+from .recent import MANY, Recent
 
 StepFunction = Callable[..., StepResult]
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
-_graphs: WeakKeyDictionary[Plan, dict[GraphKey, StepFunction]] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
 
 
 def step(
@@ -41,7 +42,8 @@ def step(
 
     It is compiled once per plan. Pass detached parameters, so that a result which is passed to the
     next step meets the same graph. Each set of gradients that are None is compiled once; with
-    ``Config(missing_grads="zeros")`` there is only one.
+    ``Config(missing_grads="zeros")`` there is only one. The fourth such set is said in a warning,
+    and the graphs of the last 16 are kept.
     """
     if torch.compiler.is_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
@@ -92,7 +94,9 @@ def _run_compiled(
     missing: tuple[bool, ...] = ()
     if not zeros and isinstance(grads, Mapping):
         missing = tuple([grad is None for grad in grads.values()])
-    graphs = _graphs.setdefault(plan, {})
+    graphs = _graphs.get(plan)
+    if graphs is None:
+        graphs = _graphs.setdefault(plan, Recent())
     compiled = graphs.get((function, missing))
     if compiled is None:
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
@@ -100,6 +104,8 @@ def _run_compiled(
             _compile_kernels_beside(plan, function)
         compiled = compile_whole(function, overlap=plan.sends)
         graphs[function, missing] = compiled
+        if len({sets for _, sets in graphs}) == MANY:
+            graphs.warn_of_sets("step" if function is local_update else "step_")
     try:
         if plan.sharded:
             check_placements(plan, *passed)
