@@ -75,12 +75,15 @@ class SkipReports:
         self._step = 0  # the last one that arrived
         _alive.add(self)
 
-    def send(self, result: StepResult, plan: Plan) -> None:
-        """Starts the copy to the host. It is complete at once where there is no CUDA device."""
+    def send(self, result: StepResult, plan: Plan, *, once: bool = False) -> None:
+        """Starts the copy to the host. It is complete at once where there is no CUDA device.
+
+        ``once``: a step that was sent before is not reported again.
+        """
         consecutive = result.state["guard.consecutive"]
         if type(consecutive) is not Tensor or consecutive.device.type == "meta":
             return  # a fake tensor, or one without values
-        again, self._flags = result.flags is self._flags, result.flags
+        again, self._flags = once and result.flags is self._flags, result.flags
         if consecutive.device.type != "cuda":
             if int(consecutive) or bool(result.flags.any()):
                 self._way.append(_Sent(plan, result.flags, packed(result), None, again))
@@ -189,9 +192,10 @@ class SkipMonitor:
         self, of: Any, *, on_skip: OnSkip = "warn", max_consecutive: int | None = None
     ) -> None:
         self.plan: Plan | None = of if isinstance(of, Plan) else None
-        self._optimizer = None if isinstance(of, Plan) else of
-        if self._optimizer is not None:
+        self._optimizer: Any = None
+        if self.plan is None:
             innermost(of)
+            self._optimizer = of
         self._reports = SkipReports(on_skip, max_consecutive)
 
     def __call__(self, result: StepResult | None = None, plan: Plan | None = None) -> int:
@@ -208,7 +212,7 @@ class SkipMonitor:
         if result is None and self._optimizer is not None:
             optimizer = innermost(self._optimizer)
             if optimizer.result is not None:  # otherwise it has not stepped yet
-                self._reports.send(optimizer.result, optimizer.plan)
+                self._reports.send(optimizer.result, optimizer.plan, once=True)
             return self._reports.look()
         if plan is not None:
             check_plan(plan)
@@ -235,8 +239,8 @@ def innermost(optimizer: Any) -> Any:
     found = find_inside(optimizer)
     if found is None:
         raise TypeError(
-            f"expected a NorMuon, something that wraps one, or a Plan, got "
-            f"{type(optimizer).__name__}; an optimizer has its plan as .plan after its first step"
+            f"plan: expected a Plan, got {type(optimizer).__name__}; an optimizer has it as .plan "
+            "after its first step, and is taken itself if it is a NorMuon or wraps one"
         )
     return found
 

@@ -70,8 +70,8 @@ def _number(looks: Looks, config: Config, routes: Routes, params: Sequence[Tenso
         number = next(_next)
         _numbers[key], _plans[number] = number, plan
         if len(_numbers) > _SIZE:
-            _warn_of_many(looks)
             del _plans[_numbers.popitem(last=False)[1]]
+            _warn_of_many(looks)
     else:
         _numbers.move_to_end(key)
     return number
@@ -83,11 +83,11 @@ def _warn_of_many(looks: Looks) -> None:
     if not (_told or torch.compiler.is_compiling()):
         _told = True
         warn_at_caller(
-            f"foreach_step_: this is another plan after {_SIZE}, now for lists of "
-            f"{len(looks.params)} tensors, and every new plan is compiled anew; the last {_SIZE} "
-            "are kept. Where the lists go on changing because some gradients are missing, pass "
-            "zeros for those gradients and always the same lists (as "
-            'Config(missing_grads="zeros") does in step)'
+            f"foreach_step_: these lists of {len(looks.params)} tensors need another plan after "
+            f"{_SIZE}, and every new plan is compiled anew; the last {_SIZE} are kept. Where the "
+            "lists go on changing because some gradients are missing, pass zeros for those "
+            "gradients and always the same lists, as "
+            'Config(missing_grads="zeros") does in step'
         )
 
 
