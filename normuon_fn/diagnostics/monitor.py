@@ -63,7 +63,8 @@ class _Sent(NamedTuple):
 class SkipReports:
     """Sends what a step reports to the host, and says it once it is there.
 
-    On the CPU a step without a fault costs 4 us (144 matrices, torch 2.13.0, 2026-11-28).
+    On CUDA a step costs the host 67 us, three launches and no wait (144 matrices, H200, torch
+    2.11.0, 2026-11-28).
     """
 
     def __init__(self, on_skip: OnSkip, max_consecutive: int | None) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
 
-from ..compat import apart, compile_whole, without_autocast
+from ..compat import apart, compile_whole, free_graph, without_autocast
 from ..distributed import placements
 from ..planning.checks import check_placements, check_step
 from ..planning.make_plan import plan_of
@@ -96,7 +96,8 @@ def _run_compiled(
         missing = tuple([grad is None for grad in grads.values()])
     graphs = _graphs.get(plan)
     if graphs is None:
-        graphs = _graphs.setdefault(plan, Recent())
+        graphs = _graphs.setdefault(plan, Recent(dropped=free_graph))
+        finalize(plan, graphs.drop_all).atexit = False
     compiled = graphs.get((function, missing))
     if compiled is None:
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):

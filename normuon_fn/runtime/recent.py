@@ -44,6 +44,10 @@ class Recent(OrderedDict[K, V]):
         while len(self) > self._size:
             self._dropped(self.popitem(last=False)[1])
 
+    def drop_all(self) -> None:
+        while self:
+            self._dropped(self.popitem()[1])
+
     def warn_of_sets(self, what: str) -> None:
         """Says once that every new set of gradients costs a compilation."""
         if self._told:

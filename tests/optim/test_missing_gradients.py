@@ -257,14 +257,22 @@ def test_the_functional_step_keeps_the_last_graphs_and_frees_the_others(
     assert sum(ref() is not None for ref in made) == KEPT < len(made)
 
 
-def test_dynamo_frees_a_graph_that_leaves(without_inductor: None) -> None:
+@pytest.mark.parametrize("how", ["another set", "another plan"])
+def test_dynamo_frees_a_graph_that_leaves(without_inductor: None, how: str) -> None:
     params = {"a": torch.randn(2, 2), "b": torch.randn(2, 2)}
     plan = nm.make_plan(params, SHORT, routes=dict.fromkeys(params, nm.Route()))
     state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.1)
     nm.step_(params, params | {"b": None}, state, hyper, plan)
     graphs = compiled._graphs[plan]
-    code = weakref.ref(next(iter(graphs.values()))._torchdynamo_orig_callable.__code__)
-    graphs._size = 1
-    nm.step_(params, params, state, hyper, plan)
+    traced = next(iter(graphs.values()))._torchdynamo_orig_callable.__code__
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(traced)
+    codes = [weakref.ref(entry.code) for entry in entries]  # what dynamo runs in its place
+    del traced, entries
+    if how == "another set":
+        graphs._size = 1
+        nm.step_(params, params, state, hyper, plan)
+        assert len(graphs) == 1
+    else:
+        del plan, graphs
     gc.collect()
-    assert len(graphs) == 1 and code() is None
+    assert len(codes) == 1 and codes[0]() is None
