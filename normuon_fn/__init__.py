@@ -18,7 +18,9 @@ from .types import Config, Hyper, StepResult
 
 if TYPE_CHECKING:
     from .diagnostics.capture import capture
-    from .diagnostics.skips import NonFiniteStepError, SkipMonitor, check
+    from .diagnostics.monitor import Skip, SkipMonitor
+    from .diagnostics.skips import NonFiniteStepError, check
+    from .optim.callbacks import lightning_callback, trainer_callback
     from .optim.normuon import NorMuon
     from .optim.trainer import for_trainer
     from .persistence.checkpoint import Checkpoint, load, save
@@ -40,6 +42,7 @@ __all__ = [
     "Plan",
     "Route",
     "RouteTable",
+    "Skip",
     "SkipMonitor",
     "StepResult",
     "capture",
@@ -48,6 +51,7 @@ __all__ = [
     "for_trainer",
     "foreach_step_",
     "init",
+    "lightning_callback",
     "load",
     "make_plan",
     "names_in",
@@ -56,6 +60,7 @@ __all__ = [
     "save",
     "step",
     "step_",
+    "trainer_callback",
     "update",
 ]
 
@@ -65,15 +70,18 @@ _LATER = {
     "CheckpointError": "persistence.description",
     "GraphedStep": "runtime.graphed",
     "NonFiniteStepError": "diagnostics.skips",
-    "SkipMonitor": "diagnostics.skips",
+    "Skip": "diagnostics.monitor",
+    "SkipMonitor": "diagnostics.monitor",
     "capture": "diagnostics.capture",
     "check": "diagnostics.skips",
     "NorMuon": "optim.normuon",
     "convert_state": "persistence.converters",
     "for_trainer": "optim.trainer",
+    "lightning_callback": "optim.callbacks",
     "load": "persistence.checkpoint",
     "names_in": "persistence.converters",
     "save": "persistence.checkpoint",
+    "trainer_callback": "optim.callbacks",
 }
 
 

@@ -12,7 +12,7 @@ import math
 import platform
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,15 +77,12 @@ def reference(w: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor) -> Te
 
 def problem(device: torch.device) -> tuple[Matrices, Matrices, Matrices]:
     """Parameters, gradients, and a state in the middle of a run."""
-    generator = torch.Generator().manual_seed(0)
-    params = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    grads = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    state = {
-        f"{name}.momentum": torch.randn(shape, generator=generator)
-        for name, shape in SHAPES.items()
-    }
+    on_host: Any = {"device": "cpu", "generator": torch.Generator("cpu").manual_seed(0)}
+    params = {name: torch.randn(shape, **on_host) for name, shape in SHAPES.items()}
+    grads = {name: torch.randn(shape, **on_host) for name, shape in SHAPES.items()}
+    state = {f"{name}.momentum": torch.randn(shape, **on_host) for name, shape in SHAPES.items()}
     state |= {
-        f"{name}.variance": torch.rand(*shape[:-1], 1, generator=generator) / shape[-1]
+        f"{name}.variance": torch.rand(*shape[:-1], 1, **on_host) / shape[-1]
         for name, shape in SHAPES.items()
     }
     return tuple({k: v.to(device) for k, v in part.items()} for part in (params, grads, state))  # type: ignore[return-value]

@@ -55,6 +55,17 @@ def compile_whole(
     return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
 
 
+def free_graph(compiled: Callable[..., Any]) -> None:
+    """Frees the graphs of what `compile_whole` returned.
+
+    Dynamo's table of codes refers to the code that it traced, whose cache refers to the key in that
+    table: without this they would stay for ever (torch 2.13.0, 2026-11-28).
+    """
+    function = getattr(compiled, "_torchdynamo_orig_callable", None)
+    if function is not None:
+        torch._dynamo.eval_frame.remove_from_cache(function)
+
+
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def _view_has_vmap_rule() -> bool:
     try:
-        torch.vmap(lambda x: x.view(torch.int32))(torch.zeros(1, 1))
+        torch.vmap(lambda x: x.view(torch.int32))(torch.zeros(1, 1, device="cpu"))
     except RuntimeError:
         return False
     return True

@@ -1,27 +1,31 @@
 """Says which steps were skipped, and which parameters caused it.
 
-Only `check` and `SkipMonitor.wait` wait for the device.
+flags and counters -> `packed`, one tensor -> `Outcome` on the host -> `tell`, one message per skip
+
+`check` waits for the device; `SkipMonitor` in monitor.py does the same without the wait.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-import warnings
-from collections import deque
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..distributed.placements import rank_and_world_size
 from ..planning.plan import Plan
+from ..routing.doubts import warn_at_caller
 from ..routing.table import render
 from ..types import Grads, Hyper, StepResult
 from .capture import can_gather, capture
 
 logger = logging.getLogger("normuon_fn")
+_SHOWN = 12  # parameters in a message; the table of an error has all of them
+# by the flags of a step: its number, and who has told about it
+_told: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class NonFiniteStepError(RuntimeError):
@@ -38,7 +42,8 @@ def check(
 ) -> bool:
     """Whether the step was skipped. Waits for the device (one copy of the flags).
 
-    Rank 0 warns with the names of the parameters at fault; the other ranks write to the log.
+    Rank 0 warns with the names of the parameters at fault; the other ranks write to the log. A skip
+    that the optimizer or a `SkipMonitor` has told about is not told again.
 
     Args:
         max_consecutive: raise once that many steps in a row were skipped.
@@ -51,12 +56,16 @@ def check(
         TypeError: ``result`` is not a StepResult, or ``plan`` is not a Plan.
         ValueError: ``max_consecutive`` < 1, or ``result`` belongs to another plan.
     """
-    _check_arguments(result, plan, max_consecutive)
-    outcome = _Outcome.of(plan, _packed(result).tolist())
+    check_max_consecutive(max_consecutive)
+    check_result(result, plan)
+    outcome = Outcome.of(plan, packed(result).tolist())
     folder = os.environ.get("NORMUON_CAPTURE_DIR")
     if outcome.failed and folder:
         _capture_into(folder, result, grads, plan, hyper)
-    return _report(outcome, plan, max_consecutive, depth=2)
+    if outcome.failed:
+        tell(outcome, plan, result.flags, by=check)
+    raise_if_too_many(outcome, plan, max_consecutive)
+    return outcome.skipped
 
 
 def _capture_into(
@@ -75,82 +84,25 @@ def _capture_into(
         logger.warning("captured %s", capture(result, grads, plan, folder, hyper=hyper))
 
 
-class SkipMonitor:
-    """`check` without the wait for the device.
-
-    The flags are copied to pinned memory by a non-blocking copy and read once they have arrived.
-    On CUDA the first call after that reports the step, usually one step later; on the CPU the step
-    is reported at once. Call it after every step, and `wait` at the end.
-
-    Args:
-        max_consecutive: as in `check`.
-    """
-
-    def __init__(self, plan: Plan, *, max_consecutive: int | None = None) -> None:
-        _check_plan(plan)
-        self.plan, self.max_consecutive = plan, max_consecutive
-        self._pending: deque[tuple[Plan, Tensor, torch.cuda.Event | None]] = deque()
-
-    def __call__(self, result: StepResult, plan: Plan | None = None) -> int:
-        """The number of skipped steps among those whose flags have arrived since the last call.
-
-        Args:
-            plan: the plan from this step on, where it has changed:
-                ``monitor(optimizer.result, optimizer.plan)``.
-
-        Raises:
-            NonFiniteStepError, TypeError, ValueError: as in `check`.
-        """
-        if plan is not None:
-            _check_plan(plan)
-            self.plan = plan
-        _check_arguments(result, self.plan, self.max_consecutive)
-        packed = _packed(result)
-        if packed.device.type == "cuda":
-            pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            pinned.copy_(packed, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._pending.append((self.plan, pinned, arrived))
-        else:
-            self._pending.append((self.plan, packed, None))
-        return self._look(wait=False)
-
-    def wait(self) -> int:
-        """The same for all steps whose flags have not been read yet. Waits for the device."""
-        return self._look(wait=True)
-
-    def _look(self, *, wait: bool) -> int:
-        skips = 0
-        while self._pending:
-            plan, packed, arrived = self._pending[0]
-            if arrived is not None:
-                if wait:
-                    arrived.synchronize()
-                elif not arrived.query():
-                    break
-            self._pending.popleft()
-            skips += _report(
-                _Outcome.of(plan, packed.tolist()), plan, self.max_consecutive, depth=3
-            )
-        return skips
-
-
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """One step as the host sees it."""
 
     step: int
     consecutive: int
-    skipped: bool
+    total: int  # skipped steps so far
     bad: tuple[tuple[str, str], ...]  # (parameter, "gradient", "update" or both)
+
+    @property
+    def skipped(self) -> bool:
+        return self.consecutive > 0
 
     @property
     def failed(self) -> bool:
         return bool(self.skipped or self.bad)
 
     @staticmethod
-    def of(plan: Plan, packed: list[int]) -> _Outcome:
-        step, consecutive, skipped, *flags = packed
+    def of(plan: Plan, packed: list[int]) -> Outcome:
+        step, consecutive, total, *flags = packed
         updates, grads = flags[: len(plan.names)], flags[len(plan.names) :]
         bad = []
         for name, update, grad in zip(plan.names, updates, grads, strict=True):
@@ -159,25 +111,25 @@ class _Outcome(NamedTuple):
             )
             if what:
                 bad.append((name, what))
-        return _Outcome(step, consecutive, bool(skipped), tuple(bad))
+        return Outcome(step, consecutive, total, tuple(bad))
 
 
-def _packed(result: StepResult) -> Tensor:
-    """All counters and flags in one tensor, so that one copy brings them to the host."""
+def packed(result: StepResult) -> Tensor:
+    """[3 + 2 * n_params] int32: counters and flags, so that one copy brings them to the host."""
     counters = [
-        result.state["guard.step"],
-        result.state["guard.consecutive"],
-        result.skipped.to(torch.int32),
+        result.state[f"guard.{kind}"].view(1) for kind in ("step", "consecutive", "skipped")
     ]
-    return torch.cat([torch.stack(counters), result.flags.flatten()])
+    return torch.cat([*counters, result.flags.flatten()])
 
 
-def _check_arguments(result: StepResult, plan: Plan, max_consecutive: int | None) -> None:
-    if max_consecutive is not None and (
-        not isinstance(max_consecutive, int) or max_consecutive < 1
-    ):
+def check_max_consecutive(max_consecutive: int | None) -> None:
+    is_count = isinstance(max_consecutive, int) and max_consecutive >= 1
+    if max_consecutive is not None and not is_count:
         raise ValueError(f"max_consecutive: expected None or an int >= 1, got {max_consecutive!r}")
-    _check_plan(plan)
+
+
+def check_result(result: StepResult, plan: Plan) -> None:
+    check_plan(plan)
     if not isinstance(result, StepResult):
         raise TypeError(
             f"result: expected a StepResult, got {type(result).__name__}; an optimizer has it as "
@@ -191,7 +143,7 @@ def _check_arguments(result: StepResult, plan: Plan, max_consecutive: int | None
         )
 
 
-def _check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan: expected a Plan, got {type(plan).__name__}; an optimizer has it as .plan after "
@@ -199,34 +151,51 @@ def _check_plan(plan: Plan) -> None:
         )
 
 
-def _report(outcome: _Outcome, plan: Plan, max_consecutive: int | None, *, depth: int) -> bool:
-    if not outcome.failed:
-        return False
-    named = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad)
+def message_of(outcome: Outcome, plan: Plan) -> str:
+    """One sentence: which step, whether it was skipped, and which parameters were at fault."""
+    named = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad[:_SHOWN])
+    if len(outcome.bad) > _SHOWN:
+        named += f"; and {len(outcome.bad) - _SHOWN} more parameters"
     what = named or "found_inf was set, or another rank of guard_mesh had a non-finite value"
     fate = (
         f"skipped, {outcome.consecutive} in a row"
         if outcome.skipped
         else f"not skipped (guard={plan.config.guard!r})"
     )
-    message = f"step {outcome.step} {fate}: {what}"
-    if rank_and_world_size()[0] == 0:
-        logger.warning(message)
-        # Without a registry the caller's filters apply, and Python shows the second skip at the
-        # same place too.
-        frame = sys._getframe(depth)
-        warnings.warn_explicit(message, RuntimeWarning, frame.f_code.co_filename, frame.f_lineno)
+    return f"step {outcome.step} {fate}: {what}"
+
+
+def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object) -> None:
+    """One message: a warning at the caller's line, or a line of the log on other ranks.
+
+    Nothing if somebody else has told about this step.
+    """
+    step, who = _told.get(flags, (None, None))
+    if step == outcome.step and who is not by:
+        return
+    _told[flags] = outcome.step, by
+    if warns_here():
+        warn_at_caller(message_of(outcome, plan), RuntimeWarning)  # each time, not once per line
     else:
-        logger.info(message)
+        logger.info(message_of(outcome, plan))
+
+
+def warns_here() -> bool:
+    """Whether this rank is one of those that warn."""
+    return rank_and_world_size()[0] == 0
+
+
+def raise_if_too_many(outcome: Outcome, plan: Plan, max_consecutive: int | None) -> None:
+    """Raises NonFiniteStepError from ``max_consecutive`` skipped steps in a row on."""
     if max_consecutive is not None and outcome.consecutive >= max_consecutive:
         raise NonFiniteStepError(
             f"{outcome.consecutive} steps in a row were skipped (max_consecutive="
-            f"{max_consecutive}), the last at step {outcome.step}:\n{_offenders(outcome, plan)}"
+            f"{max_consecutive}), the last at step {outcome.step}:\n{offenders(outcome, plan)}"
         )
-    return outcome.skipped
 
 
-def _offenders(outcome: _Outcome, plan: Plan) -> str:
+def offenders(outcome: Outcome, plan: Plan) -> str:
+    """The parameters at fault as a table."""
     if not outcome.bad:
         return (
             "in each of them the caller set found_inf, or a rank of guard_mesh with other "

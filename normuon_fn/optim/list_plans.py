@@ -14,6 +14,7 @@ from torch import Tensor
 from ..distributed.placements import mesh_and_placements
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan, Spec
+from ..routing.doubts import warn_at_caller
 from ..routing.routes import Route
 from ..types import Config
 
@@ -24,6 +25,7 @@ _SIZE = 64
 _numbers: OrderedDict[Hashable, int] = OrderedDict()
 _plans: dict[int, Plan] = {}
 _next = count()
+_told = False
 _CONFIG, _ROUTE = (tuple(field.name for field in fields(each)) for each in (Config, Route))
 
 
@@ -74,9 +76,24 @@ def _number(looks: Looks, config: Config, routes: Routes, params: Sequence[Tenso
         _numbers[key], _plans[number] = number, plan
         if len(_numbers) > _SIZE:
             del _plans[_numbers.popitem(last=False)[1]]
+            _warn_of_many(looks)
     else:
         _numbers.move_to_end(key)
     return number
+
+
+def _warn_of_many(looks: Looks) -> None:
+    """Says once in a process that plans are made anew."""
+    global _told
+    if not (_told or torch.compiler.is_compiling()):
+        _told = True
+        warn_at_caller(
+            f"foreach_step_: these lists of {len(looks.params)} tensors need another plan after "
+            f"{_SIZE}, and every new plan is compiled anew; the last {_SIZE} are kept. Where the "
+            "lists go on changing because some gradients are missing, pass zeros for those "
+            "gradients and always the same lists, as "
+            'Config(missing_grads="zeros") does in step'
+        )
 
 
 @torch.compiler.assume_constant_result

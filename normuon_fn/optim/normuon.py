@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode, read_by_grad_scaler
-from ..distributed import placements
 from ..planning.plan import Plan
 from ..routing.resolve import Routes
 from ..runtime.compiled import step_
@@ -22,12 +21,13 @@ from . import hyper as hyper_of
 from . import saved as saved_of
 from . import state as state_of
 from .planned import Planner
+from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
 
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
-    "_constructed",
+    "_constructed", "_reports",
 )  # fmt: skip
 
 
@@ -85,12 +85,14 @@ class NorMuon(torch.optim.Optimizer):
             proportion: a scheduler, which moves ``lr``, moves both.
         config, routes, mesh, guard_mesh: as for `make_plan`, for all groups.
         guard: as ``Config.guard``, which may be written in ``config`` instead.
-        nan_guard_fallback: as in microsoft/dion PR #79: ``guard="output"`` with
-            ``guard_scope="bucket"``, for AdamW too.
-        graphed: captures the step in a CUDA graph; `zero_grad` then keeps gradients allocated.
+        nan_guard_fallback: as in dion PR #79: ``guard="output"`` per bucket, for AdamW too.
+        graphed: captures the step (`GraphedStep`), and `zero_grad` keeps gradients allocated.
+        on_skip, max_consecutive: who hears of a skipped step, as in `SkipMonitor`; on CUDA from
+            the next step, before it writes. ``"auto"``: ``"warn"`` with a guard, else None.
 
     Raises:
-        TypeError, ValueError: as `make_plan` and `Hyper.of`; from `add_param_group` too.
+        TypeError, ValueError: as `make_plan` and `Hyper.of`; if the model replaced parameters.
+        NonFiniteStepError: from a step, as ``on_skip`` and ``max_consecutive`` ask for.
     """
 
     @groups_of.with_config_hints
@@ -115,10 +117,13 @@ class NorMuon(torch.optim.Optimizer):
         guard_mesh: Ranks | None = None,
         late_gradients: LateGradients = "replan",
         graphed: bool = False,
+        on_skip: OnSkip = "auto",
+        max_consecutive: int | None = None,
     ) -> None:
         groups_of.check_choice("late_gradients", late_gradients, get_args(LateGradients))
         self.config = groups_of.with_guard(config, guard, nan_guard_fallback)
         self.late_gradients, self.graphed = late_gradients, graphed
+        self._reports = Reports(self.config, on_skip, max_consecutive)
         self._mesh, self._guard_mesh = mesh, guard_mesh
         self._added: list[groups_of.AddedGroup] = []
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
@@ -161,8 +166,11 @@ class NorMuon(torch.optim.Optimizer):
     )
     @torch.no_grad()
     def _step_once(self) -> None:
+        self._reports.before_step()
         planner = self._settled()
         grads = [p.grad for p in planner.named.values()]
+        if all(grad is None for grad in grads):
+            self._reports.check_gradients(planner.named)
         if self.config.missing_grads == "zeros":
             chosen = tuple([p.requires_grad for p in planner.named.values()])
         else:
@@ -171,6 +179,7 @@ class NorMuon(torch.optim.Optimizer):
             return
         planned = planner.steps.get(chosen)
         if planned is None or not planned.stepped:
+            self._reports.check_gradients(planner.named)
             how: Any = {"late": self.late_gradients, "graphed": self.graphed}
             planned = planner.first(chosen, self.state, self._begun, **how)
         elif not planned.is_current(self.state):
@@ -181,7 +190,7 @@ class NorMuon(torch.optim.Optimizer):
             state_of.follow_parameters(params, planned.state)
         planner.follow(self.param_groups, planned)
         named_grads = dict(zip(planned.params, [grads[k] for k in planned.places], strict=True))
-        found_inf = self._unscale(named_grads, planner.found_inf)
+        found_inf = hyper_of.unscale(self, named_grads.values(), planner.found_inf)
         arguments = planned.params, named_grads, planned.state, planner.hyper.hyper
         if planned.graphed is not None:
             result = planned.graphed(*arguments, found_inf=found_inf)
@@ -189,17 +198,7 @@ class NorMuon(torch.optim.Optimizer):
             result = step_(*arguments, planned.plan, found_inf=found_inf)
         self.plan, self.result, planned.stepped = planned.plan, result, True
         self._begun |= fresh
-
-    def _unscale(self, grads: Mapping[str, Tensor | None], into: Tensor) -> Tensor | None:
-        """Unscales by what a GradScaler left here. Its ``found_inf`` comes back in ``into``."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is not None:
-            inverse = scale.double().reciprocal().float().reshape(())
-            local = [placements.local(grad) for grad in grads.values() if grad is not None]
-            torch._foreach_mul_(local, inverse)
-        if found_inf is None:
-            return None
-        return into.copy_(found_inf.reshape(()), non_blocking=True)
+        self._reports.after_step(result, planned.plan)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """As for every optimizer; by default ``set_to_none`` is True unless ``graphed``."""
@@ -241,6 +240,7 @@ class NorMuon(torch.optim.Optimizer):
         self._forget()
         named = groups_of.named_again(self.param_groups, self._added)
         self._added = decide_new(named, self._routes)
+        self._reports.remember_models(self._added, self._routes)
         planner = Planner(self.param_groups, self._added, self.config, self._mesh, self._guard_mesh)
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:

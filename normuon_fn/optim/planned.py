@@ -16,6 +16,7 @@ from ..planning.make_plan import plan_of
 from ..planning.memory import check_writable
 from ..planning.plan import Plan
 from ..runtime.graphed import GraphedStep
+from ..runtime.recent import MANY, Recent
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
@@ -37,6 +38,11 @@ class PlannedStep:
     collected: list[tuple[Tensor, list[tuple[str, Tensor]]]] = field(default_factory=list)
     stepped: bool = False
     graphed: GraphedStep | None = None
+
+    def release(self) -> None:
+        """Frees the graph that was captured."""
+        if self.graphed is not None:
+            self.graphed.release()
 
     def is_current(self, states: States) -> bool:
         """Whether ``optimizer.state`` still has the tensors that were collected."""
@@ -68,7 +74,8 @@ class Planner:
         device = placements.local(params[0]).device if params else torch.device("cpu")
         self.hyper = GroupHyper(1 + max(self.group_of.values(), default=0), device)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self.steps: dict[Chosen, PlannedStep] = {}
+        self.steps: Recent[Chosen, PlannedStep] = Recent(dropped=PlannedStep.release)
+        self._sets = 0  # that were stepped
         self._had_gradients: set[str] | None = None
         self._watch: RateWatch | None = None
 
@@ -119,6 +126,9 @@ class Planner:
             planned.graphed = GraphedStep(planned.plan)
         self._had_gradients = names | had
         self.steps[chosen] = planned
+        self._sets += 1
+        if self._sets == MANY:
+            self.steps.warn_of_sets("NorMuon")
         return planned
 
     @outside_inference_mode
@@ -191,8 +201,7 @@ class Planner:
     def release(self) -> None:
         """Frees the graphs that were captured."""
         for planned in self.steps.values():
-            if planned.graphed is not None:
-                planned.graphed.release()
+            planned.release()
 
 
 def _check_device(device: torch.device, expected: str) -> None:

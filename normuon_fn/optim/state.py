@@ -82,7 +82,9 @@ def _counter(states: States, kind: str, known: Tensor | None, device: torch.devi
     if not seen:
         return own.zero_()
     other = next((x for x in seen if x is not before), None)
-    return own if other is None else own.copy_(torch.as_tensor(other).reshape(()))
+    if other is None:
+        return own
+    return own.copy_(torch.as_tensor(other, device=device).reshape(()))
 
 
 def _kept(

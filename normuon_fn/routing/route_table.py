@@ -41,6 +41,11 @@ class RouteTable(dict[str, Route]):
         self._model = None if model is None else weakref.ref(model)
         super().__init__({name: entry.route for name, entry in self.entries.items()})
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose modules were read, if it still exists."""
+        return None if self._model is None else self._model()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
 
@@ -92,7 +97,7 @@ class RouteTable(dict[str, Route]):
             ValueError: as `decide`.
         """
         names: dict[int, list[str]] = {}
-        model = None if self._model is None else self._model()
+        model = self.model
         for path, module in () if model is None else model.named_modules(remove_duplicate=False):
             for leaf, tensor in module._parameters.items():
                 name = f"{path}.{leaf}" if path else leaf

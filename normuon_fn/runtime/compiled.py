@@ -9,12 +9,12 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
 
-from ..compat import apart, compile_whole, plain, without_autocast
+from ..compat import apart, compile_whole, free_graph, plain, without_autocast
 from ..distributed import placements
 from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.make_plan import plan_of
@@ -25,10 +25,11 @@ from ..step import init, local_update, local_update_, to_dtensors, update, zeros
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
 from .lost_updates import warn_of_lost_updates
+from .recent import MANY, Recent
 
 StepFunction = Callable[..., StepResult]
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
-_graphs: WeakKeyDictionary[Plan, dict[GraphKey, StepFunction]] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
 _written: WeakKeyDictionary[Plan, tuple[int, ...]] = WeakKeyDictionary()  # by the call before
 
 
@@ -45,7 +46,8 @@ def step(
 
     It is compiled once per plan. Pass detached parameters, so that a result which is passed to the
     next step meets the same graph. Each set of gradients that are None is compiled once; with
-    ``Config(missing_grads="zeros")`` there is only one.
+    ``Config(missing_grads="zeros")`` there is only one. The fourth such set is said in a warning,
+    and the graphs of the last 16 are kept.
     """
     if torch.compiler.is_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
@@ -96,7 +98,10 @@ def _run_compiled(
     missing: tuple[bool, ...] = ()
     if not zeros and isinstance(grads, Mapping):
         missing = tuple([grad is None for grad in grads.values()])
-    graphs = _graphs.setdefault(plan, {})
+    graphs = _graphs.get(plan)
+    if graphs is None:
+        graphs = _graphs.setdefault(plan, Recent(dropped=free_graph))
+        finalize(plan, graphs.drop_all).atexit = False
     compiled = graphs.get((function, missing))
     if compiled is None:
         if not graphs:
@@ -104,11 +109,13 @@ def _run_compiled(
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
             _compile_kernels_beside(plan, function)
-        compiled = compile_whole(function, overlap=plan.sends)
     try:
         if function is local_update_:
             _check_writable(plan, params, state)
-        graphs[function, missing] = compiled
+        if compiled is None:
+            compiled = graphs[function, missing] = compile_whole(function, overlap=plan.sends)
+            if len({sets for _, sets in graphs}) == MANY:
+                graphs.warn_of_sets("step" if function is local_update else "step_")
         if plan.sharded:
             check_placements(plan, *passed)
             params, grads, state = map(placements.local_of, passed)

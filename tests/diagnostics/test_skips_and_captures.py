@@ -17,6 +17,7 @@ from torch import Tensor
 
 import normuon_fn as nm
 from normuon_fn import __main__ as command_line
+from normuon_fn.diagnostics import skips
 from normuon_fn.diagnostics.replay import replay
 from tests import processes
 
@@ -57,12 +58,23 @@ def test_the_second_skip_at_the_same_place_is_not_swallowed() -> None:
     assert not seen
 
 
-def test_check_logs_under_the_packages_name(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_is_told_once_by_a_warning_or_on_other_ranks_in_the_log(
+    rank: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result, plan, _, _, _ = run(nm.Config(), bad="bias")
-    with caplog.at_level(logging.INFO, logger="normuon_fn"), pytest.warns(RuntimeWarning):
+    monkeypatch.setattr(skips, "rank_and_world_size", lambda: (rank, 2))
+    with (
+        caplog.at_level(logging.INFO, logger="normuon_fn"),
+        warnings.catch_warnings(record=True) as seen,
+    ):
+        warnings.simplefilter("always")
         assert nm.check(result, plan) is False
+        assert nm.SkipMonitor(plan)(result) == 0  # tells nothing that check has told
     expected = "step 2 not skipped (guard='off'): bias (non-finite gradient and update)"
-    assert caplog.record_tuples == [("normuon_fn", logging.WARNING, expected)]
+    assert [str(w.message) for w in seen] == [expected] * (rank == 0)
+    logged = [("normuon_fn", logging.INFO, expected)]
+    assert caplog.record_tuples == logged * (rank == 1)
 
 
 def test_a_clean_step_says_nothing(recwarn: pytest.WarningsRecorder) -> None:

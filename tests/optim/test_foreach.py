@@ -243,8 +243,11 @@ def test_routes_and_a_counter_for_what_is_rounded_by_chance() -> None:
     assert torch.equal(own[0][0], params["0"]) and torch.equal(counter, state["guard.step"])
 
 
-def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_SIZE", 3), ("_plans", {}), ("_numbers", list_plans.OrderedDict())):
+def test_the_cache_of_plans_is_bounded_and_says_once_that_it_overflows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fresh = {"_SIZE": 3, "_plans": {}, "_numbers": list_plans.OrderedDict(), "_told": False}
+    for name, value in fresh.items():
         monkeypatch.setattr(list_plans, name, value)
     config = nm.Config(**SHORT, normalize=False)
 
@@ -255,9 +258,10 @@ def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return int(made != (len(list_plans._plans), max(list_plans._plans, default=-1)))
 
-    assert [call(rows) for rows in (2, 3, 4, 2, 5)] == [1, 1, 1, 0, 1] and len(
-        list_plans._plans
-    ) == 3
+    assert [call(rows) for rows in (2, 3, 4, 2)] == [1, 1, 1, 0]
+    with pytest.warns(UserWarning, match="another plan after 3.*pass zeros for those gradients"):
+        assert call(5) == 1
+    assert len(list_plans._plans) == 3
     assert [call(2), call(3)] == [0, 1]  # the one used longest ago went
 
 

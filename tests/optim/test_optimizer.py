@@ -347,7 +347,8 @@ def with_nan(model: Net, optimizer: nm.NorMuon, name: str) -> None:
     grad = dict(model.named_parameters())[name].grad
     assert grad is not None
     grad.view(-1)[0] = float("nan")
-    optimizer.step()
+    with pytest.warns(RuntimeWarning, match=rf"skipped, 1 in a row: {name} \(non-finite gradient"):
+        optimizer.step()
 
 
 def test_a_bad_matrix_in_one_group_skips_all_groups() -> None:
@@ -363,11 +364,7 @@ def test_a_bad_matrix_in_one_group_skips_all_groups() -> None:
     assert same(weights(model), before[0]) and same({k: after[k] for k in before[1]}, before[1])
     assert (int(after["0.step"]), int(after["0.skipped"]), int(after["0.consecutive"])) == (3, 1, 1)
     assert optimizer.result is not None and optimizer.plan is not None
-    with pytest.warns(
-        RuntimeWarning,
-        match=r"step 3 skipped, 1 in a row: down.weight \(non-finite gradient and update\)",
-    ):
-        assert nm.check(optimizer.result, optimizer.plan)
+    assert nm.check(optimizer.result, optimizer.plan)  # and says nothing again
 
 
 def test_nan_guard_fallback_skips_one_shape_in_one_group_and_moves_its_momentum_on() -> None:
@@ -576,7 +573,8 @@ def test_a_parameter_without_gradient_keeps_its_state_and_missing_ones_may_count
 def test_a_step_without_any_gradient_is_none() -> None:
     model = Net()
     optimizer = nm.NorMuon(model.named_parameters(), lr=0.02)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="no parameter has a gradient"):
+        optimizer.step()
     assert (
         same(weights(model), weights(Net()))
         and int(states(optimizer)["0.step"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,70 @@ def test_the_trainer_learns_clips_schedules_and_resumes_exactly(tmp_path: Path, 
     )
 
 
+class Bad(transformers.TrainerCallback):
+    """A NaN in a gradient at some steps."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.done = steps, 0
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.done += 1
+        if self.done in self.steps:
+            model.model.layers[0].mlp.up_proj.weight.grad[0, 0] = float("nan")
+
+
+def test_the_trainer_warns_of_a_skip_and_its_callback_logs_counters_and_rates(
+    tmp_path: Path,
+) -> None:
+    trainer, _, seen = trainer_of(tmp_path, 0, 0.02)
+    monitor, reporter = nm.SkipMonitor(trainer), Reporter()
+    trainer.args.max_grad_norm = 0.0
+    trainer.add_callback(Bad({3, 4, 6}))
+    trainer.add_callback(nm.trainer_callback())
+    trainer.add_callback(reporter)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        trainer.train()
+    texts = [str(w.message) for w in heard if "skipped" in str(w.message)]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert [text.partition(":")[0] for text in texts] == [
+        "step 3 skipped, 1 in a row", "step 4 skipped, 2 in a row", "step 6 skipped, 1 in a row"
+    ]  # fmt: skip
+    assert all(name in text for text in texts)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["skipped"] for entry in history] == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert [entry["consecutive"] for entry in history] == [0, 0, 1, 2, 0, 1, 0, 0]
+    after = [*seen.rates[1:], [0.0, 0.0]]  # the schedule has gone on when the Trainer logs
+    logged = [[entry["lr/0"], entry["lr/1"]] for entry in history]
+    assert logged == [pytest.approx(rates) for rates in after]
+    assert [entry["adamw_lr/1"] for entry in history] == [entry["lr/1"] for entry in history]
+    assert [logs["skipped"] for logs in reporter.logs if "loss" in logs] == [
+        entry["skipped"] for entry in history
+    ]
+    assert monitor() == 0 and all(x.isfinite().all() for x in trainer.model.parameters())
+
+
+def test_the_trainer_ends_after_too_many_skips_in_a_row(tmp_path: Path) -> None:
+    trainer, _, _ = trainer_of(tmp_path, 0, 0.02)
+    trainer.optimizer = problem.optimizer_of(trainer.model, on_skip="raise")
+    trainer.args.max_grad_norm = 0.0
+    trainer.add_callback(Bad({3}))
+    with pytest.raises(nm.NonFiniteStepError, match="step 3 skipped"):
+        trainer.train()
+
+
+class Reporter(transformers.TrainerCallback):
+    """As those of ``report_to``."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.logs.append(dict(logs))
+
+
 # --- Accelerate
 
 
@@ -176,3 +241,20 @@ def test_accelerate_has_the_bits_of_the_plain_loop_and_resumes_exactly(
     go_on(accelerator, *again, range(4 * accumulate, STEPS * accumulate))
     assert problem.same(problem.bits(*again[:2]), ended)
     assert again[1].param_groups[0]["lr"] == pytest.approx(0.05 * 0.9**STEPS)
+
+
+def test_accelerate_warns_of_a_skip_and_its_wrapper_may_be_monitored(forgotten: None) -> None:
+    accelerator, model, optimizer, _ = accelerated(0, 0.05)
+    assert not hasattr(optimizer, "result")
+    monitor, skips = nm.SkipMonitor(optimizer), []
+    for k in range(4):
+        accelerator.backward(model(problem.batch(k)) * (float("nan") if k == 2 else 1.0))
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            optimizer.step()
+            skips.append(monitor())
+        assert [str(w.message).partition(":")[0] for w in heard] == (
+            ["step 3 skipped, 1 in a row"] if k == 2 else []
+        )
+        optimizer.zero_grad()
+    assert skips == [0, 0, 1, 0]

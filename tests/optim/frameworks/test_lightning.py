@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,67 @@ def test_fabric_has_the_bits_of_the_plain_loop_and_resumes_exactly(
     expected, _ = problem.by_hand(STEPS, clip=0.5, in_groups=True, **how)
     assert problem.same(problem.bits(first[1].module, first[2].optimizer), expected)
     assert problem.same(problem.bits(again[1].module, again[2].optimizer), expected)
+
+
+class Poisoned(Module):
+    """A NaN in a gradient at some steps."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.global_step in (2, 3, 5):
+            self.net.up.weight.grad[0, 0] = float("nan")  # type: ignore[index]
+
+
+class Logger(lightning.pytorch.loggers.logger.DummyLogger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[Any, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_lightning_warns_of_a_skip_and_its_callback_logs_counters_and_rates(
+    tmp_path: Path, manual: bool
+) -> None:
+    module, logger, every = Poisoned(0, 0.05, manual, None), Logger(), 2
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_steps=STEPS, enable_checkpointing=False, logger=logger,
+        default_root_dir=str(tmp_path), enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=every, callbacks=[nm.lightning_callback(prefix="normuon/")],
+    )  # fmt: skip
+    module.on_train_batch_end = lambda *_: None  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        trainer.fit(module, torch.utils.data.DataLoader(range(STEPS), batch_size=None))
+    texts = [str(w.message) for w in heard if "skipped" in str(w.message)]
+    assert [text.partition(" (")[0] for text in texts] == [
+        "step 3 skipped, 1 in a row: up.weight",
+        "step 4 skipped, 2 in a row: up.weight",
+        "step 6 skipped, 1 in a row: up.weight",
+    ]
+    rows = [(step, row) for step, row in logger.rows if "normuon/skipped" in row]
+    assert [step for step, _ in rows] == [2, 4, 6, 8]
+    assert [row["normuon/skipped"] for _, row in rows] == [0, 2, 3, 3]
+    assert [row["normuon/consecutive"] for _, row in rows] == [0, 2, 1, 0]
+    assert [row["normuon/lr/0"] for _, row in rows] == [
+        pytest.approx(0.05 * 0.9**step) for step, _ in rows
+    ]
+    assert [row["normuon/adamw_lr/1"] for _, row in rows] == [
+        pytest.approx(0.025 * 0.9**step) for step, _ in rows
+    ]
+
+
+def test_the_wrappers_of_lightning_may_be_monitored_and_its_callback_pickled() -> None:
+    model = problem.Net()
+    wrapper = lightning.pytorch.core.optimizer.LightningOptimizer(problem.optimizer_of(model))
+    monitors = [nm.SkipMonitor(wrapper, on_skip=None)]
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    own, optimizer = fabric.setup(model, wrapper.optimizer)
+    monitors.append(nm.SkipMonitor(optimizer, on_skip=None))
+    fabric.backward(own(problem.batch(0)) * float("nan"))
+    with pytest.warns(RuntimeWarning, match="step 1 skipped"):
+        optimizer.step()
+    assert [monitor() for monitor in monitors] == [1, 1]
+    callback = pickle.loads(pickle.dumps(nm.lightning_callback(prefix="x/")))
+    assert callback.prefix == "x/" and isinstance(callback, lightning.pytorch.Callback)

@@ -1,0 +1,215 @@
+"""Skips are heard: from the optimizer itself, and from a monitor of an optimizer in any wrapper."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import normuon_fn as nm
+from normuon_fn.diagnostics import monitor as monitor_module
+
+pytestmark = pytest.mark.usefixtures("eager")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NAN = float("nan")
+
+
+def made(device: str = "cpu", **options: Any) -> tuple[nn.Module, nm.NorMuon]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).to(device)
+    return model, nm.NorMuon(model, lr=0.02, **{"guard": "full", **options})
+
+
+def step(model: nn.Module, optimizer: Any, bad: bool = False) -> None:
+    optimizer.zero_grad()
+    x = torch.randn(3, 6, device=next(model.parameters()).device)
+    (model(x).square().sum() * (NAN if bad else 1.0)).backward()
+    optimizer.step()
+
+
+def heard(action: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        action()
+    assert {w.filename for w in seen} <= {__file__}  # at the caller's line
+    return [str(w.message).partition(":")[0] for w in seen]
+
+
+def test_a_guarded_optimizer_tells_of_every_skip_once() -> None:
+    model, optimizer = made()
+    own = nm.SkipMonitor(optimizer)
+
+    def run() -> None:
+        for k in range(6):
+            step(model, optimizer, bad=k in (1, 2, 4))
+            assert own() == (k in (1, 2, 4)) and own() == 0
+            assert nm.check(optimizer.result, optimizer.plan) == (k in (1, 2, 4))  # type: ignore[arg-type]
+
+    texts = [(2, 1), (3, 2), (5, 1)]
+    assert heard(run) == [f"step {k} skipped, {n} in a row" for k, n in texts]
+    assert own.wait() == 0
+
+
+def test_without_a_guard_a_grad_scaler_is_not_told_about_its_own_skips() -> None:
+    """As torch.optim.AdamW; who writes on_skip hears of them."""
+    for options, expected in (({}, 0), ({"on_skip": "warn"}, 1), ({"guard": "full"}, 1)):
+        model, optimizer = made(**{"guard": "off", **options})
+        optimizer.found_inf = torch.ones(1)  # type: ignore[attr-defined]
+        before = [p.detach().clone() for p in model.parameters()]
+        assert heard(lambda m=model, o=optimizer: step(m, o)) == (
+            ["step 1 skipped, 1 in a row"] * expected
+        )
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_on_skip_raises_after_a_step_that_kept_every_bit() -> None:
+    model, optimizer = made(on_skip="raise")
+    step(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(nm.NonFiniteStepError, match=r"step 2 skipped, 1 in a row: 0\.weight"):
+        step(model, optimizer, bad=True)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    step(model, optimizer)  # and the run goes on
+    assert not torch.equal(next(model.parameters()), before[0])
+
+
+def test_a_function_hears_what_a_warning_says() -> None:
+    got: list[nm.Skip] = []
+    model, optimizer = made(on_skip=got.append, max_consecutive=3)
+    for bad in (False, True, False, True, True):
+        step(model, optimizer, bad)
+    assert [(s.step, s.consecutive, s.skipped) for s in got] == [(2, 1, 1), (4, 1, 2), (5, 2, 3)]
+    assert got[0].names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert got[0].message.startswith("step 2 skipped, 1 in a row: 0.weight (non-finite gradient")
+    with pytest.raises(nm.NonFiniteStepError, match="3 steps in a row were skipped"):
+        step(model, optimizer, bad=True)
+    assert len(got) == 4 and got[-1].consecutive == 3
+
+
+def test_many_names_are_cut_short() -> None:
+    got: list[nm.Skip] = []
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(20))
+    optimizer = nm.NorMuon(model, guard="full", on_skip=got.append)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, NAN)
+    optimizer.step()
+    assert len(got[0].names) == 40 and got[0].message.endswith("; and 28 more parameters")
+
+
+def test_nobody_is_told_on_demand_and_the_counters_count() -> None:
+    model, optimizer = made(on_skip=None)
+    step(model, optimizer, bad=True)
+    assert int(optimizer.state[model[0].weight]["skipped"]) == 1
+    with pytest.raises(nm.NonFiniteStepError):
+        silent = made(on_skip=None, max_consecutive=1)
+        step(*silent, bad=True)
+
+
+WRAPPED = {
+    "alone": lambda o: o,
+    "Accelerate": lambda o: SimpleNamespace(optimizer=o),
+    "Lightning": lambda o: SimpleNamespace(_optimizer=o),
+    "ZeroRedundancyOptimizer": lambda o: SimpleNamespace(optim=o),
+    "a Trainer": lambda o: SimpleNamespace(optimizer=SimpleNamespace(optimizer=o)),
+    "Lookahead": lambda o: SimpleNamespace(base_optimizer=o),
+}
+
+
+@pytest.mark.parametrize("how", list(WRAPPED))
+def test_a_monitor_takes_an_optimizer_in_any_wrapper_before_its_first_step(how: str) -> None:
+    model, optimizer = made(on_skip=None)
+    monitor = nm.SkipMonitor(WRAPPED[how](optimizer), max_consecutive=2)
+    assert monitor() == 0
+    step(model, optimizer)
+    assert monitor() == 0
+    step(model, optimizer, bad=True)
+    with pytest.warns(RuntimeWarning, match="step 2 skipped"):
+        assert monitor() == 1
+    step(model, optimizer, bad=True)
+    with pytest.warns(RuntimeWarning, match="step 3"), pytest.raises(nm.NonFiniteStepError):
+        monitor()
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], "AdamW", "AdamW in a wrapper"])
+def test_a_monitor_of_anything_else_is_refused(wrong: Any) -> None:
+    if str(wrong).startswith("AdamW"):
+        adamw = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+        wrong = adamw if wrong == "AdamW" else SimpleNamespace(optimizer=adamw)
+    with pytest.raises(TypeError, match=f"expected a Plan, got {type(wrong).__name__}; an optimiz"):
+        nm.SkipMonitor(wrong)
+
+
+def test_what_on_skip_takes_is_checked_at_construction() -> None:
+    for of in (nm.SkipMonitor, nm.NorMuon):
+        given = made()[int(of is nm.SkipMonitor)]
+        for options, text in (
+            ({"on_skip": "error"}, "on_skip: expected 'warn', 'raise', None or a function"),
+            ({"on_skip": "raise", "max_consecutive": 2}, "write on_skip='warn' beside max_conse"),
+            ({"max_consecutive": 0}, "max_consecutive: expected None or an int >= 1, got 0"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                of(given, **options)  # type: ignore[arg-type]
+
+
+def test_a_copy_and_a_pickle_are_heard_too() -> None:
+    for how in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        model, optimizer = how(made(on_skip="raise"))
+        with pytest.raises(nm.NonFiniteStepError):
+            step(model, optimizer, bad=True)
+
+
+def test_a_monitor_keeps_no_optimizer_alive_at_the_end() -> None:
+    model, optimizer = made()
+    before = len(monitor_module._alive)
+    del model, optimizer
+    gc.collect()
+    assert len(monitor_module._alive) < before
+    monitor_module.report_what_arrived()  # what runs when the process ends
+
+
+@needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.parametrize("graphed", [False, True])
+def test_on_cuda_a_skip_is_heard_a_step_later_without_a_wait(graphed: bool) -> None:
+    got: list[nm.Skip] = []
+    model, optimizer = made("cuda", on_skip=got.append, graphed=graphed)
+    for _ in range(3):
+        step(model, optimizer)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(200_000_000)
+        step(model, optimizer, bad=True)
+        assert not got  # the device sleeps, and nobody waited for it
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    step(model, optimizer)
+    assert [(s.step, s.consecutive, s.skipped) for s in got] == [(4, 1, 1)] and got[0].names
+    step(model, optimizer, bad=True)
+    torch.cuda.synchronize()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer._reports.skips.on_skip = "raise"  # type: ignore[union-attr]
+    with pytest.raises(nm.NonFiniteStepError, match="step 6 skipped"):
+        step(model, optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    optimizer.release()
+
+
+@needs_cuda
+def test_on_cuda_the_monitor_works_whatever_the_default_device() -> None:
+    with torch.device("cuda"):
+        model, optimizer = made("cuda")
+        monitor = nm.SkipMonitor(optimizer)
+        step(model, optimizer, bad=True)
+        with pytest.warns(RuntimeWarning, match="step 1 skipped"):
+            assert monitor.wait() + monitor() + monitor.wait() == 1
+            torch.cuda.synchronize()
+            step(model, optimizer)
