@@ -49,7 +49,7 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
     fresh = {name: p for group in added if group.decisions is None for name, p in group.params}
     decisions = {name: found[name] for name in fresh}
     refuse_flattened(fresh, decisions)
-    _warn(fresh, decisions, by_table=by_table)
+    _warn(fresh, decisions, routes if isinstance(routes, RouteTable) else None)
     return [
         group
         if group.decisions is not None
@@ -99,11 +99,15 @@ def _trained(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
 
 
 def _warn(
-    params: Mapping[str, Tensor], decisions: Mapping[str, Decision], *, by_table: bool
+    params: Mapping[str, Tensor], decisions: Mapping[str, Decision], table: RouteTable | None
 ) -> None:
     nameless = [name for name, found in decisions.items() if found.reason == _NAMELESS]
-    others = {name: found for name, found in decisions.items() if found.reason != _NAMELESS}
-    texts = [doubts_of(params, others, by_table=by_table)]
+    others = {
+        name: found
+        for name, found in decisions.items()
+        if found.reason != _NAMELESS and (params[name].requires_grad or table is None)
+    }
+    texts = [doubts_of(params, others, table)]
     if nameless:
         shapes = Counter("x".join(map(str, params[name].shape)) for name in nameless)
         many = [f"{n} of {shape}" for shape, n in shapes.most_common(8)]

@@ -90,7 +90,7 @@ def routes_for(
                 found = override.over(found)
             if found.route.algorithm != "frozen" and not same[0].tensor.requires_grad:
                 later = Route("frozen", unfrozen=found.route)
-                found = Decision(later, "requires_grad=False")
+                found = Decision(later, "requires_grad=False", found.certainty)
         entries += [Routed(use.name, use.shape, kind_of(use.module), *found) for use in same]
     asked.check_used()
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
