@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from torch import nn
 
+from . import words
 from .attributes import first, get, kind_of
 from .routes import Decision, Route
+from .uses import unwrapped
 
 _ADAMW = {
     "trainable_tokens_delta": "rows of an embedding (trainable tokens)",
@@ -68,6 +71,8 @@ _FACTORS = {
 }  # fmt: skip
 _RULES = [(re.compile(rf"^{key}$", re.I), text, "adamw") for key, text in _ADAMW.items()]
 _RULES += [(re.compile(rf"^{key}$", re.I), text, "normuon") for key, text in _FACTORS.items()]
+_SIDE_B = re.compile(r"(_b|up)$")
+_OF_HEAD = "LoRA B of an output head: its rows are the head's outputs"
 _PLAIN = ("embedding", "trainable_embedding", "module_logits", "u_low", "v_low", "s_low")
 
 
@@ -84,21 +89,49 @@ def decide(
     """
     parts = name.split(".")
     for part in reversed(parts):
-        for pattern, text, algorithm in _RULES:
-            if not pattern.match(part) or (part.lower() in _PLAIN and not _in_peft(owners)):
-                continue
-            if algorithm == "adamw":
-                return Decision(Route("adamw"), text)
-            return _factor(part.lower(), owners, shape, text, of_head)
+        found = _rule(part)
+        if found is None or (part.lower() in _PLAIN and not _in_peft(owners)):
+            continue
+        text, algorithm = found
+        if algorithm == "adamw":
+            return Decision(Route("adamw"), text)
+        return _factor(part.lower(), owners, shape, text, of_head)
     return _unknown(parts, owners)
+
+
+@lru_cache(4096)
+def _rule(part: str) -> tuple[str, str] | None:
+    """The reason and the rule of what an adapter calls ``part``."""
+    return next(((text, rule) for pattern, text, rule in _RULES if pattern.match(part)), None)
+
+
+def by_name(name: str, shape: tuple[int, ...]) -> Decision | None:
+    """As `decide`, where no module can be asked."""
+    parts = name.split(".")
+    for k in reversed(range(len(parts))):
+        found = _rule(parts[k])
+        if found is None or parts[k].lower() in _PLAIN:
+            continue
+        text, algorithm = found
+        around = unwrapped(".".join(parts[:k]))[-1:]
+        if algorithm == "adamw":
+            return Decision(Route("adamw"), text)
+        if around and _SIDE_B.search(parts[k].lower()) and words.head(around[0]) == "strong":
+            return Decision(Route("adamw"), _OF_HEAD)
+        if len(shape) == 4:
+            return Decision(Route(flatten=True), f"{text}; a convolution, flattened", "likely")
+        if around in (["experts"], ["expert"]):
+            return Decision(Route(), f"{text}, unless experts share it", "untold")
+        return Decision(Route(), text)
+    return None
 
 
 def _factor(
     which: str, owners: Sequence[nn.Module], shape: tuple[int, ...], text: str, of_head: bool
 ) -> Decision:
-    side = "a" if re.search(r"(_a|down)$", which) else "b" if re.search(r"(_b|up)$", which) else ""
+    side = "a" if re.search(r"(_a|down)$", which) else "b" if _SIDE_B.search(which) else ""
     if of_head and side == "b":
-        return Decision(Route("adamw"), "LoRA B of an output head: its rows are the head's outputs")
+        return Decision(Route("adamw"), _OF_HEAD)
     if kind_of(owners[0]) == "Embedding":
         return Decision(Route("adamw"), "LoRA of an embedding")
     wrapper = next((o for o in owners if isinstance(get(o, "parameter_name"), str)), None)

@@ -167,6 +167,8 @@ class Reader:
         )
         if router is not None:
             return Decision(Route("adamw"), router)
+        if use.leaf == "weight" and len(shape) == 2 and words.is_place_bias(use.own):
+            return Decision(Route("adamw"), "table of relative positions, stored by columns")
         if is_a(module, nn.modules.conv._ConvNd):
             return _convolution(module, shape)
         if is_a(module, nn.RNNBase, nn.RNNCellBase) and len(shape) == 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import re
 import warnings
 from collections.abc import Callable
@@ -217,3 +219,20 @@ def test_a_tensor_without_a_module_is_still_asked_for_its_model() -> None:
     params: dict[str, Tensor] = {"a.w": torch.zeros(8, 8), "stem.weight": torch.zeros(8, 3, 3, 3)}
     (text,) = says(lambda: nm.make_plan(params))
     assert "Give the model" in text
+
+
+def test_reading_a_model_is_linear_in_its_parameters_and_asks_little_of_each() -> None:
+    """By counting what is called and not by a clock."""
+
+    def calls(layers: int) -> int:
+        with torch.device("meta"):
+            model = nn.ModuleList(Gpt(Experts) for _ in range(layers))
+        profile = cProfile.Profile()
+        profile.runcall(nm.routes_for, model)
+        each = pstats.Stats(profile).total_calls / len(list(model.parameters()))  # type: ignore[attr-defined]
+        return round(each)
+
+    few, many = calls(2), calls(16)
+    assert (
+        many < 1.3 * few and many < 1200
+    )  # 760 each; 2900 when every name was asked of all owners
