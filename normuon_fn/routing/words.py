@@ -56,6 +56,7 @@ _STRONG_HEADS = _set(
     "class_embed bbox_embed embed_out to_logits qa_outputs w_u score classifier lm_head"
     " seq_relationship"
 )
+_ENDS = ("class_embed", "bbox_embed")
 ROUTERS = _set("gate router wg gating routers switch classifier")
 
 
@@ -135,7 +136,7 @@ def head(segment: str) -> Strength | None:
         return None
     joined = "_".join(words)
     predicts = len(words) > 1 and (words[-1] == "predictor" or words[0] == "predict")
-    if joined in _STRONG_HEADS or words[-1] in _HEAD or joined.endswith("class_embed") or predicts:
+    if joined in _STRONG_HEADS or words[-1] in _HEAD or joined.endswith(_ENDS) or predicts:
         return "strong"
     if words[0] == "head" and not _OF_LAYERS & set(words[1:]):
         return "strong"

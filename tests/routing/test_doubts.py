@@ -1,4 +1,4 @@
-"""A model that is given whole: ordinary ones are taken without a word, odd ones with one warning."""
+"""A model that is given whole: ordinary ones are taken without a word, odd ones warn once."""
 
 from __future__ import annotations
 
