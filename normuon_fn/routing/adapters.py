@@ -14,7 +14,7 @@ from functools import lru_cache
 from torch import nn
 
 from . import words
-from .attributes import first, get, kind_of
+from .attributes import first, get, is_layer, kind_of
 from .routes import Decision, Route
 from .uses import unwrapped
 
@@ -65,6 +65,7 @@ _FACTORS = {
     "hada_w[12]_[ab]": "LoHa: each factor is a matrix of its own",
     "lokr_w[12](_[ab])?": "LoKr: each factor is a matrix of its own",
     "(u|v)_low": "OSF: the trained singular vectors, a matrix",
+    "glora_[a-e]": "GLoRA: each factor is a matrix of its own",
     "deft_[pr]": "DEFT: each factor is a matrix of its own",
     "miss_block": "MiSS: a matrix that is repeated over the inputs",
     "peanut_(encoders|decoders)": "PEANuT: a matrix of a small network",
@@ -88,6 +89,11 @@ def decide(
     ``of_head``: the adapter is one of an output head.
     """
     parts = name.split(".")
+    mixer = next((o for o in owners if kind_of(o) == "XLoraClassifier"), None)
+    if mixer is not None:
+        last = [m for m in mixer.modules() if is_layer(m)][-1]
+        text = "router: logits of the adapters that X-LoRA mixes"
+        return Decision(Route("adamw"), text) if owners[0] is last else None
     for part in reversed(parts):
         found = _rule(part)
         if found is None or (part.lower() in _PLAIN and not _in_peft(owners)):
@@ -108,6 +114,10 @@ def _rule(part: str) -> tuple[str, str] | None:
 def by_name(name: str, shape: tuple[int, ...]) -> Decision | None:
     """As `decide`, where no module can be asked."""
     parts = name.split(".")
+    if "prompt_encoder" in parts:  # PEFT's virtual tokens, and the layers that make them
+        if parts[-2:] == ["embedding", "weight"]:
+            return Decision(Route("adamw"), _ADAMW["(trainable_)?embedding"])
+        return Decision(Route(), "matrix: a layer of virtual tokens")
     for k in reversed(range(len(parts))):
         found = _rule(parts[k])
         if found is None or parts[k].lower() in _PLAIN:
@@ -122,6 +132,8 @@ def by_name(name: str, shape: tuple[int, ...]) -> Decision | None:
             return Decision(Route(flatten=True), f"{text}; a convolution, flattened", "likely")
         if around in (["experts"], ["expert"]):
             return Decision(Route(), f"{text}, unless experts share it", "untold")
+        if parts[k] == "lily_B":
+            return Decision(Route(), f"{text}, unless experts share it", "likely")
         return Decision(Route(), text)
     return None
 
