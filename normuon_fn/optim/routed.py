@@ -13,18 +13,57 @@ from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, asked, decide_routes, is_written
 from ..routing.route_table import RouteTable
 from ..routing.routes import Decision, Route
-from .groups import AddedGroup, names_of
+from .groups import AddedGroup, check_params, names_of, refuse_models
 
-Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Params = (
+    nn.Module
+    | Mapping[str, Tensor]
+    | Iterable[Tensor]
+    | Iterable[dict[str, Any]]
+    | Iterable[tuple[str, Tensor]]
+)
 _NAMELESS = "matrix without a name"
 
 
 def of_model(params: Params, routes: Routes | None) -> tuple[Any, Routes | None]:
-    """Parameters and routes as an optimizer takes them; a model's are read from its modules."""
-    if not isinstance(params, nn.Module):
-        return params, routes
-    named, table = read_model(params, routes)
-    return list(named.items()), table
+    """Parameters and routes as an optimizer takes them; a model's are read from its modules.
+
+    Raises:
+        TypeError: models in a list, a dict or a group, with the line to write; or something else
+            that holds no parameters.
+    """
+    if isinstance(params, nn.Module):
+        named, table = read_model(params, routes)
+        return list(named.items()), table
+    if isinstance(params, Mapping):
+        items = dict(params)
+        refuse_models(items)
+        if not items or not all(isinstance(p, Tensor) for p in items.values()):
+            raise TypeError(
+                "params: expected a model, or a dict of name -> tensor; got a dict of "
+                f"{ {key: type(value).__name__ for key, value in [*items.items()][:8]} }; a single "
+                "group goes into a list: [{'params': ...}]"
+            )
+        if not any(p.requires_grad for p in items.values()):
+            raise TypeError(
+                "params: expected parameters, got a dict of tensors that require no gradient; of a "
+                "state_dict() nothing is trained: write nm.NorMuon(model, ...)"
+            )
+        return list(items.items()), routes
+    if isinstance(params, type) or not isinstance(params, Iterable) or isinstance(params, str):
+        call = " (call it)" if callable(params) else ""
+        raise TypeError(
+            "params: expected a model, its parameters, named parameters or groups of them; got "
+            f"{type(params).__name__} {getattr(params, '__name__', params)!r}{call}"
+        )
+    if isinstance(params, Tensor):
+        return params, routes  # which torch refuses in its words
+    given = list(params)
+    refuse_models(params if isinstance(params, tuple) else given)
+    for group in given:
+        if isinstance(group, Mapping):
+            check_params(group)
+    return given, routes
 
 
 def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[AddedGroup]:

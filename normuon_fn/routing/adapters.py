@@ -72,6 +72,7 @@ _FACTORS = {
 }  # fmt: skip
 _RULES = [(re.compile(rf"^{key}$", re.I), text, "adamw") for key, text in _ADAMW.items()]
 _RULES += [(re.compile(rf"^{key}$", re.I), text, "normuon") for key, text in _FACTORS.items()]
+_VIRTUAL = re.compile(r"(?:^|\.)prompt_encoder\.\w+\.(embedding|transform|mlp_head)\.")
 _SIDE_B = re.compile(r"(_b|up)$")
 _OF_HEAD = "LoRA B of an output head: its rows are the head's outputs"
 _PLAIN = ("embedding", "trainable_embedding", "module_logits", "u_low", "v_low", "s_low")
@@ -114,8 +115,9 @@ def _rule(part: str) -> tuple[str, str] | None:
 def by_name(name: str, shape: tuple[int, ...]) -> Decision | None:
     """As `decide`, where no module can be asked."""
     parts = name.split(".")
-    if "prompt_encoder" in parts:  # PEFT's virtual tokens, and the layers that make them
-        if parts[-2:] == ["embedding", "weight"]:
+    virtual = _VIRTUAL.search(name)  # PEFT's virtual tokens, and the layers that make them
+    if virtual is not None:
+        if virtual[1] == "embedding":
             return Decision(Route("adamw"), _ADAMW["(trainable_)?embedding"])
         return Decision(Route(), "matrix: a layer of virtual tokens")
     for k in reversed(range(len(parts))):

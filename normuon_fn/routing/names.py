@@ -180,10 +180,16 @@ class _Context:
             return table
         if vocabulary and rows > cols and (m.name in self.first or m.name in self.last):
             return Decision(Route("adamw"), f"vocabulary of {rows}, by shape", "likely")
-        if len(self.matrices) > 2 and m.name in self.last and unique and cols in self.sizes:
-            return Decision(
-                Route(), "matrix: the last layer, which may be an output head", "untold"
+        ends = (m.name in self.last and unique) or (
+            m.name in self.first | self.last and rows > cols and self.columns[rows] == 0
+        )
+        if len(self.matrices) > 2 and ends and cols in self.sizes:
+            what = (
+                "last layer, which may be an output head"
+                if m.name in self.last
+                else "first layer, which may be an embedding"
             )
+            return Decision(Route(), f"matrix: the {what}", "untold")
         return Decision(Route(), "matrix")
 
     def _is_near_the_top(self, m: Named) -> bool:

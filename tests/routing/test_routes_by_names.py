@@ -249,6 +249,12 @@ def test_what_names_and_shapes_settle_is_said_by_no_warning() -> None:
     assert warning_text(found) is None
 
 
+def test_the_two_ends_of_a_model_with_the_same_shape_are_doubted_whatever_their_names() -> None:
+    shapes = {"a.weight": (V, D), "b.weight": (D, D), "c.weight": (D, D), "d.weight": (V, D)}
+    found = by_names({name: torch.empty(shape) for name, shape in shapes.items()})
+    assert [d.certainty for d in found.values()] == ["untold", "certain", "certain", "untold"]
+
+
 def test_one_text_names_every_doubt_the_rule_it_got_and_the_line_to_write() -> None:
     found = decided(
         {"words.weight": (V * 10, D)}, {"last_one.weight": (7, D)}, {"x.head.weight": (D, D)}
