@@ -50,20 +50,21 @@ def of_model(params: Params, routes: Routes | None) -> tuple[Any, Routes | None]
                 "state_dict() nothing is trained: write nm.NorMuon(model, ...)"
             )
         return list(items.items()), routes
-    if isinstance(params, type) or not isinstance(params, Iterable) or isinstance(params, str):
-        call = " (call it)" if callable(params) else ""
+    given: Any = params
+    if isinstance(given, type) or not isinstance(given, Iterable) or isinstance(given, str):
+        call = " (call it)" if callable(given) else ""
         raise TypeError(
             "params: expected a model, its parameters, named parameters or groups of them; got "
-            f"{type(params).__name__} {getattr(params, '__name__', params)!r}{call}"
+            f"{type(given).__name__} {getattr(given, '__name__', given)!r}{call}"
         )
-    if isinstance(params, Tensor):
-        return params, routes  # which torch refuses in its words
-    given = list(params)
-    refuse_models(params if isinstance(params, tuple) else given)
-    for group in given:
+    if isinstance(given, Tensor):
+        return given, routes  # which torch refuses in its words
+    listed = list(given)
+    refuse_models(given if isinstance(given, tuple) else listed)
+    for group in listed:
         if isinstance(group, Mapping):
             check_params(group)
-    return given, routes
+    return listed, routes
 
 
 def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[AddedGroup]:

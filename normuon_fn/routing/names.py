@@ -146,6 +146,9 @@ class _Context:
         vocabulary = self._vocabulary(m)
         if m.in_block:
             return self._inside(m, vocabulary)
+        looked_up = vocabulary and rows > cols
+        if m.embedding == "weak" and not looked_up and self.columns[rows] > 0:
+            return Decision(Route(), "matrix: named as an embedding, of patches or such", "likely")
         if m.embedding == "strong" or (m.embedding and (vocabulary or m.name in self.first)):
             wide = self.sizes[rows] > 1 and not words.is_well_known(m.own)
             sure = vocabulary or (m.embedding == "strong" and not wide)

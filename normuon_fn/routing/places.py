@@ -58,8 +58,9 @@ def _in_block(layer: list[str], *, many: bool) -> bool:
         before, inside = layer[k - 1] if k else "", k < len(layer) - 1
         if part.isdigit() and inside and not words.head(before) and (k or many):
             return True
-        listed = words.head(before) or words.embedding(before)
-        listed = listed or any(words.head(around) == "strong" for around in layer[:k])
+        listed = bool(words.head(before) or words.embedding(before)) or any(
+            words.head(around) == "strong" for around in layer[:k]
+        )
         if part.isdigit() and k and not inside and not listed and many:
             return True
         numbered = re.match(r"(.*[a-z_])\d+$", part)

@@ -119,7 +119,7 @@ def test_embeddings_and_heads_of_several_layers_are_told_by_the_modules_around_t
 @pytest.mark.parametrize(
     ("name", "shape", "rule"),
     [("vision_embed_tokens.weight", (999, 700), "adamw"),  # a Linear for patches, mostly
-     ("decoder_embed.weight", (F, D), "adamw"),
+     ("decoder_embed.weight", (F, D), "normuon"),
      ("box_linear_embeddings.weight", (3 * D, D), "adamw"),
      ("xpath_embeddings.weight", (D, 48), "adamw"),
      ("query.weight", (100, D), "adamw"), ("query_feat.weight", (100, D), "adamw"),
@@ -170,6 +170,22 @@ def test_lora_of_an_output_head_gets_the_rules_of_its_sides() -> None:
 def test_what_only_resembles_a_table_is_a_matrix(name: str, shape: tuple) -> None:
     found = decided({**EMBED, name: shape}, HEAD)[name]
     assert found.route == nm.Route() and found.certainty == "certain"
+
+
+@pytest.mark.parametrize("name", ["patch_embedding", "patch_embed", "patch_embeddings"])
+def test_a_patch_embedding_is_a_projection_of_pixels_and_no_table(name: str) -> None:
+    """Its inputs are continuous and its rows neurons, as those of any first layer: NorMuon. Nothing
+    is looked up in it by number, which is why tables get AdamW. By name that is likely, by the
+    module it is certain."""
+    for leaf in (f"{name}.weight", f"{name}.projection.weight", f"{name}.proj.weight", name):
+        pixels = decided({leaf: (D, 3 * 16 * 16)}, {"head.weight": (10, D)})[leaf]
+        assert pixels.route == nm.Route(), leaf
+    windows = decided({f"{name}.proj.weight": (D, 3, 16, 16)}, {"head.weight": (10, D)})
+    assert windows[f"{name}.proj.weight"].route == nm.Route(flatten=True)
+    for layer in (nn.Linear(3 * 16 * 16, D), nn.Conv2d(3, D, 16, 16)):
+        model = nn.ModuleDict({name: layer, "blocks": nn.Linear(D, D), "head": nn.Linear(D, 10)})
+        entry = nm.routes_for(model).entries[f"{name}.weight"]
+        assert entry.route.algorithm == "normuon" and entry.certainty == "certain"
 
 
 def test_a_layer_norm_of_two_dimensions_is_told_by_its_bias() -> None:
