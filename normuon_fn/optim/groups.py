@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..routing.resolve import Routes
 from ..routing.routes import Decision
@@ -93,14 +93,59 @@ def with_guard(config: Config | None, guard: Guard | None, nan_guard_fallback: b
     return config if guard is None else replace(config, guard=guard)
 
 
+def check_params(group: Mapping[str, Any]) -> None:
+    """Refuses a model, or a module, in the place of a group's parameters.
+
+    Raises:
+        TypeError: with the line to write.
+    """
+    inside = group.get("params")
+    if isinstance(inside, nn.Module):
+        kind = type(inside).__name__
+        raise TypeError(
+            f"params: expected a group's parameters, got the module {kind}. Whether a part is an "
+            "output head is told by the model around it: write {'params': module.parameters(), "
+            "...} into the group, and routes=nm.routes_for(model) beside the groups; or "
+            "nm.NorMuon(model) for one group"
+        )
+    if isinstance(inside, (list, tuple, Mapping)):
+        refuse_models(inside)
+    if isinstance(inside, Mapping):
+        raise TypeError(
+            "params: expected a group's parameters, got a dict; write {'params': "
+            "list(named.items()), ...}"
+        )
+
+
+def refuse_models(given: Any) -> None:
+    """Refuses several models, or one, that are no model themselves.
+
+    Raises:
+        TypeError: with the line to write.
+    """
+    keyed = isinstance(given, Mapping)
+    values = list(given.values()) if keyed else list(given)
+    pairs = [v[1] if isinstance(v, tuple) and len(v) == 2 else v for v in values]
+    models = [type(v).__name__ for v in pairs if isinstance(v, nn.Module)]
+    if not models:
+        return
+    one = "nm.NorMuon(model, ...)"
+    more = f"nm.NorMuon(torch.nn.Module{'Dict' if keyed else 'List'}(...), ...)"
+    raise TypeError(
+        f"params: expected a model, got a {type(given).__name__} of {', '.join(models[:8])}: write "
+        f"{one} for one model, and {more} for several"
+    )
+
+
 def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuses keys that would have no effect in a group.
 
     Only when a group is added: later, schedulers write keys of their own into all groups.
 
     Raises:
-        TypeError: naming the key and what to write instead.
+        TypeError: naming the key and what to write instead; or as `check_params`.
     """
+    check_params(group)
     for key, value in group.items():
         asks = value is not None and value is not False
         if key in RENAMED and RENAMED[key] in defaults:

@@ -13,18 +13,58 @@ from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, asked, decide_routes, is_written
 from ..routing.route_table import RouteTable
 from ..routing.routes import Decision, Route
-from .groups import AddedGroup, names_of
+from .groups import AddedGroup, check_params, names_of, refuse_models
 
-Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Params = (
+    nn.Module
+    | Mapping[str, Tensor]
+    | Iterable[Tensor]
+    | Iterable[dict[str, Any]]
+    | Iterable[tuple[str, Tensor]]
+)
 _NAMELESS = "matrix without a name"
 
 
 def of_model(params: Params, routes: Routes | None) -> tuple[Any, Routes | None]:
-    """Parameters and routes as an optimizer takes them; a model's are read from its modules."""
-    if not isinstance(params, nn.Module):
-        return params, routes
-    named, table = read_model(params, routes)
-    return list(named.items()), table
+    """Parameters and routes as an optimizer takes them; a model's are read from its modules.
+
+    Raises:
+        TypeError: models in a list, a dict or a group, with the line to write; or something else
+            that holds no parameters.
+    """
+    if isinstance(params, nn.Module):
+        named, table = read_model(params, routes)
+        return list(named.items()), table
+    if isinstance(params, Mapping):
+        items = dict(params)
+        refuse_models(items)
+        if not items or not all(isinstance(p, Tensor) for p in items.values()):
+            raise TypeError(
+                "params: expected a model, or a dict of name -> tensor; got a dict of "
+                f"{ {key: type(value).__name__ for key, value in [*items.items()][:8]} }; a single "
+                "group goes into a list: [{'params': ...}]"
+            )
+        if not any(p.requires_grad for p in items.values()):
+            raise TypeError(
+                "params: expected parameters, got a dict of tensors that require no gradient; of a "
+                "state_dict() nothing is trained: write nm.NorMuon(model, ...)"
+            )
+        return list(items.items()), routes
+    given: Any = params
+    if isinstance(given, type) or not isinstance(given, Iterable) or isinstance(given, str):
+        call = " (call it)" if callable(given) else ""
+        raise TypeError(
+            "params: expected a model, its parameters, named parameters or groups of them; got "
+            f"{type(given).__name__} {getattr(given, '__name__', given)!r}{call}"
+        )
+    if isinstance(given, Tensor):
+        return given, routes  # which torch refuses in its words
+    listed = list(given)
+    refuse_models(given if isinstance(given, tuple) else listed)
+    for group in listed:
+        if isinstance(group, Mapping):
+            check_params(group)
+    return listed, routes
 
 
 def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[AddedGroup]:
@@ -49,7 +89,7 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
     fresh = {name: p for group in added if group.decisions is None for name, p in group.params}
     decisions = {name: found[name] for name in fresh}
     refuse_flattened(fresh, decisions)
-    _warn(fresh, decisions, by_table=by_table)
+    _warn(fresh, decisions, routes if isinstance(routes, RouteTable) else None)
     return [
         group
         if group.decisions is not None
@@ -99,11 +139,15 @@ def _trained(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
 
 
 def _warn(
-    params: Mapping[str, Tensor], decisions: Mapping[str, Decision], *, by_table: bool
+    params: Mapping[str, Tensor], decisions: Mapping[str, Decision], table: RouteTable | None
 ) -> None:
     nameless = [name for name, found in decisions.items() if found.reason == _NAMELESS]
-    others = {name: found for name, found in decisions.items() if found.reason != _NAMELESS}
-    texts = [doubts_of(params, others, by_table=by_table)]
+    others = {
+        name: found
+        for name, found in decisions.items()
+        if found.reason != _NAMELESS and (params[name].requires_grad or table is None)
+    }
+    texts = [doubts_of(params, others, table)]
     if nameless:
         shapes = Counter("x".join(map(str, params[name].shape)) for name in nameless)
         many = [f"{n} of {shape}" for shape, n in shapes.most_common(8)]

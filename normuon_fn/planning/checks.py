@@ -184,7 +184,10 @@ def check_kind(name: str, tensor: Tensor) -> None:
 def check_params(params: Mapping[str, Tensor]) -> bool:
     """Whether some are parts of one storage."""
     if not isinstance(params, Mapping):
-        raise TypeError(f"params: expected a dict of name -> tensor, got {type(params).__name__}")
+        raise TypeError(
+            f"params: expected a dict of name -> tensor, got {type(params).__name__}; write "
+            "nm.make_plan(model), or dict(model.named_parameters())"
+        )
     if not params:
         raise ValueError("params: expected at least one parameter, got an empty dict")
     device, first = None, ""

@@ -77,7 +77,7 @@ def make_plan(
     check_params(params)
     decisions = decide_routes(params, {} if routes is None else routes)
     refuse_flattened(params, decisions)
-    doubts = doubts_of(params, decisions, by_table=isinstance(routes, RouteTable))
+    doubts = doubts_of(params, decisions, routes if isinstance(routes, RouteTable) else None)
     plan = plan_of(params, decisions, config, mesh, guard_mesh, hyper_of)
     if doubts:
         warn_at_caller(doubts)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from torch import nn
 
-from .attributes import first, get, kind_of
+from . import words
+from .attributes import first, get, is_layer, kind_of
 from .routes import Decision, Route
+from .uses import unwrapped
 
 _ADAMW = {
     "trainable_tokens_delta": "rows of an embedding (trainable tokens)",
@@ -62,12 +65,16 @@ _FACTORS = {
     "hada_w[12]_[ab]": "LoHa: each factor is a matrix of its own",
     "lokr_w[12](_[ab])?": "LoKr: each factor is a matrix of its own",
     "(u|v)_low": "OSF: the trained singular vectors, a matrix",
+    "glora_[a-e]": "GLoRA: each factor is a matrix of its own",
     "deft_[pr]": "DEFT: each factor is a matrix of its own",
     "miss_block": "MiSS: a matrix that is repeated over the inputs",
     "peanut_(encoders|decoders)": "PEANuT: a matrix of a small network",
 }  # fmt: skip
 _RULES = [(re.compile(rf"^{key}$", re.I), text, "adamw") for key, text in _ADAMW.items()]
 _RULES += [(re.compile(rf"^{key}$", re.I), text, "normuon") for key, text in _FACTORS.items()]
+_VIRTUAL = re.compile(r"(?:^|\.)prompt_encoder\.\w+\.(embedding|transform|mlp_head)\.")
+_SIDE_B = re.compile(r"(_b|up)$")
+_OF_HEAD = "LoRA B of an output head: its rows are the head's outputs"
 _PLAIN = ("embedding", "trainable_embedding", "module_logits", "u_low", "v_low", "s_low")
 
 
@@ -83,22 +90,62 @@ def decide(
     ``of_head``: the adapter is one of an output head.
     """
     parts = name.split(".")
+    mixer = next((o for o in owners if kind_of(o) == "XLoraClassifier"), None)
+    if mixer is not None:
+        last = [m for m in mixer.modules() if is_layer(m)][-1]
+        text = "router: logits of the adapters that X-LoRA mixes"
+        return Decision(Route("adamw"), text) if owners[0] is last else None
     for part in reversed(parts):
-        for pattern, text, algorithm in _RULES:
-            if not pattern.match(part) or (part.lower() in _PLAIN and not _in_peft(owners)):
-                continue
-            if algorithm == "adamw":
-                return Decision(Route("adamw"), text)
-            return _factor(part.lower(), owners, shape, text, of_head)
+        found = _rule(part)
+        if found is None or (part.lower() in _PLAIN and not _in_peft(owners)):
+            continue
+        text, algorithm = found
+        if algorithm == "adamw":
+            return Decision(Route("adamw"), text)
+        return _factor(part.lower(), owners, shape, text, of_head)
     return _unknown(parts, owners)
+
+
+@lru_cache(4096)
+def _rule(part: str) -> tuple[str, str] | None:
+    """The reason and the rule of what an adapter calls ``part``."""
+    return next(((text, rule) for pattern, text, rule in _RULES if pattern.match(part)), None)
+
+
+def by_name(name: str, shape: tuple[int, ...]) -> Decision | None:
+    """As `decide`, where no module can be asked."""
+    parts = name.split(".")
+    virtual = _VIRTUAL.search(name)  # PEFT's virtual tokens, and the layers that make them
+    if virtual is not None:
+        if virtual[1] == "embedding":
+            return Decision(Route("adamw"), _ADAMW["(trainable_)?embedding"])
+        return Decision(Route(), "matrix: a layer of virtual tokens")
+    for k in reversed(range(len(parts))):
+        found = _rule(parts[k])
+        if found is None or parts[k].lower() in _PLAIN:
+            continue
+        text, algorithm = found
+        around = unwrapped(".".join(parts[:k]))[-1:]
+        if algorithm == "adamw":
+            return Decision(Route("adamw"), text)
+        if around and _SIDE_B.search(parts[k].lower()) and words.head(around[0]) == "strong":
+            return Decision(Route("adamw"), _OF_HEAD)
+        if len(shape) == 4:
+            return Decision(Route(flatten=True), f"{text}; a convolution, flattened", "likely")
+        if around in (["experts"], ["expert"]):
+            return Decision(Route(), f"{text}, unless experts share it", "untold")
+        if parts[k] == "lily_B":
+            return Decision(Route(), f"{text}, unless experts share it", "likely")
+        return Decision(Route(), text)
+    return None
 
 
 def _factor(
     which: str, owners: Sequence[nn.Module], shape: tuple[int, ...], text: str, of_head: bool
 ) -> Decision:
-    side = "a" if re.search(r"(_a|down)$", which) else "b" if re.search(r"(_b|up)$", which) else ""
+    side = "a" if re.search(r"(_a|down)$", which) else "b" if _SIDE_B.search(which) else ""
     if of_head and side == "b":
-        return Decision(Route("adamw"), "LoRA B of an output head: its rows are the head's outputs")
+        return Decision(Route("adamw"), _OF_HEAD)
     if kind_of(owners[0]) == "Embedding":
         return Decision(Route("adamw"), "LoRA of an embedding")
     wrapper = next((o for o in owners if isinstance(get(o, "parameter_name"), str)), None)

@@ -11,6 +11,14 @@ from torch import nn
 
 def get(source: Any, name: str) -> Any:
     """The attribute, or ``None`` where there is none or a property fails."""
+    kind = type(source)
+    if getattr(kind, "__getattr__", None) is nn.Module.__getattr__ and not hasattr(kind, name):
+        # As `nn.Module` looks it up, without an exception for what is not there: most is not.
+        own = source.__dict__
+        for found in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+            if name in found:
+                return found[name]
+        return None
     try:
         return getattr(source, name, None)
     except Exception:

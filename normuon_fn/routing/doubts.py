@@ -15,8 +15,12 @@ _SHOWN = 20
 
 
 def unsure(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
-    """Those decisions that are likely, or could not be told."""
-    return {name: found for name, found in decisions.items() if found.certainty != "certain"}
+    """Those decisions about what is trained that are likely, or could not be told."""
+    return {
+        name: found
+        for name, found in decisions.items()
+        if found.certainty != "certain" and found.route.algorithm != "frozen"
+    }
 
 
 def line_to_write(name: str, decision: Decision, shape: tuple[int, ...] = ()) -> str:
@@ -30,11 +34,15 @@ def line_to_write(name: str, decision: Decision, shape: tuple[int, ...] = ()) ->
 
 
 def warning_text(
-    decisions: Mapping[str, Decision], shapes: Mapping[str, tuple[int, ...]] | None = None
+    decisions: Mapping[str, Decision],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    by_modules: bool = False,
 ) -> str | None:
     """One text about every decision that is not certain; ``None`` if all are.
 
     Per parameter: its name, the rule it got, why, and the entry of ``routes=`` for the other rule.
+    ``by_modules``: the model was read, and its modules do not tell more.
     """
     shapes = shapes or {}
     doubtful = unsure(decisions)
@@ -42,13 +50,19 @@ def warning_text(
         return None
     untold = sum(found.certainty == "untold" for found in doubtful.values())
     count = f"{len(doubtful)} parameter{'s' if len(doubtful) > 1 else ''}"
-    lines = [
-        f"The rule of {count} follows from names and shapes alone"
-        + (f", and {untold} of them could be either kind" if untold else "")
-        + ". Give the model (nm.NorMuon(model), nm.make_plan(model), or "
-        "routes=nm.routes_for(model)) to have its modules read, or write the entries that are "
-        "wrong into routes={...}:"
-    ]
+    either = f", and {untold} of them could be either kind" if untold else ""
+    if by_modules:
+        lines = [
+            f"The modules of the model do not tell the rule of {count} for certain{either}. Write "
+            "the entry that is meant, for either rule, into routes={...} beside the model, or into "
+            "nm.routes_for(model, {...}); a route that is written is not doubted:"
+        ]
+    else:
+        lines = [
+            f"The rule of {count} follows from names and shapes alone{either}. Give the model "
+            "(nm.NorMuon(model), nm.make_plan(model), or routes=nm.routes_for(model)) to have its "
+            "modules read, or write the entries that are wrong into routes={...}:"
+        ]
     shown = sorted(doubtful.items(), key=lambda item: item[1].certainty != "untold")
     for name, found in shown[:_SHOWN]:
         lines.append(

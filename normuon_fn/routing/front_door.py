@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .doubts import warning_text
+from .doubts import unsure, warning_text
 from .modules import routes_for
 from .resolve import Routes, is_written
 from .route_table import RouteTable
 from .routes import Decision
-from .uses import is_window
 
 _FLAT = 2**20  # elements; the longest bias of a published model is a vocabulary of 262144
 
@@ -40,25 +39,19 @@ def read_model(model: nn.Module, routes: Routes | None) -> tuple[dict[str, Tenso
 
 
 def doubts_of(
-    params: Mapping[str, Tensor], decisions: Mapping[str, Decision], *, by_table: bool
+    params: Mapping[str, Tensor],
+    decisions: Mapping[str, Decision],
+    table: RouteTable | None = None,  # by which they were made
 ) -> str | None:
     """The text of the one warning about the decisions that are not certain, or ``None``.
 
-    A table's doubts are in the table; of them only convolutions that are read as many small
-    matrices are said again.
+    A parameter has the name in it that it has in the table, so that its line can be written there.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    said = {
-        name: found
-        for name, found in decisions.items()
-        if not by_table or (found.route.algorithm == "normuon" and is_small(found, shapes[name]))
-    }
-    return warning_text(said, shapes)
-
-
-def is_small(decision: Decision, shape: tuple[int, ...]) -> bool:
-    """Whether a convolution's windows are what is read as matrices."""
-    return decision.certainty != "certain" and not decision.route.flatten and is_window(shape)
+    doubtful = unsure(decisions)
+    names = {} if table is None or not doubtful else table.names_of(params)
+    shapes = {names.get(name, name): tuple(params[name].shape) for name in doubtful}
+    said = {names.get(name, name): found for name, found in doubtful.items()}
+    return warning_text(said, shapes, by_modules=table is not None)
 
 
 def refuse_flattened(params: Mapping[str, Tensor], decisions: Mapping[str, Decision]) -> None:

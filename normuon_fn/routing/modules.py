@@ -90,7 +90,7 @@ def routes_for(
                 found = override.over(found)
             if found.route.algorithm != "frozen" and not same[0].tensor.requires_grad:
                 later = Route("frozen", unfrozen=found.route)
-                found = Decision(later, "requires_grad=False")
+                found = Decision(later, "requires_grad=False", found.certainty)
         entries += [Routed(use.name, use.shape, kind_of(use.module), *found) for use in same]
     asked.check_used()
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
@@ -167,6 +167,8 @@ class Reader:
         )
         if router is not None:
             return Decision(Route("adamw"), router)
+        if use.leaf == "weight" and len(shape) == 2 and words.is_place_bias(use.own):
+            return Decision(Route("adamw"), "table of relative positions, stored by columns")
         if is_a(module, nn.modules.conv._ConvNd):
             return _convolution(module, shape)
         if is_a(module, nn.RNNBase, nn.RNNCellBase) and len(shape) == 2:

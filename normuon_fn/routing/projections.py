@@ -50,7 +50,8 @@ def cut(
         return found
     if GATE_UP.match(own):
         return gate_up(owners, outputs)
-    known = attention(owners)
+    named = (_QUERY.match(own), _KEY_VALUE.match(own), _KV.match(own), _QKV.search(own))
+    known = attention(owners) if any(named) else Attention(None, None, None)
     gated = _gated_query(own, owners, known, outputs, per_head)
     if gated is not None:
         return gated
@@ -89,7 +90,7 @@ def _declared(owners: Sequence[nn.Module], outputs: int) -> Cut | None:
     """The sizes that the module itself splits the outputs by, where an attribute has them."""
     for owner in owners[:2]:
         for name, value in vars(owner).items():
-            if not _SIZES.search(name) or not isinstance(value, (tuple, list)):
+            if not isinstance(value, (tuple, list)) or not _SIZES.search(name):
                 continue
             sizes = tuple(value)
             ints = len(sizes) > 1 and all(type(n) is int and n > 0 for n in sizes)

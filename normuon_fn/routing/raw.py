@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from . import routers, words
 from .attention import attention
-from .attributes import kind_of, says_nothing
+from .attributes import get, kind_of, says_nothing
 from .routes import Decision, Route
 from .uses import Use, unwrapped
 
@@ -31,6 +31,8 @@ def decide(use: Use, by_name: Callable[[], Decision]) -> Decision | None:
         return Decision(Route("adamw"), "output heads, one per codebook or task, by name")
     if len(shape) == 2 and _FILTERS.search(kind) and min(shape) <= 8:
         return Decision(Route("adamw"), f"depthwise {kind}: every filter sees one channel")
+    if use.leaf == "D" and get(use.module, "A_log") is not None:
+        return Decision(Route("adamw"), "a state space's D: a scale per channel")
     per_head = _of_heads(use)
     if per_head is not None:
         return per_head

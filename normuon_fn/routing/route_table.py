@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .doubts import unsure
 from .keys import is_glob
 from .routes import Certainty, Decision, Route
 from .table import render
@@ -85,17 +86,13 @@ class RouteTable(dict[str, Route]):
 
     def unsure(self) -> dict[str, Decision]:
         """The decisions that are likely, or could not be told. `doubts.warning_text` says them."""
-        return {k: d for k, d in self.decisions().items() if d.certainty != "certain"}
+        return unsure(self.decisions())
 
     def find(self, name: str) -> tuple[Route, str]:
         return self.decide(name, None)[:2]
 
-    def decide_all(self, params: Mapping[str, Tensor]) -> dict[str, Decision]:
-        """The decision for each of ``params``, found as a tensor of the model or by name.
-
-        Raises:
-            ValueError: as `decide`.
-        """
+    def names_of(self, params: Mapping[str, Tensor]) -> dict[str, str]:
+        """What the table calls each of ``params``: the tensor's name in the model, or its own."""
         names: dict[int, list[str]] = {}
         model = self.model
         for path, module in () if model is None else model.named_modules(remove_duplicate=False):
@@ -103,11 +100,17 @@ class RouteTable(dict[str, Route]):
                 name = f"{path}.{leaf}" if path else leaf
                 if name in self:
                     names.setdefault(id(tensor), []).append(name)
-        found = {}
-        for name, tensor in params.items():
-            known = names.get(id(tensor), [name])
-            found[name] = self.decide(name if name in known else known[0], tuple(tensor.shape))
-        return found
+        known = {name: names.get(id(tensor), [name]) for name, tensor in params.items()}
+        return {name: name if name in found else found[0] for name, found in known.items()}
+
+    def decide_all(self, params: Mapping[str, Tensor]) -> dict[str, Decision]:
+        """The decision for each of ``params``, found as a tensor of the model or by name.
+
+        Raises:
+            ValueError: as `decide`.
+        """
+        names = self.names_of(params)
+        return {n: self.decide(names[n], tuple(tensor.shape)) for n, tensor in params.items()}
 
     def decide(self, name: str, shape: tuple[int, ...] | None) -> Decision:
         """The route of a parameter of that shape, or of one such per member of an ensemble.

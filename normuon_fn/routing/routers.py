@@ -27,14 +27,17 @@ def reason(
     """Why a weight is a router's; ``None`` if it is none."""
     if len(shape) != 2:
         return None
-    count = experts(owners)
     named = any(part.lower() in words.ROUTERS for part in parts[-2:])
-    if parts and words.words_of(parts[-1])[-1:] == ["router"] and 8 * shape[0] <= shape[1]:
+    routers = [owner for owner in owners[:3] if _ROUTER_CLASS.search(kind_of(owner))]
+    is_router = bool(parts) and words.words_of(parts[-1])[-1:] == ["router"]
+    if not (named or routers or is_router or _ROUTER_LEAF.match(leaf)):
+        return None
+    count = experts(owners)
+    if is_router and 8 * shape[0] <= shape[1]:
         return f"router: logits of {shape[0]} choices" if shape[0] != count else _logits(count)
     counted = shape[0] == count or (leaf != "weight" and shape[1] == count)
     if count is not None and counted and (named or _ROUTER_LEAF.match(leaf)):
         return _logits(count)
-    routers = [owner for owner in owners[:3] if _ROUTER_CLASS.search(kind_of(owner))]
     if not routers and not (named and count is not None and _has_experts(owners)):
         return None
     if shape[0] > shape[1] // 2 and shape[0] != count:

@@ -7,9 +7,11 @@ A name counts by its words, not by its letters: ``head_proj`` and ``emb_gate`` a
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 Strength = Literal["strong", "weak"]
+_cached = lru_cache(maxsize=4096)  # the same few names stand in every layer
 
 
 def _set(text: str) -> frozenset[str]:
@@ -27,9 +29,14 @@ _TABLE = _set(
 # What an embed_... is made of; embed_dim or embed_proj are not among them.
 _EMBEDDED = _set(
     "tokens token in out positions position pos word words table input inputs output vocab ids id"
-    " type types char chars text entities segment segments e"
+    " type types char chars text entities segment segments e global"
 )
-_CONTINUOUS = _set("patch patches time timestep timesteps t image img pixel audio x")
+_CONTINUOUS = _set(
+    "patch patches time timestep timesteps t image img pixel audio x vision visual video speech"
+    " encoder decoder predictor"
+)
+_PROJECTIONS = _set("proj projection projections linear dense fc conv mlp net transform")
+_MODELS = _set("model net network transformer module backbone lm gpt decoder encoder bert llm core")
 _PLACE = _set("pos position positions positional rel relative axial relpos")
 # A name with one of these is a layer, whatever stands before it.
 _OF_LAYERS = _set(
@@ -49,6 +56,7 @@ _STRONG_HEADS = _set(
     "class_embed bbox_embed embed_out to_logits qa_outputs w_u score classifier lm_head"
     " seq_relationship"
 )
+_ENDS = ("class_embed", "bbox_embed")
 ROUTERS = _set("gate router wg gating routers switch classifier")
 
 
@@ -58,10 +66,13 @@ def words_of(segment: str) -> list[str]:
     return [word for word in re.split(r"[_\W\d]+", apart.lower()) if word]
 
 
+@_cached
 def embedding(segment: str) -> Strength | None:
     """Whether a name says that its rows (or columns) are vectors looked up by number."""
     words = words_of(segment)
-    if not words:
+    if len(words) > 1 and words[-1] in ("layer", "layers") and words[-2] in _EMBED:
+        words = words[:-1]
+    if not words or re.search(r"[a-z]2[a-z]", segment):  # as in hidden2emb
         return None
     joined = "_".join(words)
     if joined in (
@@ -78,11 +89,14 @@ def embedding(segment: str) -> Strength | None:
         return "strong"
     if joined == "shared":
         return "weak"
-    if words[-1] in _EMBED:
-        return "weak" if _CONTINUOUS & set(words[:-1]) and "pos" not in words else "strong"
-    if words[0] in _EMBED and set(words[1:]) <= _EMBEDDED:
+    looked_up = words[-1] in _EMBED or (words[-1] in ("tokens", "token") and _EMBED & set(words))
+    if looked_up and (_CONTINUOUS | _PROJECTIONS) & set(words[:-1]) and not _PLACE & set(words):
+        return "weak"
+    if words[-1] in _EMBED or (words[0] in _EMBED and set(words[1:]) <= _EMBEDDED):
         return "strong"
-    if words[0] in _PLACE and words[-1] in ("bias", "biases"):
+    if joined.startswith(("embed_tokens_", "embed_positions_")) and words[-1] not in _OF_LAYERS:
+        return "strong"
+    if is_place_bias(segment):
         return "strong"
     if words[-1] in ("table", "tokens", "token") or (
         words[0] in ("tok", "token", "vocab", "word") and not _OF_LAYERS & set(words)
@@ -91,6 +105,30 @@ def embedding(segment: str) -> Strength | None:
     return None
 
 
+def is_projection(segment: str) -> bool:
+    """Whether a word of a name says that it is a layer with a matrix."""
+    return bool(_PROJECTIONS & {*words_of(segment)})
+
+
+def is_model(part: str) -> bool:
+    """Whether an attribute is called as one that has a whole model is."""
+    return bool(_MODELS & {*words_of(part)})
+
+
+def is_well_known(segment: str) -> bool:
+    """Whether a name is one that tokens or their positions have in every model."""
+    return bool(_set("tok token tokens word words vocab wte wpe") & {*words_of(segment)[:2]}) or (
+        bool(_PLACE & {*words_of(segment)})
+    )
+
+
+def is_place_bias(segment: str) -> bool:
+    """Whether a layer takes one of a few places in and puts a bias per head out."""
+    words = words_of(segment)
+    return bool(words) and words[0] in _PLACE and words[-1] in ("bias", "biases")
+
+
+@_cached
 def head(segment: str) -> Strength | None:
     """Whether a name outside every block says output head."""
     words = words_of(segment)
@@ -98,13 +136,14 @@ def head(segment: str) -> Strength | None:
         return None
     joined = "_".join(words)
     predicts = len(words) > 1 and (words[-1] == "predictor" or words[0] == "predict")
-    if joined in _STRONG_HEADS or words[-1] in _HEAD or joined.endswith("class_embed") or predicts:
+    if joined in _STRONG_HEADS or words[-1] in _HEAD or joined.endswith(_ENDS) or predicts:
         return "strong"
     if words[0] == "head" and not _OF_LAYERS & set(words[1:]):
         return "strong"
     return "weak" if joined in _WEAK_HEADS and not segment[-1].isdigit() else None
 
 
+@_cached
 def is_table(leaf: str) -> bool:
     """Whether a parameter that belongs to no layer is named as a table of vectors."""
     words = words_of(leaf)
@@ -122,6 +161,7 @@ def is_table(leaf: str) -> bool:
     )
 
 
+@_cached
 def is_biases(leaf: str) -> bool:
     """Whether a parameter is one bias, or one norm's scale, per expert or per member."""
     words = words_of(leaf)

@@ -3,6 +3,7 @@
     python -m tests.routing.sweep                    # every type: what moved against the table
     python -m tests.routing.sweep --only llama,bert  # those types alone, with the reasons
     python -m tests.routing.sweep --write            # writes tests/routing/sweep_table.tsv.gz
+    python -m tests.routing.sweep --names            # where names alone decide otherwise
 
 Every registered configuration is shrunk (two layers, eight experts; widths as published) and its
 model is built on the meta device, so that no memory is used: 804 types took 70 s on one CPU core.
@@ -19,14 +20,17 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import normuon_fn as nm
+from normuon_fn.routing.names import by_names
+from normuon_fn.routing.routes import Decision
 
 # What a configuration cannot be made, or its model built, without.
 _NEEDED: dict[str, dict[str, Any]] = {
@@ -131,6 +135,52 @@ def lines_of(model_type: str, *, reasons: bool = False) -> Iterator[tuple[str, s
         yield model_type, kind, rule
 
 
+class Differs(NamedTuple):
+    """A kind of parameter for which names alone give another rule than the modules."""
+
+    model_type: str
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    by_modules: Decision
+    by_names: Decision
+
+
+def compare_with_names(model_type: str) -> tuple[Counter[str], list[Differs]]:
+    """How many kinds names are certain of, or doubt, and those whose rule is not the modules'."""
+    model = build(model_type)
+    table = nm.routes_for(model)
+    found = by_names({name: p for name, p in model.named_parameters() if name in table})
+    counts, differs, seen = Counter[str](), [], set()
+    for name, decision in found.items():
+        entry = table.entries[name]
+        known = Decision(entry.route.unfrozen or entry.route, entry.reason, entry.certainty)
+        rules = known.route.algorithm, decision.route.algorithm
+        kind = (kind_of(model, name), *rules, decision.certainty)
+        if sum(size != 1 for size in entry.shape) < 2 or rules[0] == "frozen" or kind in seen:
+            continue
+        seen.add(kind)
+        counts["certain" if decision.certainty == "certain" else "doubted"] += 1
+        if rules[0] != rules[1]:
+            differs.append(Differs(model_type, kind[0], name, entry.shape, known, decision))
+    return counts, differs
+
+
+def print_names(types: list[str]) -> None:
+    counts, wrong = Counter[str](), Counter[str]()
+    for model_type in types:
+        try:
+            of_type, differs = compare_with_names(model_type)
+        except Exception:  # not built, which the table says
+            continue
+        counts += of_type
+        for row in differs:
+            sure = "certain" if row.by_names.certainty == "certain" else "doubted"
+            wrong[sure] += 1
+            print(sure, *row[:4], row.by_modules[1], row.by_names[1], sep="\t")
+    print(f"kinds: {dict(counts)}, of them with another rule: {dict(wrong)}", file=sys.stderr)
+
+
 def table_version() -> str:
     """The version of transformers that the table was written with."""
     with gzip.open(TABLE, "rt") as file:
@@ -147,12 +197,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="model types, by commas")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--names", action="store_true", help="names alone against the modules")
     parser.add_argument("--out", help="all lines with their reasons to this file")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     types = args.only.split(",") if args.only else model_types()
+    if args.names:
+        print_names(types)
+        return 0
     started, rows = time.perf_counter(), []
     out = open(args.out, "w") if args.out else sys.stdout if args.only else None  # noqa: SIM115
     for model_type in types:

@@ -98,6 +98,96 @@ def test_vectors_in_disguise_and_tables_of_vectors_get_adamw(name: str, shape: t
     assert found.route == nm.Route("adamw") and found.certainty == "certain"
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("input_embeds_layer.weight", (V, D)), ("position_embeds_layers.0.weight", (128, D)),
+     ("embed_global.weight", (32, D)), ("embed_tokens_per_layer.weight", (V, 4 * D)),
+     ("codebooks_head.weight", (5, D, V)),
+     ("bbox_head.layers.2.weight", (4, D)), ("bbox_embed.0.layers.1.weight", (4, D)),
+     ("class_labels_classifier.layers.0.weight", (3, D)), ("box_head.layer3.weight", (4, D)),
+     ("flow_head.final_layer.proj.weight", (5, D)),
+     ("layers.0.mamba.D", (2, D))],
+)  # fmt: skip
+def test_embeddings_and_heads_of_several_layers_are_told_by_the_modules_around_them(
+    name: str, shape: tuple
+) -> None:
+    log = {"layers.0.mamba.A_log": (D, 16)} if name.endswith(".D") else {}
+    found = decided(EMBED, {name: shape} | log)[name]
+    assert found.route == nm.Route("adamw") and found.certainty == "certain"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rule"),
+    [("vision_embed_tokens.weight", (999, 700), "adamw"),  # a Linear for patches, mostly
+     ("decoder_embed.weight", (F, D), "normuon"),
+     ("box_linear_embeddings.weight", (3 * D, D), "adamw"),
+     ("xpath_embeddings.weight", (D, 48), "adamw"),
+     ("query.weight", (100, D), "adamw"), ("query_feat.weight", (100, D), "adamw"),
+     ("reference_points.weight", (100, 4), "adamw"), ("projector.query", (100, D), "adamw"),
+     ("embed_positions.pe_k.weight", (320, 16), "adamw"), ("bias_values.weight", (999, 4), "adamw"),
+     ("order_head.0.weight", (D, D), "adamw"), ("head.weight", (D, D), "adamw"),
+     ("sub.dit_model.proj_out.weight", (80, D), "adamw"),
+     ("layers.0.attn.relative_pos_embeddings.weight", (D // 2, D), "adamw"),
+     ("layers.0.sconv.static_weight", (4, D), "adamw"), ("hc.mixing", (3, 4 * D), "adamw"),
+     ("layers.0.mlp.gate.router_mlp.out_proj.weight", (5, D), "adamw"),
+     ("layers.0.altup.modality_router.weight", (4, D), "adamw"),
+     ("layers.0.experts.lora_A.default.weight", (4 * 4, D), "normuon")],
+)  # fmt: skip
+def test_what_a_name_and_a_shape_leave_open_is_doubted_and_not_certain(
+    name: str, shape: tuple, rule: str
+) -> None:
+    found = decided({**EMBED, name: shape}, HEAD)[name]
+    assert found.route.algorithm == rule and found.certainty != "certain"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rule"),
+    [("q.lora_A.default.weight", (4, D), "normuon"), ("q.lora_B.default.weight", (D, 4), "normuon"),
+     ("q.lora_A", (4, D), "normuon"), ("q.hada_w1_a.default", (D, 4), "normuon"),
+     ("q.oft_R.default.weight", (6, 66), "adamw"), ("q.c3a_kernel.default", (6, 6, 8), "adamw"),
+     ("q.boft_R.default", (2, 6, 4, 4), "adamw"), ("q.hra_u.default", (D, 8), "adamw"),
+     ("q.vblora_logits_A.default", (4, 6, 8), "adamw"),
+     ("q.lora_embedding_A.default", (8, V), "adamw")],
+)  # fmt: skip
+def test_adapters_are_told_by_what_their_methods_call_them(
+    name: str, shape: tuple, rule: str
+) -> None:
+    found = decided(EMBED, HEAD, {name: shape})[f"layers.0.{name}"]
+    assert found.route == nm.Route(rule) and found.certainty == "certain"
+
+
+def test_lora_of_an_output_head_gets_the_rules_of_its_sides() -> None:
+    sides = {"lm_head.lora_A.default.weight": (8, D), "lm_head.lora_B.default.weight": (V, 8)}
+    found = decided(EMBED, HEAD | sides)
+    assert [found[name].route.algorithm for name in sides] == ["normuon", "adamw"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("inner2emb.weight", (D, F)), ("layers.0.attn.query", (D, D)),
+     ("layers.0.attn.in_proj_weight", (3 * D, D)),
+     ("rnn.weight_ih_l0", (F, 3))],
+)  # fmt: skip
+def test_what_only_resembles_a_table_is_a_matrix(name: str, shape: tuple) -> None:
+    found = decided({**EMBED, name: shape}, HEAD)[name]
+    assert found.route == nm.Route() and found.certainty == "certain"
+
+
+@pytest.mark.parametrize("name", ["patch_embedding", "patch_embed", "patch_embeddings"])
+def test_a_patch_embedding_is_a_projection_of_pixels_and_no_table(name: str) -> None:
+    """Its inputs are continuous and its rows neurons, as those of any first layer: NorMuon. Nothing
+    is looked up in it by number, which is why tables get AdamW. By name that is likely, by the
+    module it is certain."""
+    for leaf in (f"{name}.weight", f"{name}.projection.weight", f"{name}.proj.weight", name):
+        pixels = decided({leaf: (D, 3 * 16 * 16)}, {"head.weight": (10, D)})[leaf]
+        assert pixels.route == nm.Route(), leaf
+    windows = decided({f"{name}.proj.weight": (D, 3, 16, 16)}, {"head.weight": (10, D)})
+    assert windows[f"{name}.proj.weight"].route == nm.Route(flatten=True)
+    for layer in (nn.Linear(3 * 16 * 16, D), nn.Conv2d(3, D, 16, 16)):
+        model = nn.ModuleDict({name: layer, "blocks": nn.Linear(D, D), "head": nn.Linear(D, 10)})
+        entry = nm.routes_for(model).entries[f"{name}.weight"]
+        assert entry.route.algorithm == "normuon" and entry.certainty == "certain"
+
+
 def test_a_layer_norm_of_two_dimensions_is_told_by_its_bias() -> None:
     found = decided({**EMBED, "a.weight": (5, D), "a.bias": (5, D)}, HEAD)
     assert found["a.weight"].route == found["a.bias"].route == nm.Route("adamw")
@@ -173,6 +263,12 @@ def test_what_names_and_shapes_settle_is_said_by_no_warning() -> None:
         {"tok_embeddings.weight": (V, D), "pos_emb.weight": (128, D)}, {"output.weight": (V, D)}
     )
     assert warning_text(found) is None
+
+
+def test_the_two_ends_of_a_model_with_the_same_shape_are_doubted_whatever_their_names() -> None:
+    shapes = {"a.weight": (V, D), "b.weight": (D, D), "c.weight": (D, D), "d.weight": (V, D)}
+    found = by_names({name: torch.empty(shape) for name, shape in shapes.items()})
+    assert [d.certainty for d in found.values()] == ["untold", "certain", "certain", "untold"]
 
 
 def test_one_text_names_every_doubt_the_rule_it_got_and_the_line_to_write() -> None:

@@ -342,36 +342,6 @@ def test_the_factors_of_adapters_are_matrices(name: str) -> None:
     assert entry.route == nm.Route() and "factor" in entry.reason
 
 
-def test_pefts_own_models_get_the_rules_of_the_imitated_ones() -> None:
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "num_hidden_layers": 1,
-        "hidden_size": D,
-        "num_attention_heads": 6,
-        "intermediate_size": F,
-        "vocab_size": V,
-    }
-    model = transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(**sizes, num_labels=3, pad_token_id=0)
-    )
-    lora = peft.LoraConfig(
-        task_type="SEQ_CLS", target_modules=["q_proj"], r=4, trainable_token_indices=[1, 2]
-    )
-    entries = nm.routes_for(peft.get_peft_model(model, lora)).entries
-    trained = {
-        name.split("model.model.", 1)[-1]: e
-        for name, e in entries.items()
-        if e.route.algorithm != "frozen"
-    }
-    found = {name.split("base_model.model.")[-1]: e.route.algorithm for name, e in trained.items()}
-    assert set(found.values()) == {"normuon", "adamw"} and len(found) == 4
-    assert {name for name, algorithm in found.items() if algorithm == "adamw"} == {
-        "score.modules_to_save.default.weight",
-        "embed_tokens.token_adapter.trainable_tokens_delta.default",
-    }  # fmt: skip
-
-
 def test_members_of_an_ensemble_held_by_a_module_keep_their_biases_as_vectors() -> None:
     models = [nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 4)) for _ in range(3)]
     params, _ = torch.func.stack_module_state(models)

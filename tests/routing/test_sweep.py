@@ -52,6 +52,18 @@ def test_a_type_is_routed_as_the_table_says(model_type: str) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize("model_type", [*SAMPLE, "rt_detr_v2", "sam3", "bark", "mask2former"])
+def test_names_alone_are_certain_of_nothing_that_the_modules_decide_otherwise(
+    model_type: str,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        counts, differs = sweep.compare_with_names(model_type)
+    assert counts["certain"] > 0
+    assert [row for row in differs if row.by_names.certainty == "certain"] == []
+
+
 def test_most_types_are_in_the_table() -> None:
     rows = sweep.read_table()
     built = {row[0] for row in rows if not row[2].startswith("not built")}
