@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
 from normuon_fn.compat import compile_whole
-from normuon_fn.runtime import compiled
+from normuon_fn.runtime import flat
 
 __all__ = [
     "CompileCounter",
@@ -596,7 +596,5 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     is.
     """
     found = CompileCounter()
-    monkeypatch.setattr(
-        compiled, "compile_whole", lambda function, **_: compile_whole(function, found)
-    )
+    monkeypatch.setattr(flat, "compile_whole", lambda function, **_: compile_whole(function, found))
     return found

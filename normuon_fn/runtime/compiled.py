@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, finalize
 import torch
 from torch import Tensor
 
-from ..compat import apart, compile_whole, free_graph, plain, without_autocast
+from ..compat import apart, plain, without_autocast
 from ..distributed import placements
 from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.make_plan import plan_of
@@ -24,6 +24,7 @@ from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
+from .flat import free, graph_of
 from .lost_updates import warn_of_lost_updates
 from .recent import MANY, Recent
 
@@ -97,10 +98,10 @@ def _run_compiled(
     zeros = plan.config.missing_grads == "zeros"
     missing: tuple[bool, ...] = ()
     if not zeros and isinstance(grads, Mapping):
-        missing = tuple([grad is None for grad in grads.values()])
+        missing = tuple([grads.get(name) is None for name in plan.names])
     graphs = _graphs.get(plan)
     if graphs is None:
-        graphs = _graphs.setdefault(plan, Recent(dropped=free_graph))
+        graphs = _graphs.setdefault(plan, Recent(dropped=free))
         finalize(plan, graphs.drop_all).atexit = False
     compiled = graphs.get((function, missing))
     if compiled is None:
@@ -113,7 +114,7 @@ def _run_compiled(
         if function is local_update_:
             _check_writable(plan, params, state)
         if compiled is None:
-            compiled = graphs[function, missing] = compile_whole(function, overlap=plan.sends)
+            compiled = graphs[function, missing] = graph_of(function, plan, missing)
             if len({sets for _, sets in graphs}) == MANY:
                 graphs.warn_of_sets("step" if function is local_update else "step_")
         if plan.sharded:
@@ -134,8 +135,8 @@ def _run_compiled(
         if type(error).__name__ == "FailOnRecompileLimitHit":
             raise RuntimeError(
                 "step: it was compiled for too many forms of its arguments. Keep these the same "
-                "from step to step: the order of the keys, the strides of the gradients, "
-                "requires_grad, and whether gradients are recorded"
+                "from step to step: the strides of the parameters and gradients, requires_grad, "
+                "and whether gradients are recorded"
             ) from error
         raise
 
