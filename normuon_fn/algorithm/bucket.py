@@ -156,7 +156,7 @@ class MatrixWork(Work):
             front.sizes,
             rule=self._rule,
             ahead=context.holds_late,
-            dtype=power.dtype if context.config.orthogonalizer else self.stack.form.dtype,
+            dtype=self.stack.wide if context.config.orthogonalizer else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
         )
@@ -169,12 +169,18 @@ class MatrixWork(Work):
             whole = iterate(stack, self.stack.coefficients, self.stack.form)
         else:
             whole = own(stack)
-        if whole.shape[1:] != (rows, cols):
+        if not isinstance(whole, Tensor) or not whole.dtype.is_floating_point:
+            found = whole.dtype if isinstance(whole, Tensor) else type(whole).__name__
+            raise TypeError(
+                f"Config.orthogonalizer: expected a floating-point tensor, got {found}; it must "
+                "return a stack of the shape that it was given"
+            )
+        if whole.shape != (stack.shape[0], rows, cols):
             raise ValueError(
                 f"Config.orthogonalizer: expected [n, {rows}, {cols}], got {tuple(whole.shape)}; "
                 "it must return a stack of the shape that it was given"
             )
-        return whole
+        return whole if own is None else whole.to(self.stack.wide)
 
     def normalized(
         self, kind: MatrixKind, update: Tensor, states: tuple[Tensor, ...]
@@ -182,7 +188,7 @@ class MatrixWork(Work):
         config = self.context.config
         carried = 1.0 if config.orthogonalizer else carry(self.stack.form.dtype)
         beta2 = self.context.hyper.beta2
-        return normalize(update, states, beta2, config, carried, kind.transposed)
+        return normalize(update, states, beta2, config, self.stack.wide, carried, kind.transposed)
 
     # --------------------------------------------------------------------------------------- apply
 

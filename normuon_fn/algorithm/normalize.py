@@ -47,6 +47,7 @@ def normalize(
     states: States,
     beta2: Tensor,  # 0-d
     config: Config,
+    wide: torch.dtype = torch.float32,  # of the results; products may be wider
     carried: float = 1.0,
     transposed: bool = False,  # the outputs are the columns
 ) -> Normalized:
@@ -57,7 +58,7 @@ def normalize(
     """
     rows, cols = update.shape[-2:]
     axis = -1 if per_row(config, rows, cols, transposed) else -2
-    compute = torch.promote_types(update.dtype, states[0].dtype if states else torch.float32)
+    compute = torch.promote_types(update.dtype, wide)
     moment = update.to(compute).square().mean(axis, keepdim=True) * carried**-2
     count = update.shape[axis]
     norm = (moment.sum((-2, -1), keepdim=True) * count).sqrt()
@@ -79,7 +80,8 @@ def normalize(
     finite = norm.isfinite() & normalized.isfinite()
     for state in states:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
         finite = finite & state.isfinite().all((-2, -1), keepdim=True)
-    return Normalized(divisor * (1.0 / carried), states, finite.flatten())
+    factor = (divisor * (1.0 / carried)).to(wide)
+    return Normalized(factor, tuple(state.to(wide) for state in states), finite.flatten())
 
 
 def per_row(config: Config, rows: int, cols: int, transposed: bool = False) -> bool:

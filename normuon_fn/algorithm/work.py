@@ -51,6 +51,8 @@ class Stack:
     cols: int
     form: Form
     coefficients: CoefficientSet
+    # of everything but the products: float64 for float64 parameters, otherwise float32
+    wide: torch.dtype
     # whether operators over lists have kernels for its tensors: see `ops.kernels_for`
     kernels: bool
 
