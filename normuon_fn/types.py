@@ -69,7 +69,8 @@ class Config:
       [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape.
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters).
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
-      not finite; ``"full"``: momentum too, if a gradient is not finite.
+      not finite, or ten times as long as its polynomial can make it; ``"full"``: momentum too, if
+      a gradient is not finite.
     - ``guard_scope``: ``"step"``: one bad matrix skips all; ``"bucket"``: only its bucket.
     - ``missing_grads``: ``"skip"``: a gradient of ``None`` leaves its parameter as it is, and is an
       error for matrices that ranks share; ``"zeros"``: it counts as zeros, so ranks may differ.

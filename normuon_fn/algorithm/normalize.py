@@ -8,6 +8,7 @@ read again only when it is applied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Normalized(NamedTuple):
 
     factor: Tensor  # [n, rows, 1] or [n, 1, cols]: the step's update is ``factor * update``
     states: States  # the new ones
-    finite: Tensor  # [n] bool
+    finite: Tensor  # [n] bool: and not absurdly long
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def normalize(
     wide: torch.dtype = torch.float32,  # of the results; products may be wider
     carried: float = 1.0,
     transposed: bool = False,  # the outputs are the columns
+    most: float = math.inf,  # Frobenius norm of an update that can be right
 ) -> Normalized:
     """By what factor every row (or column) of an update enters the step, and the new state.
 
@@ -77,7 +79,7 @@ def normalize(
         divisor = divisor * SCALES[config.scale](config, outputs, inputs)
         if config.renormalize:
             divisor = divisor * _divided(norm, normalized)
-    finite = norm.isfinite() & normalized.isfinite()
+    finite = (norm < most) & normalized.isfinite()
     for state in states:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
         finite = finite & state.isfinite().all((-2, -1), keepdim=True)
     factor = (divisor * (1.0 / carried)).to(wide)

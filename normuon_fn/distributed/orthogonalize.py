@@ -40,6 +40,7 @@ from ..algorithm.orthogonalize import (
     times_transpose,
     to_norm,
 )
+from ..algorithm.rounding_safety import secured
 from ..compat import (
     all_reduce_max,
     all_reduce_sum,
@@ -125,7 +126,8 @@ def _decide(
 ) -> tuple[CoefficientSet, Form]:
     """All that is static; dynamo does not trace it."""
     chosen = resolve(coefficients, steps, safety_factor)
-    return chosen, choose(chosen, method, dtype, rows, cols, torch.device(device), of)
+    form = choose(chosen, method, dtype, rows, cols, torch.device(device), of)
+    return secured(chosen, form.dtype), form
 
 
 def orthogonalize_sharded(

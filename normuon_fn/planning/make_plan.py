@@ -17,6 +17,7 @@ from ..algorithm.coefficients import resolve
 from ..algorithm.guard import Rule
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
+from ..algorithm.rounding_safety import secured
 from ..algorithm.stages import Stages, stages_of
 from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group
 from ..distributed.messages import Exchange
@@ -158,7 +159,8 @@ def _matrix_buckets(
         groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
         wide = torch.float64 if own == torch.float64 else torch.float32
         common: dict[str, Any] = {
-            "rows": short, "cols": long, "form": form, "coefficients": chosen,
+            "rows": short, "cols": long, "form": form,
+            "coefficients": secured(chosen, form.dtype),
             "wide": wide, "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
         }  # fmt: skip
         if ranks is None:
