@@ -9,7 +9,6 @@ Read `MatrixWork` from top to bottom. What matrices that ranks share need: distr
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from ..ops import Measures
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .orthogonalize import carry, iterate, to_norm
-from .rounding_safety import largest
 from .weight_decay import rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
 
@@ -191,19 +189,15 @@ class MatrixWork(Work):
         carried = 1.0 if config.orthogonalizer else carry(self.stack.form.dtype)
         beta2 = self.context.hyper.beta2
         return normalize(
-            update, states, beta2, config, self.stack.wide, carried, kind.transposed, self.most
+            update,
+            states,
+            beta2,
+            config,
+            self.stack.wide,
+            carried,
+            kind.transposed,
+            self.stack.most,
         )
-
-    @property
-    def most(self) -> float:
-        """The Frobenius norm from which on an update is absurd: ten times what it can have.
-
-        Every singular value ends below what the polynomial maps [0, 1] to; in 16 bits 1.5 times
-        that at most, see rounding_safety.py. Of an own function nothing is known.
-        """
-        if self.context.config.orthogonalizer is not None:
-            return math.inf
-        return 10.0 * largest(self.stack.coefficients) * self.stack.rows**0.5
 
     # --------------------------------------------------------------------------------------- apply
 

@@ -65,6 +65,14 @@ def is_safe(chosen: CoefficientSet, exact: CoefficientSet, unit: float) -> bool:
     )
 
 
+def absurd(chosen: CoefficientSet, rows: int) -> float:
+    """The Frobenius norm from which on an update of matrices rows <= cols is a fault.
+
+    Ten times what the polynomial can make it, and 16 bits 1.5 times that: see `is_safe`.
+    """
+    return 10.0 * largest(chosen) * rows**0.5
+
+
 def largest(chosen: CoefficientSet) -> float:
     """The largest absolute value that singular values in [0, 1] end at, without rounding."""
     low, high = reached(chosen, 0.0, 0.0)

@@ -53,6 +53,7 @@ class Stack:
     coefficients: CoefficientSet
     # of everything but the products: float64 for float64 parameters, otherwise float32
     wide: torch.dtype
+    most: float  # Frobenius norm of an update: the guard takes a longer one for a fault
     # whether operators over lists have kernels for its tensors: see `ops.kernels_for`
     kernels: bool
 

@@ -17,7 +17,7 @@ from ..algorithm.coefficients import resolve
 from ..algorithm.guard import Rule
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
-from ..algorithm.rounding_safety import secured
+from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
 from ..compat import Ranks, gather_objects, overlaps, prepare_inductor, process_group
 from ..distributed.messages import Exchange
@@ -158,10 +158,12 @@ def _matrix_buckets(
     for (short, long, form, own, ranks, hyper, kernels, exact), groups in stacks.items():
         groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
         wide = torch.float64 if own == torch.float64 else torch.float32
+        safe = secured(chosen, form.dtype)
+        most = float("inf") if config.orthogonalizer else absurd(safe, short)
         common: dict[str, Any] = {
             "rows": short, "cols": long, "form": form,
-            "coefficients": secured(chosen, form.dtype),
-            "wide": wide, "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
+            "coefficients": safe,
+            "wide": wide, "most": most, "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
         }  # fmt: skip
         if ranks is None:
             found.append(Bucket(**common))
