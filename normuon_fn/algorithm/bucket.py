@@ -187,17 +187,8 @@ class MatrixWork(Work):
     ) -> Normalized:
         config = self.context.config
         carried = 1.0 if config.orthogonalizer else carry(self.stack.form.dtype)
-        beta2 = self.context.hyper.beta2
-        return normalize(
-            update,
-            states,
-            beta2,
-            config,
-            self.stack.wide,
-            carried,
-            kind.transposed,
-            self.stack.most,
-        )
+        beta2, wide, most = self.context.hyper.beta2, self.stack.wide, self.stack.most
+        return normalize(update, states, beta2, config, wide, carried, kind.transposed, most)
 
     # --------------------------------------------------------------------------------------- apply
 

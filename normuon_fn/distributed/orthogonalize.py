@@ -71,7 +71,8 @@ def orthogonalize(
 
     Args:
         method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides
-            by the aspect ratio.
+            by the aspect ratio, and takes the standard form, which is up to 4 times as exact, where
+            ``dtype`` is float32 or float64.
         dtype: of the products; ``None``: see `Config.orthogonalize_dtype`.
 
     Raises:

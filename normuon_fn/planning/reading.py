@@ -26,12 +26,14 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
         )
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
-    size = shape[len(shape) - 2 + route.dim]
+    at = len(shape) - 2 + route.dim  # in a stack, `Route.dim` counts from its matrices on
+    size = shape[at]
     splits = route.splits
     if splits is not None and sum(splits) != size:
         raise ValueError(
-            f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is "
-            f"{size}"
+            f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {at} is {size} "
+            f"(of {shape}: Route(dim={route.dim}) splits the "
+            f"{'columns' if route.dim else 'rows'} of its matrices)"
         )
     if route.flatten:
         return _readable(

@@ -299,6 +299,7 @@ def test_route_options_are_checked(options: dict, error: type, message: str) -> 
         ({"safety_factor": 0.9}, ValueError, "safety_factor: expected a number in"),
         ({"orthogonalize_dtype": torch.int8}, ValueError, "Config.orthogonalize_dtype"),
         ({"momentum_dtype": torch.int32}, ValueError, "Config.momentum_dtype"),
+        ({"momentum_dtype": torch.float16}, ValueError, "vanish in float16.*torch.bfloat16"),
         ({"orthogonalizer": "svd"}, TypeError, "Config.orthogonalizer: expected a callable"),
     ],
 )
