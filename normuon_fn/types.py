@@ -71,8 +71,7 @@ class Config:
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
-      not finite, or ten times as long as its polynomial can make it; ``"full"``: momentum too, if
-      a gradient is not finite.
+      not finite, or ten times what it can be; ``"full"``: momentum too, if a gradient is not.
     - ``guard_scope``: ``"step"``: one bad matrix skips all; ``"bucket"``: only its bucket.
     - ``missing_grads``: ``"skip"``: a gradient of ``None`` leaves its parameter as it is, and is an
       error for matrices that ranks share; ``"zeros"``: it counts as zeros, so ranks may differ.
@@ -134,7 +133,8 @@ class Config:
                 "Config.momentum_dtype: small gradients vanish in float16; write torch.bfloat16"
             )
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
-            raise TypeError(f"Config.orthogonalizer: not a callable: {self.orthogonalizer!r}")
+            own = self.orthogonalizer
+            raise TypeError(f"Config.orthogonalizer: expected a callable, got {own!r}")
         checked = check_coefficients(self.coefficients, self.steps, self.safety_factor, "Config.")
         object.__setattr__(self, "coefficients", checked)
 

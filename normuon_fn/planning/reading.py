@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..distributed.placements import is_dtensor
 from ..routing.routes import Route
 from .layout import View, size_of
 
@@ -36,9 +35,7 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
             f"{'columns' if route.dim else 'rows'} of its matrices)"
         )
     if route.flatten:
-        return _readable(
-            name, tensor, matrices(shape, flatten=True, heads=(None,), splits=None, dim=0)
-        )
+        return matrices(shape, flatten=True, heads=(None,), splits=None, dim=0)
     parts = splits or (size,)
     heads: tuple[int | None, ...]
     if isinstance(route.heads, tuple):
@@ -53,24 +50,7 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
                 f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} "
                 "equal heads"
             )
-    return _readable(
-        name, tensor, matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim)
-    )
-
-
-def _readable(
-    name: str, tensor: Tensor, read: list[tuple[View, int, int, int]]
-) -> list[tuple[View, int, int, int]]:
-    try:
-        for view, _, _, _ in read:
-            if not is_dtensor(tensor):  # whose parts are looked at where they are known
-                view.read(tensor)
-    except RuntimeError as error:
-        raise ValueError(
-            f"params[{name!r}]: strides {tensor.stride()} do not let it be read as "
-            f"{read[0][0].shape}; make it contiguous()"
-        ) from error
-    return read
+    return matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim)
 
 
 def matrices(

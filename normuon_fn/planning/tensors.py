@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -69,12 +70,17 @@ class StepTensors:
         blocks = [block for block in blocks if self.has_gradient(block.name)]
 
         def read(what: str) -> list[Tensor]:
-            return [self._read(block, what) for block in blocks]
+            found = [self._read(block, what) for block in blocks]
+            if what == "grad" and len({grad.dtype for grad in found}) > 1:
+                return [grad.float() for grad in found]  # a list has one dtype
+            return found
 
         def put(what: str, tensors: list[Tensor]) -> None:
             for block, tensor in zip(blocks, tensors, strict=True):
                 view = block.line if what in self.lines else block.param
                 self.new.setdefault(_key(block.name, what), []).append((view, tensor))
+                if self.in_place and not view.is_view(self._source(block.name, what)):
+                    view.write(self._source(block.name, what), tensor)
 
         count = sum(block.count for block in blocks)
         salts = [salt for block in blocks for salt in block.salts]
@@ -95,9 +101,9 @@ class StepTensors:
         return Members(kind, len(own), len(own), read, put, drawn)
 
     def _read(self, block: Block, what: str) -> Tensor:
-        """A view [rows, cols] or [count, rows, cols]; of a gradient with odd strides a copy."""
+        """A view [rows, cols] or [count, rows, cols]; of a tensor with odd strides a copy."""
         view = block.line if what in self.lines else block.param
-        return view.read(self._source(block.name, what), writable=what != "grad")
+        return view.read(self._source(block.name, what))
 
     def _source(self, name: str, what: str) -> Tensor:
         if what == "grad":
@@ -124,7 +130,12 @@ class StepTensors:
 
     def _joined(self, key: str, old: Tensor) -> Tensor:
         parts = self.new.get(key)
-        return old if parts is None else join(parts)
+        if parts is None:
+            return old
+        new = join(parts)
+        if old.is_contiguous() or new.stride() == old.stride():
+            return new
+        return torch.empty_like(old).copy_(new)  # the next step finds the strides it knows
 
 
 def _key(name: str, what: str) -> str:

@@ -213,6 +213,16 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
             r"params\['w'\]: splits \(4, 3\) add up to 7, dimension 0 is 8",
         ),
         (
+            (4, 16, 32),
+            nm.Route(splits=(4, 3)),
+            r"splits \(4, 3\) add up to 7, dimension 1 is 16 \(of \(4, 16, 32\).*the rows of",
+        ),
+        (
+            (4, 16, 32),
+            nm.Route(splits=(4, 3), dim=1),
+            r"splits \(4, 3\) add up to 7, dimension 2 is 32 \(of \(4, 16, 32\).*the columns of",
+        ),
+        (
             (8, 8),
             nm.Route(heads=3),
             r"params\['w'\]: 8 along dimension 0 cannot be cut into 3 equal heads",
