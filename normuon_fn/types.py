@@ -133,7 +133,7 @@ class Config:
                 "Config.momentum_dtype: small gradients vanish in float16; write torch.bfloat16"
             )
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
-            own = self.orthogonalizer
+            own: object = self.orthogonalizer  # type: ignore[unreachable]
             raise TypeError(f"Config.orthogonalizer: expected a callable, got {own!r}")
         checked = check_coefficients(self.coefficients, self.steps, self.safety_factor, "Config.")
         object.__setattr__(self, "coefficients", checked)

@@ -350,7 +350,7 @@ def test_a_tensor_that_would_be_written_twice_is_refused_at_every_call(into: int
     assert same(given, before)
 
 
-def test_a_parameter_that_lies_otherwise_than_at_the_first_call_is_refused_by_its_place() -> None:
+def test_a_filter_that_is_channels_last_after_the_first_call_steps_as_a_contiguous_one() -> None:
     params, grads, momentums, variances = (
         [gaussian(*shape, seed=k)] for k, shape in enumerate([(6, 4, 3, 3)] * 3 + [(6, 1)])
     )

@@ -323,3 +323,55 @@ def test_no_operator_changes_what_it_is_given_to_fit(misfit: str) -> None:
     tensors = [x for x in given if isinstance(x, Tensor)]
     for x, (values, shape, stride) in zip(tensors, before, strict=True):
         assert x.shape == shape and x.stride() == stride and torch.equal(x, values)
+
+
+# ------------------------------------------------------------- float32 gradients, 16-bit parameters
+
+
+@pytest.mark.parametrize("which", ["all", "some"])
+@pytest.mark.parametrize("guard", ["off", "full"])
+@pytest.mark.parametrize(
+    ("dtype", "master"),
+    [
+        *((torch.bfloat16, m) for m in ("none", "mantissa", "fp32", "stochastic")),
+        *((torch.float16, m) for m in ("none", "fp32")),
+    ],
+)
+def test_float32_gradients_of_16_bit_parameters_are_taken_as_they_are(
+    dtype: torch.dtype, master: str, guard: str, which: str
+) -> None:
+    """Megatron and DeepSpeed hand them over. With the values of 16 bits they have the same bits."""
+    config = nm.Config(master=master, guard=guard, nesterov=True)
+    params = problem(dtype, 0) | {"second": problem(dtype, 5)["wide"]}
+    narrow = problem(dtype, 10) | {"second": problem(dtype, 15)["wide"]}
+    wide = {
+        k: x.float() if which == "all" or k in ("wide", "bias") else x for k, x in narrow.items()
+    }
+    plan = nm.make_plan(params, config)
+    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=LR)
+    expected = nm.update(params, narrow, state, hyper, plan)
+    pure = nm.update(params, wide, state, hyper, plan)
+    local_update_(params, wide, state, hyper, plan)
+    for found in (pure.params | pure.state, params | state):
+        for name, x in (expected.params | expected.state).items():
+            assert torch.equal(found[name], x) and found[name].dtype == x.dtype, name
+    # And what 16 bits do not have is not lost.
+    exact = {k: x.float() * (1 + 2.0**-14) for k, x in narrow.items()}
+    again = nm.init(plan, params)
+    result = nm.update(params, exact, again, hyper, plan)
+    beta = torch.tensor(0.95)
+    assert torch.equal(result.state["wide.momentum"], exact["wide"] * (1 - beta))
+
+
+def test_other_gradient_dtypes_are_refused_by_name() -> None:
+    params = problem(torch.bfloat16, 0)
+    plan = nm.make_plan(params)
+    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=LR)
+    for wrong in (torch.float16, torch.float64, torch.int32):
+        grads = {k: x.to(wrong) for k, x in params.items()}
+        with pytest.raises(ValueError, match=r"grads\['wide'\]: expected dense torch\.bfloat16"):
+            nm.update(params, grads, state, hyper, plan)
+    params = problem(torch.float32, 0)
+    plan = nm.make_plan(params)
+    with pytest.raises(ValueError, match=r"grads\['wide'\]: expected dense torch\.float32"):
+        nm.update(params, problem(torch.bfloat16, 1), nm.init(plan, params), hyper, plan)
