@@ -314,7 +314,7 @@ def test_the_default_dtype_changes_no_bit(
 ) -> None:
     stacks = [gaussian(2, 12, 30), gaussian(2, 30, 12), gaussian(2, 12, 12)]
     want = [nm.orthogonalize(x, method=method, dtype=dtype) for x in stacks]
-    params = {"w": stacks[0][0], "t": stacks[1][0], "b": stacks[0][0, 0]}
+    params = {"w": stacks[0][0], "t": stacks[1][0], "b": gaussian(30)}
     plan = nm.make_plan(params, nm.Config(method=method, orthogonalize_dtype=dtype, guard="full"))
     state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.1)
     step = nm.update(params, params, state, hyper, plan)
