@@ -69,9 +69,22 @@ class MatrixWork(Work):
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
-        finite = [update.finite for update in self.updates]
+        finite = [update.finite & self._fits(update) for update in self.updates]
         bad = ~torch.cat(finite) if finite else None
         return self.with_gradients(complete(bad, self.runs, self.context))
+
+    def _fits(self, update: Update) -> Tensor:
+        """[n] bool: whether float16 can hold the new parameters; nothing is that large otherwise.
+
+        It costs float16 parameters behind a guard one more pass.
+        """
+        group, kind, hyper = update.group, update.group.kind, self.context.hyper
+        if self.context.config.guard == "off" or group.read("param")[0].dtype != torch.float16:
+            return update.finite
+        lr, _ = rates(hyper.lr, hyper.weight_decay, kind.lr_mul, kind.wd_mul, update.factor.dtype)
+        old = ops.stack(group.read(kind.master or "param"))
+        new = old - update.update * (update.factor * lr)
+        return new.to(torch.float16).isfinite().all((-2, -1))
 
     def with_gradients(self, update: Tensor) -> Tensor:
         """[2, n_matrices] bool from [n_matrices] bool."""

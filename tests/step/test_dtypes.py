@@ -375,3 +375,19 @@ def test_other_gradient_dtypes_are_refused_by_name() -> None:
     plan = nm.make_plan(params)
     with pytest.raises(ValueError, match=r"grads\['wide'\]: expected dense torch\.float32"):
         nm.update(params, problem(torch.bfloat16, 1), nm.init(plan, params), hyper, plan)
+
+
+@pytest.mark.parametrize("master", ["none", "fp32"])
+@pytest.mark.parametrize("guard", ["off", "output", "full"])
+def test_an_update_that_float16_parameters_cannot_hold_is_flagged(guard: str, master: str) -> None:
+    params = {"w": torch.full((8, 8), 65504.0).half(), "small": gaussian(8, 8).half()}
+    grads = {name: -gaussian(8, 8).abs().half() for name in params}
+    plan = nm.make_plan(params, nm.Config(guard=guard, master=master))
+    state = nm.init(plan, params)
+    result = nm.update(params, grads, state, nm.Hyper.of(params, lr=1000.0), plan)
+    refused = guard != "off"
+    assert result.flags[0].tolist() == [int(refused), 0] and bool(result.skipped) == refused
+    assert bool(result.params["w"].isfinite().all()) == refused
+    assert torch.equal(result.params["w"], params["w"]) == refused
+    few = nm.update(params, grads, state, nm.Hyper.of(params, lr=1e-3), plan)  # rounds back
+    assert not few.flags.any() and bool(few.params["w"].isfinite().all())
