@@ -131,8 +131,6 @@ def adamw_flags(
 
 
 def _rests(operator: str, params: list[Tensor], rests: list[Tensor]) -> None:
-    """int16 beside bfloat16, or float32: see rounding.py."""
+    """int16 or float32: see rounding.py."""
     alike(operator, params=params, rests=rests)
     of_dtype(operator, "rests", rests[0], torch.int16, torch.float32)
-    if rests[0].dtype == torch.int16:
-        of_dtype(operator, "params beside int16 rests", params[0], torch.bfloat16)

@@ -267,7 +267,6 @@ MISFITS = {
         None,
         False,
     ),
-    "mantissas of float32": ("apply_wide", ones((8, 8)), REST, UPDATE, FACTOR, ONE, None, False),
     "rests of another dtype": ("apply_wide", BF16, BF16, UPDATE, FACTOR, ONE, None, False),
     "moments of another shape": ("adamw", TWO, ones((8, 8), (8, 4)), TWO, TWO, *RATES, None),
     "a gradient that would broadcast": ("adamw", TWO, TWO, TWO, ones((8, 8), (1, 8)), *RATES, None),
