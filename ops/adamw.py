@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import adamw_reference as reference
+from . import checks
 from .launch import dtype_of, has_kernel, jit, launch, tl
 from .registration import Lists, empty_like, register
 from .rounding_kernels import joined_with, parted, rounded_by_chance
@@ -252,7 +253,11 @@ _RATES = "Tensor beta1, Tensor beta2, Tensor eps, Tensor correction1, Tensor cor
 
 # Always operators, on every device: the twin's lists would be nodes per parameter in the graph.
 adamw_flags, _ = register(
-    "adamw_flags", f"({_MOMENTS}, {_RATES}) -> Tensor", _run_flags, _flags_fake
+    "adamw_flags",
+    f"({_MOMENTS}, {_RATES}) -> Tensor",
+    _run_flags,
+    _flags_fake,
+    check=checks.adamw_flags,
 )
 adamw, adamw_ = register(
     "adamw",
@@ -260,6 +265,7 @@ adamw, adamw_ = register(
     "Tensor? step=None, int[] salts=[]) -> (Tensor[], Tensor[], Tensor[])",
     _run_adamw,
     _adamw_fake,
+    check=checks.adamw,
     writes=("params", "exp_avgs", "exp_avg_sqs"),
 )
 adamw_wide, adamw_wide_ = register(
@@ -268,5 +274,6 @@ adamw_wide, adamw_wide_ = register(
     "Tensor? skip) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
     _run_adamw_wide,
     _adamw_wide_fake,
+    check=checks.adamw_wide,
     writes=("params", "rests", "exp_avgs", "exp_avg_sqs"),
 )

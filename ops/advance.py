@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
 from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, tile, tl
 from .lists import count
@@ -207,6 +207,7 @@ advance = with_kernel(
     "bool nesterov) -> (Tensor[], Tensor)",
     _launch_advance,
     _advance_fake,
+    check=checks.advance,
     writes=("momentums",),
 )
 lookahead = with_kernel(
@@ -215,10 +216,19 @@ lookahead = with_kernel(
     "-> Tensor",
     _launch_lookahead,
     _measure_fake,
+    check=checks.lookahead,
 )
 measure = with_kernel(
-    "measure", "(Tensor[] tensors, int[] sizes) -> Tensor", _launch_measure, _measure_fake
+    "measure",
+    "(Tensor[] tensors, int[] sizes) -> Tensor",
+    _launch_measure,
+    _measure_fake,
+    check=checks.measured,
 )
 largest = with_kernel(
-    "largest", "(Tensor[] tensors, int[] sizes) -> Tensor", _launch_largest, _largest_fake
+    "largest",
+    "(Tensor[] tensors, int[] sizes) -> Tensor",
+    _launch_largest,
+    _largest_fake,
+    check=checks.measured,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import checks
 from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, tile, tl
 from .registration import Lists, empty_like
@@ -148,6 +149,7 @@ apply = with_kernel(
     f"(Tensor[] params, {_UPDATE}, Tensor? step=None, int[] salts=[]) -> Tensor[]",
     _launch_apply,
     _apply_fake,
+    check=checks.apply,
     writes=("params",),
 )
 apply_wide = with_kernel(
@@ -155,5 +157,6 @@ apply_wide = with_kernel(
     f"(Tensor[] params, Tensor[] rests, {_UPDATE}) -> (Tensor[], Tensor[])",
     _launch_apply_wide,
     _apply_wide_fake,
+    check=checks.apply_wide,
     writes=("params", "rests"),
 )

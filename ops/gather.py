@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
 from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, tile, tl
 from .lists import count
@@ -113,4 +113,5 @@ gather = with_kernel(
     "str form, bool nesterov, bool ahead, ScalarType dtype, bool[] transpose) -> Tensor",
     _launch,
     _fake,
+    check=checks.gather,
 )

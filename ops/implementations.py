@@ -37,12 +37,13 @@ def with_kernel(
     kernel: Operation,
     fake: Operation,
     *,
+    check: Operation,
     writes: Sequence[str] = (),
 ) -> Implementations:
     """The implementations of ``name``: its twin is the function of that name in reference.py.
 
     Args:
-        schema, fake, writes: see `register`.
+        schema, fake, check, writes: see `register`.
         kernel: the operator's body for tensors that `has_kernel` accepts.
 
     A twin with ``writes`` takes as its first argument how a stack is written back into its list.
@@ -50,10 +51,10 @@ def with_kernel(
     twin = getattr(reference, name)
     if not writes:
         body = _body(twin, kernel)
-        pure, in_place = register(name, schema, body, fake)
+        pure, in_place = register(name, schema, body, fake, check=check)
         return Implementations(pure, in_place, twin, twin)
     body = _writing_body(twin, kernel, len(writes))
-    pure, in_place = register(name, schema, body, fake, writes=writes)
+    pure, in_place = register(name, schema, body, fake, check=check, writes=writes)
     return Implementations(
         pure, in_place, _writing_twin(twin, lists.unstack), _writing_twin(twin, lists.unstack_)
     )

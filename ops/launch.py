@@ -119,6 +119,7 @@ _TRITON_DTYPES = (
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
         torch.int16: tl.int16,
+        torch.float64: tl.float64,  # of results alone: see `KERNEL_DTYPES`
     }
 )
 

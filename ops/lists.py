@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
 from .registration import Lists, empty_like, register
 
 
@@ -59,5 +60,6 @@ unstack, unstack_ = register(
     "(Tensor[] tensors, Tensor stacked) -> Tensor[]",
     _unstack,
     _unstack_fake,
+    check=checks.unstack,
     writes=("tensors",),
 )

@@ -56,6 +56,7 @@ def register(
     body: Operation,
     fake: Operation,
     *,
+    check: Operation | None = None,
     writes: Sequence[str] = (),
 ) -> tuple[Operation, Operation]:
     """``(pure, in_place)``: two functions that take the same arguments and return the same results.
@@ -66,19 +67,25 @@ def register(
             the other result. The lists are new tensors or those of the arguments. Without
             ``writes`` it is ``body(*arguments)``.
         fake: the pure operator's results without values.
+        check: raises for arguments that do not fit each other, before anything is written.
         writes: the names of the leading list arguments whose new values are the leading results.
             At most one other result follows.
     """
-    count = len(writes)
+    count, check = len(writes), check or (lambda *arguments: None)
+
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        return body(*arguments)
 
     def allocate_and_write(*arguments: Any) -> Any:
+        check(*arguments)
         into = tuple(empty_like(x) for x in arguments[:count])
         rest = body(into, *arguments)
         if rest is not None:
             return (*into, rest)
         return into if count > 1 else into[0]
 
-    function = allocate_and_write if writes else body
+    function = allocate_and_write if writes else checked
     pure = define(name, schema, function, fake)
     _register_vmap(name, schema, function, fake)
     if not writes:
@@ -90,6 +97,7 @@ def register(
     has_rest = len(gives.split(",")) > count
 
     def write(*arguments: Any) -> Any:
+        check(*arguments)
         lists = arguments[:count]
         rest = body(lists, *arguments)
         for written in lists:  # a backward pass that still needs the old values must say so

@@ -54,8 +54,8 @@ def _cached(
     found = (capturing and _captured.get(key)) or _tables.get(key)
     if not found:
         rows, unit, aligned = make()
-        on_cuda = device.type == "cuda"
-        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=on_cuda)
+        pinned = device.type == "cuda"
+        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=pinned)
         found = Table(host.to(device, non_blocking=capturing or not shared), unit, aligned, host)
     if capturing:  # a captured copy has not happened yet: only the graph itself may use it
         _captured[key] = found

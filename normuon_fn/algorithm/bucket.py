@@ -69,9 +69,22 @@ class MatrixWork(Work):
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
-        finite = [update.finite for update in self.updates]
+        finite = [update.finite & self._fits(update) for update in self.updates]
         bad = ~torch.cat(finite) if finite else None
         return self.with_gradients(complete(bad, self.runs, self.context))
+
+    def _fits(self, update: Update) -> Tensor:
+        """[n] bool: whether float16 can hold the new parameters; nothing is that large otherwise.
+
+        It costs float16 parameters behind a guard one more pass.
+        """
+        group, kind, hyper = update.group, update.group.kind, self.context.hyper
+        if self.context.config.guard == "off" or group.read("param")[0].dtype != torch.float16:
+            return update.finite
+        lr, _ = rates(hyper.lr, hyper.weight_decay, kind.lr_mul, kind.wd_mul, update.factor.dtype)
+        old = ops.stack(group.read(kind.master or "param"))
+        new = old - update.update * (update.factor * lr)
+        return new.to(torch.float16).isfinite().all((-2, -1))
 
     def with_gradients(self, update: Tensor) -> Tensor:
         """[2, n_matrices] bool from [n_matrices] bool."""
@@ -156,7 +169,7 @@ class MatrixWork(Work):
             front.sizes,
             rule=self._rule,
             ahead=context.holds_late,
-            dtype=power.dtype if context.config.orthogonalizer else self.stack.form.dtype,
+            dtype=self.stack.wide if context.config.orthogonalizer else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
         )
@@ -169,20 +182,26 @@ class MatrixWork(Work):
             whole = iterate(stack, self.stack.coefficients, self.stack.form)
         else:
             whole = own(stack)
-        if whole.shape[1:] != (rows, cols):
+        if not isinstance(whole, Tensor) or not whole.dtype.is_floating_point:
+            found = whole.dtype if isinstance(whole, Tensor) else type(whole).__name__
+            raise TypeError(
+                f"Config.orthogonalizer: expected a floating-point tensor, got {found}; it must "
+                "return a stack of the shape that it was given"
+            )
+        if whole.shape != (stack.shape[0], rows, cols):
             raise ValueError(
                 f"Config.orthogonalizer: expected [n, {rows}, {cols}], got {tuple(whole.shape)}; "
                 "it must return a stack of the shape that it was given"
             )
-        return whole
+        return whole if own is None else whole.to(self.stack.wide)
 
     def normalized(
         self, kind: MatrixKind, update: Tensor, states: tuple[Tensor, ...]
     ) -> Normalized:
         config = self.context.config
         carried = 1.0 if config.orthogonalizer else carry(self.stack.form.dtype)
-        beta2 = self.context.hyper.beta2
-        return normalize(update, states, beta2, config, carried, kind.transposed)
+        beta2, wide, most = self.context.hyper.beta2, self.stack.wide, self.stack.most
+        return normalize(update, states, beta2, config, wide, carried, kind.transposed, most)
 
     # --------------------------------------------------------------------------------------- apply
 

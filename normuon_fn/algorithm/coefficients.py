@@ -143,14 +143,15 @@ def _resolved(
 
     table = found.rows
     converged = len(table) - 1 if len(table) > 1 else len(table)
-    divided = [_divide(row, factor) if k < converged else row for k, row in enumerate(table)]
+    rows = [divided(row, factor) if k < converged else row for k, row in enumerate(table)]
     index = [
         k % len(table) if found.beyond == "cycle" else min(k, len(table) - 1) for k in range(steps)
     ]
-    return replace(found, rows=tuple(divided[k] for k in index), safety_factor=factor)
+    return replace(found, rows=tuple(rows[k] for k in index), safety_factor=factor)
 
 
-def _divide(row: Row, factor: float) -> Row:
+def divided(row: Row, factor: float) -> Row:
+    """The row of p(x / factor)."""
     a, b, c = row
     return a / factor, b / factor**3, c / factor**5
 

@@ -8,6 +8,7 @@ read again only when it is applied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Normalized(NamedTuple):
 
     factor: Tensor  # [n, rows, 1] or [n, 1, cols]: the step's update is ``factor * update``
     states: States  # the new ones
-    finite: Tensor  # [n] bool
+    finite: Tensor  # [n] bool: and not absurdly long
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ def normalize(
     states: States,
     beta2: Tensor,  # 0-d
     config: Config,
+    wide: torch.dtype = torch.float32,  # of the results; products may be wider
     carried: float = 1.0,
     transposed: bool = False,  # the outputs are the columns
+    most: float = math.inf,  # Frobenius norm of an update that can be right
 ) -> Normalized:
     """By what factor every row (or column) of an update enters the step, and the new state.
 
@@ -57,7 +60,7 @@ def normalize(
     """
     rows, cols = update.shape[-2:]
     axis = -1 if per_row(config, rows, cols, transposed) else -2
-    compute = torch.promote_types(update.dtype, states[0].dtype if states else torch.float32)
+    compute = torch.promote_types(update.dtype, wide)
     moment = update.to(compute).square().mean(axis, keepdim=True) * carried**-2
     count = update.shape[axis]
     norm = (moment.sum((-2, -1), keepdim=True) * count).sqrt()
@@ -76,10 +79,11 @@ def normalize(
         divisor = divisor * SCALES[config.scale](config, outputs, inputs)
         if config.renormalize:
             divisor = divisor * _divided(norm, normalized)
-    finite = norm.isfinite() & normalized.isfinite()
+    finite = (norm < most) & normalized.isfinite()
     for state in states:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
         finite = finite & state.isfinite().all((-2, -1), keepdim=True)
-    return Normalized(divisor * (1.0 / carried), states, finite.flatten())
+    factor = (divisor * (1.0 / carried)).to(wide)
+    return Normalized(factor, tuple(state.to(wide) for state in states), finite.flatten())
 
 
 def per_row(config: Config, rows: int, cols: int, transposed: bool = False) -> bool:

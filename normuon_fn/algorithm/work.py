@@ -51,6 +51,9 @@ class Stack:
     cols: int
     form: Form
     coefficients: CoefficientSet
+    # of everything but the products: float64 for float64 parameters, otherwise float32
+    wide: torch.dtype
+    most: float  # Frobenius norm of an update: the guard takes a longer one for a fault
     # whether operators over lists have kernels for its tensors: see `ops.kernels_for`
     kernels: bool
 

@@ -147,7 +147,7 @@ def _inputs(
                 continue
             part = "" if block.param.length is None else f".{block.param.start}"
             key = f"{block.name}.input{part}"
-            own = block.param.read(grad, writable=False)
+            own = block.param.read(grad)
             momentum = block.param.read(result.state[f"{block.name}.momentum"])
             tensors[key] = _input(own, momentum, plan, beta, kept)
             form = {"method": bucket.form.method, "dtype": str(bucket.form.dtype)}

@@ -155,8 +155,9 @@ class Exchange:
         for dim, band in enumerate(self.bands[k]):
             shift = shift if band is None else shift.index_select(dim + 1, band)
         x = x.view(n, group.rows, group.cols)
-        if self.dtype == self.wide:  # nothing was rounded: the same sums as on one device
-            squares = (x * shift).square().sum((1, 2))
+        if torch.promote_types(self.dtype, self.wide) == self.dtype:
+            # Nothing was rounded: the same sums as on one device.
+            squares = (x * shift).to(self.wide).square().sum((1, 2))
         states = tuple(numbers[:, at[name]] for name in self.state_names)
         return Whole(x, shift, power, squares, states)
 

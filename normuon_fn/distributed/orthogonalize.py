@@ -40,6 +40,7 @@ from ..algorithm.orthogonalize import (
     times_transpose,
     to_norm,
 )
+from ..algorithm.rounding_safety import secured
 from ..compat import (
     all_reduce_max,
     all_reduce_sum,
@@ -70,7 +71,8 @@ def orthogonalize(
 
     Args:
         method: ``"standard"`` iterates on x, ``"gram"`` on the smaller x x^T; ``"auto"`` decides
-            by the aspect ratio.
+            by the aspect ratio, and takes the standard form, which is up to 3 times as exact, where
+            ``dtype`` is float32 or float64.
         dtype: of the products; ``None``: see `Config.orthogonalize_dtype`.
 
     Raises:
@@ -125,7 +127,8 @@ def _decide(
 ) -> tuple[CoefficientSet, Form]:
     """All that is static; dynamo does not trace it."""
     chosen = resolve(coefficients, steps, safety_factor)
-    return chosen, choose(chosen, method, dtype, rows, cols, torch.device(device), of)
+    form = choose(chosen, method, dtype, rows, cols, torch.device(device), of)
+    return secured(chosen, form.dtype), form
 
 
 def orthogonalize_sharded(

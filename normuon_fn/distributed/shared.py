@@ -123,7 +123,7 @@ class SharedWork(MatrixWork):
 
     def _whole_to_norm_1(self, whole: messages.Whole) -> Tensor:
         if self.context.config.orthogonalizer is not None:
-            return whole.x * (whole.shift / whole.power[:, None, None])
+            return (whole.x * (whole.shift / whole.power[:, None, None])).to(self.stack.wide)
         inverse = to_norm(whole.squares, self.stack.coefficients, self.stack.form.dtype)
         scaled = whole.x.to(inverse.dtype) * (whole.shift * inverse[:, None, None])
         return scaled.to(self.stack.form.dtype)
@@ -169,8 +169,10 @@ class SharedWork(MatrixWork):
             finite.append(part.finite)
             if not group.local and not part.factor.shape[1]:
                 continue  # nothing of it is local, not even a line state
-            new = tuple(state.unsqueeze(dim) for state in part.states)
-            update, factor = part.x.mT if group.kind.tall else part.x, part.factor.unsqueeze(dim)
+            wide = self.stack.wide
+            new = tuple(state.unsqueeze(dim).to(wide) for state in part.states)
+            update = part.x.mT if group.kind.tall else part.x
+            factor = part.factor.unsqueeze(dim).to(wide)
             self.updates.append(Update(group, update, factor, self.lines[k], new, part.finite))
         self.finite = torch.cat(finite)
 

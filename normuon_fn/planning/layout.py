@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,12 +23,29 @@ class View:
     length: int | None = None  # None: all of the tensor
     swap: bool = False  # the count lies in the middle: [rows, count, cols]
 
-    def read(self, tensor: Tensor, *, writable: bool = True) -> Tensor:
-        """A view of the tensor; where it is only read, a copy if its strides allow no view."""
-        part = tensor if self.length is None else tensor.narrow(self.dim, self.start, self.length)
+    def read(self, tensor: Tensor) -> Tensor:
+        """A view of the tensor, or a copy where its strides allow none: see `is_view`."""
+        part = self._slice(tensor)
         if tuple(part.shape) != self.shape:
-            part = part.view(self.shape) if writable else part.reshape(self.shape)
+            part = part.reshape(self.shape)
         return part.transpose(0, 1) if self.swap else part
+
+    def is_view(self, tensor: Tensor) -> bool:
+        """Whether `read` gives a view. Of channels_last filters it does not: a copy, row by row."""
+        if tensor.is_contiguous() or tensor.ndim <= len(self.shape):
+            return True
+        part = self._slice(tensor)
+        merged = slice(1, None) if len(self.shape) == 2 else slice(0, -2)
+        pairs = zip(part.shape[merged], part.stride()[merged], strict=True)
+        kept = [(n, stride) for n, stride in pairs if n != 1]
+        return all(outer == n * inner for (_, outer), (n, inner) in pairwise(kept))
+
+    def write(self, tensor: Tensor, part: Tensor) -> None:
+        """Copies to its place what `read` copied, and what has changed since."""
+        self._slice(tensor).copy_(self.restore(part))
+
+    def _slice(self, tensor: Tensor) -> Tensor:
+        return tensor if self.length is None else tensor.narrow(self.dim, self.start, self.length)
 
     def restore(self, part: Tensor) -> Tensor:
         """What `read` gave, in the shape that the slice has in the tensor."""

@@ -17,6 +17,7 @@ from ..algorithm.coefficients import resolve
 from ..algorithm.guard import Rule
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
+from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
 from ..compat import Ranks, gather_objects, is_subclass, overlaps, prepare_inductor, process_group
 from ..distributed.messages import Exchange
@@ -150,24 +151,29 @@ def _matrix_buckets(
         ranks = None if at is None else (at.group, at.shards, at.replicas)
         momentum = stages.momentum.states[0].dtype_for(config, dtype)
         kernels = ops.kernels_for(device, [dtype, momentum])
-        key = (short, long, form, own, ranks, group.hyper, kernels)
+        key = (short, long, form, own, ranks, group.hyper, kernels, momentum == torch.float64)
         stacks.setdefault(key, []).append(group)
 
     owners = _owners([group for groups in stacks.values() for group in groups])
     found: list[Bucket] = []
-    for (short, long, form, own, ranks, hyper, kernels), groups in stacks.items():
+    for (short, long, form, own, ranks, hyper, kernels, exact), groups in stacks.items():
         groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
+        wide = torch.float64 if own == torch.float64 else torch.float32
+        safe = secured(chosen, form.dtype)
+        most = float("inf") if config.orthogonalizer else absurd(safe, short)
         common: dict[str, Any] = {
-            "rows": short, "cols": long, "form": form, "coefficients": chosen,
-            "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
+            "rows": short, "cols": long, "form": form,
+            "coefficients": safe,
+            "wide": wide, "most": most, "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
         }  # fmt: skip
         if ranks is None:
             found.append(Bucket(**common))
             continue
-        wide = torch.float64 if own == torch.float64 else torch.float32
         dtype = wide if config.orthogonalizer else form.dtype
+        # The powers of two of float64 momentums reach further than those of float32.
+        numbers = torch.float64 if exact else wide
         shards = _group_shards(groups, config, stages)
-        exchange = Exchange(shards, dtype, wide, device, overlaps(ranks[0], device))
+        exchange = Exchange(shards, dtype, numbers, device, overlaps(ranks[0], device))
         found.append(SharedBucket(**common, exchange=exchange))
     # Those of one device are orthogonalized while the messages of the others travel.
     return tuple(sorted(found, key=lambda bucket: bucket.shared_by is not None))

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..distributed.placements import is_dtensor
 from ..routing.routes import Route
 from .layout import View, size_of
 
@@ -26,17 +25,17 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
         )
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
-    size = shape[len(shape) - 2 + route.dim]
+    at = len(shape) - 2 + route.dim  # in a stack, `Route.dim` counts from its matrices on
+    size = shape[at]
     splits = route.splits
     if splits is not None and sum(splits) != size:
         raise ValueError(
-            f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {route.dim} is "
-            f"{size}"
+            f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {at} is {size} "
+            f"(of {shape}: Route(dim={route.dim}) splits the "
+            f"{'columns' if route.dim else 'rows'} of its matrices)"
         )
     if route.flatten:
-        return _readable(
-            name, tensor, matrices(shape, flatten=True, heads=(None,), splits=None, dim=0)
-        )
+        return matrices(shape, flatten=True, heads=(None,), splits=None, dim=0)
     parts = splits or (size,)
     heads: tuple[int | None, ...]
     if isinstance(route.heads, tuple):
@@ -51,24 +50,7 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
                 f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} "
                 "equal heads"
             )
-    return _readable(
-        name, tensor, matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim)
-    )
-
-
-def _readable(
-    name: str, tensor: Tensor, read: list[tuple[View, int, int, int]]
-) -> list[tuple[View, int, int, int]]:
-    try:
-        for view, _, _, _ in read:
-            if not is_dtensor(tensor):  # whose parts are looked at where they are known
-                view.read(tensor)
-    except RuntimeError as error:
-        raise ValueError(
-            f"params[{name!r}]: strides {tensor.stride()} do not let it be read as "
-            f"{read[0][0].shape}; make it contiguous()"
-        ) from error
-    return read
+    return matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim)
 
 
 def matrices(

@@ -72,12 +72,17 @@ class StepTensors:
         blocks = [block for block in blocks if self.has_gradient(block.name)]
 
         def read(what: str) -> list[Tensor]:
-            return [self._read(block, what) for block in blocks]
+            found = [self._read(block, what) for block in blocks]
+            if what == "grad" and len({grad.dtype for grad in found}) > 1:
+                return [grad.float() for grad in found]  # a list has one dtype
+            return found
 
         def put(what: str, tensors: list[Tensor]) -> None:
             for block, tensor in zip(blocks, tensors, strict=True):
                 view = block.line if what in self.lines else block.param
                 self.new.setdefault(_key(block.name, what), []).append((view, tensor))
+                if self.in_place and not view.is_view(self._source(block.name, what)):
+                    view.write(self._source(block.name, what), tensor)
 
         count = sum(block.count for block in blocks)
         salts = [salt for block in blocks for salt in block.salts]
@@ -98,9 +103,9 @@ class StepTensors:
         return Members(kind, len(own), len(own), read, put, drawn)
 
     def _read(self, block: Block, what: str) -> Tensor:
-        """A view [rows, cols] or [count, rows, cols]; of a gradient with odd strides a copy."""
+        """A view [rows, cols] or [count, rows, cols]; of a tensor with odd strides a copy."""
         view = block.line if what in self.lines else block.param
-        return view.read(self._source(block.name, what), writable=what != "grad")
+        return view.read(self._source(block.name, what))
 
     def _source(self, name: str, what: str) -> Tensor:
         if what == "grad":

@@ -61,14 +61,16 @@ class Config:
     - ``coefficients``: a name in ``normuon_fn.COEFFICIENTS``, or your own (a, b, c) rows.
       ``steps``: of Newton-Schulz. ``safety_factor``: p(x / sf) in the place of p(x); ``None``: the
       set's own (Polar Express 1.05).
-    - ``method``: ``"standard"``, ``"gram"``, or by aspect ratio and dtype (``"auto"``).
+    - ``method``: ``"standard"``, ``"gram"``, or by aspect ratio and dtype (``"auto"``): standard
+      where float32 or float64 is asked for, which is up to 3 times as exact, and bfloat16.
     - ``orthogonalize_dtype``: ``None``: on CUDA float16 (Gram) and bfloat16 (standard), on CPUs
       with bfloat16 matrix units bfloat16, elsewhere float32; float64 for float64 parameters.
     - ``orthogonalizer``: your own function in the place of Newton-Schulz, traced into the graph:
       [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape.
-    - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters).
+    - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
+      same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
-      not finite; ``"full"``: momentum too, if a gradient is not finite.
+      not finite, or ten times what it can be; ``"full"``: momentum too, if a gradient is not.
     - ``guard_scope``: ``"step"``: one bad matrix skips all, and with guard ``"full"`` the run goes
       on bit for bit as one that never saw the batch; ``"bucket"``: only its bucket is skipped, and
       AdamW's bias correction and ``"stochastic"`` count the step for all.
@@ -127,11 +129,13 @@ class Config:
                 raise ValueError(
                     f"Config.{field}: expected None or one of {COMPUTE_DTYPES}, got {value!r}"
                 )
-        if self.orthogonalizer is not None and not callable(self.orthogonalizer):
-            raise TypeError(
-                "Config.orthogonalizer: expected a callable [n, rows, cols] -> same, got "
-                f"{self.orthogonalizer!r}"
+        if self.momentum_dtype == torch.float16:
+            raise ValueError(
+                "Config.momentum_dtype: small gradients vanish in float16; write torch.bfloat16"
             )
+        if self.orthogonalizer is not None and not callable(self.orthogonalizer):
+            own: object = self.orthogonalizer  # type: ignore[unreachable]
+            raise TypeError(f"Config.orthogonalizer: expected a callable, got {own!r}")
         checked = check_coefficients(self.coefficients, self.steps, self.safety_factor, "Config.")
         object.__setattr__(self, "coefficients", checked)
 

@@ -26,6 +26,13 @@ SHAPES = {
     "embed.weight": (6, 4),
 }
 ROUTES = {"qkv": nm.Route(splits=(4, 4, 4))}
+CONFIGS = {
+    "float64 products": {"orthogonalize_dtype": torch.float64, "master": "mantissa"},
+    "float64 momentum": {"orthogonalize_dtype": torch.float64, "momentum_dtype": torch.float64},
+    "own in float64": {"orthogonalizer": lambda x: (x / 4).double()},
+    "own in bfloat16": {"orthogonalizer": lambda x: x.bfloat16(), "momentum_dtype": torch.float64},
+    "muon in float64": {"orthogonalize_dtype": torch.float64, "normalize": False},
+}
 LAYOUTS = {"Shard(0)": Shard(0), "Replicate": Replicate(), "Shard(1)": Shard(1)}
 
 
@@ -108,6 +115,31 @@ def _by_lists(mesh: DeviceMesh) -> bool:
     return all(torch.equal(_local(a), _local(b)) for a, b in both)
 
 
+def _as_on_one_device(mesh: DeviceMesh, kind: str, which: str) -> bool:
+    """Whether two steps of DTensors or replicas have the bits and dtypes of whole tensors."""
+    config = nm.Config(**CONFIGS[which])
+    params = _tensors(0, torch.bfloat16, mesh, kind)
+    routes = {name: route for name, route in ROUTES.items() if name in params}
+    wholes, grads = _whole(params), [_tensors(k, torch.bfloat16, mesh, kind) for k in (1, 2)]
+    results = []
+    for given, each, ranks in ((params, grads, mesh), (wholes, map(_whole, grads), None)):
+        plan = nm.make_plan(given, config, routes=routes, mesh=ranks if kind == "plain" else None)
+        state, hyper = nm.init(plan, given), nm.Hyper.of(given, lr=0.01)
+        for own in each:
+            local_update_(given, own, state, hyper, plan)
+        results.append(_whole(given | state))
+    return all(torch.equal(x, results[1][k]) for k, x in results[0].items())
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what gloo cannot gather."""
+    return {
+        k: x.full_tensor() if isinstance(x, DTensor) else x.clone()
+        for k, x in tensors.items()
+        if x.dtype != torch.int16
+    }
+
+
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
@@ -135,5 +167,6 @@ def _layout(mesh: DeviceMesh, kind: str) -> dict[str, Any]:
     seen["by chance again the same"] = all(
         torch.equal(_local(params[name]), _local(again[name])) for name in params
     )
+    seen |= {f"{c}: as on one device": _as_on_one_device(mesh, kind, c) for c in CONFIGS}
     seen["bits"] = {name: _local(x).view(torch.int16).tolist() for name, x in params.items()}
     return seen

@@ -1,7 +1,9 @@
 """The kernels over lists against their twins, on a CUDA device or else in Triton's interpreter.
 
 The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs
-itself in a process of its own.
+itself in a process of its own. The interpreter truncates where it casts float32 to bfloat16, and a
+device rounds to nearest even: in the interpreter this file cannot vouch for how the kernels round
+to bfloat16. `test_bfloat16_is_rounded_to_nearest_even` does, on a CUDA device alone.
 """
 
 from __future__ import annotations
@@ -503,3 +505,17 @@ def test_adamw_of_tensors_that_are_not_contiguous() -> None:
     expected, *_ = adamw_reference.adamw(params, *others, *scalars, None)
     torch.ops.normuon_fn.adamw_(params, *others, *scalars, None)
     close(params, expected, torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter truncates to bfloat16")
+def test_bfloat16_is_rounded_to_nearest_even() -> None:
+    """Every operator that casts to bfloat16, at and beside ties."""
+    x = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 1 + 2.0**-9] * 16)
+    x = torch.stack([x, -x]).reshape(1, 8, 16).to(DEVICE)
+    one = torch.ones(1, device=DEVICE)
+    assert torch.equal(ops.scale_and_cast(x, one, one, torch.bfloat16), x.bfloat16())
+    param, zero = torch.zeros(8, 16, device=DEVICE, dtype=torch.bfloat16), scalar(0.0)
+    moved = torch.ops.normuon_fn.apply([param], -x, one.expand(1, 8, 1), zero, None, False)
+    assert torch.equal(moved[0], x[0].bfloat16())
+    new, _ = torch.ops.normuon_fn.advance([param], [x[0]], zero, None, [1], "ema", False)
+    assert torch.equal(new[0], x[0].bfloat16())

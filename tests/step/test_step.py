@@ -236,41 +236,101 @@ def test_parameters_that_require_grad_are_written_in_place_without_a_graph() -> 
     )
 
 
-@pytest.mark.parametrize("where", ["params", "state"])
-def test_a_tensor_whose_strides_no_longer_allow_a_view_is_refused_by_name_and_nothing_is_written(
-    where: str,
+@pytest.mark.parametrize("which", ["params", "grads", "state", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guard": "full", "nesterov": True},
+        {"master": "mantissa"},
+        {"master": "fp32", "guard": "full"},
+        {"master": "stochastic"},
+    ],
+    ids=str,
+)
+def test_channels_last_filters_have_the_bits_of_contiguous_ones(
+    which: str, options: dict[str, str]
 ) -> None:
-    params, grads, state, hyper, plan = setup()
-    given = {"params": params, "state": state}
-    name = {"params": "conv", "state": "conv.momentum"}[where]
-    given[where][name] = given[where][name].to(memory_format=torch.channels_last)
-    before = copies(params), copies(state)
-    for step in (nm.update, local_update_, nm.step, nm.step_):
-        with pytest.raises(
-            ValueError,
-            match=rf"{where}\['{name}'\]: strides .* do not let it be read as \(6, 36\); make it",
-        ):
-            step(params, grads, state, hyper, plan)
-    assert same(params, before[0]) and same(state, before[1])
-    grads["conv"] = grads["conv"].to(memory_format=torch.channels_last)  # which is only read
-    given[where][name] = given[where][name].contiguous()
-    nm.update(params, grads, state, hyper, plan)
+    """Parameters, gradients and state, by flatten, as kernels and by AdamW; they keep strides."""
+    shapes = {
+        "conv": (6, 4, 3, 3),
+        "deep": (4, 2, 3, 3, 2),
+        "kernels": (4, 3, 6, 5),
+        "adamw": (6, 4, 3, 3),
+    }
+    routes = {name: nm.Route(flatten=True) for name in ("conv", "deep")}
+    routes |= {"kernels": nm.Route("normuon"), "adamw": nm.Route("adamw")}
+    dtype = torch.bfloat16 if "master" in options else torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def made() -> dict[str, Tensor]:
+        return {k: torch.randn(s, generator=generator).to(dtype) for k, s in shapes.items()}
+
+    def turned(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        if which not in (kind, "all"):
+            return copies(tensors)
+        return {k: x.clone(memory_format=formats[x.ndim]) for k, x in tensors.items()}
+
+    start, seeds = made(), [made(), made()]
+    plan = nm.make_plan(start, nm.Config(**options), routes=routes)
+    hyper = nm.Hyper.of(start, lr=0.02, weight_decay=0.1)
+    expected = start, nm.init(plan, start)
+    for grads in seeds:
+        result = nm.update(expected[0], grads, expected[1], hyper, plan)
+        expected = result.params, result.state
+    params = turned(start, "params")
+    plan = nm.make_plan(params, nm.Config(**options), routes=routes)
+    state = nm.init(plan, params)
+    if which in ("state", "all"):
+        state = {
+            k: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+            for k, x in state.items()
+        }
+    pure = copies(params), copies(state)
+    strides = {k: x.stride() for k, x in (params | state).items()}
+    assert which == "grads" or any(not x.is_contiguous() for x in (params | state).values())
+    for grads in seeds:
+        local_update_(params, turned(grads, "grads"), state, hyper, plan)
+        result = nm.update(pure[0], turned(grads, "grads"), pure[1], hyper, plan)
+        pure = result.params, result.state
+    for found in ((params, state), pure):
+        for mine, theirs in zip(found, expected, strict=True):
+            assert same(mine, theirs)
+            assert all(x.stride() == strides[name] for name, x in mine.items())
 
 
-def test_a_model_that_becomes_channels_last_after_construction_is_told_so_at_the_step() -> None:
-    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3))
-    optimizer = nm.NorMuon(
-        model.named_parameters(), lr=0.02, routes={"0.weight": nm.Route(flatten=True)}
-    )
-    model.to(memory_format=torch.channels_last)
-    model(torch.ones(1, 4, 5, 5)).sum().backward()
-    before = copies(model.state_dict())
-    with pytest.raises(
-        ValueError,
-        match=r"params\['0.weight'\]: strides .* do not let it be read as \(6, 36\); make",
-    ):
-        optimizer.step()
-    assert same(dict(model.state_dict()), before)
+def test_a_model_that_becomes_channels_last_after_construction_steps_as_before(
+    eager: None,
+) -> None:
+    models = []
+    for turn in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3))
+        optimizer = nm.NorMuon(
+            model.named_parameters(), lr=0.02, routes={"0.weight": nm.Route(flatten=True)}
+        )
+        for step in range(3):
+            if turn and step == 1:
+                model.to(memory_format=torch.channels_last)
+            for p in model.parameters():
+                p.grad = torch.sin(torch.arange(p.numel()) + step).view(p.shape).to(p.dtype)
+            optimizer.step()
+        models.append(model)
+    assert not models[1][0].weight.is_contiguous()
+    assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
+
+
+def test_compiled_steps_take_channels_last_filters(without_inductor: None) -> None:
+    params, grads, state, hyper, plan = setup(nm.Config(method="standard", steps=1))
+    expected = nm.update(params, grads, state, hyper, plan)
+    for tensors in (params, grads):
+        tensors["conv"] = tensors["conv"].to(memory_format=torch.channels_last)
+    pure = nm.step(params, grads, state, hyper, plan)
+    assert pure.params["conv"].stride() == params["conv"].stride()
+    nm.step_(params, grads, state, hyper, plan)
+    for found in (pure.params, params):
+        assert same(found, expected.params)
 
 
 @pytest.mark.parametrize("share", ["momentum", "beta2", "adamw_beta1", "adamw_beta2"])
