@@ -231,7 +231,7 @@ def overlaps(group: str, device: torch.device) -> bool:
     35 to 60 seconds. No run died that waited for each collective at once. The fake backend sends
     nothing.
     """
-    return device.type != "cpu" or dist.get_backend(_group_named(group)) == "fake"
+    return device.type != "cpu" or dist.get_backend(group_named(group)) == "fake"
 
 
 def gather_objects(value: Any, group: str) -> list[Any]:
@@ -239,7 +239,7 @@ def gather_objects(value: Any, group: str) -> list[Any]:
 
     Under the fake backend, which sends nothing, only this rank's.
     """
-    ranks = _group_named(group)
+    ranks = group_named(group)
     if dist.get_backend(ranks) == "fake":
         return [value]
     found: list[Any] = [None] * ranks.size()
@@ -247,5 +247,11 @@ def gather_objects(value: Any, group: str) -> list[Any]:
     return found
 
 
-def _group_named(name: str) -> ProcessGroup:
+def group_named(name: str) -> ProcessGroup:
+    """The process group of this name."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, unused-ignore]
+
+
+def host_store() -> Any:
+    """The store (c10d) by which the ranks found each other; ``None`` where there is none (MPI)."""
+    return dist.distributed_c10d._get_default_store()

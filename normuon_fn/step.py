@@ -15,6 +15,7 @@ from .algorithm.guard import Agreement
 from .compat import without_autocast
 from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
+from .planning.common import agree_on_step
 from .planning.plan import Plan
 from .planning.tensors import StepTensors
 from .types import Grads, Hyper, StepResult, Tensors
@@ -111,22 +112,24 @@ def _checked_step(
     *,
     in_place: bool,
 ) -> StepResult:
+    if isinstance(plan, Plan) and not torch.compiler.is_dynamo_compiling():
+        agree_on_step(plan, grads, found_inf)
     check_step(plan, params, grads, state, hyper, found_inf)
     with torch.no_grad(), without_autocast(plan.device):
         params, grads, state = local_of(params), local_of(grads), local_of(state)
         if plan.config.missing_grads == "zeros":
             grads = zeros_for_none(params, grads)
+        agreement = Agreement(plan.guard, found_inf)
         tensors = StepTensors(
             params, grads, state, hyper, hypers=plan.hypers, config=plan.config, stages=plan.stages,
-            rule=plan.guard, in_place=in_place,
+            agreement=agreement, in_place=in_place,
         )  # fmt: skip
-        return _whole_step(tensors, plan, found_inf)
+        return _whole_step(tensors, plan, agreement)
 
 
-def _whole_step(tensors: StepTensors, plan: Plan, found_inf: Tensor | None) -> StepResult:
+def _whole_step(tensors: StepTensors, plan: Plan, agreement: Agreement) -> StepResult:
     """Every bucket goes through the same stages; some leave some out. See algorithm/work.py."""
     works = [bucket.work(tensors) for bucket in plan.all_buckets]
-    agreement = Agreement(plan.guard, found_inf)
     agreement.before(works)  # guard="full": are all gradients finite?
     for work in works:
         work.advance()  # momentum; what other ranks need of it sets out

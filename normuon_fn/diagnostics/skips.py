@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.placements import rank_and_world_size
+from ..distributed.placements import is_first_of
 from ..planning.plan import Plan
 from ..routing.table import render
 from ..types import Grads, Hyper, StepResult
@@ -38,7 +38,9 @@ def check(
 ) -> bool:
     """Whether the step was skipped. Waits for the device (one copy of the flags).
 
-    Rank 0 warns with the names of the parameters at fault; the other ranks write to the log.
+    Of ranks that have the same flags the first one warns with the names of the parameters at fault,
+    and the others write to the log. A rank that decides alone warns for itself, and so does one
+    whose parameters the others do not have (the stages of a pipeline).
 
     Args:
         max_consecutive: raise once that many steps in a row were skipped.
@@ -203,14 +205,17 @@ def _report(outcome: _Outcome, plan: Plan, max_consecutive: int | None, *, depth
     if not outcome.failed:
         return False
     named = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad)
-    what = named or "found_inf was set, or another rank of guard_mesh had a non-finite value"
+    what = named or (
+        "found_inf was set, or another rank of guard_mesh had a non-finite value, which that rank "
+        "names"
+    )
     fate = (
         f"skipped, {outcome.consecutive} in a row"
         if outcome.skipped
         else f"not skipped (guard={plan.config.guard!r})"
     )
     message = f"step {outcome.step} {fate}: {what}"
-    if rank_and_world_size()[0] == 0:
+    if _speaks(outcome, plan):
         logger.warning(message)
         # Without a registry the caller's filters apply, and Python shows the second skip at the
         # same place too.
@@ -224,6 +229,16 @@ def _report(outcome: _Outcome, plan: Plan, max_consecutive: int | None, *, depth
             f"{max_consecutive}), the last at step {outcome.step}:\n{_offenders(outcome, plan)}"
         )
     return outcome.skipped
+
+
+def _speaks(outcome: _Outcome, plan: Plan) -> bool:
+    """Whether this rank warns of a step; the others write to the log.
+
+    A rank that decides alone does. Of ranks that decide together, the first one does, and any that
+    knows a name which the first one cannot know.
+    """
+    knows_more = bool(outcome.bad) and not plan.guard.shares_flags
+    return is_first_of(plan.guard.group) or knows_more
 
 
 def _offenders(outcome: _Outcome, plan: Plan) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..compat import Ranks, read_by_grad_scaler
 from ..distributed import placements
+from ..planning.deciding import Alone
 from ..planning.plan import Plan
 from ..routing.resolve import Routes
 from ..runtime.compiled import step_
@@ -53,9 +54,8 @@ class NorMuon(torch.optim.Optimizer):
 
     **Gradients.** A step is planned for the parameters that have a gradient: at the first step, and
     whenever the set of these parameters is new. Each set is compiled once (and captured once). A
-    parameter without a gradient keeps its value and its state. Planning is a collective of the
-    ranks of ``mesh`` and ``guard_mesh``, so ranks that share parameters need gradients for the same
-    ones: if one comes late on one rank alone, the ranks wait for each other.
+    parameter without a gradient keeps its value and its state. Ranks that
+    share parameters agree on the set when it is new: one that lacks a gradient raises, and names it.
     ``Config(missing_grads="zeros")`` takes a missing gradient as zeros and plans only once.
     ``late_gradients="error"`` raises when the first gradient of a parameter comes after the first
     step, on the rank where it comes.
@@ -109,7 +109,7 @@ class NorMuon(torch.optim.Optimizer):
         guard: Guard | None = None,
         nan_guard_fallback: bool = False,
         routes: Routes | None = None,
-        mesh: Ranks | None = None,
+        mesh: Ranks | Alone | None = None,
         guard_mesh: Ranks | None = None,
         late_gradients: LateGradients = "replan",
         graphed: bool = False,
@@ -134,7 +134,7 @@ class NorMuon(torch.optim.Optimizer):
         taken, self._routes = of_model(params, routes)
         super().__init__(taken, defaults)
         self._constructed = True
-        self._settle()
+        self._settle().warn_if_alone()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -166,6 +166,7 @@ class NorMuon(torch.optim.Optimizer):
             chosen = tuple([p.requires_grad for p in planner.named.values()])
         else:
             chosen = tuple([grad is not None for grad in grads])
+        planner.agree(chosen)
         if not any(chosen):
             return
         planned = planner.steps.get(chosen)
