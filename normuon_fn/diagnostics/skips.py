@@ -205,10 +205,7 @@ def _report(outcome: _Outcome, plan: Plan, max_consecutive: int | None, *, depth
     if not outcome.failed:
         return False
     named = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad)
-    what = named or (
-        "found_inf was set, or another rank of guard_mesh had a non-finite value, which that rank "
-        "names"
-    )
+    what = named or _without_names(plan)
     fate = (
         f"skipped, {outcome.consecutive} in a row"
         if outcome.skipped
@@ -241,12 +238,18 @@ def _speaks(outcome: _Outcome, plan: Plan) -> bool:
     return is_first_of(plan.guard.group) or knows_more
 
 
+def _without_names(plan: Plan) -> str:
+    """Why a step can be skipped although this rank knows of no parameter at fault."""
+    if plan.guard.group is None:
+        return "found_inf was set"
+    if plan.guard.alike or plan.guard.mode == "off":
+        return "found_inf was set on a rank"
+    return "found_inf was set, or a rank with other parameters had a fault, which it names itself"
+
+
 def _offenders(outcome: _Outcome, plan: Plan) -> str:
     if not outcome.bad:
-        return (
-            "in each of them the caller set found_inf, or a rank of guard_mesh with other "
-            "parameters had a non-finite value"
-        )
+        return f"in each of them {_without_names(plan)}"
     parameters = {p.name: p for p in plan.parameters}
     rows = [("parameter", "shape", "route", "non-finite")]
     for name, what in outcome.bad:

@@ -129,11 +129,11 @@ def explain(said: Mapping[int, Sequence[str]]) -> str:
     hints = []
     if any(x != _FOUND for x in everything):
         hints.append(
-            "give zeros where a gradient is missing, which Config(missing_grads='zeros') does"
+            "give zeros on every rank that lacks a gradient: Config(missing_grads='zeros')"
         )
     if _FOUND in everything:
         hints.append("give found_inf on every rank, zeros where nothing was found")
-    return ". ".join([shown + more, *hints])
+    return "; ".join([shown + more, *hints])
 
 
 def _ranks(ranks: Sequence[int]) -> str:

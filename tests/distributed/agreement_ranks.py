@@ -267,6 +267,22 @@ def late_stage(rank: int) -> list[bool]:
     return skipped
 
 
+def the_end(rank: int) -> str:
+    """As `none_later`, but rank 1 does not make the step again: it ends."""
+    params = placed("sharded", tensors(0))
+    plan = plan_of("sharded", params, guard="full")
+    state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.02)
+    first = nm.update(params, placed("sharded", tensors(1)), state, hyper, plan)
+    grads: dict[str, Tensor | None] = {**placed("sharded", tensors(2))}
+    if rank == 1:
+        grads["bias"] = None
+    try:
+        nm.update(first.params, grads, first.state, hyper, plan)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def main(rank: int, world: int, device: torch.device) -> Seen:
     agreement.PATIENCE = SHORT
     seen: Seen = {}
@@ -290,6 +306,7 @@ def main(rank: int, world: int, device: torch.device) -> Seen:
     for pair in (("off", "full"), ("output", "full")):
         seen[f"guards {' '.join(pair)}"] = guards(rank, *pair)
     seen["late stage"] = late_stage(rank)
+    seen["the end"] = the_end(rank)  # the last one: rank 1 leaves
     return seen
 
 
