@@ -69,9 +69,14 @@ def update(
     A gradient of ``None`` leaves that parameter and its state as they are; which ones are ``None``
     is static. The step has no derivative.
 
+    ``found_inf`` of any rank skips the step of all ranks that decide together. Ranks that share
+    parameters must lack the same gradients, and give ``found_inf`` all or none: hosts compare it at
+    a plan's first step and when it changes, but nobody does in a graph of your own.
+
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
-        ValueError: names, shapes, dtypes or devices other than the plan's.
+        ValueError: names, shapes, dtypes or devices other than the plan's; or ranks that differ in
+            what they lack.
     """
     return to_dtensors(local_update(params, grads, state, hyper, plan, found_inf=found_inf), plan)
 

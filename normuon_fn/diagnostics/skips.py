@@ -48,8 +48,8 @@ def check(
             ``NORMUON_CAPTURE_DIR`` set to a folder, a non-finite step is captured there.
 
     Raises:
-        NonFiniteStepError: ``max_consecutive`` steps in a row were skipped. All ranks raise, for
-            all of them have the same flags.
+        NonFiniteStepError: ``max_consecutive`` steps in a row were skipped. All ranks that
+            decide together raise, for they have the same counters.
         TypeError: ``result`` is not a StepResult, or ``plan`` is not a Plan.
         ValueError: ``max_consecutive`` < 1, or ``result`` belongs to another plan.
     """
