@@ -45,6 +45,21 @@ def agree(said: Mapping[str, Sequence[str]], *, first: bool, explain: Explain) -
     """
     if not said:
         return
+    found = _compared(said, first, explain)
+    texts = {explain(found)} if found else set()
+    if len(said) > 1:  # ranks of one group tell those of their other groups
+        told = _compared({group: sorted(texts) for group in said}, first, lambda _: "")
+        texts |= {text for lines in told.values() for text in lines}
+    if texts:
+        raise ValueError(
+            f"the ranks differ in what they give to a step: {'; '.join(sorted(texts))}"
+        )
+
+
+def _compared(
+    said: Mapping[str, Sequence[str]], first: bool, explain: Explain
+) -> dict[int, list[str]]:
+    """By rank, what each rank said, of the groups whose ranks said different things."""
     store = host_store()
     groups = {group: group_named(group) for group in said}
     rounds = [
@@ -70,8 +85,7 @@ def agree(said: Mapping[str, Sequence[str]], *, first: bool, explain: Explain) -
             f". Ranks {absent} did not come with it within {patience:g} s; they wait for this rank "
             "in their step, until it ends or makes the step as it was before"
         )
-    if found:
-        raise ValueError(f"the ranks differ in what they give to a step: {explain(found)}")
+    return found
 
 
 @dataclass
