@@ -72,7 +72,7 @@ class Config:
       not finite; ``"full"``: momentum too, if a gradient is not finite.
     - ``guard_scope``: ``"step"``: one bad matrix skips all; ``"bucket"``: only its bucket.
     - ``missing_grads``: ``"skip"``: a gradient of ``None`` leaves its parameter as it is. Ranks that
-      share parameters must lack the same gradients, and none of a matrix that they orthogonalize
+      share parameters must lack the same ones, and none of a matrix that they orthogonalize
       together. ``"zeros"``: it counts as zeros, so ranks may differ.
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
