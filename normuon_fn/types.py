@@ -71,7 +71,7 @@ class Config:
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
       not finite; ``"full"``: momentum too, if a gradient is not finite.
     - ``guard_scope``: ``"step"``: one bad matrix skips all; ``"bucket"``: only its bucket.
-    - ``missing_grads``: ``"skip"``: a gradient of ``None`` leaves its parameter as it is. Ranks that
+    - ``missing_grads``: ``"skip"``: a gradient of ``None`` keeps its parameter as it is. Ranks that
       share parameters must lack the same ones, and none of a matrix that they orthogonalize
       together. ``"zeros"``: it counts as zeros, so ranks may differ.
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
