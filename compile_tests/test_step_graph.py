@@ -61,8 +61,6 @@ def test_a_group_and_meshes_of_any_number_of_dimensions_reduce_once_over_all_ran
 ) -> None:
     function = local_update_ if kind == "1-D mesh" else nm.update
     with graphs.fake_ranks(world, kind) as ranks:
-        off = problem(TINY, nm.Config(guard="off", **SHORT), ranks=ranks)
-        assert off.plan.guard.group is None
         given = problem(TINY, nm.Config(guard="full", guard_scope="bucket", **SHORT), ranks=ranks)
         recorded = graphs.record(function, *given)
         recorded.check(reductions=1, largest=2 * len(TINY))
@@ -108,7 +106,19 @@ def test_found_inf_absent_gradients_splits_and_stacks_keep_the_promises() -> Non
         recorded = graphs.record(
             local_update_, *given._replace(grads=grads), found_inf=torch.zeros(1)
         )
-        recorded.check(reductions=1, largest=2 * len(SMALL))
+        recorded.check(reductions=1, largest=2 * (len(SMALL) + 1))
+
+
+@pytest.mark.parametrize(
+    ("guard", "scope"), [("off", "step"), ("output", "step"), ("full", "bucket")]
+)
+def test_found_inf_is_no_collective_more_and_the_only_one_without_a_guard(
+    guard: str, scope: str
+) -> None:
+    with graphs.fake_ranks(4) as ranks:
+        given = problem(TINY, nm.Config(guard=guard, guard_scope=scope, **SHORT), ranks=ranks)
+        recorded = graphs.record(local_update_, *given, found_inf=torch.zeros(()))
+        recorded.check(reductions=1, largest=1 if guard == "off" else 2 * (len(TINY) + 1))
 
 
 @STEPS

@@ -111,6 +111,13 @@ def read_by_grad_scaler() -> bool:
     return isinstance(sys._getframe(2).f_locals.get("self"), torch.amp.GradScaler)
 
 
+def is_traced() -> bool:
+    """Whether this thread makes a graph of what it runs. What other threads do does not matter."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch._guards.TracingContext.try_get() is not None
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Turns autocast off, where the caller's region has it on: the step has chosen its dtypes."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
@@ -294,7 +301,7 @@ def overlaps(group: str, device: torch.device) -> bool:
     35 to 60 seconds. No run died that waited for each collective at once. The fake backend sends
     nothing.
     """
-    return device.type != "cpu" or dist.get_backend(_group_named(group)) == "fake"
+    return device.type != "cpu" or dist.get_backend(group_named(group)) == "fake"
 
 
 def gather_objects(value: Any, group: str) -> list[Any]:
@@ -302,7 +309,7 @@ def gather_objects(value: Any, group: str) -> list[Any]:
 
     Under the fake backend, which sends nothing, only this rank's.
     """
-    ranks = _group_named(group)
+    ranks = group_named(group)
     if dist.get_backend(ranks) == "fake":
         return [value]
     found: list[Any] = [None] * ranks.size()
@@ -310,5 +317,11 @@ def gather_objects(value: Any, group: str) -> list[Any]:
     return found
 
 
-def _group_named(name: str) -> ProcessGroup:
+def group_named(name: str) -> ProcessGroup:
+    """The process group of this name."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, unused-ignore]
+
+
+def host_store() -> Any:
+    """The store (c10d) by which the ranks found each other; ``None`` where there is none (MPI)."""
+    return dist.distributed_c10d._get_default_store()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .algorithm.guard import Agreement
-from .compat import outside_inference_mode, without_autocast
+from .compat import is_traced, outside_inference_mode, without_autocast
 from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
+from .planning.common import agree_on_step
 from .planning.memory import check_writable
 from .planning.plan import Plan
 from .planning.tensors import StepTensors
@@ -70,9 +71,14 @@ def update(
     A gradient of ``None`` leaves that parameter and its state as they are: they come back as the
     same tensors (see `StepResult`). Which ones are ``None`` is static. The step has no derivative.
 
+    ``found_inf`` of any rank skips the step of all ranks that decide together. Ranks that share
+    parameters must lack the same gradients, and give ``found_inf`` all or none: hosts compare it at
+    a plan's first step and when it changes, but nobody does in a graph of your own.
+
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
-        ValueError: names, shapes, dtypes or devices other than the plan's.
+        ValueError: names, shapes, dtypes or devices other than the plan's; or ranks that differ in
+            what they lack.
     """
     return to_dtensors(local_update(params, grads, state, hyper, plan, found_inf=found_inf), plan)
 
@@ -113,24 +119,26 @@ def _checked_step(
     *,
     in_place: bool,
 ) -> StepResult:
+    if isinstance(plan, Plan) and not is_traced():
+        agree_on_step(plan, grads, found_inf)
     check_step(plan, params, grads, state, hyper, found_inf)
-    if in_place and not torch.compiler.is_compiling():
+    if in_place and not is_traced():
         check_writable({"params": params, "state": state})
     with torch.no_grad(), without_autocast(plan.device):
         params, grads, state = local_of(params), local_of(grads), local_of(state)
         if plan.config.missing_grads == "zeros":
             grads = zeros_for_none(params, grads)
+        agreement = Agreement(plan.guard, found_inf)
         tensors = StepTensors(
             params, grads, state, hyper, hypers=plan.hypers, config=plan.config, stages=plan.stages,
-            rule=plan.guard, in_place=in_place,
+            agreement=agreement, in_place=in_place,
         )  # fmt: skip
-        return _whole_step(tensors, plan, found_inf)
+        return _whole_step(tensors, plan, agreement)
 
 
-def _whole_step(tensors: StepTensors, plan: Plan, found_inf: Tensor | None) -> StepResult:
+def _whole_step(tensors: StepTensors, plan: Plan, agreement: Agreement) -> StepResult:
     """Every bucket goes through the same stages; some leave some out. See algorithm/work.py."""
     works = [bucket.work(tensors) for bucket in plan.all_buckets]
-    agreement = Agreement(plan.guard, found_inf)
     agreement.before(works)  # guard="full": are all gradients finite?
     for work in works:
         work.advance()  # momentum; what other ranks need of it sets out

@@ -55,9 +55,10 @@ def front_kernel(
             grad = grad.to(tl.float32)
             share = grad * (1 - beta) if EMA else grad
             new = (old.to(tl.float32) * beta + share).to(M)
+            if KEEP:  # before it is measured: a norm belongs to what is orthogonalized
+                new = tl.where(tl.load(keep_ptr), old, new)
             if WRITE:
-                kept = tl.where(tl.load(keep_ptr), old, new) if KEEP else new
-                tl.store(at(entry + 3, r, c, M, UNIT, ALIGNED), kept, mask)
+                tl.store(at(entry + 3, r, c, M, UNIT, ALIGNED), new, mask)
             x = new.to(tl.float32)
             if NESTEROV:
                 x = x * beta + share

@@ -142,15 +142,18 @@ def advance(
 ) -> tuple[list[Tensor], Measures, list[Tensor]]:
     """The new momentums, the measures, and the new momentums as one stack per run.
 
+    Where ``keep`` is true, new momentums are the old ones, for the measures too.
     `gather` takes the stacks, so that it need not make them again.
     """
     written, found, stacks = [], [], []
     for part, _ in runs(sizes, momentums):
         old, grad = stack(momentums[part]), stack(grads[part])
         new = advanced(old, grad, beta, form)
+        if keep is not None:  # before it is measured: a norm belongs to what is orthogonalized
+            new = torch.where(keep, old, new)
         found.append(measures(grad, update_of(new, grad, beta, form, nesterov)))
-        stacks.append(new if keep is None else torch.where(keep, old, new))
-        written += write(momentums[part], stacks[-1])
+        stacks.append(new)
+        written += write(momentums[part], new)
     return written, together(found), stacks
 
 

@@ -50,12 +50,14 @@ class Rule:
     members: Tensor
     group: str | None = None  # the process group whose ranks decide together
     alike: bool = True  # all of them have these parameters
-    early: bool = False  # they agree before anything is written
+    # All who share a bucket hear of its updates in its messages, or there is nobody else: then an
+    # agreement before anything is written is enough.
+    early: bool = False
 
     @property
-    def holds_late(self) -> bool:
-        """Whether only the agreement at the end tells if a momentum must keep its bits."""
-        return self.mode == "full" and not self.early
+    def shares_flags(self) -> bool:
+        """Whether all ranks of the group have the same flags after a step."""
+        return self.group is not None and self.alike and self.mode != "off"
 
     def by_parameter(self, bad: Sequence[Tensor]) -> Tensor:
         """[2, n_params] int32: whether any matrix of a parameter is bad.
@@ -72,11 +74,25 @@ class Rule:
 
 
 class Agreement:
-    """What is known of one step's faults, and what follows from it."""
+    """What is known of one step's faults, and what follows from it.
+
+    ``found_inf`` of any rank counts for all of them. It is a further column of the flags when
+    these are agreed on; with ``guard="off"`` it is all that is agreed on. So the ranks must either
+    all have it or all not.
+    """
 
     def __init__(self, rule: Rule, found_inf: Tensor | None) -> None:
         self.rule = rule
-        self.found: Decision = None if found_inf is None else (found_inf > 0).reshape(())
+        self.found: Decision = None
+        if found_inf is not None:
+            self.found = (found_inf > 0).reshape(()).to(rule.members.device)
+        joint = rule.group is not None and rule.mode != "off"
+        # Whether a momentum keeps its bits for what the agreement says: for what it says of
+        # gradients, or of another rank's found_inf.
+        decides = rule.mode == "full" or (joint and self.found is not None)
+        self.early = decides and rule.early  # agreed on before anything is written
+        self.holds_late = decides and not rule.early  # momentums are written after the agreement
+        self._joint = joint
         self.flags: Tensor | None = (
             None  # [2, n_params] int32, of the parameters that this rank knows
         )
@@ -84,15 +100,17 @@ class Agreement:
 
     def before(self, works: Sequence[Guarded]) -> None:
         """Decides about momentums before anything is written, as far as that is known by then."""
-        if self.rule.early:
+        if self.rule.mode == "off" and self.rule.group is not None and self.found is not None:
+            self.found = all_reduce_max(self.found.to(torch.int32), self.rule.group) > 0
+        if self.early:
             self._add([work.bad_gradients() for work in works])
-        if not self.rule.holds_late:
+        if not self.holds_late:
             self._decide_holds(works)
 
     def after(self, works: Sequence[Guarded]) -> None:
         """Decides about everything else, and about momentums that nobody decided about yet."""
         self._add([work.bad_updates() for work in works])
-        if self.rule.holds_late:
+        if self.holds_late:
             self._decide_holds(works)
         bad = self._bad()
         for work, decision in zip(works, self._by_bucket(bad), strict=True):
@@ -104,16 +122,42 @@ class Agreement:
         flags, rule = self.rule.by_parameter(bad), self.rule
         if self.flags is None or self.seen is None:
             self.flags = self.seen = flags
-            if rule.group is not None and rule.alike:
-                self.flags = self.seen = all_reduce_max(flags, rule.group)
-            elif (
-                rule.group is not None
-            ):  # of others' parameters a rank knows only whether there is a fault at all
-                self.seen = all_reduce_max(flags.amax(1, keepdim=True), rule.group)
+            if self._joint and rule.alike:
+                self.flags = self.seen = self._agreed(flags)
+            elif self._joint:
+                self.seen = self._agreed_among_others(flags)
         else:
             self.flags = torch.maximum(self.flags, flags)
             later = flags if rule.alike else flags.amax(1, keepdim=True)
             self.seen = torch.maximum(self.seen, later)
+
+    def _agreed(self, flags: Tensor) -> Tensor:
+        """[2, n_params]: the flags of all ranks. ``found_inf`` is one column more."""
+        assert self.rule.group is not None
+        if self.found is None:
+            return all_reduce_max(flags, self.rule.group)
+        found = self.found.to(flags.dtype).expand(2, 1)
+        flags = all_reduce_max(torch.cat([flags, found], 1), self.rule.group)
+        self.found = flags[0, -1] > 0
+        return flags[:, :-1]
+
+    def _agreed_among_others(self, flags: Tensor) -> Tensor:
+        """[2, 1]: of others' parameters a rank knows only whether there is a fault at all.
+
+        The second row is whether momentums keep their bits. Its size does not depend on
+        ``found_inf``, which some of these ranks may have and others not.
+        """
+        assert self.rule.group is not None
+        fault = flags.amax(1, keepdim=True)
+        if self.found is not None:
+            found = self.found.to(flags.dtype).expand(1, 1)
+            fault = (
+                fault.maximum(found) if self.rule.mode == "full" else torch.cat([fault[:1], found])
+            )
+        fault = all_reduce_max(fault, self.rule.group)
+        if self.found is not None:
+            self.found = fault[1, 0] > 0
+        return fault
 
     def _decide_holds(self, works: Sequence[Guarded]) -> None:
         """Under ``guard="full"`` a momentum keeps its bits if a gradient of it, or any, is bad."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..distributed.placements import rank_and_world_size
+from ..distributed.placements import is_first_of
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..routing.table import render
@@ -42,8 +42,10 @@ def check(
 ) -> bool:
     """Whether the step was skipped. Waits for the device (one copy of the flags).
 
-    Rank 0 warns with the names of the parameters at fault; the other ranks write to the log. A skip
-    that the optimizer or a `SkipMonitor` has told about is not told again.
+    Of ranks that have the same flags the first one warns with the names of the parameters at fault,
+    and the others write to the log. A rank that decides alone warns for itself, and so does one
+    whose parameters the others do not have (the stages of a pipeline).
+    A skip that the optimizer or a `SkipMonitor` has told about is not told again.
 
     Args:
         max_consecutive: raise once that many steps in a row were skipped.
@@ -51,8 +53,8 @@ def check(
             ``NORMUON_CAPTURE_DIR`` set to a folder, a non-finite step is captured there.
 
     Raises:
-        NonFiniteStepError: ``max_consecutive`` steps in a row were skipped. All ranks raise, for
-            all of them have the same flags.
+        NonFiniteStepError: ``max_consecutive`` steps in a row were skipped. All ranks that
+            decide together raise, for they have the same counters.
         TypeError: ``result`` is not a StepResult, or ``plan`` is not a Plan.
         ValueError: ``max_consecutive`` < 1, or ``result`` belongs to another plan.
     """
@@ -156,7 +158,7 @@ def message_of(outcome: Outcome, plan: Plan) -> str:
     named = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad[:_SHOWN])
     if len(outcome.bad) > _SHOWN:
         named += f"; and {len(outcome.bad) - _SHOWN} more parameters"
-    what = named or "found_inf was set, or another rank of guard_mesh had a non-finite value"
+    what = named or _without_names(plan)
     fate = (
         f"skipped, {outcome.consecutive} in a row"
         if outcome.skipped
@@ -174,15 +176,10 @@ def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object) -> None:
     if step == outcome.step and who is not by:
         return
     _told[flags] = outcome.step, by
-    if warns_here():
+    if warns_here(outcome, plan):
         warn_at_caller(message_of(outcome, plan), RuntimeWarning)  # each time, not once per line
     else:
         logger.info(message_of(outcome, plan))
-
-
-def warns_here() -> bool:
-    """Whether this rank is one of those that warn."""
-    return rank_and_world_size()[0] == 0
 
 
 def raise_if_too_many(outcome: Outcome, plan: Plan, max_consecutive: int | None) -> None:
@@ -194,13 +191,29 @@ def raise_if_too_many(outcome: Outcome, plan: Plan, max_consecutive: int | None)
         )
 
 
+def warns_here(outcome: Outcome, plan: Plan) -> bool:
+    """Whether this rank warns of a step; the others write to the log.
+
+    A rank that decides alone does. Of ranks that decide together, the first one does, and any that
+    knows a name which the first one cannot know.
+    """
+    knows_more = bool(outcome.bad) and not plan.guard.shares_flags
+    return is_first_of(plan.guard.group) or knows_more
+
+
+def _without_names(plan: Plan) -> str:
+    """Why a step can be skipped although this rank knows of no parameter at fault."""
+    if plan.guard.group is None:
+        return "found_inf was set"
+    if plan.guard.alike or plan.guard.mode == "off":
+        return "found_inf was set on a rank"
+    return "found_inf was set, or a rank with other parameters had a fault, which it names itself"
+
+
 def offenders(outcome: Outcome, plan: Plan) -> str:
     """The parameters at fault as a table."""
     if not outcome.bad:
-        return (
-            "in each of them the caller set found_inf, or a rank of guard_mesh with other "
-            "parameters had a non-finite value"
-        )
+        return f"in each of them {_without_names(plan)}"
     parameters = {p.name: p for p in plan.parameters}
     rows = [("parameter", "shape", "route", "non-finite")]
     for name, what in outcome.bad:

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from ..compat import gather_objects, is_strided, process_group, process_group_of
+from ..compat import (
+    Ranks,
+    gather_objects,
+    group_named,
+    is_strided,
+    process_group,
+    process_group_of,
+)
 from .shards import Span
 
 
@@ -282,3 +289,14 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def ranks_of(ranks: Ranks | str) -> list[int]:
+    """The ranks of a mesh or a process group, as the whole process group numbers them."""
+    group = group_named(ranks) if isinstance(ranks, str) else process_group(ranks)
+    return dist.get_process_group_ranks(group)
+
+
+def is_first_of(group: str | None) -> bool:
+    """Whether this is the first rank of a process group; of no group it is."""
+    return group is None or group_named(group).rank() == 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode, read_by_grad_scaler
+from ..planning.deciding import Alone
 from ..planning.plan import Plan
 from ..routing.resolve import Routes
 from ..runtime.compiled import step_
@@ -53,11 +54,10 @@ class NorMuon(torch.optim.Optimizer):
 
     **Gradients.** A step is planned for the parameters that have a gradient: at the first step, and
     whenever the set of these parameters is new. Each set is compiled once (and captured once). A
-    parameter without a gradient keeps its value and its state. Planning is a collective, so ranks
-    that share parameters need gradients for the same ones: they wait for each other otherwise.
-    ``Config(missing_grads="zeros")`` takes a missing gradient as zeros and plans only once.
-    ``late_gradients="error"`` raises when the first gradient of a parameter comes after the first
-    step, on the rank where it comes.
+    parameter without a gradient keeps its value and its state. Ranks that share parameters agree on
+    a new set: one that lacks a gradient is named by an error. ``Config(missing_grads="zeros")``
+    takes a missing gradient as zeros and plans only once. ``late_gradients="error"`` raises when
+    the first gradient of a parameter comes after the first step.
 
     **State** exists from construction for every parameter that requires a gradient: ``momentum``
     and ``variance``, or ``exp_avg`` and ``exp_avg_sq``, in the dtypes of `init`. The guard's
@@ -113,7 +113,7 @@ class NorMuon(torch.optim.Optimizer):
         guard: Guard | None = None,
         nan_guard_fallback: bool = False,
         routes: Routes | None = None,
-        mesh: Ranks | None = None,
+        mesh: Ranks | Alone | None = None,
         guard_mesh: Ranks | None = None,
         late_gradients: LateGradients = "replan",
         graphed: bool = False,
@@ -139,7 +139,7 @@ class NorMuon(torch.optim.Optimizer):
         taken, self._routes = of_model(params, routes)
         super().__init__(taken, defaults)
         self._constructed = True
-        self._settle()
+        self._settle().warn_if_alone()
         groups_of.check_used(self.defaults, self._added)
 
     @property
@@ -175,6 +175,7 @@ class NorMuon(torch.optim.Optimizer):
             chosen = tuple([p.requires_grad for p in planner.named.values()])
         else:
             chosen = tuple([grad is not None for grad in grads])
+        planner.agree(chosen)
         if not any(chosen):
             return
         planned = planner.steps.get(chosen)

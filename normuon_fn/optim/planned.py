@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import compress
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode
 from ..distributed import placements
+from ..planning.common import agree_on_gradients, common_of
+from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_writable
 from ..planning.plan import Plan
+from ..routing.doubts import warn_at_caller
 from ..runtime.graphed import GraphedStep
 from ..runtime.recent import MANY, Recent
 from ..types import Config
@@ -61,7 +65,7 @@ class Planner:
         groups: Groups,
         added: Sequence[AddedGroup],
         config: Config,
-        mesh: Ranks | None,
+        mesh: Ranks | Alone | None,
         guard_mesh: Ranks | None,
     ) -> None:
         self.fingerprint = fingerprint_of(groups)
@@ -78,6 +82,8 @@ class Planner:
         self._sets = 0  # that were stepped
         self._had_gradients: set[str] | None = None
         self._watch: RateWatch | None = None
+        self._chosen: Chosen | None = None  # what the ranks have agreed on
+        self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
 
     def prepare(self, states: States, begun: set[str]) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
@@ -97,6 +103,38 @@ class Planner:
         self.hyper.follow(groups)
         if self._watch is not None and self._watch.settled(groups, planned.plan, planned.params):
             self._watch = None
+
+    def warn_if_alone(self) -> None:
+        """Warns where this rank decides alone what its guard skips, and probably should not."""
+        for planned in self.steps.values():
+            doubt = alone_doubt(planned.plan, self._mesh, self._guard_mesh)
+            if doubt:
+                warn_at_caller(doubt)
+
+    def agree(self, chosen: Chosen) -> None:
+        """Checks that ranks which share parameters have gradients for the same ones.
+
+        A collective of hosts, at the first step and whenever the set is new.
+
+        Raises:
+            ValueError: as `agree_on_gradients`.
+        """
+        if chosen != self._chosen:
+            lacking = {name for name, is_in in zip(self.named, chosen, strict=True) if not is_in}
+            before = None
+            if self._chosen is not None:
+                had = zip(self.named, self._chosen, strict=True)
+                before = {name for name, is_in in had if not is_in}
+            agree_on_gradients(self.common, lacking, before)
+            self._chosen = chosen
+
+    @cached_property
+    def common(self) -> dict[str, tuple[str, ...]]:
+        """By process group, the parameters that its ranks share. See planning/common.py."""
+        layouts = {name: placements.sharded_layout(name, p) for name, p in self.named.items()}
+        copies = checked_ranks(self._mesh, self._guard_mesh)
+        rule = next((step.plan.guard for step in self.steps.values()), None)
+        return common_of(layouts, copies, rule, self._guard_mesh)
 
     def first(
         self, chosen: Chosen, states: States, begun: set[str], *, late: str, graphed: bool
@@ -148,7 +186,9 @@ class Planner:
             self._mesh,
             self._guard_mesh,
             self.group_of if self.hyper.several else None,
+            self._alike,
         )
+        self._alike = plan.guard.alike
         for ranks in plan.shared_by:
             placements.check_alike(plan.summary, ranks)
         planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)

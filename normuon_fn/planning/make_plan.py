@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..algorithm.coefficients import resolve
-from ..algorithm.guard import Rule
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
 from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
-from ..compat import Ranks, gather_objects, is_subclass, overlaps, prepare_inductor, process_group
+from ..compat import Ranks, is_subclass, overlaps, prepare_inductor
 from ..distributed.messages import Exchange
 from ..distributed.owners import GroupShards, Ownership, Shared, balance
-from ..distributed.placements import ShardedLayout, covering
 from ..routing.doubts import warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, decide_routes
 from ..routing.route_table import RouteTable
 from ..routing.routes import Decision
 from ..types import Config
-from .buckets import AdamWBucket, AnyBucket, Bucket, Group, SharedBucket, members_of, parameter_of
+from .buckets import AdamWBucket, Bucket, Group, SharedBucket
 from .checks import check_params
+from .common import common_of
+from .deciding import Alone, alone_doubt, checked_ranks, guard_rule
 from .hyper_of import checked_hyper_of
 from .parameters import Decided, Piece, decide
 from .plan import Plan, Spec
@@ -41,7 +41,7 @@ def make_plan(
     config: Config | None = None,
     *,
     routes: Routes | None = None,
-    mesh: Ranks | None = None,
+    mesh: Ranks | Alone | None = None,
     guard_mesh: Ranks | None = None,
     hyper_of: Mapping[str, int] | None = None,
 ) -> Plan:
@@ -58,10 +58,15 @@ def make_plan(
             vectors AdamW, by names and shapes; what these cannot tell for certain is said in one
             warning. Or the table of `routes_for`, which has an entry for every parameter.
         mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
-            orthogonalizes a share. DTensors bring their own mesh.
+            orthogonalizes a share. ``"alone"``: no other rank has them, so that this rank decides
+            alone what its guard skips, unless there is a ``guard_mesh``. ``None`` beside a guard
+            is taken for that with a warning, where there are other ranks. DTensors bring their own
+            mesh.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
-            may have other parameters. With it, this is a collective. ``None``: all ranks that have
-            a part of a parameter.
+            may have other parameters; all of them need the same guard. With it, this is a
+            collective. Plain tensors of the same names and shapes on all of them, without
+            ``mesh``, are taken for copies, with a warning. ``None``: all ranks that have a part of
+            a parameter.
         hyper_of: name or glob -> which entry of `Hyper`'s tensors a parameter takes; these are then
             1-d (`Hyper.stack`). A name comes before the globs, and of these the first that matches.
             For parameter groups whose hyperparameters move apart: one graph and one guard. Matrices
@@ -80,8 +85,9 @@ def make_plan(
     refuse_flattened(params, decisions)
     doubts = doubts_of(params, decisions, routes if isinstance(routes, RouteTable) else None)
     plan = plan_of(params, decisions, config, mesh, guard_mesh, hyper_of)
-    if doubts:
-        warn_at_caller(doubts)
+    for doubt in (doubts, alone_doubt(plan, mesh, guard_mesh)):
+        if doubt:
+            warn_at_caller(doubt)
     return plan
 
 
@@ -89,13 +95,15 @@ def plan_of(
     params: Mapping[str, Tensor],
     decisions: Mapping[str, Decision],
     config: Config | None,
-    mesh: Ranks | None = None,
+    mesh: Ranks | Alone | None = None,
     guard_mesh: Ranks | None = None,
     hyper_of: Mapping[str, int] | None = None,
+    alike: bool | None = None,
 ) -> Plan:
-    """The plan of a step over parameters whose routes are decided, without a warning.
+    """The plan of a step over parameters whose routes are decided. See `make_plan`.
 
-    See `make_plan`.
+    ``alike``: whether the ranks of ``guard_mesh`` have the same parameters; ``None``: they ask each
+    other.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
@@ -103,10 +111,11 @@ def plan_of(
     one_storage = check_params(params)
     prepare_inductor()
     hyper_of, hypers = checked_hyper_of(params, hyper_of)
+    copies = checked_ranks(mesh, guard_mesh)
     stages, device = stages_of(config), next(iter(params.values())).device
 
     decided = [
-        decide(name, tensor, *decisions[name][:2], config, stages, mesh, hyper_of[name])
+        decide(name, tensor, *decisions[name][:2], config, stages, copies, hyper_of[name])
         for name, tensor in params.items()
     ]
     state = {key: spec for each in decided for key, spec in each.state.items()}
@@ -117,20 +126,23 @@ def plan_of(
             "another name"
         )
     buckets, adamw = _matrix_buckets(decided, config, stages, device), _adamw_buckets(decided)
-    placements = [each.parameter.spec.sharded for each in decided]
+    parameters = tuple(each.parameter for each in decided)
+    rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
+    placements = {p.name: p.spec.sharded for p in parameters}
     return Plan(
         config=config,
         stages=stages,
         device=device,
-        parameters=tuple(each.parameter for each in decided),
+        parameters=parameters,
         buckets=buckets,
         adamw=adamw,
         state=state,
-        guard=_guard_rule(params, (*buckets, *adamw), config, device, placements, mesh, guard_mesh),
-        sharded=any(placement is not None for placement in placements),
+        guard=rule,
+        sharded=any(placement is not None for placement in placements.values()),
         one_storage=one_storage,
         subclasses=any(map(is_subclass, params.values())),
         hypers=hypers,
+        common=common_of(placements, copies, rule, guard_mesh),
     )
 
 
@@ -243,59 +255,3 @@ def _adamw_buckets(decided: Sequence[Decided]) -> tuple[AdamWBucket, ...]:
             )
         )  # fmt: skip
     return tuple(found)
-
-
-# --------------------------------------------------------------------------------------- guard
-
-
-def _guard_rule(
-    params: Mapping[str, Tensor],
-    buckets: Sequence[AnyBucket],
-    config: Config,
-    device: torch.device,
-    placements: Sequence[ShardedLayout | None],
-    mesh: Ranks | None,
-    guard_mesh: Ranks | None,
-) -> Rule:
-    group = _guard_group(config, placements, mesh, guard_mesh)
-    alike = True
-    if group is not None and guard_mesh is not None:
-        alike = len({tuple(names) for names in gather_objects(list(params), group)}) == 1
-    if not alike and config.guard_scope == "bucket":
-        raise ValueError(
-            "guard_mesh: its ranks have other parameters, so that buckets mean nothing to them; "
-            "write Config(guard_scope='step')"
-        )
-    # All who share a bucket hear of its updates in its messages: then gradients can be agreed on
-    # before anything is written. So it is, too, where nobody else decides.
-    stacks = [bucket for bucket in buckets if isinstance(bucket, Bucket)]
-    early = group is None or all(bucket.shared_by == group for bucket in stacks)
-    return Rule(
-        mode=config.guard,
-        scope=config.guard_scope,
-        parameter_of=parameter_of(buckets, list(params), device),
-        members=members_of(buckets, list(params), device),
-        group=group,
-        alike=alike,
-        early=config.guard == "full" and early,
-    )
-
-
-def _guard_group(
-    config: Config,
-    placements: Sequence[ShardedLayout | None],
-    mesh: Ranks | None,
-    guard_mesh: Ranks | None,
-) -> str | None:
-    for name, given in (("mesh", mesh), ("guard_mesh", guard_mesh)):
-        if given is not None and not isinstance(given, Ranks):
-            raise TypeError(
-                f"{name}: expected a DeviceMesh or a ProcessGroup, got {type(given).__name__}"
-            )
-    if config.guard == "off":
-        return None
-    ranks = mesh if guard_mesh is None else guard_mesh
-    if ranks is not None:
-        group = process_group(ranks)
-        return group.group_name if group.size() > 1 else None
-    return covering(placements)

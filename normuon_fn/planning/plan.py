@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -38,6 +38,14 @@ class Parameter:
     blocks: tuple[Block, ...] = ()  # those with a matrix on this rank
     hyper: int = 0
 
+    @property
+    def looks(self) -> str:
+        """Shape, dtype and placements, which are the same on all ranks that have a part of it."""
+        sharded = self.spec.sharded
+        shape = self.spec.shape if sharded is None else sharded.shape
+        placed = "" if sharded is None else f" {sharded.placements}"
+        return f"{shape} {short_name(self.spec.dtype)}{placed}"
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -56,6 +64,8 @@ class Plan:
     subclasses: bool = False  # some parameters are of a subclass of Tensor
     # sets of hyperparameters: Hyper's tensors are [hypers]; 0: one set, and they are 0-d
     hypers: int = 0
+    # By process group: the parameters that its ranks have parts or copies of. See common.py.
+    common: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def all_buckets(self) -> tuple[AnyBucket, ...]:
@@ -71,7 +81,8 @@ class Plan:
     def shared_by(self) -> list[str]:
         """The process groups whose ranks must have the same plan."""
         groups = [bucket.shared_by for bucket in self.buckets]
-        groups.append(self.guard.group if self.guard.alike else None)
+        if self.guard.mode != "off" and self.guard.alike:
+            groups.append(self.guard.group)
         return list(dict.fromkeys(group for group in groups if group is not None))
 
     @property
@@ -79,11 +90,9 @@ class Plan:
         """What must be the same on all ranks, in lines."""
         lines = []
         for p in self.parameters:
-            sharded, hyper = p.spec.sharded, f" hyper {p.hyper}" if self.hypers else ""
-            shape = p.spec.shape if sharded is None else sharded.shape
-            placed = "" if sharded is None else f" {sharded.placements}"
-            lines.append(f"{p.name}: {shape} {short_name(p.spec.dtype)}{placed} {p.route}{hyper}")
-        options = (field.name for field in fields(self.config) if field.name != "orthogonalizer")
+            hyper = f" hyper {p.hyper}" if self.hypers else ""
+            lines.append(f"{p.name}: {p.looks} {p.route}{hyper}")
+        options = (option.name for option in fields(self.config) if option.name != "orthogonalizer")
         return [*lines, *(f"Config.{name}: {getattr(self.config, name)!r}" for name in options)]
 
     @property

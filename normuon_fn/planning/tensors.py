@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..algorithm.guard import Rule
+from ..algorithm.guard import Agreement
 from ..algorithm.stages import Stages
 from ..algorithm.work import Context, Kind, Members
 from ..types import Config, Grads, Hyper, Tensors
@@ -31,11 +31,11 @@ class StepTensors:
         hypers: int,
         config: Config,
         stages: Stages,
-        rule: Rule,
+        agreement: Agreement,
         in_place: bool,
     ) -> None:
         self.params, self.grads, self.state, self.hyper = params, grads, state, hyper
-        self.hypers, self.config, self.stages, self.rule = hypers, config, stages, rule
+        self.hypers, self.config, self.stages, self.agreement = hypers, config, stages, agreement
         self.in_place = in_place
         self.lines = {state.name for state in stages.line_states}
         self.new: dict[
@@ -60,8 +60,8 @@ class StepTensors:
             operators=ops.Operators(kernels, self.in_place),
             step=step,
             adamw_step=count,
-            early=self.rule.early,
-            holds_late=self.rule.holds_late,
+            early=self.agreement.early,
+            holds_late=self.agreement.holds_late,
         )
 
     def has_gradient(self, name: str) -> bool:

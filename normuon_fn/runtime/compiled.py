@@ -17,6 +17,7 @@ from torch import Tensor
 from ..compat import apart, plain, without_autocast
 from ..distributed import placements
 from ..planning.checks import check_placements, check_plain, check_step
+from ..planning.common import agree_on_step
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_writable
 from ..planning.plan import Plan
@@ -94,6 +95,7 @@ def _run_compiled(
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    agree_on_step(plan, grads, found_inf)
     passed = params, grads, state
     zeros = plan.config.missing_grads == "zeros"
     missing: tuple[bool, ...] = ()

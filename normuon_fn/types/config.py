@@ -74,8 +74,9 @@ class Config:
     - ``guard_scope``: ``"step"``: one bad matrix skips all, and with guard ``"full"`` the run goes
       on bit for bit as one that never saw the batch; ``"bucket"``: only its bucket is skipped, and
       AdamW's bias correction and ``"stochastic"`` count the step for all.
-    - ``missing_grads``: ``"skip"``: a gradient of ``None`` leaves its parameter as it is, and is an
-      error for matrices that ranks share; ``"zeros"``: it counts as zeros, so ranks may differ.
+    - ``missing_grads``: ``"skip"``: a gradient of ``None`` keeps its parameter as it is. Ranks that
+      share parameters must lack the same ones, and none of a matrix that they orthogonalize
+      together. ``"zeros"``: it counts as zeros, so ranks may differ.
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.

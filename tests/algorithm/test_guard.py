@@ -240,3 +240,32 @@ def test_a_gradient_whose_square_overflows_or_underflows_is_no_error() -> None:
             params, {"square": grads["square"] * factor}, nm.init(plan, params), hyper, plan
         )
         assert not scaled.skipped and torch.equal(scaled.params["square"], plain.params["square"])
+
+
+@pytest.mark.parametrize("held_by", ["another parameter's NaN", "found_inf"])
+@pytest.mark.parametrize("preset", ["paper", "dion", "modded_nanogpt", "emerging_optimizers"])
+def test_a_held_momentum_accuses_nobody_whose_tensors_are_finite(preset: str, held_by: str) -> None:
+    """The update is then that of the old momentum, so the old momentum is what must be measured.
+
+    Gradients of zeros leave a smaller momentum behind, and ``cancelling`` ones almost none.
+    """
+    config = nm.Config.preset(preset, guard="full")
+    shapes = {"row": (1, 64), "zero": (1, 64), "cancelling": (16, 24), "guilty": (8, 8)}
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    plan = nm.make_plan(params, config, routes={"*": nm.Route()})
+    hyper, state = nm.Hyper.of(params, lr=0.02), nm.init(params, plan)
+    grads = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    first = nm.update(params, grads, state, hyper, plan)
+    beta, momentum = float(hyper.momentum), first.state["cancelling.momentum"]
+    share = 1.0 if config.momentum_form == "sum" else 1.0 - beta
+    grads |= {"zero": torch.zeros(1, 64), "cancelling": momentum * (-beta / share)}
+    found = None
+    if held_by == "found_inf":
+        found = torch.ones(())
+    else:
+        grads["guilty"][0, 0] = torch.nan
+    result = nm.update(first.params, grads, first.state, hyper, plan, found_inf=found)
+    names = [n for n, bad in zip(plan.names, result.flags.amax(0).tolist(), strict=True) if bad]
+    assert bool(result.skipped) and names == ["guilty"] * (found is None)
+    assert kept(first.params, result.params) == set(params)
