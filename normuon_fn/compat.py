@@ -133,7 +133,8 @@ def storage_key(tensor: Tensor) -> Hashable:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether ``torch.func.grad`` or the like differentiates by it. Always False in a graph."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(tensor)
+    in_graph = torch.compiler.is_dynamo_compiling()
+    return not in_graph and torch._C._functorch.is_gradtrackingtensor(tensor)
 
 
 def apart(tensor: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def all_reduce_sum(tensor: Tensor, group: str) -> Tensor:
 
 def _all_reduce(tensor: Tensor, operation: str, group: str) -> Tensor:
     reduced = collectives.all_reduce(tensor, operation, group)  # waits by itself when traced
-    return reduced if torch.compiler.is_compiling() else collectives.wait_tensor(reduced)
+    return reduced if torch.compiler.is_dynamo_compiling() else collectives.wait_tensor(reduced)
 
 
 # When traced, functional collectives wait at once. The next three functions are the operators below

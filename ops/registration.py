@@ -91,10 +91,11 @@ def register(
 
     def write(*arguments: Any) -> Any:
         lists = arguments[:count]
-        rest = body(lists, *arguments)
-        for written in lists:  # a backward pass that still needs the old values must say so
+        # A backward pass that still needs the old values must say so. Before the body: who asks
+        # after an error whether something was written must not be told no.
+        for written in lists:
             torch.autograd.graph.increment_version(written)
-        return rest
+        return body(lists, *arguments)
 
     def fake_rest(*arguments: Any) -> Any:
         return fake(*arguments)[count] if has_rest else None

@@ -168,7 +168,7 @@ def local(tensor: Tensor) -> Tensor:
     """The local part of a DTensor; a plain tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor
+    return tensor.to_local() if torch.compiler.is_dynamo_compiling() else tensor._local_tensor
 
 
 def local_of(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def check_step(
     check_tensors(plan, "params", params, specs)
     check_tensors(plan, "grads", grads, specs, optional=True)
     check_tensors(plan, "state", state, plan.state)
-    if not torch.compiler.is_compiling():  # a view that fails ends a trace, whatever would catch it
+    # In a graph a view that fails ends the trace, whatever would catch it.
+    if not torch.compiler.is_dynamo_compiling():
         _check_readable(plan, params, state)
     if not isinstance(hyper, Hyper):
         raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")

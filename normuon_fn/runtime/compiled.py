@@ -1,13 +1,15 @@
 """`step` and `step_`: one compiled graph per plan and per set of missing gradients.
 
 arguments -> the graph for them, compiled at its first use -> local tensors in, results out
+
+A step that cannot be compiled, or that somebody observes, runs operation by operation: eager.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,8 +24,8 @@ from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
+from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying_what_was_written
 
-StepFunction = Callable[..., StepResult]
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, dict[GraphKey, StepFunction]] = WeakKeyDictionary()
 
@@ -43,9 +45,9 @@ def step(
     next step meets the same graph. Each set of gradients that are None is compiled once; with
     ``Config(missing_grads="zeros")`` there is only one.
     """
-    if torch.compiler.is_compiling():  # inside the caller's own graph
+    if torch.compiler.is_dynamo_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
-    result = _run_compiled(local_update, params, grads, state, hyper, plan, found_inf)
+    result = _run(local_update, params, grads, state, hyper, plan, found_inf)
     return to_dtensors(result, plan)
 
 
@@ -63,13 +65,45 @@ def step_(
     The result has the same tensors. Inside a graph of your own on torch 2.11, parameters must not
     be parts of one storage (see compat.apart); `update` has no such limit.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         result = local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
     else:
-        result = _run_compiled(local_update_, params, grads, state, hyper, plan, found_inf)
+        result = _run(local_update_, params, grads, state, hyper, plan, found_inf)
         if plan.one_storage:  # the graph wrote through `apart`, which does not count the versions
             torch.autograd.graph.increment_version([placements.local(p) for p in params.values()])
     return result._replace(params=dict(params), state=dict(state))
+
+
+def eager_step_(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
+) -> StepResult:
+    """The result of `step_`, operation by operation. Of DTensors it has the local parts."""
+    must_be_eager(local_update_, params, grads, state)  # raises
+    return run_eagerly(local_update_, params, grads, state, hyper, plan, found_inf)
+
+
+def _run(
+    function: StepFunction,
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    found_inf: Tensor | None,
+) -> StepResult:
+    """The result of ``function`` for the same arguments, on this rank: compiled if that can be."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    if not must_be_eager(function, params, grads, state):
+        with contextlib.suppress(NotCompiled):
+            return _run_compiled(function, params, grads, state, hyper, plan, found_inf)
+    return run_eagerly(function, params, grads, state, hyper, plan, found_inf)
 
 
 def _run_compiled(
@@ -81,12 +115,11 @@ def _run_compiled(
     plan: Plan,
     found_inf: Tensor | None,
 ) -> StepResult:
-    """The result of ``function`` for the same arguments, on this rank.
+    """The same as one graph. Arguments are checked when it is made, and whenever something raises.
 
-    Arguments are checked when a graph is made, and whenever something raises.
+    Raises:
+        NotCompiled: dynamo left the step as it was written. Nothing was written.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     passed = params, grads, state
     zeros = plan.config.missing_grads == "zeros"
     missing: tuple[bool, ...] = ()
@@ -98,7 +131,7 @@ def _run_compiled(
         if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
             _compile_kernels_beside(plan, function)
-        compiled = compile_whole(function, overlap=plan.sends)
+        compiled = compile_whole(_TRACED[function], overlap=plan.sends)
         graphs[function, missing] = compiled
     try:
         if plan.sharded:
@@ -108,8 +141,10 @@ def _run_compiled(
             grads = zeros_for_none(params, grads)
         if plan.one_storage:
             params = {name: apart(p) for name, p in params.items()}
-        with without_autocast(plan.device):
+        with without_autocast(plan.device), saying_what_was_written(function, params, state, plan):
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
+    except NotCompiled:
+        raise
     except Exception as error:
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
         if type(error).__name__ == "FailOnRecompileLimitHit":
@@ -119,6 +154,41 @@ def _run_compiled(
                 "requires_grad, and whether gradients are recorded"
             ) from error
         raise
+
+
+def _traced_update(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
+) -> StepResult:
+    """`local_update` where it is traced. Where dynamo does not trace it, it must not run either:
+    dynamo would raise afterwards, "found no compiled frames".
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        raise NotCompiled
+    return local_update(params, grads, state, hyper, plan, found_inf=found_inf)
+
+
+def _traced_update_(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
+) -> StepResult:
+    """The same of `local_update_`."""
+    if not torch.compiler.is_dynamo_compiling():
+        raise NotCompiled
+    return local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
+
+
+_TRACED = {local_update: _traced_update, local_update_: _traced_update_}
 
 
 def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
