@@ -11,6 +11,7 @@ it does not. Written out per parameter, the step of 72 matrices took 60 s to com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ def register(
         # A backward pass that still needs the old values must say so. Before the body: who asks
         # after an error whether something was written must not be told no.
         for written in lists:
-            torch.autograd.graph.increment_version(written)
+            with suppress(RuntimeError):  # inference tensors count no versions
+                torch.autograd.graph.increment_version(written)
         return body(lists, *arguments)
 
     def fake_rest(*arguments: Any) -> Any:

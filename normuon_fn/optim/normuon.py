@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..compat import Ranks, read_by_grad_scaler
-from ..distributed import placements
 from ..planning.plan import Plan
 from ..routing.resolve import Routes
 from ..runtime.compiled import step_
@@ -22,6 +21,7 @@ from . import hyper as hyper_of
 from . import state as state_of
 from .planned import Planner
 from .routed import Params, decide_new, of_model
+from .scaled import forget_scale, unscaled
 
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
@@ -151,7 +151,11 @@ class NorMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_once()
+        try:
+            self._step_once()
+        except BaseException:
+            forget_scale(self)
+            raise
         return loss
 
     @torch.compiler.disable(
@@ -180,25 +184,14 @@ class NorMuon(torch.optim.Optimizer):
             state_of.follow_parameters(params, planned.state)
         planner.hyper.follow(self.param_groups)
         named_grads = dict(zip(planned.params, [grads[k] for k in planned.places], strict=True))
-        found_inf = self._unscale(named_grads, planner.found_inf)
         arguments = planned.params, named_grads, planned.state, planner.hyper.hyper
-        if planned.graphed is not None:
-            result = planned.graphed(*arguments, found_inf=found_inf)
-        else:
-            result = step_(*arguments, planned.plan, found_inf=found_inf)
+        with unscaled(self, named_grads, planner.found_inf) as found_inf:
+            if planned.graphed is not None:
+                result = planned.graphed(*arguments, found_inf=found_inf)
+            else:
+                result = step_(*arguments, planned.plan, found_inf=found_inf)
         self.plan, self.result, planned.stepped = planned.plan, result, True
         self._begun |= fresh
-
-    def _unscale(self, grads: Mapping[str, Tensor | None], into: Tensor) -> Tensor | None:
-        """Unscales by what a GradScaler left here. Its ``found_inf`` comes back in ``into``."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is not None:
-            inverse = scale.double().reciprocal().float().reshape(())
-            local = [placements.local(grad) for grad in grads.values() if grad is not None]
-            torch._foreach_mul_(local, inverse)
-        if found_inf is None:
-            return None
-        return into.copy_(found_inf.reshape(()), non_blocking=True)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """As for every optimizer; by default ``set_to_none`` is True unless ``graphed``."""

@@ -151,7 +151,8 @@ def _run_compiled(
             raise RuntimeError(
                 "step: it was compiled for too many forms of its arguments. Keep these the same "
                 "from step to step: the order of the keys, the strides of the gradients, "
-                "requires_grad, and whether gradients are recorded"
+                "requires_grad, whether gradients are recorded, and what a Config.orthogonalizer "
+                "of your own reads (a tensor there may change its values)"
             ) from error
         raise
 

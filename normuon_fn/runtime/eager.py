@@ -25,6 +25,10 @@ HALF_WRITTEN = (
     "from before the step nor those after it. Load both from a checkpoint before the next step; a "
     "second call would apply parts of the step twice."
 )
+MAYBE_HALF_WRITTEN = (
+    "Whether the step had begun to write cannot be told of inference tensors: load parameters and "
+    "state from a checkpoint before the next step."
+)
 
 
 class NotCompiled(Exception):  # noqa: N818 - no error: it never leaves this wing
@@ -90,14 +94,19 @@ class saying_what_was_written:  # noqa: N801 - used as a function
         device = self.plan.device
         if device.type == "cuda" and streams.is_capturing(device):
             return
-        if self._versions() != self.versions:
+        versions = self._versions()
+        if versions is None:
+            _add_note(error, MAYBE_HALF_WRITTEN)
+        elif versions != self.versions:
             _add_note(error, HALF_WRITTEN)
 
-    def _versions(self) -> list[int]:
+    def _versions(self) -> list[int] | None:
         try:
             return [x._version for tensors in self.written for x in tensors.values()]
-        except (AttributeError, RuntimeError):  # no tensors; inference tensors count no versions
+        except AttributeError:  # of something else, which is refused before anything is written
             return []
+        except RuntimeError:
+            return None
 
 
 def _add_note(error: BaseException, note: str) -> None:
