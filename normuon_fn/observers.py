@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.utils._device import DeviceContext
 
@@ -58,3 +59,30 @@ def fake_beside_real(tensor: Tensor | None) -> Iterator[None]:
             yield
     finally:
         mode.allow_non_fake_inputs = allowed
+
+
+def may_differentiate() -> bool:
+    """Whether anything is differentiated at all here: whether `is_differentiated` may be true."""
+    if torch.is_grad_enabled():
+        return True
+    return not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0
+
+
+def is_differentiated(x: Tensor, *, leaves: bool = True) -> bool:
+    """Whether autograd, forward-mode AD or a transform of torch.func is to differentiate by ``x``.
+
+    Without ``leaves``, what merely has ``requires_grad`` set, as a model's parameters, does not
+    count.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return torch.is_grad_enabled() and x.requires_grad and (leaves or not x.is_leaf)
+    while True:
+        transformed = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        if recorded and (leaves or transformed or not x.is_leaf):
+            return True
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        if not transformed:
+            return False
+        x = torch._C._functorch.get_unwrapped(x)

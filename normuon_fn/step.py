@@ -14,6 +14,7 @@ from torch import Tensor
 from .algorithm.guard import Agreement
 from .compat import without_autocast
 from .distributed.placements import check_alike, local, local_of, to_dtensor
+from .hypergradients import asks_for_rates, check_derivatives, with_derivative
 from .planning.checks import check_step, check_tensors
 from .planning.plan import Plan
 from .planning.tensors import StepTensors
@@ -66,12 +67,20 @@ def update(
     """One NorMuon step, pure: new parameters and new state; for your own ``torch.compile``.
 
     A gradient of ``None`` leaves that parameter and its state as they are; which ones are ``None``
-    is static. The step has no derivative.
+    is static.
+
+    The parameters that come back have a derivative by ``hyper.lr``, ``weight_decay``, ``adamw_lr``
+    and ``adamw_weight_decay`` where torch is to differentiate by them (``requires_grad``, or a
+    transform of torch.func), which costs a second step: see hypergradients.py. There is none by
+    anything else.
 
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
-        ValueError: names, shapes, dtypes or devices other than the plan's.
+        ValueError: names, shapes, dtypes or devices other than the plan's; or torch is to
+            differentiate by something else.
     """
+    if asks_for_rates(hyper):
+        return with_derivative(update, params, grads, state, hyper, plan, found_inf)
     return to_dtensors(local_update(params, grads, state, hyper, plan, found_inf=found_inf), plan)
 
 
@@ -112,6 +121,7 @@ def _checked_step(
     in_place: bool,
 ) -> StepResult:
     check_step(plan, params, grads, state, hyper, found_inf)
+    check_derivatives(params, grads, state, hyper, in_place=in_place)
     with torch.no_grad(), without_autocast(plan.device):
         params, grads, state = local_of(params), local_of(grads), local_of(state)
         if plan.config.missing_grads == "zeros":

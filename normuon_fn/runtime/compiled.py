@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..compat import apart, compile_whole, without_autocast
 from ..distributed import placements
+from ..hypergradients import asks_for_rates, check_derivatives, with_derivative
 from ..planning.checks import check_placements, check_step
 from ..planning.make_plan import plan_of
 from ..planning.plan import Plan
@@ -47,6 +48,8 @@ def step(
     """
     if torch.compiler.is_dynamo_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
+    if asks_for_rates(hyper):
+        return with_derivative(step, params, grads, state, hyper, plan, found_inf)
     result = _run(local_update, params, grads, state, hyper, plan, found_inf)
     return to_dtensors(result, plan)
 
@@ -147,6 +150,7 @@ def _run_compiled(
         raise
     except Exception as error:
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
+        check_derivatives(*passed, hyper, in_place=function is local_update_)
         if type(error).__name__ == "FailOnRecompileLimitHit":
             raise RuntimeError(
                 "step: it was compiled for too many forms of its arguments. Keep these the same "
