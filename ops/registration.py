@@ -26,6 +26,13 @@ Lists = tuple[list[Tensor], ...]
 # matrices, 2 CPU cores: 40-60 us).
 _library = Library("normuon_fn", "FRAGMENT")
 
+_writes = [0]  # calls of operators in place
+
+
+def writes() -> int:
+    """How often an operator has begun to write: whether one did between two times."""
+    return _writes[0]
+
 
 def define(
     name: str,
@@ -92,8 +99,9 @@ def register(
 
     def write(*arguments: Any) -> Any:
         lists = arguments[:count]
-        # A backward pass that still needs the old values must say so. Before the body: who asks
-        # after an error whether something was written must not be told no.
+        _writes[0] += 1
+        # A backward pass that still needs the old values must say so. Before the body, which may
+        # fail half-way.
         for written in lists:
             with suppress(RuntimeError):  # inference tensors count no versions
                 torch.autograd.graph.increment_version(written)

@@ -144,7 +144,7 @@ def _run_compiled(
             grads = zeros_for_none(params, grads)
         if plan.one_storage:
             params = {name: apart(p) for name, p in params.items()}
-        with without_autocast(plan.device), saying_what_was_written(function, params, state, plan):
+        with without_autocast(plan.device), saying_what_was_written(function, plan):
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
     except NotCompiled:
         raise

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..distributed import placements
 from ..observers import fake_beside_real, is_observed, is_transformed, value_tracer
+from ..ops.registration import writes
 from ..planning.plan import Plan
 from ..step import local_update_
 from ..types import Grads, Hyper, StepResult, Tensors
@@ -24,10 +25,6 @@ HALF_WRITTEN = (
     "The step had begun to write when this error ended it: parameters and state are neither those "
     "from before the step nor those after it. Load both from a checkpoint before the next step; a "
     "second call would apply parts of the step twice."
-)
-MAYBE_HALF_WRITTEN = (
-    "Whether the step had begun to write cannot be told of inference tensors: load parameters and "
-    "state from a checkpoint before the next step."
 )
 
 
@@ -70,43 +67,28 @@ def run_eagerly(
     found_inf: Tensor | None,
 ) -> StepResult:
     """The result of ``function``, operation by operation."""
-    with saying_what_was_written(function, params, state, plan), fake_beside_real(_first(params)):
+    with saying_what_was_written(function, plan), fake_beside_real(_first(params)):
         return function(params, grads, state, hyper, plan, found_inf=found_inf)
 
 
 class saying_what_was_written:  # noqa: N801 - used as a function
     """An error that ends a step in place after it has begun to write says so.
 
-    Every operator counts the versions of what it writes before it writes. What is captured in a
-    CUDA graph is not executed.
+    Every operator counts before it writes. What is captured in a CUDA graph is not executed.
     """
 
-    def __init__(self, function: StepFunction, params: Tensors, state: Tensors, plan: Plan) -> None:
-        self.written = (params, state) if function is local_update_ else ()
-        self.plan = plan
+    def __init__(self, function: StepFunction, plan: Plan) -> None:
+        self.in_place, self.plan = function is local_update_, plan
 
     def __enter__(self) -> None:
-        self.versions = self._versions()
+        self.writes = writes()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, NotCompiled) or not self.written:
+        if error is None or not self.in_place or writes() == self.writes:
             return
         device = self.plan.device
-        if device.type == "cuda" and streams.is_capturing(device):
-            return
-        versions = self._versions()
-        if versions is None:
-            _add_note(error, MAYBE_HALF_WRITTEN)
-        elif versions != self.versions:
+        if not (device.type == "cuda" and streams.is_capturing(device)):
             _add_note(error, HALF_WRITTEN)
-
-    def _versions(self) -> list[int] | None:
-        try:
-            return [x._version for tensors in self.written for x in tensors.values()]
-        except AttributeError:  # of something else, which is refused before anything is written
-            return []
-        except RuntimeError:
-            return None
 
 
 def _add_note(error: BaseException, note: str) -> None:
