@@ -83,11 +83,11 @@ def not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
 
 
 def _may_change(source: Any) -> bool:
-    """Whether dynamo reads something from elsewhere than a plan, or from its orthogonalizer."""
+    """Whether dynamo reads something from elsewhere than a plan, or inside its orthogonalizer."""
     while hasattr(source, "base"):
+        source = source.base
         if getattr(source, "member", None) == "orthogonalizer":
             return True
-        source = source.base
     return getattr(source, "local_name", None) != "plan"
 
 
