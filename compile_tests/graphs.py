@@ -39,7 +39,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
-from normuon_fn.compat import compile_whole
+from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.runtime import flat
 
 __all__ = [

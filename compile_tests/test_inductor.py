@@ -11,7 +11,7 @@ from torch import Tensor
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import ROUTES, SHORT, SMALL, copies, problem
-from normuon_fn.compat import compile_whole
+from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.step import local_update_
 
 # Read as views: three projections, heads cut along either axis, a convolution, a stack of stacks.

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 import normuon_fn as nm
 from compile_tests import graphs
 from compile_tests.inputs import ROUTES, SHORT, SMALL, TINY, problem, tensors
-from normuon_fn import compat
+from normuon_fn.compat import graphs as making
 
 STEPS = pytest.mark.parametrize("step", [nm.step, nm.step_], ids=["step", "step_"])
 
@@ -93,7 +93,7 @@ def test_with_and_without_found_inf_or_a_gradient_are_graphs_of_their_own(
 def test_guards_on_the_plan_are_dropped_and_all_others_are_kept(
     counter: graphs.CompileCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose, kept, dropped = compat.not_of_the_plan, [], []
+    choose, kept, dropped = making.not_of_the_plan, [], []
 
     def recorded(guards: Sequence[Any]) -> list[bool]:
         chosen = choose(guards)
@@ -101,7 +101,7 @@ def test_guards_on_the_plan_are_dropped_and_all_others_are_kept(
             (kept if keep else dropped).append(guard.name)
         return chosen
 
-    monkeypatch.setattr(compat, "not_of_the_plan", recorded)
+    monkeypatch.setattr(making, "not_of_the_plan", recorded)
     # A function of the user's own is what Dynamo traces, with the plan as an argument.
     nm.step(*problem(TINY, nm.Config(orthogonalizer=lambda x: 2 * x)))
     assert dropped and all(re.search(r"\bplan\b", name) for name in dropped)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .algorithm.guard import Agreement
-from .compat import is_traced, outside_inference_mode, without_autocast
+from .compat import outside_inference_mode, without_autocast
+from .compat.graphs import is_functionalized, is_traced
 from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
 from .planning.common import agree_on_step
+from .planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from .planning.memory import check_writable
 from .planning.plan import Plan
 from .planning.tensors import StepTensors
@@ -69,7 +71,12 @@ def update(
     """One NorMuon step, pure: new parameters and new state; for your own ``torch.compile``.
 
     A gradient of ``None`` leaves that parameter and its state as they are: they come back as the
-    same tensors (see `StepResult`). Which ones are ``None`` is static. The step has no derivative.
+    same tensors (see `StepResult`). Which ones are ``None`` is static.
+
+    The parameters that come back have a derivative by ``hyper.lr``, ``weight_decay``, ``adamw_lr``
+    and ``adamw_weight_decay`` where torch is to differentiate by them (``requires_grad``, or a
+    transform of torch.func), which costs a second step: see planning/hypergradients.py. There is
+    none by anything else.
 
     ``found_inf`` of any rank skips the step of all ranks that decide together. Ranks that share
     parameters must lack the same gradients, and give ``found_inf`` all or none: hosts compare it at
@@ -77,9 +84,11 @@ def update(
 
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
-        ValueError: names, shapes, dtypes or devices other than the plan's; or ranks that differ in
-            what they lack.
+        ValueError: names, shapes, dtypes or devices other than the plan's; ranks that differ in
+            what they lack; or torch is to differentiate by something else.
     """
+    if asks_for_rates(hyper):
+        return with_derivative(update, params, grads, state, hyper, plan, found_inf)
     return to_dtensors(local_update(params, grads, state, hyper, plan, found_inf=found_inf), plan)
 
 
@@ -124,6 +133,8 @@ def _checked_step(
     check_step(plan, params, grads, state, hyper, found_inf)
     if in_place and not is_traced():
         check_writable({"params": params, "state": state})
+    if not is_functionalized():  # where gradients are the tracer's own
+        check_derivatives(params, grads, state, hyper, in_place=in_place)
     with torch.no_grad(), without_autocast(plan.device):
         params, grads, state = local_of(params), local_of(grads), local_of(state)
         if plan.config.missing_grads == "zeros":

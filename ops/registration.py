@@ -11,6 +11,7 @@ it does not. Written out per parameter, the step of 72 matrices took 60 s to com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ Lists = tuple[list[Tensor], ...]
 # Not `custom_op`: its Python code around every call costs as much as the call itself (24 small
 # matrices, 2 CPU cores: 40-60 us).
 _library = Library("normuon_fn", "FRAGMENT")
+
+_writes = [0]  # calls of operators in place
+
+
+def writes() -> int:
+    """How often an operator has begun to write: whether one did between two times."""
+    return _writes[0]
 
 
 def define(
@@ -99,10 +107,13 @@ def register(
     def write(*arguments: Any) -> Any:
         check(*arguments)
         lists = arguments[:count]
-        rest = body(lists, *arguments)
-        for written in lists:  # a backward pass that still needs the old values must say so
-            torch.autograd.graph.increment_version(written)
-        return rest
+        _writes[0] += 1
+        # A backward pass that still needs the old values must say so. Before the body, which may
+        # fail half-way.
+        for written in lists:
+            with suppress(RuntimeError):  # inference tensors count no versions
+                torch.autograd.graph.increment_version(written)
+        return body(lists, *arguments)
 
     def fake_rest(*arguments: Any) -> Any:
         return fake(*arguments)[count] if has_rest else None

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from normuon_fn.compat import compile_whole
+from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.optim import normuon
 from normuon_fn.runtime import flat, graphed
 from normuon_fn.step import local_update_

@@ -45,7 +45,7 @@ from torch._dynamo.backends.common import aot_autograd
 from tqdm import tqdm
 
 import normuon_fn as nm
-from normuon_fn.compat import not_of_the_plan
+from normuon_fn.compat.graphs import not_of_the_plan
 
 SHAPES = [(64, 64), (128, 384), (256, 256), (64, 256), (128, 128), (256, 384)]  # a bucket each
 GUARD = "full"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..distributed.placements import is_first_of
+from ..compat import group_named
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..routing.table import render
@@ -198,7 +198,8 @@ def warns_here(outcome: Outcome, plan: Plan) -> bool:
     knows a name which the first one cannot know.
     """
     knows_more = bool(outcome.bad) and not plan.guard.shares_flags
-    return is_first_of(plan.guard.group) or knows_more
+    group = plan.guard.group
+    return group is None or group_named(group).rank() == 0 or knows_more
 
 
 def _without_names(plan: Plan) -> str:

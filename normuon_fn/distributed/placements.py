@@ -175,7 +175,7 @@ def local(tensor: Tensor) -> Tensor:
     """The local part of a DTensor; a plain tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor
+    return tensor.to_local() if torch.compiler.is_dynamo_compiling() else tensor._local_tensor
 
 
 def local_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,8 +295,3 @@ def ranks_of(ranks: Ranks | str) -> list[int]:
     """The ranks of a mesh or a process group, as the whole process group numbers them."""
     group = group_named(ranks) if isinstance(ranks, str) else process_group(ranks)
     return dist.get_process_group_ranks(group)
-
-
-def is_first_of(group: str | None) -> bool:
-    """Whether this is the first rank of a process group; of no group it is."""
-    return group is None or group_named(group).rank() == 0

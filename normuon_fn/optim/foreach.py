@@ -14,8 +14,7 @@ from torch import Tensor
 from ..compat import address, storage_key
 from ..distributed.placements import local
 from ..routing.routes import Route
-from ..runtime.compiled import step_
-from ..step import local_update_
+from ..runtime.compiled import eager_step_, step_
 from ..types import LARGEST, ONE, Config, Hyper, StepResult
 from .groups import with_config_hints
 from .list_plans import Looks, plan_for
@@ -89,7 +88,7 @@ def foreach_step_(
     if chosen is not None:
         _check_routes(chosen, len(params))
     plan = plan_for(Looks.of(params, grads, momentums, variances, masters), config, chosen, params)
-    if not torch.compiler.is_compiling():  # a graph has no objects to compare
+    if not torch.compiler.is_dynamo_compiling():  # a graph has no objects to compare
         _check_distinct(
             {"params": params, "momentums": momentums, "variances": variances, "masters": masters}
         )
@@ -115,7 +114,7 @@ def foreach_step_(
         _scalar("weight_decay", weight_decay, device), rate, rate, rate, rate, rate,
     )  # fmt: skip
     named, gradients = ({str(k): x for k, x in enumerate(tensors)} for tensors in (params, grads))
-    function = step_ if compiled else local_update_
+    function = step_ if compiled or torch.compiler.is_dynamo_compiling() else eager_step_
     result: StepResult = function(named, gradients, state, hyper, plan, found_inf=found_inf)
     return ForeachResult(result.flags, result.skipped)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed.placements import local
 from ..routing.doubts import warn_at_caller
 from ..types import ONE, Hyper, check_number
 
@@ -60,17 +59,6 @@ class GroupHyper:
                 else:
                     own.fill_(value)
                 written[field] = None if is_tensor else value
-
-
-def unscale(optimizer: Any, grads: Iterable[Tensor | None], into: Tensor) -> Tensor | None:
-    """Unscales by what a GradScaler left in the optimizer. Its ``found_inf`` comes in ``into``."""
-    scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
-    if scale is not None:
-        inverse = scale.double().reciprocal().float().reshape(())
-        torch._foreach_mul_([local(grad) for grad in grads if grad is not None], inverse)
-    if found_inf is None:
-        return None
-    return into.copy_(found_inf.reshape(()), non_blocking=True)
 
 
 def _values(group: Mapping[str, Any], k: int) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ def plan_for(looks: Looks, config: Config, routes: Routes, params: Sequence[Tens
     Raises:
         ValueError: naming the list and the place in it that does not fit.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return _plans[_number(looks, config, routes, params)]
     config_values = tuple(getattr(config, name) for name in _CONFIG)
     each = [tuple(getattr(route, name) for name in _ROUTE) for route in routes or ()]

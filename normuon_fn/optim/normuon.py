@@ -24,6 +24,7 @@ from . import state as state_of
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
+from .scaled import forget_scale, unscaled
 
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
@@ -72,10 +73,9 @@ class NorMuon(torch.optim.Optimizer):
     With betas (0.9, 0.95) that factor starts at 0.45 and stays below 1.1; with (0.9, 0.999) it
     starts at 3.2 and reaches 6.6: there, use a lower ``lr`` or a separate optimizer.
 
-    ``torch.amp.GradScaler`` works without a host sync: the step unscales the gradients in place,
-    and ``found_inf`` skips it. ``torch.compile`` leaves its graph for the step, which is compiled
-    already, and raises with ``fullgraph=True``. ``plan`` and ``result`` belong to the last step;
-    pass them to `check`.
+    ``torch.amp.GradScaler`` works without a host sync: the step unscales the gradients in place.
+    ``torch.compile`` leaves its graph for the step, which is compiled already, and raises with
+    ``fullgraph=True``. ``plan`` and ``result`` belong to the last step; pass them to `check`.
 
     Args:
         lr: as in `Hyper`: the update has RMS 0.2 before ``lr`` (see ``Config.scale``), so AdamW's
@@ -84,11 +84,9 @@ class NorMuon(torch.optim.Optimizer):
             is AdamW's rate while ``lr`` is what its group was added with, and follows ``lr`` in
             proportion: a scheduler, which moves ``lr``, moves both.
         config, routes, mesh, guard_mesh: as for `make_plan`, for all groups.
-        guard: as ``Config.guard``, which may be written in ``config`` instead.
-        nan_guard_fallback: as in dion PR #79: ``guard="output"`` per bucket, for AdamW too.
+        guard: as in ``config``. nan_guard_fallback: dion PR #79, ``"output"`` per bucket.
         graphed: captures the step (`GraphedStep`), and `zero_grad` keeps gradients allocated.
-        on_skip, max_consecutive: who hears of a skipped step, as in `SkipMonitor`; on CUDA from
-            the next step, before it writes. ``"auto"``: ``"warn"`` with a guard, else None.
+        on_skip, max_consecutive: as in `SkipMonitor`. ``"auto"``: ``"warn"`` with a guard.
 
     Raises:
         TypeError, ValueError: as `make_plan` and `Hyper.of`; if the model replaced parameters.
@@ -157,7 +155,11 @@ class NorMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_once()
+        try:
+            self._step_once()
+        except BaseException:
+            forget_scale(self)
+            raise
         return loss
 
     @torch.compiler.disable(
@@ -191,12 +193,12 @@ class NorMuon(torch.optim.Optimizer):
             state_of.follow_parameters(params, planned.state)
         planner.follow(self.param_groups, planned)
         named_grads = dict(zip(planned.params, [grads[k] for k in planned.places], strict=True))
-        found_inf = hyper_of.unscale(self, named_grads.values(), planner.found_inf)
         arguments = planned.params, named_grads, planned.state, planner.hyper.hyper
-        if planned.graphed is not None:
-            result = planned.graphed(*arguments, found_inf=found_inf)
-        else:
-            result = step_(*arguments, planned.plan, found_inf=found_inf)
+        with unscaled(self, named_grads, planner.found_inf) as found_inf:
+            if planned.graphed is not None:
+                result = planned.graphed(*arguments, found_inf=found_inf)
+            else:
+                result = step_(*arguments, planned.plan, found_inf=found_inf)
         self.plan, self.result, planned.stepped = planned.plan, result, True
         self._begun |= fresh
         self._reports.after_step(result, planned.plan)

@@ -18,7 +18,8 @@ from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
 from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
-from ..compat import Ranks, is_subclass, overlaps, prepare_inductor
+from ..compat import Ranks, is_subclass, overlaps
+from ..compat.graphs import prepare_inductor
 from ..distributed.messages import Exchange
 from ..distributed.owners import GroupShards, Ownership, Shared, balance
 from ..routing.doubts import warn_at_caller

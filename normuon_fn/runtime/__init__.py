@@ -1,7 +1,8 @@
 """How a step runs: compiled, or captured in a CUDA graph.
 
-What happens here: `step` and `step_` compile one graph per plan (compiled); `GraphedStep` captures
-`step_` and replays it as long as its inputs are the same (graphed, inputs), on streams that are
-used again (streams). Read in this order: compiled, graphed, inputs, streams. This wing must never
-know what a step computes; it calls it with the arguments that it was called with.
+What happens here: `step` and `step_` compile one graph per plan (compiled), or run as they are
+written where there can be no graph (eager); `GraphedStep` captures `step_` and replays it as long
+as its inputs are the same (graphed, inputs), on streams that are used again (streams). Read in this
+order: compiled, eager, graphed, inputs, streams. This wing must never know what a step computes; it
+calls it with the arguments that it was called with.
 """

@@ -1,13 +1,15 @@
 """`step` and `step_`: one compiled graph per plan and per set of missing gradients.
 
 arguments -> the graph for them, compiled at its first use -> local tensors in, results out
+
+A step that cannot be compiled, or that somebody observes, runs operation by operation: eager.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -18,6 +20,7 @@ from ..compat import apart, plain, without_autocast
 from ..distributed import placements
 from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.common import agree_on_step
+from ..planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_writable
 from ..planning.plan import Plan
@@ -25,11 +28,11 @@ from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
+from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying_what_was_written
 from .flat import free, graph_of
 from .lost_updates import warn_of_lost_updates
 from .recent import MANY, Recent
 
-StepFunction = Callable[..., StepResult]
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
 _written: WeakKeyDictionary[Plan, tuple[int, ...]] = WeakKeyDictionary()  # by the call before
@@ -51,9 +54,11 @@ def step(
     ``Config(missing_grads="zeros")`` there is only one. The fourth such set is said in a warning,
     and the graphs of the last 16 are kept.
     """
-    if torch.compiler.is_compiling():  # inside the caller's own graph
+    if torch.compiler.is_dynamo_compiling():  # inside the caller's own graph
         return update(params, grads, state, hyper, plan, found_inf=found_inf)
-    result = _run_compiled(local_update, params, grads, state, hyper, plan, found_inf)
+    if asks_for_rates(hyper):
+        return with_derivative(step, params, grads, state, hyper, plan, found_inf)
+    result = _run(local_update, params, grads, state, hyper, plan, found_inf)
     return to_dtensors(result, plan)
 
 
@@ -71,13 +76,45 @@ def step_(
     The result has the same tensors. Inside a graph of your own on torch 2.11, parameters must not
     be parts of one storage (see compat.apart); `update` has no such limit.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         result = local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
     else:
-        result = _run_compiled(local_update_, params, grads, state, hyper, plan, found_inf)
+        result = _run(local_update_, params, grads, state, hyper, plan, found_inf)
         if plan.one_storage:  # the graph wrote through `apart`, which does not count the versions
             torch.autograd.graph.increment_version([placements.local(p) for p in params.values()])
     return result._replace(params=dict(params), state=dict(state))
+
+
+def eager_step_(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
+) -> StepResult:
+    """The result of `step_`, operation by operation. Of DTensors it has the local parts."""
+    must_be_eager(local_update_, params, grads, state)  # raises
+    return run_eagerly(local_update_, params, grads, state, hyper, plan, found_inf)
+
+
+def _run(
+    function: StepFunction,
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    found_inf: Tensor | None,
+) -> StepResult:
+    """The result of ``function`` for the same arguments, on this rank: compiled if that can be."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    if not must_be_eager(function, params, grads, state):
+        with contextlib.suppress(NotCompiled):
+            return _run_compiled(function, params, grads, state, hyper, plan, found_inf)
+    return run_eagerly(function, params, grads, state, hyper, plan, found_inf)
 
 
 def _run_compiled(
@@ -89,12 +126,11 @@ def _run_compiled(
     plan: Plan,
     found_inf: Tensor | None,
 ) -> StepResult:
-    """The result of ``function`` for the same arguments, on this rank.
+    """The same as one graph. Arguments are checked when it is made, and whenever something raises.
 
-    Arguments are checked when a graph is made, and whenever something raises.
+    Raises:
+        NotCompiled: dynamo left the step as it was written. Nothing was written.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     agree_on_step(plan, grads, found_inf)
     passed = params, grads, state
     zeros = plan.config.missing_grads == "zeros"
@@ -128,17 +164,21 @@ def _run_compiled(
             params, grads, state = map(_plain_of, (params, grads, state))
         if plan.one_storage:
             params = {name: apart(p) for name, p in params.items()}
-        with without_autocast(plan.device):
+        with without_autocast(plan.device), saying_what_was_written(function, plan):
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
+    except NotCompiled:
+        raise
     except Exception as error:
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
+        check_derivatives(*passed, hyper, in_place=function is local_update_)
         if not plan.subclasses:
             check_plain(*passed)
         if type(error).__name__ == "FailOnRecompileLimitHit":
             raise RuntimeError(
                 "step: it was compiled for too many forms of its arguments. Keep these the same "
                 "from step to step: the strides of the parameters and gradients, requires_grad, "
-                "and whether gradients are recorded"
+                "whether gradients are recorded, and what a Config.orthogonalizer of your own "
+                "reads (a tensor there may change its values)"
             ) from error
         raise
 

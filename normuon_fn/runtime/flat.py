@@ -17,9 +17,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..compat import compile_whole, free_graph
+from ..compat.graphs import compile_whole, free_graph
 from ..planning.plan import Plan
+from ..step import local_update, local_update_
 from ..types import Grads, Hyper, StepResult, Tensors
+from .eager import NotCompiled
 
 Flat = Sequence[Tensor]
 
@@ -108,6 +110,8 @@ class Operation:
         traced = torch.compiler.allow_in_graph(lambda *tensors: flat.traced(*tensors))
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
+            if not torch.compiler.is_dynamo_compiling():
+                raise NotCompiled
             return traced(*tensors)
 
         self.graph = compile_whole(run, overlap=plan.sends)
@@ -126,6 +130,41 @@ class Operation:
         return self.flat.unflatten(self.graph(tensors), params, state)
 
 
+def _traced_update(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
+) -> StepResult:
+    """`local_update` where it is traced. Where dynamo does not trace it, it must not run either:
+    dynamo would raise afterwards, "found no compiled frames".
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        raise NotCompiled
+    return local_update(params, grads, state, hyper, plan, found_inf=found_inf)
+
+
+def _traced_update_(
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    *,
+    found_inf: Tensor | None = None,
+) -> StepResult:
+    """The same of `local_update_`."""
+    if not torch.compiler.is_dynamo_compiling():
+        raise NotCompiled
+    return local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
+
+
+_BY_DYNAMO = {local_update: _traced_update, local_update_: _traced_update_}
+
+
 def graph_of(
     function: Callable[..., StepResult], plan: Plan, missing: Sequence[bool]
 ) -> Callable[..., StepResult]:
@@ -135,7 +174,7 @@ def graph_of(
     whose plans have tables that the graph must take for constants.
     """
     if plan.config.orthogonalizer is not None or plan.sends:
-        return compile_whole(function, overlap=plan.sends)
+        return compile_whole(_BY_DYNAMO[function], overlap=plan.sends)
     return Operation(function, plan, missing)
 
 

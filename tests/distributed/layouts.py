@@ -29,7 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
-from normuon_fn.compat import compile_whole
+from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.step import local_update_
 from tests.distributed.processes import run_ranks
 

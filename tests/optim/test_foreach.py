@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import normuon_fn as nm
-from normuon_fn.compat import compile_whole
+from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.optim import list_plans
 from normuon_fn.step import local_update_
 from tests.inputs import gaussian

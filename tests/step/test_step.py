@@ -10,7 +10,7 @@ from torch import Tensor
 
 import normuon_fn as nm
 from compile_tests import graphs
-from normuon_fn.compat import compile_whole
+from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.step import local_update_
 
 ROUTES = {

@@ -1,11 +1,14 @@
-"""Every private or version-dependent torch import. Supported: torch 2.11 to 2.15."""
+"""Every private or version-dependent torch import. Supported: torch 2.11 to 2.15.
+
+In the order of reading: here what is small; `graphs`, how a step becomes one; `observers`, who
+watches or differentiates the caller. It must not know of anything of this package.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import sys
-import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,78 +32,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def compile_whole(
-    function: Callable[..., Any], backend: str = "inductor", *, overlap: bool = False
-) -> Callable[..., Any]:
-    """``function`` as one graph, with a compile cache of its own.
-
-    ``function`` may have an argument named ``plan``, which must be the same at every call.
-    ``overlap``: the graph has collectives; they start and are waited for in the order written.
-    """
-    options: dict[str, Any] = {"guard_filter_fn": not_of_the_plan}
-    if backend == "inductor":
-        # Without it Inductor times several forms of each reduction on the device and takes the
-        # fastest: the same step compiled twice might add in different orders.
-        options["deterministic"] = True
-        # Guards check sizes before the asserts would. Only our own operators, which check for
-        # themselves, and loads of scalars read the caller's tensors, so Inductor need not know
-        # their alignment. Each saves 0.3 ms per call for 600 tensors.
-        options |= {"size_asserts": False, "assume_aligned_inputs": True}
-        # Products and sums are rounded as written, and never fused depending on what else is in a
-        # kernel: `step` and `step_` are two graphs with the same bits.
-        options["emulate_precision_casts"] = True
-        if overlap:  # otherwise Inductor sends as late as it can, to save memory, and waits at once
-            options["reorder_for_peak_memory"] = False
-    own = _with_own_code(function)
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
-
-
-def free_graph(compiled: Callable[..., Any]) -> None:
-    """Frees the graphs of what `compile_whole` returned.
-
-    Dynamo's table of codes refers to the code that it traced, whose cache refers to the key in that
-    table: without this they would stay for ever (torch 2.13.0, 2026-11-28).
-    """
-    function = getattr(compiled, "_torchdynamo_orig_callable", None)
-    if function is not None:
-        torch._dynamo.eval_frame.remove_from_cache(function)
-
-
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own.
-
-    Dynamo has one cache, and one limit of 8 recompilations, per code object. With a code object per
-    plan a process may have any number of plans (dion#23). Closures and partials would share one
-    code object; ``torch.compile(isolate_recompiles=True)`` exists only later (2.13 has it).
-    """
-    own = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return own
-
-
-def not_of_the_plan(guards: Sequence[Any]) -> list[bool]:
-    """Which guards to keep: all but those on what is read from the argument ``plan``.
-
-    A plan never changes, and every plan has its own cache, so these guards cannot fail. Without
-    them a call is 0.4 ms faster for 144 matrices. The plan could leave the arguments, but dynamo
-    guards a closure in the same way, and a plan in the function's globals would never be freed.
-    """
-    return [_argument(guard.orig_guard.originating_source) != "plan" for guard in guards]
-
-
-def _argument(source: Any) -> str | None:
-    """The name of the argument from which dynamo reads something, if it is one."""
-    while hasattr(source, "base"):
-        source = source.base
-    return getattr(source, "local_name", None)
-
-
 def read_by_grad_scaler() -> bool:
     """Whether a method of a GradScaler reads the property which calls this function.
 
@@ -109,13 +40,6 @@ def read_by_grad_scaler() -> bool:
     A property is not told who reads it, so only the reader's frame can tell the two apart.
     """
     return isinstance(sys._getframe(2).f_locals.get("self"), torch.amp.GradScaler)
-
-
-def is_traced() -> bool:
-    """Whether this thread makes a graph of what it runs. What other threads do does not matter."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    return torch._guards.TracingContext.try_get() is not None
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -141,27 +65,6 @@ def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @functools.cache
-def prepare_inductor() -> None:
-    """Registers our operators as fallbacks with Inductor, before it finds that it has no lowering.
-
-    For every operator without a lowering torch 2.11 writes the whole graph into a log message, even
-    if nothing is logged: 40 of the 65 seconds of a first step of 72 matrices (H100, 2026-11-22).
-    Later versions write it only when somebody reads it.
-    """
-    if torch.__version__ >= (2, 13):  # type: ignore[operator]
-        return
-    from torch._inductor import lowering
-
-    constraint = lowering.tag_to_layout_constraint(torch.Tag.needs_exact_strides)
-    for name in torch._C._dispatch_get_all_op_names():
-        namespace, _, operator = name.partition("::")
-        if namespace == "normuon_fn":
-            packet, _, overload = operator.partition(".")
-            found = getattr(getattr(torch.ops.normuon_fn, packet), overload or "default")
-            if found not in lowering.lowerings:
-                lowering.make_fallback(found, layout_constraint=constraint, warn=False)
-
-
 def storage_key(tensor: Tensor) -> Hashable:
     """Equal for tensors that share a storage, real or fake."""
     return tensor.untyped_storage()._cdata
@@ -203,7 +106,8 @@ def plain(tensor: Tensor) -> Tensor:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether ``torch.func.grad`` or the like differentiates by it. Always False in a graph."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(tensor)
+    in_graph = torch.compiler.is_dynamo_compiling()
+    return not in_graph and torch._C._functorch.is_gradtrackingtensor(tensor)
 
 
 def apart(tensor: Tensor) -> Tensor:
@@ -258,7 +162,7 @@ def all_reduce_sum(tensor: Tensor, group: str) -> Tensor:
 
 def _all_reduce(tensor: Tensor, operation: str, group: str) -> Tensor:
     reduced = collectives.all_reduce(tensor, operation, group)  # waits by itself when traced
-    return reduced if torch.compiler.is_compiling() else collectives.wait_tensor(reduced)
+    return reduced if torch.compiler.is_dynamo_compiling() else collectives.wait_tensor(reduced)
 
 
 # When traced, functional collectives wait at once. The next three functions are the operators below
