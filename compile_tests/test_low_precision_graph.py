@@ -22,7 +22,8 @@ def recorded(master: str, device: str) -> graphs.Recorded:
     params, grads = (
         {k: x.bfloat16() for k, x in tensors(SHAPES, seed, device).items()} for seed in (0, 1)
     )
-    plan = nm.make_plan(params, nm.Config(master=master, guard="output", **SHORT))
+    config, matrix = nm.Config(master=master, guard="output", **SHORT), nm.Route()
+    plan = nm.make_plan(params, config, routes={"up": matrix, "square": matrix, "other": matrix})
     found = graphs.record(
         local_update_, params, grads, nm.init(plan, params), nm.Hyper.of(params, lr=0.02), plan
     )
@@ -51,12 +52,12 @@ def test_masters_on_the_cpu_are_stacked_and_written_like_the_parameters(master: 
     assert nodes <= (60 if master == "mantissa" else 15)  # seen: 56 and 12
 
 
-def test_on_cuda_masters_take_no_operator_more_and_rounding_by_chance_no_node() -> None:
+def test_on_cuda_masters_take_no_operator_more_and_rounding_by_chance_one_node_a_bucket() -> None:
     with graphs.fake_cuda():
         new, gone, nodes = more("mantissa", "cuda")
         assert new == {"apply_wide_": 2, "adamw_wide_": 1} and gone == {"apply_": 2, "adamw_": 1}
         assert nodes == 2 * len(SHAPES)  # every rest is read and written
-        assert more("stochastic", "cuda") == ({}, {}, 0)
+        assert more("stochastic", "cuda") == ({}, {}, 3)  # each bucket counts the accepted steps
 
 
 def test_rounding_by_chance_on_the_cpu_is_elementwise() -> None:

@@ -209,7 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
 def test_all(tested: list[tuple[torch.device, str]], *, compiled: bool) -> int:
     """The self-test of every device as a table. Returns 1 where one of them failed."""
     print(versions())
-    rows = [("device", "what", "kernels", "error", "ms", "self-test")]
+    how = "compiled" if compiled else "eager, not --compile"
+    rows = [("device", "what", "kernels", "error", "ms", f"self-test ({how})")]
     failed = False
     for device, what in tested:
         try:

@@ -32,6 +32,7 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
         rf"normuon_fn {normuon_fn.__version__}, torch {re.escape(torch.__version__)}, triton \S+",
         lines[0],
     )
+    assert lines[1].endswith("self-test (eager, not --compile)")
     assert re.search(
         r"cpu .* CPU reference, .*products in \w+ +\d\.\de-\d\d of \de-\d\d allowed .* "
         r"\d+\.\d\d +pass$",
@@ -46,7 +47,8 @@ def test_compiled_it_passes_too() -> None:
     )
     done = run("--device", "cpu", "--compile", before=shows, warnings="ignore")  # Inductor's own
     assert done.returncode == 0, done.stdout + done.stderr
-    *_, row, compiled = done.stdout.splitlines()
+    _, header, *_, row, compiled = done.stdout.splitlines()
+    assert header.endswith("self-test (compiled)")
     assert row.endswith("pass") and compiled == "1"
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -72,7 +73,9 @@ def storage_key(tensor: Tensor) -> Hashable:
 
 def address(tensor: Tensor) -> int | None:
     """Where its first entry lies; ``None`` if nowhere: fake, meta, or its memory is given back."""
-    return None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.data_ptr() or None
+    if tensor.is_meta or isinstance(tensor, (FakeTensor, FunctionalTensor)):
+        return None
+    return tensor.data_ptr() or None
 
 
 def is_subclass(tensor: Tensor) -> bool:

@@ -61,12 +61,10 @@ class NorMuon(torch.optim.Optimizer):
     the first gradient of a parameter comes after the first step.
 
     **State** exists from construction for every parameter that requires a gradient: ``momentum``
-    and ``variance``, or ``exp_avg`` and ``exp_avg_sq``, in the dtypes of `init`. The guard's
-    counters ``step``, ``skipped`` and ``consecutive`` are three tensors that all parameters share.
-    With ``Config.master`` there is also ``mantissa`` or ``master``; until a parameter's first step,
-    its master follows the parameter. `load_state_dict` copies into the existing tensors. Tensors
-    that are put into ``optimizer.state``, counters included, are used from the next step on. State
-    that is removed starts anew.
+    and ``variance``, or ``exp_avg`` and ``exp_avg_sq``, in the dtypes of `init`; all share the
+    guard's ``step``, ``skipped`` and ``consecutive``. With ``Config.master`` there is ``mantissa``
+    or ``master``, which follows its parameter until its first step. Tensors that are put into
+    ``optimizer.state`` are used from the next step on. State that is removed starts anew.
 
     AdamW corrects its bias by ``step``, also where a parameter's own first step comes much later:
     with a constant gradient its n-th step is then (1 - beta1^n) / sqrt(1 - beta2^n) times ``lr``.
@@ -80,9 +78,8 @@ class NorMuon(torch.optim.Optimizer):
     Args:
         lr: as in `Hyper`: the update has RMS 0.2 before ``lr`` (see ``Config.scale``), so AdamW's
             learning rates carry over.
-        adamw_lr, adamw_weight_decay: of AdamW's parameters; ``None``: as for matrices. ``adamw_lr``
-            is AdamW's rate while ``lr`` is what its group was added with, and follows ``lr`` in
-            proportion: a scheduler, which moves ``lr``, moves both.
+        adamw_lr, adamw_weight_decay: AdamW's, ``None``: as for matrices. ``adamw_lr`` holds while
+            ``lr`` is what its group was added with, and follows a scheduler in proportion.
         config, routes, mesh, guard_mesh: as for `make_plan`, for all groups.
         guard: as in ``config``. nan_guard_fallback: dion PR #79, ``"output"`` per bucket.
         graphed: captures the step (`GraphedStep`), and `zero_grad` keeps gradients allocated.

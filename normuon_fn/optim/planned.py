@@ -16,7 +16,7 @@ from ..distributed import placements
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.make_plan import plan_of
-from ..planning.memory import check_writable
+from ..planning.memory import check_each_writable
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..runtime.graphed import GraphedStep
@@ -178,7 +178,7 @@ class Planner:
             raise ValueError(
                 f"params: expected one device, got {devices}; make one optimizer per device"
             )
-        check_writable({"params": params})
+        check_each_writable({"params": params})
         plan = plan_of(
             params,
             self._decisions,

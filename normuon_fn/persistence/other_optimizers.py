@@ -228,6 +228,7 @@ def unscaled(name: str, found: Found, how: SourceVariance | None) -> Tensor:
             "source_variance='scaled' for the version before, source_variance='plain' for the one "
             "after"
         )
-    inverse = [torch.full((size, 1), 1.0 / s, dtype=torch.float64) for size, s in found.blocks]
+    double: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    inverse = [torch.full((size, 1), 1.0 / s, **double) for size, s in found.blocks]
     wide = torch.promote_types(found.second.dtype, torch.float32)
     return times_rows(found.second.to(wide), torch.cat(inverse).to(found.second.device, wide))

@@ -53,6 +53,16 @@ def check_writable(given: Mapping[str, Mapping[str, Tensor]]) -> None:
     Raises:
         ValueError: naming one that cannot, and what to pass instead.
     """
+    check_each_writable(given)
+    check_apart(given, "each must have memory of its own: clone() one of them")
+
+
+def check_each_writable(given: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """That every tensor of these dicts can be written in place, whatever the others share.
+
+    Raises:
+        ValueError: naming one that cannot, and what to pass instead.
+    """
     for what, tensors in given.items():
         for name, tensor in tensors.items():
             x = local(tensor)
@@ -67,7 +77,6 @@ def check_writable(given: Mapping[str, Mapping[str, Tensor]]) -> None:
                     f"place in memory (shape {tuple(x.shape)}, strides {x.stride()}, as expand() "
                     "makes them); pass its clone()"
                 )
-    check_apart(given, "each must have memory of its own: clone() one of them")
 
 
 def in_one_storage(tensors: Iterable[Tensor]) -> bool:
@@ -91,7 +100,8 @@ def overlaps_itself(x: Tensor) -> bool:
     if dims[0][0] == 0:
         return True
     places = sum(  # strides that interleave may still miss each other
-        torch.arange(n).mul(step).reshape(-1, *[1] * k) for k, (step, n) in enumerate(dims)
+        torch.arange(n, device="cpu").mul(step).reshape(-1, *[1] * k)
+        for k, (step, n) in enumerate(dims)
     )
     return isinstance(places, Tensor) and places.unique().numel() < places.numel()
 

@@ -159,7 +159,6 @@ def test_check_warns_on_rank_zero_only_and_names_the_parameter_wherever_the_faul
             first, *others = of_case(ranks, "eager", "full", "step", stage, faulty)
             (message,) = first["warned"]
             assert message.startswith("RuntimeWarning: step 2 skipped") and name in message
-            assert "WARNING" in first["logged"]
             assert all(
                 not seen["warned"] and seen["logged"] and "WARNING" not in seen["logged"]
                 for seen in others

@@ -187,7 +187,9 @@ def _case(case: Case, mesh: DeviceMesh) -> Seen:
     if (
         "dtype" not in case.options and case.dtype != torch.float64
     ):  # what a CPU without bfloat16 units chooses by itself
-        case = case._replace(options={**case.options, "dtype": torch.float32})
+        # ... and the form that it takes then. Where float32 is asked for, that is the standard one.
+        method = {} if case.sends in (LOCAL, DUPLICATED, TWO) else {"method": "gram"}
+        case = case._replace(options={**method, **case.options, "dtype": torch.float32})
 
     def sharded(x: Tensor) -> DTensor:
         return _sharded(x, mesh, case.placements)

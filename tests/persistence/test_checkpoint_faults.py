@@ -237,8 +237,8 @@ def of_meta(shape: torch.Size) -> Tensor:
 @pytest.mark.parametrize(
     ("what", "name", "make", "message"),
     [
-        ("params", "half", expanded, "several of its entries lie at one place"),
-        ("state", "half.momentum", expanded, "several of its entries lie at one place"),
+        ("params", "half", expanded, "several of its entries are one place"),
+        ("state", "half.momentum", expanded, "several of its entries are one place"),
         ("state", "half.momentum", of_inference, "it was made under torch.inference_mode"),
         ("params", "bias", of_meta, "expected a tensor with memory to load into, got one on meta"),
     ],

@@ -68,7 +68,7 @@ def test_a_step_in_place_refuses_tensors_that_it_would_write_twice_or_not_at_all
             state | {f"{k}.momentum": torch.from_numpy(array) for k in "ab"},
             r"state\['b.momentum'\]: shares memory with 'a.momentum'",
         ),
-        (params, state | {"a.momentum": torch.zeros(1, 1).expand(8, 8)}, "as after expand"),
+        (params, state | {"a.momentum": torch.zeros(1, 1).expand(8, 8)}, r"as expand\(\) makes"),
         (params, state | {"a.momentum": inference}, "made under torch.inference_mode"),
     ]
     for one, other, message in cases:

@@ -182,7 +182,7 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
     step_ = nm.step_ if compiled else local_update_
     for params in (views, own):
         config = nm.Config(guard="full", method="standard", steps=1)
-        plan = nm.make_plan(params, config, routes={"c": nm.Route()})
+        plan = nm.make_plan(params, config, routes={"[abc]": nm.Route()})
         state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.1, weight_decay=0.1)
         for seed in range(2):
             generator = torch.Generator().manual_seed(seed)

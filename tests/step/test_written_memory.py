@@ -34,9 +34,18 @@ def sliding() -> Tensor:
 
 
 BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
-    "inference": (inference, "was made under torch.inference_mode.*clone"),
-    "expanded": (expanded, "several of its entries are one place in memory.*clone"),
-    "sliding": (sliding, "several of its entries are one place in memory.*clone"),
+    "inference": (
+        inference,
+        "cannot be written in place: it was made under torch.inference_mode.*clone",
+    ),
+    "expanded": (
+        expanded,
+        "cannot be written in place: several of its entries are one place in memory.*clone",
+    ),
+    "sliding": (
+        sliding,
+        "cannot be written in place: several of its entries are one place in memory.*clone",
+    ),
 }
 bad = pytest.mark.parametrize("kind", BAD)
 
