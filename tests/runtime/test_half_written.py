@@ -103,11 +103,11 @@ def test_foreach_step_says_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads = [torch.ones(4, 6)], [torch.ones(4, 6)]
     kept = [torch.zeros(4, 6)], [torch.zeros(4, 1)]
     fail_after(monkeypatch, MatrixWork, "apply")
-    for compiled in (True, False):
+    for graph in (True, False):
         with pytest.raises(MemoryError) as raised:
             nm.foreach_step_(
                 params, grads, *kept, lr=0.1, momentum=0.9, beta2=0.9, weight_decay=0.0,
-                compiled=compiled,
+                compiled=graph,
             )  # fmt: skip
         assert says_half_written(raised.value)
 
