@@ -159,7 +159,7 @@ class MatrixWork(Work):
 
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
-        context = self.context
+        context, own = self.context, self.context.config.orthogonalizer is not None
         return context.operators.gather(
             front.momentums,
             front.grads,
@@ -169,7 +169,7 @@ class MatrixWork(Work):
             front.sizes,
             rule=self._rule,
             ahead=context.holds_late,
-            dtype=self.stack.wide if context.config.orthogonalizer else self.stack.form.dtype,
+            dtype=self.stack.wide if own else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
         )
@@ -199,7 +199,7 @@ class MatrixWork(Work):
         self, kind: MatrixKind, update: Tensor, states: tuple[Tensor, ...]
     ) -> Normalized:
         config = self.context.config
-        carried = 1.0 if config.orthogonalizer else carry(self.stack.form.dtype)
+        carried = 1.0 if config.orthogonalizer is not None else carry(self.stack.form.dtype)
         beta2, wide, most = self.context.hyper.beta2, self.stack.wide, self.stack.most
         return normalize(update, states, beta2, config, wide, carried, kind.transposed, most)
 

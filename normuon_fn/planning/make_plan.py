@@ -173,7 +173,7 @@ def _matrix_buckets(
         groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
         wide = torch.float64 if own == torch.float64 else torch.float32
         safe = secured(chosen, form.dtype)
-        most = float("inf") if config.orthogonalizer else absurd(safe, short)
+        most = float("inf") if config.orthogonalizer is not None else absurd(safe, short)
         common: dict[str, Any] = {
             "rows": short, "cols": long, "form": form,
             "coefficients": safe,
@@ -182,7 +182,7 @@ def _matrix_buckets(
         if ranks is None:
             found.append(Bucket(**common))
             continue
-        dtype = wide if config.orthogonalizer else form.dtype
+        dtype = wide if config.orthogonalizer is not None else form.dtype
         # The powers of two of float64 momentums reach further than those of float32.
         numbers = torch.float64 if exact else wide
         shards = _group_shards(groups, config, stages)

@@ -206,7 +206,7 @@ def test_on_cuda_a_skip_is_heard_a_step_later_without_a_wait(graphed: bool) -> N
 @needs_cuda
 def test_on_cuda_the_monitor_works_whatever_the_default_device() -> None:
     with torch.device("cuda"):
-        model, optimizer = made("cuda")
+        model, optimizer = made("cuda", on_skip=None)
         monitor = nm.SkipMonitor(optimizer)
         step(model, optimizer, bad=True)
         with pytest.warns(RuntimeWarning, match="step 1 skipped"):

@@ -985,7 +985,7 @@ def test_on_cuda_a_captured_step_follows_scheduler_and_scaler_without_a_wait() -
     results = []
     for graphed in (False, True):
         model = Net().cuda()
-        optimizer = nm.NorMuon(three(model), guard="full", graphed=graphed)
+        optimizer = nm.NorMuon(three(model), guard="full", graphed=graphed, on_skip=None)
         schedule = SCHEDULERS["one_cycle"](optimizer)
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
         for k in range(8):
@@ -996,8 +996,10 @@ def test_on_cuda_a_captured_step_follows_scheduler_and_scaler_without_a_wait() -
                 model.up.weight.grad[0, 0] = float("inf")
             if k > 2:  # compiled and captured
                 torch.cuda.set_sync_debug_mode("error")
-            scaler.step(optimizer)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                scaler.step(optimizer)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             scaler.update()
             schedule.step()
         if graphed:

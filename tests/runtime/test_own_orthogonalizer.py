@@ -101,6 +101,8 @@ def a_global() -> tuple[Any, Callable[[], None]]:
     ],
 )  # fmt: skip
 def test_a_change_is_seen_by_the_next_step(made: Any) -> None:
+    if made is a_default and torch.__version__ < (2, 13):  # type: ignore[operator]
+        pytest.skip("this dynamo has no guard on defaults")
     own, change = made()
     params, grads = {"w": torch.ones(4, 6)}, {"w": torch.arange(24.0).reshape(4, 6)}
     config = nm.Config(orthogonalizer=own, normalize=False, scale="none")
