@@ -130,39 +130,28 @@ class Operation:
         return self.flat.unflatten(self.graph(tensors), params, state)
 
 
-def _traced_update(
-    params: Tensors,
-    grads: Grads,
-    state: Tensors,
-    hyper: Hyper,
-    plan: Plan,
-    *,
-    found_inf: Tensor | None = None,
-) -> StepResult:
-    """`local_update` where it is traced. Where dynamo does not trace it, it must not run either:
-    dynamo would raise afterwards, "found no compiled frames".
+def _only_traced(function: Callable[..., StepResult]) -> Callable[..., StepResult]:
+    """``function`` where Dynamo traces it. Where it does not, the step must not run either: Dynamo
+    would raise afterwards, "found no compiled frames".
     """
-    if not torch.compiler.is_dynamo_compiling():
-        raise NotCompiled
-    return local_update(params, grads, state, hyper, plan, found_inf=found_inf)
+
+    def traced(
+        params: Tensors,
+        grads: Grads,
+        state: Tensors,
+        hyper: Hyper,
+        plan: Plan,
+        *,
+        found_inf: Tensor | None = None,
+    ) -> StepResult:
+        if not torch.compiler.is_dynamo_compiling():
+            raise NotCompiled
+        return function(params, grads, state, hyper, plan, found_inf=found_inf)
+
+    return traced
 
 
-def _traced_update_(
-    params: Tensors,
-    grads: Grads,
-    state: Tensors,
-    hyper: Hyper,
-    plan: Plan,
-    *,
-    found_inf: Tensor | None = None,
-) -> StepResult:
-    """The same of `local_update_`."""
-    if not torch.compiler.is_dynamo_compiling():
-        raise NotCompiled
-    return local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
-
-
-_BY_DYNAMO = {local_update: _traced_update, local_update_: _traced_update_}
+_BY_DYNAMO = {each: _only_traced(each) for each in (local_update, local_update_)}
 
 
 def graph_of(
