@@ -33,6 +33,7 @@ from normuon_fn.planning import tensors as written
 from tests.distributed.processes import GLOO_TIMEOUT
 
 STAGES = ("before the guard", "before the gather", "between", "after", "while it is written")
+REPLICATED = "before the relay of replicated parameters"
 WORLDS = {"kill": (2, 4), "freeze": (2,)}
 TIMEOUT = 6.0  # seconds, of the group that the step's collectives run over
 SAVED, FAULTY, STEPS = 2, 3, 4
@@ -46,6 +47,15 @@ class Case(NamedTuple):
     stage: str
 
     @property
+    def replicated(self) -> bool:
+        return self.stage == REPLICATED
+
+    @property
+    def whole(self) -> str:
+        """The name of the run that never failed."""
+        return f"{'replicated' if self.replicated else 'sharded'} {self.world}"
+
+    @property
     def name(self) -> str:
         return f"{self.how}, {self.stage}, rank {self.victim} of {self.world}"
 
@@ -55,12 +65,14 @@ CASES = [
     for how, worlds in WORLDS.items()
     for world in worlds
     for victim in (0, world - 1)
-    for stage in STAGES
+    for stage in (*STAGES, REPLICATED)
 ]
 
 
 def error_of(case: Case) -> tuple[int, str]:
     """The step in which the others notice, and the collective that they name."""
+    if case.replicated:
+        return FAULTY, messages.RELAY
     if case.stage == "before the gather":
         return FAULTY, messages.GATHER
     if case.stage == "between":
@@ -75,7 +87,8 @@ def end(how: str) -> None:
 def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
     """Lets this rank end where the stage says, the next time a step gets there."""
     exchanges = [0]
-    reduce, exchange, count = guard.all_reduce_max, messages.all_to_all, written.StepTensors.count
+    reduce, exchange, gather = guard.all_reduce_max, messages.all_to_all, messages.all_gather
+    count, after = written.StepTensors.count, guard.Agreement.after
 
     def all_reduce_max(*given: Any) -> Tensor:
         if case.stage == "before the guard":
@@ -88,6 +101,11 @@ def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
             end(case.how)
         return exchange(*given)
 
+    def all_gather(*given: Any) -> Tensor:
+        if case.replicated:
+            end(case.how)
+        return gather(*given)
+
     def counted(tensors: Any, counters: Any) -> None:
         if case.stage == "while it is written":  # parameters are, the counters are not
             end(case.how)
@@ -95,8 +113,8 @@ def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
 
     patch(guard, "all_reduce_max", all_reduce_max)
     patch(messages, "all_to_all", all_to_all)
+    patch(messages, "all_gather", all_gather)
     patch(written.StepTensors, "count", counted)
-    after = guard.Agreement.after
 
     def agreed(agreement: Any, works: Any) -> None:
         if case.stage == "after":
@@ -107,18 +125,22 @@ def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
 
 
 class Run:
-    """Sharded parameters, their state, and steps that are the same in every run."""
+    """Sharded or replicated parameters, their state, and steps that are the same in every run."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, replicated: bool) -> None:
+        self.replicated = replicated
         group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
         self.mesh = DeviceMesh.from_group(group, "cpu")
         self.params = self.drawn(0)
-        self.plan = nm.make_plan(self.params, nm.Config(guard="full"))
+        own = self.mesh if replicated else None
+        self.plan = nm.make_plan(self.params, nm.Config(guard="full"), mesh=own)
         self.state, self.step = nm.init(self.plan, self.params), 0
 
     def drawn(self, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         whole = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        if self.replicated:
+            return whole
         # Every rank has drawn the same: nothing is sent.
         return {
             name: distribute_tensor(x, self.mesh, [Shard(0)], src_data_rank=None)
@@ -144,7 +166,7 @@ class Run:
 
 def failing(case: Case, folder: Path, rank: int) -> dict[str, Any]:
     """What a survivor saw. The step before was saved."""
-    run = Run(case.world)
+    run = Run(case.replicated)
     for _ in range(SAVED):
         run.advance()
     dcp.save(run.saved, checkpoint_id=folder / "saved")
@@ -160,8 +182,8 @@ def failing(case: Case, folder: Path, rank: int) -> dict[str, Any]:
     return {"error": "", "step": run.step, "seconds": time.monotonic() - began}
 
 
-def resumed(world: int, saved: Path | None, rank: int) -> dict[str, Any]:
-    run = Run(world)
+def resumed(replicated: bool, saved: Path | None, rank: int) -> dict[str, Any]:
+    run = Run(replicated)
     if saved:
         dcp.load(run.saved, checkpoint_id=saved)
         run.step = SAVED
@@ -213,9 +235,9 @@ class Ranks:
 
 def everything(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for world in sorted({case.world for case in CASES}):
-        main = functools.partial(resumed, world, None)
-        found[f"undisturbed {world}"] = Ranks(world, folder / f"whole-{world}", main).seen()
+    for case in {case.whole: case for case in CASES}.values():
+        main = functools.partial(resumed, case.replicated, None)
+        found[case.whole] = Ranks(case.world, folder / case.whole, main).seen()
     # Frozen ranks cost the others the timeout, and nobody any work: all of them at once.
     for wave in ([c for c in CASES if c.how == "freeze"], *([c] for c in CASES if c.how == "kill")):
         places = {case: folder / str(CASES.index(case)) for case in wave}
@@ -225,7 +247,7 @@ def everything(folder: Path) -> dict[str, Any]:
         }
         survivors = {case: x.seen(case.victim) for case, x in ranks.items()}
         for case, place in places.items():
-            again = functools.partial(resumed, case.world, place / "saved")
+            again = functools.partial(resumed, case.replicated, place / "saved")
             restarted = Ranks(case.world, place / "again", again).seen()
             found[case.name] = {"survivors": survivors[case], "restarted": restarted}
     return found
