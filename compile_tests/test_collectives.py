@@ -415,7 +415,7 @@ def test_a_further_exchange_goes_red(
 def test_a_second_reduction_goes_red(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = guard.all_reduce_max
     monkeypatch.setattr(
-        guard, "all_reduce_max", lambda flags, group: kept(kept(flags, group), group)
+        guard, "all_reduce_max", lambda flags, *given: kept(kept(flags, *given), *given)
     )
     with graphs.fake_ranks(8), pytest.raises(AssertionError, match=r"found .*'all_reduce': 2"):
         given = laid_out("FSDP2, rows", 8, nm.Config(guard="output", **SHORT))

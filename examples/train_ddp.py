@@ -13,6 +13,7 @@ DDP averages the gradients; the step gathers the updates. All ranks end up with 
 """
 
 import argparse
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import DistributedDataParallel
 from train_gpt import BATCH, GPT, LAYERS, WIDTH, Text
 
@@ -143,7 +145,21 @@ def main(train: Callable[[argparse.Namespace, torch.device], None], about: str |
     try:
         train(args, device)
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Ends the process group and the threads of its backend.
+
+    ``destroy_process_group`` alone does not end gloo's threads after FSDP2: DTensor's cache of
+    placements keeps the mesh, and the mesh keeps the group. A thread that frees the tensor of its
+    last collective while the interpreter shuts down then aborts the process, now and then, with
+    "terminate called without an active exception" (pytorch#190489). Without the cache, the group
+    is freed here, which waits for its threads.
+    """
+    dist.destroy_process_group()
+    _clear_sharding_prop_cache()
+    gc.collect()  # modules under FSDP2 are cycles, and have the mesh too
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Agreement:
     def before(self, works: Sequence[Guarded]) -> None:
         """Decides about momentums before anything is written, as far as that is known by then."""
         if self.rule.mode == "off" and self.rule.group is not None and self.found is not None:
-            self.found = all_reduce_max(self.found.to(torch.int32), self.rule.group) > 0
+            self.found = _over_all_ranks(self.found.to(torch.int32), self.rule.group) > 0
         if self.early:
             self._add([work.bad_gradients() for work in works])
         if not self.holds_late:
@@ -135,9 +135,9 @@ class Agreement:
         """[2, n_params]: the flags of all ranks. ``found_inf`` is one column more."""
         assert self.rule.group is not None
         if self.found is None:
-            return all_reduce_max(flags, self.rule.group)
+            return _over_all_ranks(flags, self.rule.group)
         found = self.found.to(flags.dtype).expand(2, 1)
-        flags = all_reduce_max(torch.cat([flags, found], 1), self.rule.group)
+        flags = _over_all_ranks(torch.cat([flags, found], 1), self.rule.group)
         self.found = flags[0, -1] > 0
         return flags[:, :-1]
 
@@ -154,7 +154,7 @@ class Agreement:
             fault = (
                 fault.maximum(found) if self.rule.mode == "full" else torch.cat([fault[:1], found])
             )
-        fault = all_reduce_max(fault, self.rule.group)
+        fault = _over_all_ranks(fault, self.rule.group)
         if self.found is not None:
             self.found = fault[1, 0] > 0
         return fault
@@ -196,3 +196,7 @@ class Agreement:
             none = torch.zeros((), dtype=torch.bool, device=self.rule.members.device)
             return none if self.found is None else self.found
         return bad.any() if self.found is None else bad.any() | self.found
+
+
+def _over_all_ranks(flags: Tensor, group: str) -> Tensor:
+    return all_reduce_max(flags, group, "the guard's all_reduce")

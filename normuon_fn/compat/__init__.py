@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -155,17 +155,33 @@ def process_group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup:
     return part._flatten().get_group()
 
 
-def all_reduce_max(tensor: Tensor, group: str) -> Tensor:
-    return _all_reduce(tensor, "max", group)
+def all_reduce_max(tensor: Tensor, group: str, name: str = "an all_reduce") -> Tensor:
+    return _all_reduce(tensor, "max", group, name)
 
 
-def all_reduce_sum(tensor: Tensor, group: str) -> Tensor:
-    return _all_reduce(tensor, "sum", group)
+def all_reduce_sum(tensor: Tensor, group: str, name: str = "an all_reduce") -> Tensor:
+    return _all_reduce(tensor, "sum", group, name)
 
 
-def _all_reduce(tensor: Tensor, operation: str, group: str) -> Tensor:
-    reduced = collectives.all_reduce(tensor, operation, group)  # waits by itself when traced
-    return reduced if torch.compiler.is_dynamo_compiling() else collectives.wait_tensor(reduced)
+def _all_reduce(tensor: Tensor, operation: str, group: str, name: str) -> Tensor:
+    if torch.compiler.is_dynamo_compiling():
+        return collectives.all_reduce(tensor, operation, group)  # waits by itself
+    with failing_as(name):
+        return collectives.wait_tensor(collectives.all_reduce(tensor, operation, group))
+
+
+@contextlib.contextmanager
+def failing_as(name: str) -> Iterator[None]:
+    """An error of a collective says which one it was. Not for graphs, which run without it."""
+    try:
+        yield
+    except RuntimeError as error:
+        kind = type(error) if isinstance(error, dist.DistError) else RuntimeError
+        raise kind(
+            f"{name} failed on rank {dist.get_rank()}. Most probably another rank has ended, or "
+            "did not answer within the timeout of the process group: end all ranks, and start them "
+            f"again from the last checkpoint. The backend says: {error}"
+        ) from error
 
 
 # When traced, functional collectives wait at once. The next three functions are the operators below
@@ -187,8 +203,12 @@ def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
     return torch.ops._c10d_functional.all_gather_into_tensor(tensor.contiguous(), ranks, group)
 
 
-def wait(tensor: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(tensor)
+def wait(tensor: Tensor, name: str = "a collective") -> Tensor:
+    """The result of a collective. ``name`` says which one failed, outside of graphs."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+    with failing_as(name):
+        return torch.ops._c10d_functional.wait_tensor(tensor)
 
 
 def is_strided(placement: Any) -> bool:
@@ -220,7 +240,8 @@ def gather_objects(value: Any, group: str) -> list[Any]:
     if dist.get_backend(ranks) == "fake":
         return [value]
     found: list[Any] = [None] * ranks.size()
-    dist.all_gather_object(found, value, group=ranks)
+    with failing_as("the all_gather of what all ranks must have alike"):
+        dist.all_gather_object(found, value, group=ranks)
     return found
 
 

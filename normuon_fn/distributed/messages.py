@@ -39,6 +39,11 @@ from ..ops.repack import Moves
 from .directions import Direction, Layout
 from .owners import GroupShards
 
+# How an error names the collectives.
+GATHER = "the all_to_all that gathers matrices at their owners"
+SCATTER = "the all_to_all that scatters the updates"
+RELAY = "the all_gather of the updates"
+
 
 class Part(NamedTuple):
     """A rank's parts of one group's matrices of its replica's share, tall ones transposed."""
@@ -73,10 +78,11 @@ class Sent(NamedTuple):
 
     words: Tensor
     arrived: bool
+    name: str  # of the collective
 
     def received(self) -> Tensor:
         """The words, after the transfer has ended."""
-        return self.words if self.arrived else wait(self.words)
+        return self.words if self.arrived else wait(self.words, self.name)
 
 
 class Exchange:
@@ -129,7 +135,7 @@ class Exchange:
             [None if x is None else (x.x, x.power, x.squares, x.states) for x in parts]
         )
         (words,) = ops.repack(sources, self.to_owners.pack)
-        return self._exchanged(words, self.to_owners)
+        return self._exchanged(words, self.to_owners, GATHER)
 
     def receive(self, sent: Sent) -> list[Whole | None]:
         """The matrices that this rank owns, by group; ``None`` where it owns none."""
@@ -176,8 +182,8 @@ class Exchange:
         sources += [] if finite is None else [finite.to(self.wide)]
         (words,) = ops.repack(sources, self.back.pack)
         if self.sharded:
-            return self._exchanged(words, self.back)
-        return self._sent(all_gather(words, self.replicas.size, self.replicas.group))
+            return self._exchanged(words, self.back, SCATTER)
+        return self._sent(all_gather(words, self.replicas.size, self.replicas.group), RELAY)
 
     def relay(self, sent: Sent) -> Sent:
         """Passes the updates of this replica's share on to the other replicas."""
@@ -186,7 +192,7 @@ class Exchange:
         words = sent.received()
         if len(words) < self.gathered:
             words = torch.nn.functional.pad(words, (0, self.gathered - len(words)))
-        return self._sent(all_gather(words, self.replicas.size, self.replicas.group))
+        return self._sent(all_gather(words, self.replicas.size, self.replicas.group), RELAY)
 
     def receive_back(self, sent: Sent) -> list[Update]:
         """This rank's parts of the updates of all matrices, by group."""
@@ -227,12 +233,14 @@ class Exchange:
             wide.append(torch.cat([column.to(self.wide) for column in columns], 1))
         return [*narrow, *wide]
 
-    def _exchanged(self, words: Tensor, direction: Direction) -> Sent:
+    def _exchanged(self, words: Tensor, direction: Direction, name: str) -> Sent:
         incoming, outgoing = list(direction.incoming), list(direction.outgoing)
-        return self._sent(all_to_all(words, incoming, outgoing, self.shards.group))
+        return self._sent(all_to_all(words, incoming, outgoing, self.shards.group), name)
 
-    def _sent(self, words: Tensor) -> Sent:
-        return Sent(words, False) if self.overlaps else Sent(wait(words), True)
+    def _sent(self, words: Tensor, name: str) -> Sent:
+        if self.overlaps:
+            return Sent(words, False, name)
+        return Sent(wait(words, name), True, name)
 
 
 def _first(numbers: slice, count: int) -> slice:

@@ -84,9 +84,9 @@ def _rank(rank: int, main: Main, world: int, folder: str, devices: bool, dying: 
     partial = Path(folder) / f"{world}-{rank}.partial"
     partial.write_text(json.dumps(seen))
     os.replace(partial, Path(folder) / f"{world}-{rank}.json")
-    # Without the interpreter's end, which is not what is tested: of some hundred starts one rank
-    # ended with "terminate called without an active exception". That it happened there is a guess:
-    # threads of C++ that want the interpreter then say so.
+    # Without the interpreter's shutdown: DTensor's cache keeps the process group, and a thread of
+    # gloo that frees a tensor meanwhile aborts the process, "terminate called without an active
+    # exception" (pytorch#190489; leave() in examples/train_ddp.py is what a script can do).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

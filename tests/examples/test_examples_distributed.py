@@ -39,9 +39,14 @@ def launch(world: int, example: str, *arguments: object) -> tuple[Trace, list[in
     """The losses by step, and the steps that were skipped."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world)
     command: list[object] = [sys.executable, *torchrun]
-    command += [ROOT / "examples" / example, "--steps", STEPS, "--layers", 1, *arguments]
+    command += [Path(__file__).parent / "threads_left.py", ROOT / "examples" / example]
+    command += ["--steps", STEPS, "--layers", 1, *arguments]
     own = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     printed = processes.run(command, env=own).stdout
+    threads = re.findall(r"^threads: (\d+), then (\d+)$", printed, re.MULTILINE)
+    assert len(threads) == world and all(int(after) < int(before) for before, after in threads), (
+        f"threads of the process group outlive it, and may abort the process: {threads}"
+    )
     rows = re.findall(r"^step (\d+) loss (\S+)( skipped)?$", printed, re.MULTILINE)
     return {int(step): float(loss) for step, loss, _ in rows}, [
         int(step) for step, _, skipped in rows if skipped
