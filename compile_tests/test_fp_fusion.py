@@ -16,15 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from compile_tests.test_kernels_ahead_of_time import CASES, Case, compiled, pytestmark
+from compile_tests import test_kernels_ahead_of_time as ahead_of_time
+from compile_tests.test_kernels_ahead_of_time import CASES, Case, compiled, triton
 from compile_tests.test_operators import BASE, arguments
 from normuon_fn import ops
 from normuon_fn.ops import products
-from normuon_fn.ops import products
 
-triton = pytest.importorskip("triton")
-
-__all__ = ["pytestmark"]
+pytestmark = ahead_of_time.pytestmark
 
 FUSES = {"pointer_kernel", "descriptor_kernel"}  # ``beta c + alpha a b`` is rounded once
 DEFAULTS = ["0", "1"]
