@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from compile_tests import test_kernels_ahead_of_time as ahead_of_time
-from compile_tests.test_kernels_ahead_of_time import CASES, Case, compiled, triton
 from compile_tests.test_operators import BASE, arguments
 from normuon_fn import ops
 from normuon_fn.ops import products
 
-pytestmark = ahead_of_time.pytestmark
+triton = pytest.importorskip("triton")
+ahead_of_time = importlib.import_module("compile_tests.test_kernels_ahead_of_time")
+CASES, compiled, pytestmark = (
+    ahead_of_time.CASES,
+    ahead_of_time.compiled,
+    ahead_of_time.pytestmark,
+)
 
 FUSES = {"pointer_kernel", "descriptor_kernel"}  # ``beta c + alpha a b`` is rounded once
 DEFAULTS = ["0", "1"]
@@ -94,7 +98,7 @@ def test_what_is_compiled_ahead_of_time_has_the_fusion_of_the_launches(
         assert options.enable_fp_fusion == (case.kernel.__name__ in FUSES), name
 
 
-def of_each_kernel() -> dict[str, Case]:
+def of_each_kernel() -> dict[str, Any]:
     """One compilation of each kernel for Hopper; of the products, one that adds ``c``."""
     return {
         case.kernel.__name__: case
