@@ -11,8 +11,18 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from normuon_fn.ops import adamw, advance, apply, gather, launch, product_configs, product_kernels
+from normuon_fn.ops import (
+    adamw,
+    advance,
+    apply,
+    gather,
+    launch,
+    product_configs,
+    product_kernels,
+    product_launch,
+)
 
+orient = importlib.import_module("normuon_fn.ops.orient")  # the package names the function the same
 repack = importlib.import_module("normuon_fn.ops.repack")  # the package names the function the same
 
 triton = pytest.importorskip("triton")
@@ -129,7 +139,7 @@ def product_case(
         "BLOCK_K": k,
         "GROUP": config.group,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = product_launch.options_of(config)
     kernel = product_kernels.pointer_kernel
     if config.variant != "pointers":
         kernel = product_kernels.descriptor_kernel
@@ -230,7 +240,7 @@ def list_cases() -> Iterator[tuple[str, Case]]:
                     architecture,
                     signature,
                     {"BLOCK": 256},
-                    {"num_warps": 4},
+                    options,
                     wide=False,
                 ),
             )
@@ -351,10 +361,42 @@ def repack_cases() -> Iterator[tuple[str, Case]]:
         signature = {"table": "*i64!", "source": f"*i{bits}!", "target": f"*i{bits}!"}
         constexprs = {"ROW": row, "EVEN": even, "BLOCK": repack._BLOCK}
         wide = 2 * repack._BLOCK * 8 // (256 * 16) if even and bits == 64 else False
+        options = {"num_warps": 8, "enable_fp_fusion": False}
         case = case_of(
-            repack.repack_kernel, architecture, signature, constexprs, {"num_warps": 8}, wide=wide
+            repack.repack_kernel, architecture, signature, constexprs, options, wide=wide
         )
         yield f"repack-{name}-{bits}-{architecture}", case
+
+
+def orient_cases() -> Iterator[tuple[str, Case]]:
+    """The two passes over square matrices, whose rows are contiguous."""
+    strides = dict.fromkeys(("size", "stride_n", "stride_r"), "i32!")
+    scales = dict.fromkeys(("power_ptr", "inverse_ptr"), "*fp32!")
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    for architecture, dtype, scaled in itertools.product(
+        (80, 90, 100), ("fp32", "bf16"), (False, True)
+    ):
+        signature = {
+            "x_ptr": f"*{dtype}!",
+            "which_ptr": "*i32!",
+            "out_ptr": "*fp16!",
+            "tiles": "i32",
+            **strides,
+            **scales,
+        }
+        constexprs = {"stride_c": 1, "OUT": triton.language.float16, "SCALED": scaled, "BLOCK": 64}
+        absent = {} if scaled else dict.fromkeys(scales)
+        case = case_of(
+            orient.orient_kernel, architecture, signature, {**constexprs, **absent}, options,
+            wide=False,
+        )  # fmt: skip
+        yield f"orient-{'scaled' if scaled else 'plain'}-{dtype}-{architecture}", case
+        if not scaled:
+            case = case_of(
+                orient.orientation_kernel, architecture, {**signature, "out_ptr": "*i32!"},
+                {"stride_c": 1, "BLOCK": 256}, options, wide=False,
+            )  # fmt: skip
+            yield f"orientation-{dtype}-{architecture}", case
 
 
 def accesses(elements: int, dtype: str) -> int:
@@ -367,6 +409,7 @@ CASES = {
     **dict(list_cases()),
     **dict(low_precision_cases()),
     **dict(repack_cases()),
+    **dict(orient_cases()),
 }
 
 

@@ -151,7 +151,10 @@ def _launch_run(
         ),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    launch(combine_kernel, n, (largest, squares, out), (n, strips, 256), num_warps=4)
+    launch(
+        combine_kernel, n, (largest, squares, out), (n, strips, 256),
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 

@@ -62,19 +62,25 @@ def launch(
     programs: int,
     pointers: tuple[Any, ...],
     constants: tuple[Any, ...],
+    *,
+    enable_fp_fusion: bool,
     **options: Any,
 ) -> None:
     """``kernel[(programs,)](*pointers, *constants, **options)``.
 
+    ``enable_fp_fusion``: whether a product and a sum may be rounded once, as one instruction. Every
+    launch says so, because Triton's default depends on its version and on the environment.
+
     Triton finds out at every call which of its compiled variants the arguments ask for, which costs
     the host several times the launch. Here ``constants`` (integers, and what is constant in the
-    kernel) and `_variant` of each pointer tell which variant it is.
+    kernel), the options and `_variant` of each pointer tell which variant it is.
     """
+    options["enable_fp_fusion"] = enable_fp_fusion
     if INTERPRETED:
         kernel[(programs,)](*pointers, *constants, **options)
         return
     device = next(x.device for x in pointers if isinstance(x, Tensor))
-    key = (kernel, device, constants, *map(_variant, pointers))
+    key = (kernel, device, constants, *options.values(), *map(_variant, pointers))
     found = _compiled.get(key)
     if device.index != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(device):

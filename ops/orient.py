@@ -83,7 +83,10 @@ def _run_orientation(x: Tensor) -> Tensor:
         return orientation_reference(x)
     which = x.new_empty(n, dtype=torch.int32)
     if n:
-        launch(orientation_kernel, n, (x, which), (size, *x.stride(), 256), num_warps=4)
+        launch(
+            orientation_kernel, n, (x, which), (size, *x.stride(), 256),
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return which
 
 
@@ -99,7 +102,8 @@ def _run_orient(
         scales = tuple(x if x is None else x.contiguous() for x in (power, inverse))
         launch(
             orient_kernel, n * tiles, (x, which, *scales, out),
-            (size, tiles, *x.stride(), dtype_of(out), power is not None, _BLOCK), num_warps=4,
+            (size, tiles, *x.stride(), dtype_of(out), power is not None, _BLOCK),
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

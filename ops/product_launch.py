@@ -38,7 +38,7 @@ class _Static(NamedTuple):
     kernel: Any
     programs: int
     constants: tuple[Any, ...]
-    options: dict[str, int]
+    options: dict[str, Any]
     descriptors: tuple[_Descriptor, ...]  # of a and b; none for pointers
 
 
@@ -64,7 +64,7 @@ class Launch(NamedTuple):
     programs: int
     pointers: tuple[Any, ...]
     constants: tuple[Any, ...]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 def product(
@@ -152,7 +152,7 @@ def _with_pointers(layout: _Layout, config: TileConfig) -> _Static:
         *layout.a_strides, *layout.b_strides, *layout.c_strides,
         layout.symmetric, layout.has_c, even, INTERPRETED, *_blocks(config),
     )  # fmt: skip
-    return _Static(pointer_kernel, n * tiles, constants, _options(config), ())
+    return _Static(pointer_kernel, n * tiles, constants, options_of(config), ())
 
 
 def _with_descriptors(
@@ -176,15 +176,20 @@ def _with_descriptors(
         layout.symmetric, layout.has_c, transposed, persistent, INTERPRETED, *_blocks(config),
     )  # fmt: skip
     programs = min(total, _programs(layout.device)) if persistent else total
-    return _Static(descriptor_kernel, programs, constants, _options(config), descriptors)
+    return _Static(descriptor_kernel, programs, constants, options_of(config), descriptors)
 
 
 def _blocks(config: TileConfig) -> tuple[int, ...]:
     return config.block_m, config.block_n, config.block_k, config.group
 
 
-def _options(config: TileConfig) -> dict[str, int]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def options_of(config: TileConfig) -> dict[str, Any]:
+    """What `launch` is told besides the arguments; ``beta c + alpha a b`` is rounded once."""
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def _fits_descriptor(strides: list[int], dtype: torch.dtype) -> bool:

@@ -165,6 +165,7 @@ def _repack(
                 (table[first:], x, into),
                 (shape > 0, shape > 1, _BLOCK),
                 num_warps=8,
+                enable_fp_fusion=False,
             )
             continue
         rows = table.tolist() if rows is None else rows
