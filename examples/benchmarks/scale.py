@@ -149,7 +149,7 @@ def groups(device: torch.device, matrices: int, calls: int, count: int = 1) -> F
 
 
 def optimizer(device: torch.device, matrices: int, calls: int) -> Found:
-    """The model is a mixture of experts that are modules; the first call's imports are not in it."""
+    """The model is a mixture of experts that are modules. Imports of a first call are not in it."""
     names = ("gate_proj", "up_proj", "down_proj", "o_proj")
 
     def model(count: int) -> torch.nn.Module:
@@ -215,7 +215,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             found = in_process(args.device, part, matrices, args.calls, count, place)
             rows.append({"name": name, "part": part, "matrices": matrices, **found})
     for row in rows:
-        base = next(other for other in rows if other["name"][:17] == row["name"][:17])
+        kind = "part" if row["part"] == "groups" else "name"  # whose first row is the baseline
+        base = next(other for other in rows if other[kind] == row[kind])
         key = "cpu_s" if "cpu_s" in row else "ms"
         row["ratio"] = row[key] / base[key]
         if "captured_ms" in row:
