@@ -91,8 +91,10 @@ def _in_parts(
 ) -> list[Tensor]:
     if len(tensors) <= _MOST:
         return operator(tensors, stacked)
-    checks.unstack(tensors, stacked)  # as a whole: a part would not see that the stack is longer
-    found, start = list[Tensor](), 0
+    if not torch.compiler.is_dynamo_compiling():  # all of it, before a part is written
+        checks.unstack(tensors, stacked)
+    found: list[Tensor] = []
+    start = 0
     for k in range(0, len(tensors), _MOST):
         part = tensors[k : k + _MOST]
         found += operator(part, stacked, start)

@@ -73,3 +73,9 @@ def test_vmap_unstacks_in_parts(two_at_a_time) -> None:
     stacked = torch.randn(3, len(tensors), 4, 6)
     found = torch.vmap(lambda x: lists.unstack(tensors, x))(stacked)
     assert torch.equal(torch.stack(found, 1), stacked)
+
+
+def test_dynamo_traces_the_parts(two_at_a_time) -> None:
+    tensors, stacked = a_list(LISTS["both"])
+    traced = torch.compile(lists.unstack, backend="eager", fullgraph=True)
+    assert torch.equal(lists.stack(traced(tensors, stacked)), stacked)
