@@ -80,9 +80,9 @@ def unstack_(tensors: list[Tensor], stacked: Tensor) -> list[Tensor]:
     return _in_parts(_unstack_op_, tensors, stacked)
 
 
-# Inductor looks, for every tensor that an operator returns, at all that it returns: with 1000
-# tensors that was half of the first step, with 128 at a time it is linear (torch 2.13.0,
-# 2026-11-28).
+# Inductor looks, for every tensor that an operator returns, at all that it returns, twice: a time
+# that grows with their square. 640 matrices of 64 x 64: 29.6 CPU seconds for the first step with
+# lists as they are, 26.3 in parts of 128 (2 busy CPU cores, torch 2.13.0, 2026-11-28).
 _MOST = 128
 
 
