@@ -60,7 +60,15 @@ def _sized(operator: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> No
 # ------------------------------------------------------------------------- one for every operator
 
 
-def unstack(tensors: list[Tensor], stacked: Tensor) -> None:
+def unstack(tensors: list[Tensor], stacked: Tensor, start: int | None = None) -> None:
+    if start is not None:
+        matrices = sum(x.shape[0] if x.ndim == 3 else 1 for x in tensors)
+        if not 0 <= start <= stacked.shape[0] - matrices:
+            raise ValueError(
+                f"unstack: expected {matrices} matrices from {start} on in stacked, got "
+                f"{list(stacked.shape)}"
+            )
+        stacked = stacked.narrow(0, start, matrices)
     fits("unstack", "tensors", tensors, "stacked", stacked)
     of_dtype("unstack", "tensors", tensors[0], stacked.dtype)
 
