@@ -81,7 +81,7 @@ def test_every_layout_gives_what_one_device_gives(
     for kind in on(ranks):
         if form not in forms_of(kind, len(ranks)):
             continue
-        for guard in guards_of(form):
+        for guard in guards_of(kind, form, len(ranks)):
             cases = [seen["matrix"][f"{kind} {form} {guard}"] for seen in ranks]
             assert set(MAIN) < set(cases[0]["names"]) and (
                 "tall.variance" in cases[0]["names"]
