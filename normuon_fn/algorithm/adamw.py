@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
+from .guard import Decision
 from .state import State
 from .weight_decay import rates
 from .work import Context, Kind, Members, Runs, Work, complete
@@ -33,6 +35,8 @@ class AdamWWork(Work):
             corrections = [(1 - beta.double() ** step).to(wide) for beta in betas]
             self.rates = ops.AdamWRates(*betas, hyper.adamw_eps, *corrections)
             self.bad = context.operators.adamw_flags(first, second, self.moments[2], self.rates)
+            if context.config.guard != "off" and members.read("param")[0].dtype == torch.float16:
+                self.bad = self._with_overflow(self.bad)
 
     def bad_gradients(self) -> Tensor:
         """Updates included: they are known by now."""
@@ -47,18 +51,27 @@ class AdamWWork(Work):
     def apply(self) -> None:
         if not self.moments:
             return
+        names = ["param", *(state.name for state in STATES)]
+        if self.members.kind.master:
+            names.insert(1, self.members.kind.master)
+        new = self._new(self.context.operators, self.skip)
+        for name, tensors in zip(names, new, strict=True):
+            self.members.put(name, tensors)
+
+    def _new(self, operators: ops.Operators, skip: Decision) -> Sequence[list[Tensor]]:
+        """New parameters, masters if there are any, and moments."""
         members, kind, context = self.members, self.members.kind, self.context
         hyper, wide = context.hyper, self.moments[0][0].dtype
         lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, kind.lr_mul, kind.wd_mul, wide)
         params = members.read("param")
-        how: tuple[Any, ...] = (*self.moments, lr, decay, self.rates, self.skip)
-        names = ["param", *(state.name for state in STATES)]
-        new: Sequence[list[Tensor]]
+        how: tuple[Any, ...] = (*self.moments, lr, decay, self.rates, skip)
         if kind.master:
-            names.insert(1, kind.master)
-            new = context.operators.adamw_wide(params, members.read(kind.master), *how)
-        else:
-            chance = (context.step, members.salts) if members.salts else ()
-            new = context.operators.adamw(params, *how, *chance)
-        for name, tensors in zip(names, new, strict=True):
-            members.put(name, tensors)
+            return operators.adamw_wide(params, members.read(kind.master), *how)
+        chance = (context.step, members.salts) if members.salts else ()
+        return operators.adamw(params, *how, *chance)
+
+    def _with_overflow(self, bad: Tensor) -> Tensor:
+        """``bad``, and updates that float16 cannot hold: one more pass, for no other dtype."""
+        params = self._new(ops.Operators(self.context.operators.kernels, False), None)[0]
+        finite = torch.stack([x.isfinite().all() for x in params])
+        return torch.stack([bad[0] | ~finite, bad[1]])

@@ -69,11 +69,11 @@ class MatrixWork(Work):
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
-        finite = [update.finite & self._fits(update) for update in self.updates]
+        finite = [update.finite & self.fits(update) for update in self.updates]
         bad = ~torch.cat(finite) if finite else None
         return self.with_gradients(complete(bad, self.runs, self.context))
 
-    def _fits(self, update: Update) -> Tensor:
+    def fits(self, update: Update) -> Tensor:
         """[n] bool: whether float16 can hold the new parameters; nothing is that large otherwise.
 
         It costs float16 parameters behind a guard one more pass.

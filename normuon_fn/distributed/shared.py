@@ -174,6 +174,8 @@ class SharedWork(MatrixWork):
             update = part.x.mT if group.kind.tall else part.x
             factor = part.factor.unsqueeze(dim).to(wide)
             self.updates.append(Update(group, update, factor, self.lines[k], new, part.finite))
+            if group.local:
+                finite[k] = part.finite & self.fits(self.updates[-1])
         self.finite = torch.cat(finite)
 
     def bad_updates(self) -> Tensor:

@@ -64,7 +64,9 @@ def guard_rule(
         )
     names = [p.name for p in parameters]
     # All who share a bucket hear of its updates in its messages: then gradients can be agreed on
-    # before anything is written. So it is, too, where nobody else decides.
+    # before anything is written. So it is, too, where nobody else decides. But whether float16 can
+    # hold a parameter only the ranks know that have a part of it.
+    wide = all(p.spec.dtype != torch.float16 for p in parameters)
     stacks = [bucket for bucket in buckets if isinstance(bucket, Bucket)]
     return Rule(
         mode=config.guard,
@@ -73,7 +75,7 @@ def guard_rule(
         members=members_of(buckets, names, device),
         group=group,
         alike=alike,
-        early=group is None or all(bucket.shared_by == group for bucket in stacks),
+        early=group is None or (wide and all(bucket.shared_by == group for bucket in stacks)),
     )
 
 

@@ -115,6 +115,39 @@ def _by_lists(mesh: DeviceMesh) -> bool:
     return all(torch.equal(_local(a), _local(b)) for a, b in both)
 
 
+def _overflow_is_agreed(mesh: DeviceMesh, kind: str) -> bool:
+    """Whether an update that float16 cannot hold, in one entry of a matrix and of an AdamW
+    parameter, is flagged on both ranks, and all but momentums keep their bits.
+    """
+    right = []
+    for victim in ("uneven", "embed.weight"):
+        params = _tensors(0, torch.float16, mesh, kind)
+        where = {name: _local(x) for name, x in params.items()}
+        if dist.get_rank() == 1 or kind in ("Replicate", "plain"):
+            where[victim].view(-1)[:4] = torch.tensor([65504.0, -65504.0, 65504.0, -65504.0])
+        plan = nm.make_plan(
+            params,
+            nm.Config(orthogonalize_dtype=torch.float32, guard="full"),
+            routes={name: route for name, route in ROUTES.items() if name in params},
+            mesh=mesh if kind == "plain" else None,
+        )
+        state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=3000.0)
+        grads = _tensors(1, torch.float16, mesh, kind)
+        before = {name: x.clone() for name, x in where.items()}
+        result = local_update_(params, grads, state, hyper, plan)
+        right += [
+            result.flags[0].tolist() == [int(name == victim) for name in plan.names],
+            bool(result.skipped),
+            all(torch.equal(x, before[name]) for name, x in where.items()),
+            not any(
+                bool(_local(x).any())
+                for name, x in state.items()
+                if not name.startswith("guard.") and not name.endswith(".momentum")
+            ),
+        ]
+    return all(right)
+
+
 def _as_on_one_device(mesh: DeviceMesh, kind: str, which: str) -> bool:
     """Whether two steps of DTensors or replicas have the bits and dtypes of whole tensors."""
     config = nm.Config(**CONFIGS[which])
@@ -167,6 +200,7 @@ def _layout(mesh: DeviceMesh, kind: str) -> dict[str, Any]:
     seen["by chance again the same"] = all(
         torch.equal(_local(params[name]), _local(again[name])) for name in params
     )
+    seen["an overflow of float16 is agreed"] = _overflow_is_agreed(mesh, kind)
     seen |= {f"{c}: as on one device": _as_on_one_device(mesh, kind, c) for c in CONFIGS}
     seen["bits"] = {name: _local(x).view(torch.int16).tolist() for name, x in params.items()}
     return seen

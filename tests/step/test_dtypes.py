@@ -378,10 +378,14 @@ def test_other_gradient_dtypes_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("master", ["none", "fp32"])
 @pytest.mark.parametrize("guard", ["off", "output", "full"])
-def test_an_update_that_float16_parameters_cannot_hold_is_flagged(guard: str, master: str) -> None:
+@pytest.mark.parametrize("rule", ["normuon", "adamw"])
+def test_an_update_that_float16_parameters_cannot_hold_is_flagged(
+    rule: str, guard: str, master: str
+) -> None:
     params = {"w": torch.full((8, 8), 65504.0).half(), "small": gaussian(8, 8).half()}
     grads = {name: -gaussian(8, 8).abs().half() for name in params}
-    plan = nm.make_plan(params, nm.Config(guard=guard, master=master))
+    routes = dict.fromkeys(params, nm.Route(rule))
+    plan = nm.make_plan(params, nm.Config(guard=guard, master=master), routes=routes)
     state = nm.init(plan, params)
     result = nm.update(params, grads, state, nm.Hyper.of(params, lr=1000.0), plan)
     refused = guard != "off"
