@@ -1,7 +1,7 @@
 """The kernels of the products on the CPU, in Triton's interpreter.
 
 It truncates where it casts float32 to bfloat16, and a device rounds to nearest even: nothing here
-vouches for how the kernels round to bfloat16. tests/test_cuda.py does, on a CUDA device.
+vouches for how the kernels round to bfloat16.
 
 TRITON_INTERPRET=1 python tests/ops/interpreted_products.py
 """
