@@ -4,7 +4,8 @@ An operator writes through addresses, or by ``out=``, which resizes what does no
 everything fits is checked before anything is written. A twin needs no check of its own: PyTorch's
 operations refuse what does not fit, and `unstack`, by which a twin writes, is an operator. No
 Python code runs per tensor: for 144 matrices they cost 16 us in unstack and apply, 31 in advance
-and 63 in adamw (one core of a 2-core CPU machine, torch 2.13.0, 2026-11-28). All tensors of a list have one dtype; the first is asked for it.
+and 63 in adamw (one core of a 2-core CPU machine, torch 2.13.0,
+2026-11-28). All tensors of a list have one dtype; the first is asked for it.
 
 Every function takes the arguments of the operator that it is named for.
 """

@@ -246,7 +246,8 @@ def _is_modulation(own: str, owners: Sequence[nn.Module]) -> bool:
     for owner in owners[1:3]:
         if _MODULATION.search(kind_of(owner)):
             return True
-    named = [o for o in owners[1:4] if not isinstance(o, nn.ModuleList)]  # a list has numbers
+    # Lists have numbers for names, and thousands of them would be looked through for each member.
+    named = [o for o in owners[1:4] if not next(iter(o._modules), "").isdigit()]
     return any(
         child is inside and _MODULATION.search(name)
         for owner in named
