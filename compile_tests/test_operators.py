@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compile_tests import graphs
 from normuon_fn.ops import adamw_reference, lists, reference
+from normuon_fn.ops.handles import Graph, Like, Table, lists_outside
 from normuon_fn.ops.repack import Boxes
 
 ROWS, COLS = 4, 6
 PRODUCTS = {"symmetric_matmul", "symmetric_addmm", "addmm"}  # on stacks: tests/ops/test_products.py
-NAMES = sorted(graphs.registered_ops() - PRODUCTS)
+REGISTERED = sorted(graphs.registered_ops() - PRODUCTS)
+BY_HANDLE = [name for name in REGISTERED if name.endswith("_by_handle")]
+NAMES = [name for name in REGISTERED if name not in BY_HANDLE]
 SKIPS = ("advance", "apply", "apply_wide", "adamw", "adamw_wide")
 BASE = [name for name in NAMES if not name.endswith("_members")]
 
@@ -85,6 +89,7 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
             None,
         ),
         "stack": (first,),
+        "all_finite": (first,),
         "repack": ([update, scale], *repacked()),
         "reinterpret": (first[0], torch.int32),
         "adamw_flags": (first, second, grads, *betas),
@@ -155,10 +160,51 @@ def test_no_operator_waits_for_the_device_inside(name: str) -> None:
     given = arguments(name, "stacks", torch.tensor(True))
     twin = getattr(adamw_reference if name.startswith("adamw") else reference, name, None)
     with graphs.no_host_sync():
-        if twin is None:  # stack and unstack: Python around other operators
+        if twin is None:  # stack, unstack and all_finite: Python around other operators
             getattr(torch.ops.normuon_fn, name)(*given)
         else:
             twin(*([lists.unstack] if name in ("advance", "apply", "apply_wide") else []), *given)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "views", "stacks"])
+@pytest.mark.parametrize("name", BY_HANDLE)
+def test_an_operator_by_handle_is_the_operator_over_the_same_lists(name: str, kind: str) -> None:
+    base = name.removesuffix("_by_handle")
+    given, expected = (arguments(base, kind, torch.tensor(False)) for _ in range(2))
+    lists = [x for x in given if is_list(x)]
+    graph, order = Graph(torch.zeros(())), torch.zeros(())
+    texts = [
+        graph.add([Like(x.shape, x.dtype, x.device) for x in each]).text if is_list(each) else each
+        for each in given
+    ]
+    operator, plain = (getattr(torch.ops.normuon_fn, each).default for each in (name, base))
+    makes = operator._schema.arguments[1].name == "into"
+    results = [str(result.type) for result in plain._schema.returns].count("List[Tensor]")
+    into = [list(range(7, 7 + results))] if makes else []
+
+    with FakeTensorMode() as mode:  # what it returns follows from the texts alone
+        faked = operator(*tree_map_only(Tensor, mode.from_tensor, [order, *into, *texts]))
+    table = Table(lambda entry: lists[entry])
+    with lists_outside(table):
+        rest = operator(order, *into, *texts)
+    assert (faked is None) == (rest is None)
+    assert rest is None or (faked.shape, faked.dtype) == (rest.shape, rest.dtype)
+
+    leaves = [x for x in tree_leaves(plain(*expected)) if isinstance(x, Tensor)]
+    if base.endswith("_"):  # the lists that it was given are written
+        assert same(tree_leaves(lists), tree_leaves([x for x in expected if is_list(x)]))
+        assert rest is None or same([rest], leaves)
+    else:
+        made = tree_leaves([table.lists[7 + k] for k in range(results)])
+        assert same([*made, *([] if rest is None else [rest])], leaves)
+
+
+def is_list(x: Any) -> bool:
+    return isinstance(x, list) and isinstance(x[0], Tensor)
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(map(torch.equal, found, expected)) and len(found) == len(expected) > 0
 
 
 @pytest.mark.parametrize("name", [name for name in BASE if f"{name}_" in BASE])

@@ -20,7 +20,7 @@ from .planning.common import agree_on_step
 from .planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from .planning.memory import check_writable
 from .planning.plan import Plan
-from .planning.tensors import StepTensors
+from .planning.tensors import CallersDicts, Dicts, StepTensors
 from .types import Grads, Hyper, StepResult, Tensors
 
 
@@ -139,16 +139,23 @@ def _checked_step(
         params, grads, state = local_of(params), local_of(grads), local_of(state)
         if plan.config.missing_grads == "zeros":
             grads = zeros_for_none(params, grads)
-        agreement = Agreement(plan.guard, found_inf)
-        tensors = StepTensors(
-            params, grads, state, hyper, hypers=plan.hypers, config=plan.config, stages=plan.stages,
-            agreement=agreement, in_place=in_place,
-        )  # fmt: skip
-        return _whole_step(tensors, plan, agreement)
+        dicts = CallersDicts(params, grads, state, in_place=in_place)
+        flags, skipped = step_of(dicts, hyper, plan, found_inf)
+        return StepResult(*dicts.after(), flags, skipped)
 
 
-def _whole_step(tensors: StepTensors, plan: Plan, agreement: Agreement) -> StepResult:
-    """Every bucket goes through the same stages; some leave some out. See algorithm/work.py."""
+def step_of(
+    dicts: Dicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``(flags, skipped)`` of a step whose tensors are read from ``dicts`` and written there.
+
+    Every bucket goes through the same stages; some leave some out. See algorithm/work.py.
+    """
+    agreement = Agreement(plan.guard, found_inf)
+    tensors = StepTensors(
+        dicts, hyper, hypers=plan.hypers, config=plan.config, stages=plan.stages,
+        agreement=agreement,
+    )  # fmt: skip
     works = [bucket.work(tensors) for bucket in plan.all_buckets]
     agreement.before(works)  # guard="full": are all gradients finite?
     for work in works:
@@ -162,23 +169,19 @@ def _whole_step(tensors: StepTensors, plan: Plan, agreement: Agreement) -> StepR
     agreement.after(works)  # are all updates finite? The guard's one collective: here, or above
     for work in works:
         work.apply()  # weight decay and update, or every bit as it was
-    return _result(tensors, agreement)
+    assert agreement.flags is not None
+    dicts.count(_counted(dicts.state, agreement.skipped))
+    return agreement.flags, agreement.skipped
 
 
-def _result(tensors: StepTensors, agreement: Agreement) -> StepResult:
-    """With the guard's counters: steps so far, skipped ones, skipped ones in a row."""
-    step, total, in_a_row = (
-        tensors.state[f"guard.{k}"] for k in ("step", "skipped", "consecutive")
-    )
-    skipped = agreement.skipped
-    counted = {
+def _counted(state: Tensors, skipped: Tensor) -> Tensors:
+    """The guard's counters: steps so far, skipped ones, skipped ones in a row."""
+    step, total, in_a_row = (state[f"guard.{k}"] for k in ("step", "skipped", "consecutive"))
+    return {
         "guard.step": step + 1,
         "guard.skipped": total + skipped.to(total.dtype),
         "guard.consecutive": torch.where(skipped, in_a_row + 1, 0),
     }
-    tensors.count(counted)
-    assert agreement.flags is not None
-    return StepResult(*tensors.after(), agreement.flags, skipped)
 
 
 def zeros_for_none(params: Tensors, grads: Grads) -> Grads:

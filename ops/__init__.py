@@ -12,8 +12,9 @@ A device, a dtype and memory are all that an operator knows: nothing of names, p
 
 from __future__ import annotations
 
+from .handles import Graph, Handle, Like, Table, lists_outside
 from .launch import kernels_for
-from .lists import stack
+from .lists import all_finite, chained, stack
 from .operators import (
     AdamWRates,
     Advanced,
@@ -33,11 +34,18 @@ __all__ = [
     "SYMMETRIC",
     "AdamWRates",
     "Advanced",
+    "Graph",
+    "Handle",
+    "Like",
     "Measures",
     "MomentumRule",
     "Operators",
     "Products",
+    "Table",
+    "all_finite",
+    "chained",
     "kernels_for",
+    "lists_outside",
     "measure",
     "orient",
     "orientation",

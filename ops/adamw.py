@@ -11,7 +11,7 @@ from torch import Tensor
 from . import adamw_reference as reference
 from . import checks
 from .launch import dtype_of, has_kernel, jit, launch, tl
-from .registration import Lists, empty_like, register
+from .registration import Lists, register
 from .rounding_kernels import joined_with, parted, rounded_by_chance
 from .tables import address_table, chunk_table, salt_table
 
@@ -240,14 +240,6 @@ def _flags_fake(exp_avgs: list[Tensor], *rest: Any) -> Tensor:
     return exp_avgs[0].new_empty((2, len(exp_avgs)), dtype=torch.bool)
 
 
-def _adamw_fake(*arguments: Any) -> tuple[list[Tensor], ...]:
-    return tuple(map(empty_like, arguments[:3]))
-
-
-def _adamw_wide_fake(*arguments: Any) -> tuple[list[Tensor], ...]:
-    return tuple(map(empty_like, arguments[:4]))
-
-
 _MOMENTS = "Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads"
 _RATES = "Tensor beta1, Tensor beta2, Tensor eps, Tensor correction1, Tensor correction2"
 
@@ -264,7 +256,6 @@ adamw, adamw_ = register(
     f"(Tensor[] params, {_MOMENTS}, Tensor lr, Tensor decay, {_RATES}, Tensor? skip, "
     "Tensor? step=None, int[] salts=[]) -> (Tensor[], Tensor[], Tensor[])",
     _run_adamw,
-    _adamw_fake,
     check=checks.adamw,
     writes=("params", "exp_avgs", "exp_avg_sqs"),
 )
@@ -273,7 +264,6 @@ adamw_wide, adamw_wide_ = register(
     f"(Tensor[] params, Tensor[] rests, {_MOMENTS}, Tensor lr, Tensor decay, {_RATES}, "
     "Tensor? skip) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
     _run_adamw_wide,
-    _adamw_wide_fake,
     check=checks.adamw_wide,
     writes=("params", "rests", "exp_avgs", "exp_avg_sqs"),
 )

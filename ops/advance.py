@@ -19,7 +19,7 @@ from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, tile, tl
 from .lists import count
 from .reference import compute_dtype
-from .registration import Lists, empty_like
+from .registration import Lists
 from .tables import matrix_table
 
 TILE, LOOP = 2048, 4  # entries of a tile, and tiles of a strip
@@ -200,17 +200,13 @@ def _largest_fake(tensors: list[Tensor], sizes: list[int]) -> Tensor:
     return tensors[0].new_empty(sum(map(count, tensors)), dtype=compute_dtype(tensors[0].dtype))
 
 
-def _advance_fake(momentums: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor]:
-    return empty_like(momentums), _measure_fake(momentums)
-
-
 # ``sizes``: the list is that many tensors of one shape, then that many of another, and so on.
 advance = with_kernel(
     "advance",
     "(Tensor[] momentums, Tensor[] grads, Tensor beta, Tensor? keep, int[] sizes, str form, "
     "bool nesterov) -> (Tensor[], Tensor)",
     _launch_advance,
-    _advance_fake,
+    _measure_fake,
     check=checks.advance,
     writes=("momentums",),
 )

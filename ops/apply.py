@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from . import checks
 from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, tile, tl
-from .registration import Lists, empty_like
+from .registration import Lists
 from .rounding_kernels import joined_with, parted, rounded_by_chance
 from .tables import matrix_table, salt_table
 
@@ -132,23 +131,12 @@ def _launch(
     )  # fmt: skip
 
 
-def _apply_fake(params: list[Tensor], *rest: Any) -> list[Tensor]:
-    return empty_like(params)
-
-
-def _apply_wide_fake(
-    params: list[Tensor], rests: list[Tensor], *more: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    return empty_like(params), empty_like(rests)
-
-
 _UPDATE = "Tensor update, Tensor factor, Tensor decay, Tensor? skip, bool cautious"
 
 apply = with_kernel(
     "apply",
     f"(Tensor[] params, {_UPDATE}, Tensor? step=None, int[] salts=[]) -> Tensor[]",
     _launch_apply,
-    _apply_fake,
     check=checks.apply,
     writes=("params",),
 )
@@ -156,7 +144,6 @@ apply_wide = with_kernel(
     "apply_wide",
     f"(Tensor[] params, Tensor[] rests, {_UPDATE}) -> (Tensor[], Tensor[])",
     _launch_apply_wide,
-    _apply_wide_fake,
     check=checks.apply_wide,
     writes=("params", "rests"),
 )

@@ -35,7 +35,7 @@ def with_kernel(
     name: str,
     schema: str,
     kernel: Operation,
-    fake: Operation,
+    fake: Operation | None = None,
     *,
     check: Operation,
     writes: Sequence[str] = (),

@@ -51,7 +51,7 @@ def has_kernel(*lists: Sequence[Tensor]) -> bool:
     Raises:
         ImportError: the tensors would go to the kernels, but triton is not installed.
     """
-    return kernels_for(lists[0][0].device, (x.dtype for tensors in lists for x in tensors))
+    return kernels_for(lists[0][0].device, {x.dtype for tensors in lists for x in tensors})
 
 
 _compiled: dict[Hashable, Any] = {}

@@ -8,18 +8,28 @@ are a few: operators on one side, and PyTorch, which Inductor compiles, on the o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .registration import Lists, empty_like, register
+from .handles import is_handle, joined
+from .registration import Lists, register
 
 
 def count(x: Tensor) -> int:
     """How many matrices a tensor from a list is."""
     return x.shape[0] if x.ndim == 3 else 1
+
+
+def chained(lists: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Several lists as one."""
+    if len(lists) == 1:
+        return lists[0]
+    if lists and is_handle(lists[0]):
+        return joined(lists)  # type: ignore[arg-type,return-value]
+    return [x for tensors in lists for x in tensors]
 
 
 def _are_matrices(tensors: list[Tensor]) -> bool:
@@ -54,17 +64,12 @@ def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor, start: int | N
         torch._foreach_copy_(targets, stacked.unbind(0))
 
 
-def _unstack_fake(tensors: list[Tensor], stacked: Tensor, start: int | None = None) -> list[Tensor]:
-    return empty_like(tensors)
-
-
 stack, _ = register("stack", "(Tensor[] tensors) -> Tensor", _stack, _stack_fake)
 _unstack_op, _unstack_op_ = register(
     "unstack",
     # start: where the matrices of the list begin in the stack; None: they are all of it
     "(Tensor[] tensors, Tensor stacked, int? start=None) -> Tensor[]",
     _unstack,
-    _unstack_fake,
     check=checks.unstack,
     writes=("tensors",),
 )
@@ -89,7 +94,7 @@ _MOST = 128
 def _in_parts(
     operator: Callable[..., list[Tensor]], tensors: list[Tensor], stacked: Tensor
 ) -> list[Tensor]:
-    if len(tensors) <= _MOST:
+    if len(tensors) <= _MOST or is_handle(tensors):
         return operator(tensors, stacked)
     if not torch.compiler.is_dynamo_compiling():  # all of it, before a part is written
         checks.unstack(tensors, stacked)
@@ -100,3 +105,17 @@ def _in_parts(
         found += operator(part, stacked, start)
         start += sum(map(count, part))
     return found
+
+
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([x.isfinite().all() for x in tensors])
+
+
+def _all_finite_fake(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((len(tensors),), dtype=torch.bool)
+
+
+# [n] bool: whether every entry of each tensor is finite; they may have any shapes.
+all_finite, _ = register(
+    "all_finite", "(Tensor[] tensors) -> Tensor", _all_finite, _all_finite_fake
+)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lists import count, stack
+from .lists import chained, count, stack
 from .reinterpret import reinterpret
 from .rounding import joined_with, noise, parted, places, rounded_by_chance
 
@@ -153,8 +153,8 @@ def advance(
             new = torch.where(keep, old, new)
         found.append(measures(grad, update_of(new, grad, beta, form, nesterov)))
         stacks.append(new)
-        written += write(momentums[part], new)
-    return written, together(found), stacks
+        written.append(write(momentums[part], new))
+    return chained(written), together(found), stacks
 
 
 def lookahead(

@@ -1,6 +1,7 @@
 """How an operation over lists of tensors becomes registered operators.
 
-``name`` is pure, ``name_`` writes its lists, and ``name_members`` is what `torch.vmap` calls.
+``name`` is pure, ``name_`` writes its lists, ``name_members`` is what `torch.vmap` calls, and
+``name_by_handle`` and ``name__by_handle`` find their lists outside of the graph.
 
 Why operators at all: elementwise code stays PyTorch where Inductor compiles it well, and over lists
 it does not. Written out per parameter, the step of 72 matrices took 60 s to compile on 2 CPU cores
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake, register_vmap
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from .handles import Handle, current_table, likes_of, texts
 
 Operation = Callable[..., Any]
 Lists = tuple[list[Tensor], ...]
@@ -62,19 +65,21 @@ def register(
     name: str,
     schema: str,
     body: Operation,
-    fake: Operation,
+    fake: Operation | None = None,
     *,
     check: Operation | None = None,
     writes: Sequence[str] = (),
 ) -> tuple[Operation, Operation]:
     """``(pure, in_place)``: two functions that take the same arguments and return the same results.
 
+    Their lists may be handles: see handles.py.
+
     Args:
         schema: the pure operator's.
         body: ``body(into, *arguments)`` writes the new values into the lists ``into`` and returns
             the other result. The lists are new tensors or those of the arguments. Without
             ``writes`` it is ``body(*arguments)``.
-        fake: the pure operator's results without values.
+        fake: the other result without values; ``None``: there is no other.
         check: raises for arguments that do not fit each other, before anything is written.
         writes: the names of the leading list arguments whose new values are the leading results.
             At most one other result follows.
@@ -85,24 +90,39 @@ def register(
         check(*arguments)
         return body(*arguments)
 
-    def allocate_and_write(*arguments: Any) -> Any:
+    def write_new(*arguments: Any) -> tuple[Lists, Any]:
         check(*arguments)
         into = tuple(empty_like(x) for x in arguments[:count])
-        rest = body(into, *arguments)
+        return into, body(into, *arguments)
+
+    def results(lists: Sequence[Any], rest: Any) -> Any:
         if rest is not None:
-            return (*into, rest)
-        return into if count > 1 else into[0]
+            return (*lists, rest)
+        return tuple(lists) if count > 1 else lists[0]
 
-    function = allocate_and_write if writes else checked
-    pure = define(name, schema, function, fake)
-    _register_vmap(name, schema, function, fake)
+    def pure_fake(*arguments: Any) -> Any:
+        rest = fake and fake(*arguments)
+        return results([empty_like(x) for x in arguments[:count]], rest) if writes else rest
+
+    function = (lambda *arguments: results(*write_new(*arguments))) if writes else checked
+    operator = define(name, schema, function, pure_fake)
+    _register_vmap(name, schema, function, pure_fake)
+    if not schema.startswith("(Tensor[]"):
+        return operator, operator
     if not writes:
-        return pure, pure
+        reader = _define_by_handle(name, schema, checked, fake)
 
-    takes, gives = schema.split(" -> ")
-    for letter, argument in zip("abcd", writes, strict=False):
-        takes = takes.replace(f"Tensor[] {argument}", f"Tensor({letter}!)[] {argument}")
-    has_rest = len(gives.split(",")) > count
+        def reading(*arguments: Any) -> Any:
+            if isinstance(arguments[0], Handle):
+                return reader(arguments[0].graph.order, *texts(arguments))
+            return operator(*arguments)
+
+        return reading, reading
+
+    def keep_new(into: Sequence[int], *arguments: Any) -> Any:
+        lists, rest = write_new(*arguments)
+        current_table().lists.update(zip(into, lists, strict=True))
+        return rest
 
     def write(*arguments: Any) -> Any:
         check(*arguments)
@@ -115,19 +135,54 @@ def register(
                 torch.autograd.graph.increment_version(written)
         return body(lists, *arguments)
 
-    def fake_rest(*arguments: Any) -> Any:
-        return fake(*arguments)[count] if has_rest else None
+    takes = schema.partition(" -> ")[0]
+    for letter, argument in zip("abcd", writes, strict=False):
+        takes = takes.replace(f"Tensor[] {argument}", f"Tensor({letter}!)[] {argument}")
+    gives = "Tensor" if fake else "()"
+    mutating = define(f"{name}_", f"{takes} -> {gives}", write, fake or (lambda *_: None))
+    maker = _define_by_handle(name, schema, keep_new, fake, into=True)
+    writer = _define_by_handle(f"{name}_", schema, write, fake)
 
-    mutating = define(f"{name}_", f"{takes} -> {'Tensor' if has_rest else '()'}", write, fake_rest)
+    def pure(*arguments: Any) -> Any:
+        if not isinstance(arguments[0], Handle):
+            return operator(*arguments)
+        graph = arguments[0].graph
+        lists = [graph.add(old.likes) for old in arguments[:count]]
+        into = [made.places[0].entry for made in lists]
+        return results(lists, maker(graph.order, into, *texts(arguments)))
 
     def in_place(*arguments: Any) -> Any:
-        rest = mutating(*arguments)
-        lists = arguments[:count]
-        if has_rest:
-            return (*lists, rest)
-        return lists if count > 1 else lists[0]
+        if isinstance(arguments[0], Handle):
+            rest = writer(arguments[0].graph.order, *texts(arguments))
+        else:
+            rest = mutating(*arguments)
+        return results(arguments[:count], rest)
 
     return pure, in_place
+
+
+def _define_by_handle(
+    name: str, schema: str, function: Operation, fake: Operation | None, *, into: bool = False
+) -> Any:
+    """The operator whose lists are handles. ``into``: it also takes the entries of its results."""
+    takes = schema.partition(" -> ")[0].removeprefix("(")
+    lists = [part.strip().startswith("Tensor[]") for part in takes.split(",")]
+    takes = takes.replace("Tensor[] ", "str ")
+    first = "Tensor(z!) order, int[] into, " if into else "Tensor(z!) order, "
+
+    def run(order: Tensor, *arguments: Any) -> Any:
+        table, lead = current_table(), arguments[:into]
+        rest = zip(arguments[into:], lists, strict=False)
+        return function(*lead, *(table.find(x) if is_list else x for x, is_list in rest))
+
+    def run_fake(order: Tensor, *arguments: Any) -> Any:
+        if fake is None:
+            return None
+        rest = zip(arguments[into:], lists, strict=False)
+        return fake(*(likes_of(x, order.device) if is_list else x for x, is_list in rest))
+
+    gives = "Tensor" if fake else "()"
+    return define(f"{name}_by_handle", f"({first}{takes} -> {gives}", run, run_fake)
 
 
 # --- vmap ---

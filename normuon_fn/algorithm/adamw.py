@@ -73,5 +73,4 @@ class AdamWWork(Work):
     def _with_overflow(self, bad: Tensor) -> Tensor:
         """``bad``, and updates that float16 cannot hold: one more pass, for no other dtype."""
         params = self._new(ops.Operators(self.context.operators.kernels, False), None)[0]
-        finite = torch.stack([x.isfinite().all() for x in params])
-        return torch.stack([bad[0] | ~finite, bad[1]])
+        return torch.stack([bad[0] | ~ops.all_finite(params), bad[1]])

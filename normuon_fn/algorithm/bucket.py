@@ -129,7 +129,7 @@ class MatrixWork(Work):
         return ops.MomentumRule(form, self.context.config.nesterov)
 
     def _read(self, name: str) -> list[Tensor]:
-        return [x for group in self.groups for x in group.read(name)]
+        return ops.chained([group.read(name) for group in self.groups])
 
     # ------------------------------------------------------------------------------- orthogonalize
 

@@ -96,6 +96,14 @@ def has_own_dispatch(tensor: Tensor) -> bool:
     return own and not kind.__module__.startswith(_KNOWN)
 
 
+def is_plain_type(kind: type[Tensor]) -> bool:
+    """Whether tensors of this type behave as `torch.Tensor`: operations see their memory alone."""
+    if kind is Tensor:
+        return True
+    behaves = kind.__torch_function__ is torch.nn.Parameter.__torch_function__
+    return behaves and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 _KNOWN = ("torch._subclasses", "torch.distributed")  # fake and functional tensors, DTensors
 
 

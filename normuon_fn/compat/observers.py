@@ -6,7 +6,7 @@ A graph is one operation to them all. See runtime/eager.py for what follows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,19 @@ def may_differentiate() -> bool:
     if torch.is_grad_enabled():
         return True
     return not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0
+
+
+def any_differentiated(params: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether `is_differentiated` may be true of any of these; params may be leaves of autograd.
+
+    For code that no transform of torch.func runs; no Python code of ours runs per tensor.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    inner = [x for x in params if x.requires_grad and not x.is_leaf]
+    return bool(inner or [x for x in others if x.requires_grad])
 
 
 def is_differentiated(x: Tensor, *, leaves: bool = True) -> bool:

@@ -23,6 +23,17 @@ class View:
     length: int | None = None  # None: all of the tensor
     swap: bool = False  # the count lies in the middle: [rows, count, cols]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether `read` gives every tensor as it is."""
+        return self.base == self.shape and self.length is None and not self.swap
+
+    @property
+    def read_shape(self) -> tuple[int, ...]:
+        """The shape of what `read` gives."""
+        first, second, *rest = self.shape
+        return (second, first, *rest) if self.swap else self.shape
+
     def read(self, tensor: Tensor) -> Tensor:
         """A view of the tensor, or a copy where its strides allow none: see `is_view`."""
         part = self._slice(tensor)

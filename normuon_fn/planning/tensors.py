@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,108 +18,79 @@ from .layout import Block, View, join
 K = TypeVar("K", bound=Kind)
 
 
-class StepTensors:
+class Entries(NamedTuple):
+    """Entries of params, grads or state that are one list of matrices, or of whole parameters."""
+
+    what: str  # "param", "grad", or the name of a state
+    keys: tuple[str, ...]
+    views: tuple[View, ...] | None  # how each is read as matrices; None: all as they are
+
+    def read(self, source: Grads) -> list[Any]:
+        """Views of the entries; of tensors with odd strides copies."""
+        found: list[Any] = [source[key] for key in self.keys]
+        if self.views is not None:
+            found = [view.read(x) for view, x in zip(self.views, found, strict=True)]
+        if self.what == "grad" and len({grad.dtype for grad in found}) > 1:
+            return [grad.float() for grad in found]  # a list has one dtype
+        return found
+
+    def write_back(self, source: Tensors, parts: Sequence[Tensor]) -> None:
+        """Copies to its place what `read` copied, and what has changed since."""
+        if self.views is None:
+            return
+        for key, view, part in zip(self.keys, self.views, parts, strict=True):
+            if not view.is_view(source[key]):
+                view.write(source[key], part)
+
+
+class Dicts(Protocol):
+    """Where the tensors of a step are: in the dicts of its caller, or outside of a graph."""
+
+    state: Tensors  # at least the guard's counters
+    in_place: bool
+
+    def has_gradient(self, name: str) -> bool: ...
+
+    def read(self, entries: Entries) -> list[Tensor]: ...
+
+    def put(self, entries: Entries, tensors: list[Tensor]) -> None:
+        """New ones in the place of ``entries``."""
+
+    def count(self, counters: Tensors) -> None:
+        """The guard's counters after this step."""
+
+
+class CallersDicts:
     """What a step was given, and what it has made so far. Of DTensors the local parts."""
 
-    def __init__(
-        self,
-        params: Tensors,
-        grads: Grads,
-        state: Tensors,
-        hyper: Hyper,
-        *,
-        hypers: int,
-        config: Config,
-        stages: Stages,
-        agreement: Agreement,
-        in_place: bool,
-    ) -> None:
-        self.params, self.grads, self.state, self.hyper = params, grads, state, hyper
-        self.hypers, self.config, self.stages, self.agreement = hypers, config, stages, agreement
-        self.in_place = in_place
-        self.lines = {state.name for state in stages.line_states}
-        self.new: dict[
-            str, list[tuple[View | None, Tensor]]
-        ] = {}  # by key: parts, and their places
-
-    def context(self, hyper: int, kernels: bool = False) -> Context:
-        """What the works of a step share. ``hyper``: which entry of `Hyper`'s tensors."""
-        own = self.hyper if self.hypers == 0 else Hyper(*(values[hyper] for values in self.hyper))
-        step = self.state["guard.step"]
-        # The bias correction and rounding by chance count accepted steps: a skipped one leaves no
-        # trace. With the guard's scope a bucket, the skips of other buckets must not count, so all
-        # steps do.
-        count = step + 1
-        if self.config.guard_scope == "step":
-            skipped = self.state["guard.skipped"]
-            count, step = count - skipped, step - skipped
-        return Context(
-            config=self.config,
-            stages=self.stages,
-            hyper=own,
-            operators=ops.Operators(kernels, self.in_place),
-            step=step,
-            adamw_step=count,
-            early=self.agreement.early,
-            holds_late=self.agreement.holds_late,
-        )
+    def __init__(self, params: Tensors, grads: Grads, state: Tensors, *, in_place: bool) -> None:
+        self.params, self.grads, self.state, self.in_place = params, grads, state, in_place
+        # by key: parts, and their places
+        self.new: dict[str, list[tuple[View | None, Tensor]]] = {}
 
     def has_gradient(self, name: str) -> bool:
         return self.grads[name] is not None
 
-    def members(self, kind: K, blocks: Sequence[Block], local: bool = True) -> Members[K]:
-        """The blocks of a group that have a gradient."""
-        blocks = [block for block in blocks if self.has_gradient(block.name)]
+    def read(self, entries: Entries) -> list[Tensor]:
+        return entries.read(self._source(entries.what))
 
-        def read(what: str) -> list[Tensor]:
-            found = [self._read(block, what) for block in blocks]
-            if what == "grad" and len({grad.dtype for grad in found}) > 1:
-                return [grad.float() for grad in found]  # a list has one dtype
-            return found
-
-        def put(what: str, tensors: list[Tensor]) -> None:
-            for block, tensor in zip(blocks, tensors, strict=True):
-                view = block.line if what in self.lines else block.param
-                self.new.setdefault(_key(block.name, what), []).append((view, tensor))
-                if self.in_place and not view.is_view(self._source(block.name, what)):
-                    view.write(self._source(block.name, what), tensor)
-
-        count = sum(block.count for block in blocks)
-        salts = [salt for block in blocks for salt in block.salts]
-        return Members(kind, count, len(blocks), read, put, salts, local)
-
-    def whole_members(self, kind: K, names: Sequence[str], salts: Sequence[int]) -> Members[K]:
-        """Whole parameters of any shapes: those of ``names`` that have a gradient."""
-        own = [name for name in names if self.has_gradient(name)]
-
-        def read(what: str) -> list[Tensor]:
-            return [self._source(name, what) for name in own]
-
-        def put(what: str, tensors: list[Tensor]) -> None:
-            for name, tensor in zip(own, tensors, strict=True):
-                self.new[_key(name, what)] = [(None, tensor)]
-
-        drawn = [salt for name, salt in zip(names, salts, strict=False) if self.has_gradient(name)]
-        return Members(kind, len(own), len(own), read, put, drawn)
-
-    def _read(self, block: Block, what: str) -> Tensor:
-        """A view [rows, cols] or [count, rows, cols]; of a tensor with odd strides a copy."""
-        view = block.line if what in self.lines else block.param
-        return view.read(self._source(block.name, what))
-
-    def _source(self, name: str, what: str) -> Tensor:
-        if what == "grad":
-            grad = self.grads[name]
-            assert grad is not None  # the parameters without one were left out before
-            return grad
-        return self.params[name] if what == "param" else self.state[_key(name, what)]
+    def put(self, entries: Entries, tensors: list[Tensor]) -> None:
+        if self.in_place:
+            entries.write_back(self._source(entries.what), tensors)
+            return
+        views = entries.views or (None,) * len(entries.keys)
+        for key, view, tensor in zip(entries.keys, views, tensors, strict=True):
+            self.new.setdefault(key, []).append((view, tensor))
 
     def count(self, counters: Tensors) -> None:
-        """Counters of the guard."""
         for key, value in counters.items():
-            self.new[key] = [(None, value)]
             if self.in_place:
                 self.state[key].copy_(value)
+            else:
+                self.new[key] = [(None, value)]
+
+    def _source(self, what: str) -> Any:
+        return {"param": self.params, "grad": self.grads}.get(what, self.state)
 
     def after(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """``(params, state)`` after the step, in the order of the keys that came in."""
@@ -135,6 +106,83 @@ class StepTensors:
         return old if parts is None else _laid_out_as(old, join(parts))
 
 
+class StepTensors:
+    """The tensors of one step, as its buckets ask for them."""
+
+    def __init__(
+        self,
+        dicts: Dicts,
+        hyper: Hyper,
+        *,
+        hypers: int,
+        config: Config,
+        stages: Stages,
+        agreement: Agreement,
+    ) -> None:
+        self.dicts, self.hyper, self.hypers = dicts, hyper, hypers
+        self.config, self.stages, self.agreement = config, stages, agreement
+        self.lines = {state.name for state in stages.line_states}
+
+    def context(self, hyper: int, kernels: bool = False) -> Context:
+        """What the works of a step share. ``hyper``: which entry of `Hyper`'s tensors."""
+        own = self.hyper if self.hypers == 0 else Hyper(*(values[hyper] for values in self.hyper))
+        step = self.dicts.state["guard.step"]
+        # The bias correction and rounding by chance count accepted steps: a skipped one leaves no
+        # trace. With the guard's scope a bucket, the skips of other buckets must not count, so all
+        # steps do.
+        count = step + 1
+        if self.config.guard_scope == "step":
+            skipped = self.dicts.state["guard.skipped"]
+            count, step = count - skipped, step - skipped
+        return Context(
+            config=self.config,
+            stages=self.stages,
+            hyper=own,
+            operators=ops.Operators(kernels, self.dicts.in_place),
+            step=step,
+            adamw_step=count,
+            early=self.agreement.early,
+            holds_late=self.agreement.holds_late,
+        )
+
+    def has_gradient(self, name: str) -> bool:
+        return self.dicts.has_gradient(name)
+
+    def members(self, kind: K, blocks: Sequence[Block], local: bool = True) -> Members[K]:
+        """The blocks of a group that have a gradient."""
+        blocks = [block for block in blocks if self.has_gradient(block.name)]
+
+        def entries(what: str) -> Entries:
+            views = tuple(block.line if what in self.lines else block.param for block in blocks)
+            keys = tuple(_key(block.name, what) for block in blocks)
+            return Entries(what, keys, None if all(view.is_whole for view in views) else views)
+
+        count = sum(block.count for block in blocks)
+        salts = [salt for block in blocks for salt in block.salts]
+        return self._members(kind, count, len(blocks), entries, salts, local)
+
+    def whole_members(self, kind: K, names: Sequence[str], salts: Sequence[int]) -> Members[K]:
+        """Whole parameters of any shapes: those of ``names`` that have a gradient."""
+        own = [name for name in names if self.has_gradient(name)]
+
+        def entries(what: str) -> Entries:
+            return Entries(what, tuple(_key(name, what) for name in own), None)
+
+        drawn = [salt for name, salt in zip(names, salts, strict=False) if self.has_gradient(name)]
+        return self._members(kind, len(own), len(own), entries, drawn, True)
+
+    def _members(
+        self, kind: K, count: int, tensors: int, entries: Any, salts: list[int], local: bool
+    ) -> Members[K]:
+        def read(what: str) -> list[Tensor]:
+            return self.dicts.read(entries(what))
+
+        def put(what: str, new: list[Tensor]) -> None:
+            self.dicts.put(entries(what), new)
+
+        return Members(kind, count, tensors, read, put, salts, local)
+
+
 def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:
     """``new`` with the strides of ``old``, so that the next step meets the same graph."""
     if old.is_contiguous() or new.stride() == old.stride():
@@ -143,5 +191,5 @@ def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _key(name: str, what: str) -> str:
-    """In ``params`` or in ``state``."""
-    return name if what == "param" else f"{name}.{what}"
+    """In ``params`` or ``grads``, or in ``state``."""
+    return name if what in ("param", "grad") else f"{name}.{what}"

@@ -1,120 +1,168 @@
-"""A step as a function of tensors alone, which Dynamo takes for one operation.
+"""A step as a graph of stacks: its lists of parameters, gradients and state stay outside.
 
-    dicts -> one list of tensors -> the compiled graph -> a list of tensors -> dicts
+    dicts -> lists, in a table  -->  graph(order, guard, hyper, counters)  -->  lists -> dicts
 
-Dynamo interprets every line of Python that it traces, and a plan is mostly Python: with hundreds of
-matrices that took most of the first step. The function here is called while the graph is made, on
-fake tensors and by Python itself; the graph that comes of it is the same. What Dynamo still sees
-and guards are the tensors.
+What a graph costs to make grows with what it takes: Dynamo interprets Python for every parameter
+and guards every tensor, AOTAutograd wraps each, Inductor looks at all of them again and again. Here
+the graph takes what does not grow with the model, and finds its lists by handle: ops/handles.py.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import ops
+from ..compat import is_plain_type
 from ..compat.graphs import compile_whole, free_graph
+from ..compat.observers import any_differentiated
+from ..ops.handles import Handle
+from ..planning.hypergradients import check_derivatives
+from ..planning.layout import View
 from ..planning.plan import Plan
-from ..step import local_update, local_update_
+from ..planning.tensors import CallersDicts, Entries
+from ..step import local_update, local_update_, step_of
 from ..types import Grads, Hyper, StepResult, Tensors
 from .eager import NotCompiled
 
-Flat = Sequence[Tensor]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+COUNTERS = ("guard.step", "guard.skipped", "guard.consecutive")
+Dtypes = tuple[torch.dtype, ...]
+# of a gradient and its parameter
+GRADIENTS = {(dtype, dtype) for dtype in (*FLOATS, torch.float64)} | {
+    (torch.float32, dtype) for dtype in FLOATS
+}
 
 
-class FlatStep:
-    """One of the step's functions, for one plan and one set of arguments that are there.
+class OutsideDicts:
+    """The dicts of a step while its graph is made: what is read and written there, in order."""
+
+    def __init__(
+        self,
+        graph: ops.Graph,
+        plan: Plan,
+        grads: Mapping[str, torch.dtype],
+        state: Tensors,
+        *,
+        in_place: bool,
+    ) -> None:
+        self.graph, self.grads, self.state, self.in_place = graph, grads, state, in_place
+        self.device = plan.device
+        self.specs = {**{p.name: p.spec for p in plan.parameters}, **plan.state}
+        self.read_at: dict[Entries, Handle] = {}
+        self.written: list[tuple[Entries, str]] = []  # and the text of their handle
+        self.counters: Tensors = {}
+
+    def has_gradient(self, name: str) -> bool:
+        return name in self.grads
+
+    def read(self, entries: Entries) -> Any:
+        handle = self.read_at.get(entries)
+        if handle is None:
+            handle = self.read_at[entries] = self.graph.add(self._likes(entries))
+        return handle
+
+    def _likes(self, entries: Entries) -> list[ops.Like]:
+        views: Sequence[View | None] = entries.views or (None,) * len(entries.keys)
+        shapes = [
+            torch.Size(self.specs[key].shape if view is None else view.read_shape)
+            for key, view in zip(entries.keys, views, strict=True)
+        ]
+        of = (
+            self.grads if entries.what == "grad" else {k: self.specs[k].dtype for k in entries.keys}
+        )
+        dtypes = [of[key] for key in entries.keys]
+        if len(set(dtypes)) > 1 and entries.what == "grad":
+            dtypes = [torch.float32] * len(dtypes)  # see `Entries.read`
+        return [ops.Like(*each, self.device) for each in zip(shapes, dtypes, strict=True)]
+
+    def put(self, entries: Entries, tensors: Any) -> None:
+        self.written.append((entries, tensors.text))
+
+    def count(self, counters: Tensors) -> None:
+        self.counters = counters
+        if self.in_place:
+            for key, value in counters.items():
+                self.state[key].copy_(value)
+
+
+class Graph:
+    """One of the step's functions for one plan, and for gradients of which some are missing.
 
     It does not keep the plan alive: a graph must not outlive it.
     """
 
-    def __init__(
-        self, function: Callable[..., StepResult], plan: Plan, missing: Sequence[bool]
-    ) -> None:
-        self.function, self.plan = function, weakref.ref(plan)
-        names = plan.names
-        self.names, self.known, self.state = names, frozenset(names), tuple(plan.state)
-        absent = missing or (False,) * len(names)
-        self.lacking = frozenset(name for name, lacks in zip(names, absent, strict=True) if lacks)
-        self.graded = tuple(name for name in names if name not in self.lacking)
-        self.written: list[tuple[str, ...]] = []  # new parameters, new state; known once traced
-
-    def flatten(
-        self,
-        params: Tensors,
-        grads: Grads,
-        state: Tensors,
-        hyper: Hyper,
-        plan: Plan,
-        found_inf: Tensor | None,
-    ) -> list[Tensor]:
-        """All tensors that the step reads, in an order of its own.
-
-        Raises:
-            KeyError: other names than the plan's. `check_step` says which.
-        """
-        if (
-            len(params) != len(self.names)
-            or len(state) != len(self.state)
-            or grads.keys() != self.known  # a name that is not there would look like a None
-        ):
-            raise KeyError("params, grads and state: expected the names of the plan")
-        flat = [plan.guard.parameter_of, plan.guard.members, *hyper]
-        flat += [params[name] for name in self.names]
-        flat += [state[key] for key in self.state]
-        flat += [grads[name] for name in self.graded]  # type: ignore[misc]
-        return flat if found_inf is None else [*flat, found_inf]
-
-    def traced(self, *flat: Tensor) -> list[Tensor]:
-        """The step on fake tensors: flags, whether it was skipped, and what is new."""
-        plan = self.plan()
-        assert plan is not None
-        given: Iterator[Tensor] = iter(flat)
-        rule = replace(plan.guard, parameter_of=next(given), members=next(given))
-        hyper = Hyper(*(next(given) for _ in Hyper._fields))
-        params = {name: next(given) for name in self.names}
-        state = {key: next(given) for key in self.state}
-        grads: dict[str, Tensor | None] = dict.fromkeys(self.names)
-        grads |= {name: next(given) for name in self.graded}
-        found_inf = next(given, None)
-        result = self.function(
-            params, grads, state, hyper, replace(plan, guard=rule), found_inf=found_inf
-        )
-        new = [
-            {name: x for name, x in after.items() if x is not before[name]}
-            for after, before in ((result.params, params), (result.state, state))
-        ]
-        self.written = [tuple(each) for each in new]
-        return [result.flags, result.skipped, *(x for each in new for x in each.values())]
-
-    def unflatten(self, flat: Flat, params: Tensors, state: Tensors) -> StepResult:
-        """The result with the keys of what was given, in the same order."""
-        flags, skipped, *rest = flat
-        new_params, new_state = self.written
-        after_params = {**params, **dict(zip(new_params, rest, strict=False))}
-        after_state = {**state, **dict(zip(new_state, rest[len(new_params) :], strict=True))}
-        return StepResult(after_params, after_state, flags, skipped)
-
-
-class Operation:
-    """One of the step's functions for the same arguments, as a graph."""
-
-    def __init__(
-        self, function: Callable[..., StepResult], plan: Plan, missing: Sequence[bool]
-    ) -> None:
-        self.flat = flat = FlatStep(function, plan, missing)
-        traced = torch.compiler.allow_in_graph(lambda *tensors: flat.traced(*tensors))
+    def __init__(self, plan: Plan, grads: Mapping[str, torch.dtype], *, in_place: bool) -> None:
+        self.plan, self.grads, self.in_place = weakref.ref(plan), grads, in_place
+        self.order = torch.zeros((), dtype=torch.uint8, device=plan.device)
+        # Known once traced: what is read, by entry of the table; what is written, by handle.
+        self.reads: dict[int, Entries] = {}
+        self.writes: list[tuple[Entries, str]] = []
+        traced = torch.compiler.allow_in_graph(lambda *tensors: self._traced(*tensors))
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             if not torch.compiler.is_dynamo_compiling():
                 raise NotCompiled
             return traced(*tensors)
 
-        self.graph = compile_whole(run, overlap=plan.sends)
+        self.compiled = compile_whole(run)
+
+    def _traced(self, order: Tensor, *flat: Tensor) -> list[Tensor]:
+        """The step on fake tensors: flags, whether it was skipped and, if pure, new counters."""
+        plan = self.plan()
+        assert plan is not None
+        given = iter(flat)
+        rule = replace(plan.guard, parameter_of=next(given), members=next(given))
+        hyper = Hyper(*(next(given) for _ in Hyper._fields))
+        state = {key: next(given) for key in COUNTERS}
+        dicts = OutsideDicts(ops.Graph(order), plan, self.grads, state, in_place=self.in_place)
+        plan = replace(plan, guard=rule)
+        flags, skipped = step_of(dicts, hyper, plan, next(given, None))
+        self.reads = {handle.places[0].entry: entries for entries, handle in dicts.read_at.items()}
+        self.writes = dicts.written
+        new = () if self.in_place else dicts.counters.values()
+        return [flags, skipped, *new]
+
+    def __call__(
+        self, dicts: CallersDicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
+    ) -> StepResult:
+        rule, found = plan.guard, () if found_inf is None else (found_inf,)
+        counters = [dicts.state[key] for key in COUNTERS]
+        table = ops.Table(lambda entry: dicts.read(self.reads[entry]))
+        with torch.no_grad(), ops.lists_outside(table):
+            flags, skipped, *new = self.compiled(
+                [self.order, rule.parameter_of, rule.members, *hyper, *counters, *found]
+            )
+        for entries, text in self.writes:
+            dicts.put(entries, table.find(text))
+        if not self.in_place:
+            dicts.count(dict(zip(COUNTERS, new, strict=True)))
+        return StepResult(*dicts.after(), flags, skipped)
+
+
+class Operation:
+    """One of the step's functions for the same arguments, as a graph per set of dtypes."""
+
+    def __init__(
+        self, function: Callable[..., StepResult], plan: Plan, missing: Sequence[bool]
+    ) -> None:
+        self.in_place = function is local_update_
+        names = plan.names
+        absent = missing or (False,) * len(names)
+        self.names, self.state = names, tuple(plan.state)
+        self.graded = [name for name, lacks in zip(names, absent, strict=True) if not lacks]
+        specs = {p.name: p.spec for p in plan.parameters}
+        each = [*map(specs.__getitem__, names), *plan.state.values()]
+        self.dtypes = [spec.dtype for spec in each]
+        each += map(specs.__getitem__, self.graded)
+        self.sizes = [torch.Size(spec.shape) for spec in each]
+        self.of_graded = [specs[name].dtype for name in self.graded]
+        self.of_grads: dict[Dtypes, Graph] = {}
 
     def __call__(
         self,
@@ -126,8 +174,45 @@ class Operation:
         *,
         found_inf: Tensor | None = None,
     ) -> StepResult:
-        tensors = self.flat.flatten(params, grads, state, hyper, plan, found_inf)
-        return self.flat.unflatten(self.graph(tensors), params, state)
+        dtypes = self._checked(params, grads, state, hyper, plan)
+        graph = self.of_grads.get(dtypes)
+        if graph is None:
+            of_grads = dict(zip(self.graded, dtypes, strict=True))
+            graph = self.of_grads[dtypes] = Graph(plan, of_grads, in_place=self.in_place)
+        dicts = CallersDicts(params, grads, state, in_place=self.in_place)
+        return graph(dicts, hyper, plan, found_inf)
+
+    def _checked(
+        self, params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan
+    ) -> Dtypes:
+        """The dtypes of the gradients. No Python code runs per tensor.
+
+        Raises:
+            KeyError, ValueError: something is not as the plan says. `check_step` says what.
+        """
+        if not len(params) == len(grads) == len(self.names) or len(state) != len(self.state):
+            raise KeyError("params, grads and state: expected the names of the plan")
+        own = [params[name] for name in self.names]
+        written = [state[key] for key in self.state]
+        graded: list[Any] = [grads[name] for name in self.graded]
+        tensors = own + written + graded
+        dtypes = tuple([x.dtype for x in graded])
+        if (
+            [*map(Tensor.size, tensors)] != self.sizes
+            or [x.dtype for x in tensors[: len(self.dtypes)]] != self.dtypes
+            or not {*zip(dtypes, self.of_graded, strict=True)} <= GRADIENTS
+            or {x.device for x in tensors} != {plan.device}
+            or {x.layout for x in tensors} != {torch.strided}
+            or not all(is_plain_type(kind) for kind in {*map(type, tensors)})
+        ):
+            raise ValueError("params, grads and state: expected the tensors of the plan")
+        if any_differentiated(own, written + graded + [*hyper]):
+            check_derivatives(params, grads, state, hyper, in_place=self.in_place)
+        return dtypes
+
+    def free(self) -> None:
+        for graph in self.of_grads.values():
+            free_graph(graph.compiled)
 
 
 def _only_traced(function: Callable[..., StepResult]) -> Callable[..., StepResult]:
@@ -169,4 +254,4 @@ def graph_of(
 
 def free(graph: Callable[..., StepResult]) -> None:
     """Frees what `graph_of` returned."""
-    free_graph(graph.graph if isinstance(graph, Operation) else graph)
+    graph.free() if isinstance(graph, Operation) else free_graph(graph)

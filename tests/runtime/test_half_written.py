@@ -14,14 +14,14 @@ import normuon_fn as nm
 from normuon_fn.algorithm.adamw import AdamWWork
 from normuon_fn.algorithm.bucket import MatrixWork
 from normuon_fn.algorithm.guard import Agreement
-from normuon_fn.planning.tensors import StepTensors
+from normuon_fn.planning.tensors import CallersDicts
 from normuon_fn.runtime import compiled, eager
 
 Problem = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], nm.Hyper, nm.Plan]
 STAGES = [
     (Agreement, "before"), (MatrixWork, "advance"), (MatrixWork, "orthogonalize"),
     (AdamWWork, "relay"), (MatrixWork, "receive"), (Agreement, "after"), (AdamWWork, "apply"),
-    (MatrixWork, "apply"), (StepTensors, "count"), (StepTensors, "after"),
+    (MatrixWork, "apply"), (CallersDicts, "count"), (CallersDicts, "after"),
 ]  # fmt: skip
 
 

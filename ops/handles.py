@@ -1,0 +1,189 @@
+"""Lists of tensors that stay outside of a graph, which knows each of them by a handle.
+
+    outside: lists in a table  |  in the graph: operator(order, "0:0:72;72*float32[64,64]", ...)
+
+A graph pays for every tensor that it takes: guards, wrappers and passes over all arguments, some of
+them with the square of their number. An operator over lists needs none of that. It finds its lists
+in a table when it runs, and the graph has only the handle: which entries of the table, and what
+their tensors look like. So two graphs are equal only where their lists look alike.
+
+The operators must run in the order in which they were traced, because the graph does not see that
+one reads what another writes. So each of them claims to write one tensor, `Graph.order`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+
+class Like(NamedTuple):
+    """What is known of a tensor of such a list while the graph is made."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def new_empty(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+
+class Place(NamedTuple):
+    """Neighbours in a list of the table."""
+
+    entry: int
+    start: int
+    stop: int
+
+
+class Graph:
+    """The lists of one graph while it is traced."""
+
+    def __init__(self, order: Tensor) -> None:
+        self.order, self.entries = order, 0
+
+    def add(self, likes: Sequence[Like]) -> Handle:
+        """A handle for a list that will be in the next entry of the table."""
+        self.entries += 1
+        return Handle(self, (Place(self.entries - 1, 0, len(likes)),), tuple(likes))
+
+
+class Handle(Sequence[Like]):
+    """A list of the table, a part of one, or several of them as one list."""
+
+    def __init__(self, graph: Graph, places: tuple[Place, ...], likes: tuple[Like, ...]) -> None:
+        self.graph, self.places, self.likes = graph, places, likes
+
+    def __len__(self) -> int:
+        return len(self.likes)
+
+    @overload
+    def __getitem__(self, k: int) -> Like: ...
+    @overload
+    def __getitem__(self, k: slice) -> Handle: ...
+    def __getitem__(self, k: int | slice) -> Like | Handle:
+        if not isinstance(k, slice):
+            return self.likes[k]
+        start, stop, _ = k.indices(len(self))
+        places, at = [], 0
+        for place in self.places:
+            length = place.stop - place.start
+            low, high = max(start - at, 0), min(stop - at, length)
+            if low < high:
+                places.append(Place(place.entry, place.start + low, place.start + high))
+            at += length
+        return Handle(self.graph, tuple(places), self.likes[k])
+
+    @property
+    def text(self) -> str:
+        """The handle as the graph has it."""
+        places = ",".join(f"{p.entry}:{p.start}:{p.stop}" for p in self.places)
+        kinds = [
+            f"{len([*group])}*{str(dtype).removeprefix('torch.')}{[*shape]}".replace(" ", "")
+            for (shape, dtype, _), group in groupby(self.likes)
+        ]
+        return f"{places};{'|'.join(kinds)}"
+
+
+def is_handle(tensors: object) -> bool:
+    """Whether what stands for a list is a handle."""
+    return isinstance(tensors, Handle)
+
+
+def joined(handles: Sequence[Handle]) -> Handle:
+    """Several lists as one. There is at least one."""
+    places: list[Place] = []
+    for place in (place for handle in handles for place in handle.places):
+        last = places[-1] if places else None
+        if last and (last.entry, last.stop) == place[:2]:
+            places[-1] = last._replace(stop=place.stop)
+        else:
+            places.append(place)
+    likes = tuple(like for handle in handles for like in handle.likes)
+    return Handle(handles[0].graph, tuple(places), likes)
+
+
+@lru_cache(maxsize=4096)
+def _places(text: str) -> tuple[Place, ...]:
+    found = text.partition(";")[0]
+    return tuple(Place(*map(int, place.split(":"))) for place in found.split(",") if place)
+
+
+def likes_of(text: str, device: torch.device) -> list[Like]:
+    """What the tensors of a handle look like, from its text."""
+    found: list[Like] = []
+    for kind in filter(None, text.partition(";")[2].split("|")):
+        number, dtype, sizes = re.fullmatch(r"(\d+)\*(\w+)\[([\d,]*)\]", kind).groups()  # type: ignore[union-attr]
+        shape = torch.Size([int(size) for size in sizes.split(",") if size])
+        found += [Like(shape, getattr(torch, dtype), device)] * int(number)
+    return found
+
+
+class Table:
+    """The lists of one run of a graph: those that it reads, and those that it has made.
+
+    ``read(entry)`` is called once for every entry that is read.
+    """
+
+    def __init__(self, read: Callable[[int], list[Tensor]]) -> None:
+        self.lists: dict[int, list[Tensor]] = {}
+        self._read = read
+        self._found: dict[str, list[Tensor]] = {}
+
+    def find(self, text: str) -> list[Tensor]:
+        """The tensors of a handle. The same text gives the same list."""
+        found = self._found.get(text)
+        if found is None:
+            places = _places(text)
+            parts = [self._list(entry) for entry, _, _ in places]
+            if len(parts) == 1 and (places[0].start, places[0].stop) == (0, len(parts[0])):
+                found = parts[0]
+            else:
+                slices = zip(parts, places, strict=True)
+                found = [x for part, (_, start, stop) in slices for x in part[start:stop]]
+            self._found[text] = found
+        return found
+
+    def _list(self, entry: int) -> list[Tensor]:
+        if entry not in self.lists:
+            self.lists[entry] = self._read(entry)
+        return self.lists[entry]
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def lists_outside(table: Table) -> Iterator[None]:
+    """While a graph runs: its operators find their lists in ``table``."""
+    before = getattr(_thread, "table", None)
+    _thread.table = table
+    try:
+        yield
+    finally:
+        _thread.table = before
+
+
+def current_table() -> Table:
+    """The table of the graph that this thread runs."""
+    found = getattr(_thread, "table", None)
+    if found is None:
+        raise RuntimeError("normuon_fn: a graph of lists outside was run without its lists")
+    return found
+
+
+def texts(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments of an operator by handle: handles by their texts."""
+    return [x.text if isinstance(x, Handle) else x for x in arguments]
