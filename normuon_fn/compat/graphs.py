@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def compile_whole(
@@ -33,6 +36,15 @@ def compile_whole(
             options["reorder_for_peak_memory"] = False
     own = _with_own_code(function)
     return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
+
+
+def constant_in_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """`torch.compiler.assume_constant_result`: Dynamo calls ``function`` and does not trace it.
+
+    torch's own decorator imports Dynamo, which takes a second, to set this one attribute.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def free_graph(compiled: Callable[..., Any]) -> None:
