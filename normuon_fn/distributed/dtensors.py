@@ -33,9 +33,7 @@ def from_local(
 
     shape = torch.Size(shape)
     stride = tuple(torch.Size(shape[k + 1 :]).numel() for k in range(len(shape)))
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=shape, stride=stride
-    )
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def replicate() -> Any:
