@@ -237,7 +237,7 @@ def _distributed(
     inverse = to_norm(squares, chosen, form.dtype)
     stack = ops.scale_and_cast(stack, power, inverse, form.dtype, transpose=tall)
     out = iterate(stack, chosen, form, partial(_summed, groups=groups))
-    one = torch.ones_as_dtensor(inverse)
+    one = torch.ones_like(inverse)
     out = ops.scale_and_cast(out, one, one / carry(form.dtype), x.dtype, transpose=tall)
     return out[:, : x.shape[-2], : x.shape[-1]].reshape(x.shape)
 
