@@ -10,7 +10,7 @@ import torch
 
 from normuon_fn.compat.graphs import constant_in_graphs, outside_graphs
 
-# What takes long to import: 1 s of Dynamo and Inductor, 1 s of sympy and DTensor, 0.2 s of Triton.
+# What takes long to import: 1 s of Dynamo and Inductor, 1 s of sympy and DTensor.
 SLOW = (
     "sympy",
     "torch._dynamo",
