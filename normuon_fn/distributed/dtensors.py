@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    # Another thread may be importing it just now, as a first step on CUDA does.
+    return isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def from_local(
