@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 try:  # public from torch 2.15 on
@@ -224,6 +223,8 @@ def is_strided(placement: Any) -> bool:
 
     FSDP makes such placements of tensor-parallel parameters.
     """
+    from torch.distributed.tensor.placement_types import _StridedShard  # as there is a placement
+
     return isinstance(placement, _StridedShard)
 
 

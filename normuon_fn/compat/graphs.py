@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def compile_whole(
@@ -33,6 +37,38 @@ def compile_whole(
             options["reorder_for_peak_memory"] = False
     own = _with_own_code(function)
     return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options)
+
+
+def constant_in_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """`torch.compiler.assume_constant_result`: Dynamo calls ``function`` and does not trace it.
+
+    torch's own decorator imports Dynamo, which takes a second, to set this one attribute.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def outside_graphs(reason: str | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """`torch.compiler.disable`, without importing Dynamo before the function is first called.
+
+    Dynamo leaves its graph where it meets the two attributes, and where there may be no break it
+    raises with the reason.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        disabled: list[Callable[P, T]] = []  # once it has been called
+
+        @functools.wraps(function)
+        def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+            if not disabled:
+                disabled.append(torch.compiler.disable(function, reason=reason))
+            return disabled[0](*args, **kwargs)
+
+        outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+        outside._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return outside
+
+    return decorate
 
 
 def free_graph(compiled: Callable[..., Any]) -> None:

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import pad
 
 from .. import ops
@@ -49,7 +48,12 @@ from ..compat import (
     process_group,
     without_autocast,
 )
+from ..compat.graphs import constant_in_graphs
 from ..types import Coefficients, Method
+from .dtensors import from_local, is_dtensor, replicate
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def orthogonalize(
@@ -108,12 +112,12 @@ def orthogonalize(
         coefficients, steps, safety_factor, method, dtype, short, long, x.device.type, x.dtype
     )
     with without_autocast(x.device), torch.no_grad():
-        if isinstance(x, DTensor):
+        if is_dtensor(x):
             return orthogonalize_sharded(x, chosen, form)
         return orthogonalize_whole(x, chosen, form)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _decide(
     coefficients: Coefficients,
     steps: int,
@@ -175,23 +179,14 @@ def orthogonalize_sharded(
         groups = _groups(mesh, tuple(cut))
         return _as_dtensor(_distributed(x.to_local(), tall, chosen, form, groups), x, placements)
 
-    gathered = [Replicate() if k in cut else p for k, p in enumerate(placements)]
+    gathered = [replicate() if k in cut else p for k, p in enumerate(placements)]
     out = orthogonalize_whole(x.redistribute(placements=gathered).to_local(), chosen, form)
     return _as_dtensor(out, x, gathered).redistribute(placements=placements)
 
 
 def _as_dtensor(local: Tensor, like: DTensor, placements: Sequence[Any]) -> DTensor:
     """The contiguous DTensor of the shape of ``like`` whose local part is ``local``."""
-    shape = like.shape
-    stride = tuple(shape[k + 1 :].numel() for k in range(len(shape)))
-    return DTensor.from_local(
-        local.contiguous(),
-        like.device_mesh,
-        placements,
-        run_check=False,
-        shape=shape,
-        stride=stride,
-    )
+    return from_local(local.contiguous(), like.device_mesh, placements, like.shape)
 
 
 def _sends_less(x: Tensor, chosen: CoefficientSet, form: Form) -> bool:
@@ -204,7 +199,7 @@ def _sends_less(x: Tensor, chosen: CoefficientSet, form: Form) -> bool:
     return times * short * (short + 1) * width < short * long * x.dtype.itemsize
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[str, ...]:
     """The process group of these mesh dimensions as one; without names, one group per dimension."""
     names = mesh.mesh_dim_names

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from ..compat import (
     Ranks,
@@ -26,6 +25,7 @@ from ..compat import (
     process_group,
     process_group_of,
 )
+from .dtensors import from_local, is_dtensor, replicate
 from .shards import Span
 
 
@@ -71,11 +71,11 @@ def sharded_layout(name: str, tensor: Tensor) -> ShardedLayout | None:
         ValueError: a placement is neither Shard nor Replicate (as Partial is), or the local tensor
             does not have the shape that the placements imply.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return None
     mesh, placements = tensor.device_mesh, tuple(tensor.placements)
     for placement in placements:
-        if not (isinstance(placement, Replicate) or placement.is_shard() or is_strided(placement)):
+        if not (placement.is_replicate() or placement.is_shard() or is_strided(placement)):
             raise ValueError(
                 f"params[{name!r}]: expected Shard and Replicate placements, got {placements}; "
                 "redistribute it"
@@ -86,7 +86,7 @@ def sharded_layout(name: str, tensor: Tensor) -> ShardedLayout | None:
     )
     by_rank = [coordinates[dist.get_global_rank(group, k)] for k in range(group.size())]
     parts = _parts(tuple(tensor.shape), placements, tuple(mesh.mesh.shape), tuple(by_rank))
-    replicas = [k for k, p in enumerate(placements) if isinstance(p, Replicate)]
+    replicas = [k for k, p in enumerate(placements) if p.is_replicate()]
     shards = [k for k in range(len(placements)) if k not in replicas]
     rank_at = {coordinate: k for k, coordinate in enumerate(by_rank)}
     ranks = tuple(
@@ -153,7 +153,7 @@ def _part(
     part = [(0, size) for size in shape]
     order = sorted(range(len(placements)), key=lambda k: is_strided(placements[k]))
     for k in order:
-        if isinstance(placements[k], Replicate):
+        if placements[k].is_replicate():
             continue
         start, length = part[placements[k].dim]
         chunk = -(-length // sizes[k])
@@ -162,18 +162,14 @@ def _part(
     return tuple(part)
 
 
-def is_dtensor(tensor: object) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def mesh_and_placements(tensor: Tensor) -> tuple[Any, ...]:
     """The mesh and the placements of a DTensor; nothing for a plain tensor."""
-    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else ()
 
 
 def local(tensor: Tensor) -> Tensor:
     """The local part of a DTensor; a plain tensor as it is."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor
     return tensor.to_local() if torch.compiler.is_dynamo_compiling() else tensor._local_tensor
 
@@ -184,7 +180,7 @@ def local_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def has_layout(tensor: Tensor, layout: ShardedLayout | None) -> bool:
     """Whether a tensor has the layout of the plan. A plain tensor counts as the local part."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return True
     return (
         layout is not None
@@ -196,28 +192,24 @@ def has_layout(tensor: Tensor, layout: ShardedLayout | None) -> bool:
 def describe(tensor: Tensor) -> str:
     return (
         f"{tuple(tensor.placements)} on {tensor.device_mesh}"
-        if isinstance(tensor, DTensor)
+        if is_dtensor(tensor)
         else "a plain tensor"
     )
 
 
 def to_dtensor(tensor: Tensor, layout: ShardedLayout | None) -> Tensor:
     """The DTensor whose local part is ``tensor``; without a layout, ``tensor`` itself."""
-    if layout is None or isinstance(tensor, DTensor):
+    if layout is None or is_dtensor(tensor):
         return tensor
-    shape = torch.Size(layout.shape)
-    stride = tuple(torch.Size(shape[k + 1 :]).numel() for k in range(len(shape)))
-    return DTensor.from_local(
-        tensor, layout.mesh, layout.placements, run_check=False, shape=shape, stride=stride
-    )
+    return from_local(tensor, layout.mesh, layout.placements, layout.shape)
 
 
 def times_rows(tensor: Tensor, factors: Tensor) -> Tensor:
     """``tensor * factors``, where ``factors`` [rows, 1] has all rows of a DTensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor * factors
-    everywhere = [Replicate()] * tensor.device_mesh.ndim
-    return tensor * DTensor.from_local(factors, tensor.device_mesh, everywhere, run_check=False)
+    mesh = tensor.device_mesh
+    return tensor * from_local(factors, mesh, [replicate()] * mesh.ndim, factors.shape)
 
 
 def per_row_layout(layout: ShardedLayout | None, shape: tuple[int, ...]) -> ShardedLayout | None:
@@ -242,7 +234,7 @@ def per_row_layout(layout: ShardedLayout | None, shape: tuple[int, ...]) -> Shar
             f"no placements for a state of shape {shape} of a sharded parameter {layout.shape}"
         )
     placements = tuple(
-        p if isinstance(p, Replicate) or shape[p.dim] == layout.shape[p.dim] else Replicate()
+        p if p.is_replicate() or shape[p.dim] == layout.shape[p.dim] else replicate()
         for p in layout.placements
     )
     parts = tuple(
@@ -283,7 +275,7 @@ def check_alike(lines: Sequence[str], group: str) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor of a DTensor, which is a collective; a plain tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def rank_and_world_size() -> tuple[int, int]:

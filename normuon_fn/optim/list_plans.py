@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compat.graphs import constant_in_graphs
 from ..distributed.placements import mesh_and_placements
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan, Spec
@@ -96,7 +97,7 @@ def _warn_of_many(looks: Looks) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _number_in_a_graph(looks: tuple, config: tuple, routes: tuple[tuple, ...] | None) -> int:
     """`_number` while a graph is traced, where there are no tensors.
 

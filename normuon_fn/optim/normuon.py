@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode, read_by_grad_scaler
+from ..compat.graphs import outside_graphs
 from ..planning.deciding import Alone
 from ..planning.plan import Plan
 from ..routing.resolve import Routes
@@ -159,8 +160,8 @@ class NorMuon(torch.optim.Optimizer):
             raise
         return loss
 
-    @torch.compiler.disable(
-        reason="NorMuon.step is one compiled graph already: call it outside of torch.compile, or "
+    @outside_graphs(
+        "NorMuon.step is one compiled graph already: call it outside of torch.compile, or "
         "without fullgraph=True. For a graph of your own there is normuon_fn.update"
     )
     @torch.no_grad()
@@ -212,8 +213,7 @@ class NorMuon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group with the constructor's defaults. The next step is planned and compiled."""
-        written = param_group
-        if isinstance(written, dict):
+        if isinstance(written := param_group, dict):
             groups_of.check_keys(written, self.defaults)
             param_group = {key: value for key, value in written.items() if key != "routes"}
         super().add_param_group(param_group)
@@ -257,7 +257,7 @@ class NorMuon(torch.optim.Optimizer):
 
     # --- saving and loading
 
-    @torch.compiler.disable
+    @outside_graphs()
     def state_dict(self) -> dict[str, Any]:
         """As for every optimizer, with hyperparameters as plain numbers and no tensor twice."""
         for before in self._optimizer_state_dict_pre_hooks.values():
@@ -268,7 +268,7 @@ class NorMuon(torch.optim.Optimizer):
             packed = after(self, packed) or packed
         return packed
 
-    @torch.compiler.disable
+    @outside_graphs()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copies a `state_dict` into this optimizer's tensors, whose dtypes stay.
 

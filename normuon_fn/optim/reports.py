@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..diagnostics import monitor
-from ..distributed.placements import is_dtensor
+from ..distributed.dtensors import is_dtensor
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..routing.route_table import RouteTable

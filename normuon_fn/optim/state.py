@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..compat import outside_inference_mode
 from ..distributed import placements
+from ..distributed.dtensors import is_dtensor
 from ..planning.plan import Plan, Spec
 
 States = MutableMapping[Any, dict[str, Any]]  # optimizer.state; others may add keys of their own
@@ -186,7 +187,7 @@ def _copies(
         if (
             not isinstance(value, Tensor)
             or value.shape != into.shape
-            or placements.is_dtensor(value) != placements.is_dtensor(into)
+            or is_dtensor(value) != is_dtensor(into)
         ):
             shape = f" {tuple(value.shape)}" if isinstance(value, Tensor) else f" {value!r}"
             raise ValueError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..compat import address
-from ..distributed.placements import is_dtensor
+from ..distributed.dtensors import is_dtensor
 from ..planning.checks import check_tensors
 from ..planning.memory import check_writable
 from ..planning.plan import Plan
