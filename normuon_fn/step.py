@@ -153,8 +153,8 @@ def step_of(
     """
     agreement = Agreement(plan.guard, found_inf)
     tensors = StepTensors(
-        dicts, hyper, hypers=plan.hypers, config=plan.config, stages=plan.stages,
-        agreement=agreement,
+        dicts, hyper, hypers=plan.hypers, own=plan.own_rates, config=plan.config,
+        stages=plan.stages, agreement=agreement,
     )  # fmt: skip
     works = [bucket.work(tensors) for bucket in plan.all_buckets]
     agreement.before(works)  # guard="full": are all gradients finite?

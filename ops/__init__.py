@@ -26,6 +26,7 @@ from .operators import (
 )
 from .orient import orient, orientation
 from .products import LIBRARY, SYMMETRIC, Products
+from .reference import part_of, per_matrix
 from .reinterpret import reinterpret
 from .repack import repack
 
@@ -49,6 +50,8 @@ __all__ = [
     "measure",
     "orient",
     "orientation",
+    "part_of",
+    "per_matrix",
     "reinterpret",
     "repack",
     "scale_and_cast",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import adamw_reference as reference
 from . import checks
-from .launch import dtype_of, has_kernel, jit, launch, tl
+from .launch import dtype_of, has_kernel, jit, launch, stride_of, tl
 from .registration import Lists, register
 from .rounding_kernels import joined_with, parted, rounded_by_chance
 from .tables import address_table, chunk_table, salt_table
@@ -21,7 +21,7 @@ CHUNK, BLOCK = 16384, 2048  # entries of a program, and entries that it loads at
 @jit
 def adamw_kernel(
     addresses, chunks, flags_ptr, lr_ptr, decay_ptr, beta1_ptr, beta2_ptr, eps_ptr,
-    correction1_ptr, correction2_ptr, skip_ptr, salts, step_ptr,
+    correction1_ptr, correction2_ptr, skip_ptr, salts, step_ptr, stride,
     P: tl.constexpr, R: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr,
     FLAGS: tl.constexpr, SKIP: tl.constexpr, PURE: tl.constexpr, CHANCE: tl.constexpr,
@@ -39,9 +39,11 @@ def adamw_kernel(
     WIDE: tl.constexpr = R is not None
     MANTISSA: tl.constexpr = tl.int16 == R
     row = addresses + which * (3 if FLAGS else 9 if WIDE else 7)
-    beta1, beta2, eps = tl.load(beta1_ptr), tl.load(beta2_ptr), tl.load(eps_ptr)
-    correction1 = tl.load(correction1_ptr) + tl.zeros([BLOCK], tl.float32)
-    correction2 = tl.load(correction2_ptr) + tl.zeros([BLOCK], tl.float32)
+    own = which * stride  # rates: one for all tensors, or each its own
+    beta1, beta2 = tl.load(beta1_ptr + own), tl.load(beta2_ptr + own)
+    eps = tl.load(eps_ptr + own)
+    correction1 = tl.load(correction1_ptr + own) + tl.zeros([BLOCK], tl.float32)
+    correction2 = tl.load(correction2_ptr + own) + tl.zeros([BLOCK], tl.float32)
     moves = True
     if SKIP:
         moves = tl.load(skip_ptr) == 0
@@ -71,7 +73,8 @@ def adamw_kernel(
                 wide = joined_with(old, old_rest, MANTISSA)
             else:
                 wide = old.to(tl.float32)
-            moved = wide - (wide * tl.load(decay_ptr) + tl.load(lr_ptr) * update)
+            decay, lr = tl.load(decay_ptr + own), tl.load(lr_ptr + own)
+            moved = wide - (wide * decay + lr * update)
             if WIDE:
                 new, rest = parted(moved, P, MANTISSA)
                 if SKIP and PURE:
@@ -103,7 +106,7 @@ def _pointers_at(entry, k, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def _launch(
     lists: list[list[Tensor]],  # in the order of the kernel's addresses
     flags: Tensor | None,
-    scalars: tuple[Any, ...],
+    scalars: tuple[Any, ...],  # all 0-d or all [n]
     skip: Tensor | None,
     step: Tensor | None = None,
     salts: Sequence[int] = (),
@@ -114,7 +117,8 @@ def _launch(
         for k in range(n):
             own_flags = None if flags is None else flags[k]
             own_lists = [[tensors[k]] for tensors in lists]
-            _launch(own_lists, own_flags, scalars, skip, step, salts[k : k + 1])
+            own = tuple(x[k : k + 1] if x is not None and x.ndim else x for x in scalars)
+            _launch(own_lists, own_flags, own, skip, step, salts[k : k + 1])
         return
     salt = None if step is None else salt_table(salts, step.device)
     chunks = chunk_table(tuple(x.numel() for x in lists[0]), CHUNK, lists[0][0].device).entries
@@ -126,6 +130,7 @@ def _launch(
     launch(
         adamw_kernel, chunks.shape[0], (table.entries, chunks, flags, *scalars, skip, salt, step),
         (
+            stride_of(scalars[-1]),
             param_dtype, rest_dtype, dtype_of(lists[0][0]), dtype_of(lists[2][0]),
             table.aligned, even, only_flags, skip is not None, pure, step is not None, CHUNK, BLOCK,
         ),

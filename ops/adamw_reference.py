@@ -106,23 +106,30 @@ def _update(
     dtype = exp_avgs[0].dtype
     beta1, beta2, eps, correction1, correction2 = (x.to(dtype) for x in rates)
     news = [grad.to(dtype) for grad in grads]
-    first, second = torch._foreach_mul(exp_avgs, beta1), torch._foreach_mul(exp_avg_sqs, beta2)
-    torch._foreach_add_(first, torch._foreach_mul(news, 1 - beta1))
+    first = torch._foreach_mul(exp_avgs, _each(beta1))
+    second = torch._foreach_mul(exp_avg_sqs, _each(beta2))
+    torch._foreach_add_(first, torch._foreach_mul(news, _each(1 - beta1)))
     squares = torch._foreach_mul(news, news)
-    torch._foreach_mul_(squares, 1 - beta2)
+    torch._foreach_mul_(squares, _each(1 - beta2))
     torch._foreach_add_(second, squares)
-    root = torch._foreach_div(second, correction2)
+    root = torch._foreach_div(second, _each(correction2))
     torch._foreach_sqrt_(root)
-    torch._foreach_add_(root, [eps] * len(root))  # as one scalar it would be read on the host
-    updates = torch._foreach_div(first, correction1)
+    # as one scalar it would be read on the host
+    torch._foreach_add_(root, list(eps.expand(len(root)).unbind()))
+    updates = torch._foreach_div(first, _each(correction1))
     torch._foreach_div_(updates, root)
     return list(updates), list(first), list(second)
 
 
+def _each(rate: Tensor) -> Tensor | list[Tensor]:
+    """One for all tensors, or each its own."""
+    return rate if rate.ndim == 0 else list(rate.unbind())
+
+
 def _moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor) -> list[Tensor]:
     """New tensors; ``updates`` are overwritten."""
-    torch._foreach_mul_(updates, lr)
-    torch._foreach_add_(updates, torch._foreach_mul(olds, decay))
+    torch._foreach_mul_(updates, _each(lr))
+    torch._foreach_add_(updates, torch._foreach_mul(olds, _each(decay)))
     return list(torch._foreach_sub(olds, updates))
 
 

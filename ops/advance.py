@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .implementations import with_kernel
-from .launch import at, dtype_of, jit, launch, tile, tl
+from .launch import at, dtype_of, jit, launch, stride_of, tile, tl
 from .lists import count
 from .reference import compute_dtype
 from .registration import Lists
@@ -27,7 +27,7 @@ TILE, LOOP = 2048, 4  # entries of a tile, and tiles of a strip
 
 @jit
 def front_kernel(
-    table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, rows, cols, across, strips,
+    table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, rows, cols, across, strips, beta_stride,
     M: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
     GRAD: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, EMA: tl.constexpr,
     NESTEROV: tl.constexpr, LOOP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -45,7 +45,7 @@ def front_kernel(
     most = tl.zeros([BR, BC], tl.int32)
     total = tl.zeros([BR, BC], tl.float64)
     if GRAD:
-        beta = tl.load(beta_ptr)
+        beta = tl.load(beta_ptr + matrix * beta_stride)
     for k in tl.static_range(LOOP):
         r = top + k * BR + tl.arange(0, BR)
         mask = (r < rows)[:, None] & (c < cols)[None, :]
@@ -112,11 +112,12 @@ def _launch(
 ) -> Tensor:
     """[3, n]: the measures. With ``write``, the new momentums are written."""
     found = []
-    for part, _ in reference.runs(sizes, lists[0]):
+    for part, matrices in reference.runs(sizes, lists[0]):
         # In place, the same list is passed twice. It stays one list, so that its key is made once.
         parts = {id(tensors): tensors[part] for tensors in lists}
         run = [parts[id(tensors)] for tensors in lists]
-        found.append(_launch_run(run, grad, write, beta, keep, form, nesterov))
+        own = None if beta is None else reference.part_of(beta, matrices)
+        found.append(_launch_run(run, grad, write, own, keep, form, nesterov))
     return reference.joined(found, 1)
 
 
@@ -145,7 +146,8 @@ def _launch_run(
     launch(
         front_kernel, n * strips, (table.entries, beta, keep, largest, squares),
         (
-            rows, cols, across, strips, dtype_of(first), dtype_of(lists[-1][0]),
+            rows, cols, across, strips, stride_of(beta),
+            dtype_of(first), dtype_of(lists[-1][0]),
             table.unit, table.aligned,
             grad, write, keep is not None, form == "ema", nesterov, LOOP, high, wide,
         ),

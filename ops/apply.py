@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .implementations import with_kernel
-from .launch import at, dtype_of, jit, launch, tile, tl
+from .launch import at, dtype_of, jit, launch, stride_of, tile, tl
 from .registration import Lists
 from .rounding_kernels import joined_with, parted, rounded_by_chance
 from .tables import matrix_table, salt_table
@@ -17,7 +17,7 @@ from .tables import matrix_table, salt_table
 @jit
 def apply_kernel(
     table, update_ptr, factor_ptr, decay_ptr, skip_ptr, salts, step_ptr, rows, cols, across, tiles,
-    stride_n, stride_r, stride_c,
+    stride_n, stride_r, stride_c, decay_stride,
     P: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, PURE: tl.constexpr,
     PER_ROW: tl.constexpr, SKIP: tl.constexpr, CAUTIOUS: tl.constexpr, CHANCE: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
@@ -47,7 +47,7 @@ def apply_kernel(
         delta = delta * tl.load(factor_ptr + matrix * rows + r, r < rows, other=0.0)[:, None]
     else:
         delta = delta * tl.load(factor_ptr + matrix * cols + c, c < cols, other=0.0)[None, :]
-    decay = tl.load(decay_ptr)
+    decay = tl.load(decay_ptr + matrix * decay_stride)
     if WIDE:
         old_rest = tl.load(at(entry + 6, r, c, R, UNIT, ALIGNED), mask, other=0)
         wide = joined_with(old, old_rest, MANTISSA)
@@ -123,7 +123,8 @@ def _launch(
         apply_kernel, n * tiles,
         (table.entries, update, factor.contiguous(), decay, skip, salts, step),
         (
-            rows, cols, across, tiles, *update.stride(), dtype_of(lists[0][0]), rest_dtype,
+            rows, cols, across, tiles, *update.stride(), stride_of(decay),
+            dtype_of(lists[0][0]), rest_dtype,
             table.unit, table.aligned, pure, per_row, skip is not None, cautious, step is not None,
             high, wide,
         ),

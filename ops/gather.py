@@ -10,14 +10,14 @@ from torch import Tensor
 
 from . import checks, reference
 from .implementations import with_kernel
-from .launch import at, dtype_of, jit, launch, tile, tl
+from .launch import at, dtype_of, jit, launch, stride_of, tile, tl
 from .lists import count
 from .tables import matrix_table
 
 
 @jit
 def gather_kernel(
-    table, beta_ptr, power_ptr, inverse_ptr, out_ptr, rows, cols, across, tiles,
+    table, beta_ptr, power_ptr, inverse_ptr, out_ptr, rows, cols, across, tiles, beta_stride,
     M: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
     AHEAD: tl.constexpr, EMA: tl.constexpr, NESTEROV: tl.constexpr, TRANSPOSE: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
@@ -31,7 +31,7 @@ def gather_kernel(
     mask = (r < rows)[:, None] & (c < cols)[None, :]
     x = tl.load(at(entry, r, c, M, UNIT, ALIGNED), mask, other=0.0).to(tl.float32)
     if AHEAD or NESTEROV:
-        beta = tl.load(beta_ptr)
+        beta = tl.load(beta_ptr + matrix * beta_stride)
         grad = tl.load(at(entry + 3, r, c, G, UNIT, ALIGNED), mask, other=0.0).to(tl.float32)
         share = grad * (1 - beta) if EMA else grad
         if AHEAD:
@@ -61,7 +61,7 @@ def _launch(
     dtype: torch.dtype,
     transpose: list[bool],
 ) -> Tensor:
-    out = _new_stack(momentums, dtype, transpose)
+    out, reads_beta = _new_stack(momentums, dtype, transpose), ahead or nesterov
     power, inverse = power.contiguous(), inverse.contiguous()
     for (part, slots), transposed in zip(reference.runs(sizes, momentums), transpose, strict=True):
         run = momentums[part]
@@ -69,15 +69,17 @@ def _launch(
         n = sum(map(count, run))
         if n * rows * cols == 0:
             continue
-        table = matrix_table(*([run, grads[part]] if ahead or nesterov else [run]))
+        table = matrix_table(*([run, grads[part]] if reads_beta else [run]))
         high, wide = (64, 64) if transposed else tile(cols, 4096)
         across = -(-cols // wide)
         tiles = across * -(-rows // high)
+        own = reference.part_of(beta, slots) if reads_beta else beta
         launch(
             gather_kernel, n * tiles,
-            (table.entries, beta, power[slots], inverse[slots], out[slots]),
+            (table.entries, own, power[slots], inverse[slots], out[slots]),
             (
-                rows, cols, across, tiles, dtype_of(run[0]), dtype_of(grads[part][0]),
+                rows, cols, across, tiles, stride_of(own) if reads_beta else 0,
+                dtype_of(run[0]), dtype_of(grads[part][0]),
                 table.unit, table.aligned, ahead, form == "ema", nesterov, transposed, high, wide,
             ),
             num_warps=4, enable_fp_fusion=False,

@@ -100,6 +100,11 @@ def _variant(x: Any) -> Hashable:
     return type(x).__name__
 
 
+def stride_of(x: Tensor | None) -> int:
+    """The stride of a number of which all matrices share one, 0-d, or each has its own, [n]."""
+    return 0 if x is None or x.ndim == 0 else x.stride(0)
+
+
 def tile(cols: int, elements: int) -> tuple[int, int]:
     """The shape [BR, BC] of a tile with so many elements; both are powers of two.
 

@@ -41,7 +41,7 @@ class Advanced(NamedTuple):
 
 
 class AdamWRates(NamedTuple):
-    """What AdamW's moments and updates depend on; each 0-d, in the dtype of the moments."""
+    """What AdamW's moments and updates depend on: all 0-d or all [n], in the moments' dtype."""
 
     beta1: Tensor
     beta2: Tensor
@@ -64,7 +64,7 @@ class Operators(NamedTuple):
         self,
         momentums: list[Tensor],  # n matrices, 16 bits or fp32
         grads: list[Tensor],  # as the momentums, of any floating dtype
-        beta: Tensor,  # 0-d fp32
+        beta: Tensor,  # 0-d or [n] fp32
         keep: Tensor | None,  # 0-d bool: whether the momentums keep their bits
         sizes: list[int],
         rule: MomentumRule,
@@ -78,7 +78,7 @@ class Operators(NamedTuple):
         self,
         momentums: list[Tensor],  # n matrices, 16 bits or fp32
         grads: list[Tensor],  # as the momentums, of any floating dtype
-        beta: Tensor,  # 0-d fp32
+        beta: Tensor,  # 0-d or [n] fp32
         sizes: list[int],
         rule: MomentumRule,
     ) -> Measures:
@@ -98,7 +98,7 @@ class Operators(NamedTuple):
         self,
         momentums: list[Tensor],  # n matrices, 16 bits or fp32
         grads: list[Tensor],  # as the momentums; not read without nesterov and ``ahead``
-        beta: Tensor,  # 0-d fp32
+        beta: Tensor,  # 0-d or [n] fp32
         power: Tensor,  # [n] fp32
         inverse: Tensor,  # [n] fp32
         sizes: list[int],
@@ -120,7 +120,7 @@ class Operators(NamedTuple):
         params: list[Tensor],  # n matrices
         update: Tensor,  # [n, rows, cols]
         factor: Tensor,  # [n, rows, 1] or [n, 1, cols] fp32
-        decay: Tensor,  # 0-d fp32
+        decay: Tensor,  # 0-d or [n] fp32
         skip: Tensor | None,  # 0-d bool: whether the parameters keep their bits
         step: Tensor | None = None,  # 0-d integer: parameters are rounded by chance
         salts: Sequence[int] = (),  # one per matrix, with ``step``: see `rounding.noise`
@@ -138,7 +138,7 @@ class Operators(NamedTuple):
         rests: list[Tensor],  # as the parameters, int16 or fp32: see rounding.py
         update: Tensor,  # [n, rows, cols]
         factor: Tensor,  # [n, rows, 1] or [n, 1, cols] fp32
-        decay: Tensor,  # 0-d fp32
+        decay: Tensor,  # 0-d or [n] fp32
         skip: Tensor | None,  # 0-d bool: whether the parameters keep their bits
         *,
         cautious: bool,  # decay only where it has the sign of the update
@@ -171,8 +171,8 @@ class Operators(NamedTuple):
         exp_avgs: list[Tensor],  # as the parameters, fp32
         exp_avg_sqs: list[Tensor],  # as the parameters, fp32
         grads: list[Tensor],  # as the parameters
-        lr: Tensor,  # 0-d fp32
-        decay: Tensor,  # 0-d fp32
+        lr: Tensor,  # as ``rates``
+        decay: Tensor,  # as ``rates``
         rates: AdamWRates,
         skip: Tensor | None,  # 0-d bool: whether everything keeps its bits
         step: Tensor | None = None,  # 0-d integer: parameters are rounded by chance
@@ -190,8 +190,8 @@ class Operators(NamedTuple):
         exp_avgs: list[Tensor],  # as the parameters, fp32
         exp_avg_sqs: list[Tensor],  # as the parameters, fp32
         grads: list[Tensor],  # as the parameters
-        lr: Tensor,  # 0-d fp32
-        decay: Tensor,  # 0-d fp32
+        lr: Tensor,  # as ``rates``
+        decay: Tensor,  # as ``rates``
         rates: AdamWRates,
         skip: Tensor | None,  # 0-d bool: whether everything keeps its bits
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:

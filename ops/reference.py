@@ -46,6 +46,16 @@ def runs(sizes: list[int], tensors: list[Tensor]) -> Iterator[tuple[slice, slice
         start, first = start + size, end
 
 
+def part_of(x: Tensor, matrices: slice) -> Tensor:
+    """What some of the matrices have of a number that all share, 0-d, or each has its own, [n]."""
+    return x if x.ndim == 0 else x[matrices]
+
+
+def per_matrix(x: Tensor) -> Tensor:
+    """The same in the form [n, 1, 1], for arithmetic with a stack."""
+    return x if x.ndim == 0 else x[:, None, None]
+
+
 def joined(parts: list[Tensor], dim: int) -> Tensor:
     """`torch.cat`, without a node in the graph for a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
@@ -111,12 +121,12 @@ def together(found: list[Measures]) -> Measures:
 
 
 def advanced(momentum: Tensor, grad: Tensor, beta: Tensor, form: str) -> Tensor:
-    """The next momentum, in the dtype of the momentum.
+    """The next momentum, in the dtype of the momentum. ``beta``: 0-d or [n].
 
     There are two products because ``lerp`` would overflow where ``grad - momentum`` does.
     """
     dtype = compute_dtype(momentum.dtype)
-    beta, new = beta.to(dtype), grad.to(dtype)
+    beta, new = per_matrix(beta.to(dtype)), grad.to(dtype)
     old = momentum.to(dtype) * beta
     return (old + (new * (1 - beta) if form == "ema" else new)).to(momentum.dtype)
 
@@ -126,7 +136,7 @@ def update_of(momentum: Tensor, grad: Tensor, beta: Tensor, form: str, nesterov:
     update = momentum.to(compute_dtype(momentum.dtype))
     if not nesterov:
         return update
-    new, beta = grad.to(update.dtype), beta.to(update.dtype)
+    new, beta = grad.to(update.dtype), per_matrix(beta.to(update.dtype))
     return update * beta + (new * (1 - beta) if form == "ema" else new)
 
 
@@ -146,12 +156,12 @@ def advance(
     `gather` takes the stacks, so that it need not make them again.
     """
     written, found, stacks = [], [], []
-    for part, _ in runs(sizes, momentums):
-        old, grad = stack(momentums[part]), stack(grads[part])
-        new = advanced(old, grad, beta, form)
+    for part, matrices in runs(sizes, momentums):
+        old, grad, own = stack(momentums[part]), stack(grads[part]), part_of(beta, matrices)
+        new = advanced(old, grad, own, form)
         if keep is not None:  # before it is measured: a norm belongs to what is orthogonalized
             new = torch.where(keep, old, new)
-        found.append(measures(grad, update_of(new, grad, beta, form, nesterov)))
+        found.append(measures(grad, update_of(new, grad, own, form, nesterov)))
         stacks.append(new)
         written.append(write(momentums[part], new))
     return chained(written), together(found), stacks
@@ -166,10 +176,10 @@ def lookahead(
     nesterov: bool,
 ) -> Measures:
     found = []
-    for part, _ in runs(sizes, momentums):
-        grad = stack(grads[part])
-        new = advanced(stack(momentums[part]), grad, beta, form)
-        found.append(measures(grad, update_of(new, grad, beta, form, nesterov)))
+    for part, matrices in runs(sizes, momentums):
+        grad, own = stack(grads[part]), part_of(beta, matrices)
+        new = advanced(stack(momentums[part]), grad, own, form)
+        found.append(measures(grad, update_of(new, grad, own, form, nesterov)))
     return together(found)
 
 
@@ -191,9 +201,10 @@ def gather(
     for k, (part, matrices) in enumerate(runs(sizes, momentums)):
         momentum = stacks[k] if stacks else stack(momentums[part])
         grad = stack(grads[part]) if ahead or nesterov else momentum  # otherwise it is not read
+        own = part_of(beta, matrices)
         if ahead:
-            momentum = advanced(momentum, grad, beta, form)
-        x = update_of(momentum, grad, beta, form, nesterov)
+            momentum = advanced(momentum, grad, own, form)
+        x = update_of(momentum, grad, own, form, nesterov)
         x = x * power[matrices, None, None] * inverse[matrices, None, None]
         parts.append((x.mT if transpose[k] else x).to(dtype))
     return joined(parts, 0).contiguous()
@@ -244,6 +255,6 @@ def apply_wide(
 
 
 def _moved(old: Tensor, update: Tensor, factor: Tensor, decay: Tensor, cautious: bool) -> Tensor:
-    delta = update.to(old.dtype) * factor
+    delta, decay = update.to(old.dtype) * factor, per_matrix(decay)
     share = torch.where(delta * old >= 0, decay, 0.0) if cautious else decay
     return old - (old * share + delta)  # 1 - share would lose a small decay to rounding

@@ -30,10 +30,16 @@ class AdamWWork(Work):
         if members.tensors:
             first, second = (members.read(state.name) for state in STATES)
             self.moments = first, second, members.read("grad")
-            wide, hyper = first[0].dtype, context.hyper
+            wide, hyper = first[0].dtype, members.rates.hyper
             step, betas = context.adamw_step.double(), (hyper.adamw_beta1, hyper.adamw_beta2)
             corrections = [(1 - beta.double() ** step).to(wide) for beta in betas]
-            self.rates = ops.AdamWRates(*betas, hyper.adamw_eps, *corrections)
+            found = ops.AdamWRates(*betas, hyper.adamw_eps, *corrections)
+            lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, *members.rates[1:], wide)
+            if max(lr.ndim, decay.ndim, betas[0].ndim):  # one of them differs: all are [n]
+                count = members.tensors
+                lr, decay = lr.expand(count).contiguous(), decay.expand(count).contiguous()
+                found = ops.AdamWRates(*(x.expand(count).contiguous() for x in found))
+            self.rates, self.lr, self.decay = found, lr, decay
             self.bad = context.operators.adamw_flags(first, second, self.moments[2], self.rates)
             if context.config.guard != "off" and members.read("param")[0].dtype == torch.float16:
                 self.bad = self._with_overflow(self.bad)
@@ -61,10 +67,8 @@ class AdamWWork(Work):
     def _new(self, operators: ops.Operators, skip: Decision) -> Sequence[list[Tensor]]:
         """New parameters, masters if there are any, and moments."""
         members, kind, context = self.members, self.members.kind, self.context
-        hyper, wide = context.hyper, self.moments[0][0].dtype
-        lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, kind.lr_mul, kind.wd_mul, wide)
         params = members.read("param")
-        how: tuple[Any, ...] = (*self.moments, lr, decay, self.rates, skip)
+        how: tuple[Any, ...] = (*self.moments, self.lr, self.decay, self.rates, skip)
         if kind.master:
             return operators.adamw_wide(params, members.read(kind.master), *how)
         chance = (context.step, members.salts) if members.salts else ()

@@ -78,12 +78,12 @@ class MatrixWork(Work):
 
         It costs float16 parameters behind a guard one more pass.
         """
-        group, kind, hyper = update.group, update.group.kind, self.context.hyper
+        group, kind = update.group, update.group.kind
         if self.context.config.guard == "off" or group.read("param")[0].dtype != torch.float16:
             return update.finite
-        lr, _ = rates(hyper.lr, hyper.weight_decay, kind.lr_mul, kind.wd_mul, update.factor.dtype)
+        lr, _ = self._rates(update)
         old = ops.stack(group.read(kind.master or "param"))
-        new = old - update.update * (update.factor * lr)
+        new = old - update.update * (update.factor * ops.per_matrix(lr))
         return new.to(torch.float16).isfinite().all((-2, -1))
 
     def with_gradients(self, update: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class MatrixWork(Work):
         for group, part in zip(self.front.groups, parts, strict=True):
             update = part.mT if group.kind.tall else part
             old = tuple(ops.stack(group.read(s.name)) for s in self.context.stages.normalize.states)
-            found = self.normalized(group.kind, update, old)
+            found = self.normalized(group, update, old)
             self.updates.append(
                 Update(group, update, found.factor, old, found.states, found.finite)
             )
@@ -196,12 +196,13 @@ class MatrixWork(Work):
         return whole if own is None else whole.to(self.stack.wide)
 
     def normalized(
-        self, kind: MatrixKind, update: Tensor, states: tuple[Tensor, ...]
+        self, group: Members[MatrixKind], update: Tensor, states: tuple[Tensor, ...]
     ) -> Normalized:
         config = self.context.config
         carried = 1.0 if config.orthogonalizer is not None else carry(self.stack.form.dtype)
-        beta2, wide, most = self.context.hyper.beta2, self.stack.wide, self.stack.most
-        return normalize(update, states, beta2, config, wide, carried, kind.transposed, most)
+        beta2, transposed = ops.per_matrix(group.rates.hyper.beta2), group.kind.transposed
+        wide, most = self.stack.wide, self.stack.most
+        return normalize(update, states, beta2, config, wide, carried, transposed, most)
 
     # --------------------------------------------------------------------------------------- apply
 
@@ -222,10 +223,9 @@ class MatrixWork(Work):
 
     def _apply_to_parameters(self, update: Update) -> None:
         context, group, kind = self.context, update.group, update.group.kind
-        hyper, power = context.hyper, context.config.weight_decay_lr_power
-        wide, cautious = update.factor.dtype, context.stages.weight_decay.cautious
-        lr, decay = rates(hyper.lr, hyper.weight_decay, kind.lr_mul, kind.wd_mul, wide, power)
-        how = (update.update, update.factor * lr, decay, self.skip)
+        lr, decay = self._rates(update)
+        cautious = context.stages.weight_decay.cautious
+        how = (update.update, update.factor * ops.per_matrix(lr), decay, self.skip)
         params, operators = group.read("param"), context.operators
         if kind.master:
             masters = group.read(kind.master)
@@ -235,3 +235,9 @@ class MatrixWork(Work):
             chance = (context.step, group.salts) if group.salts else ()
             params = operators.apply(params, *how, *chance, cautious=cautious)
         group.put("param", params)
+
+    def _rates(self, update: Update) -> tuple[Tensor, Tensor]:
+        """``(lr, decay)`` of the matrices of one group: 0-d or [n]."""
+        hyper, lr_mul, wd_mul = update.group.rates
+        dtype, power = update.factor.dtype, self.context.config.weight_decay_lr_power
+        return rates(hyper.lr, hyper.weight_decay, lr_mul, wd_mul, dtype, power)

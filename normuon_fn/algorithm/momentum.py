@@ -43,7 +43,7 @@ MOMENTA: dict[MomentumForm, Momentum] = {
 
 def keeps_momentum_finite(
     largest: Tensor,  # [n] the largest absolute entry of every gradient
-    beta: Tensor,  # 0-d
+    beta: Tensor,  # 0-d or [n]
     config: Config,
 ) -> Tensor:
     """[n] bool: whether such gradients keep the momentum finite. Non-finite, it would stay so."""

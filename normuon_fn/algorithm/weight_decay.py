@@ -32,10 +32,10 @@ WEIGHT_DECAYS: dict[DecayForm, WeightDecay] = {
 
 
 def rates(
-    lr: Tensor,  # 0-d
-    weight_decay: Tensor,  # 0-d
-    lr_mul: float,
-    wd_mul: float,
+    lr: Tensor,  # 0-d or [n]
+    weight_decay: Tensor,  # 0-d or [n]
+    lr_mul: float | Tensor,  # a number or [n]
+    wd_mul: float | Tensor,  # a number or [n]
     dtype: torch.dtype,
     lr_power: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -43,5 +43,6 @@ def rates(
 
     ``lr_power`` 2 makes that share lr^2 wd (KellerJordan/modded-nanogpt).
     """
+    lr_mul, wd_mul = (x.to(dtype) if isinstance(x, Tensor) else x for x in (lr_mul, wd_mul))
     lr, weight_decay = lr.to(dtype) * lr_mul, weight_decay.to(dtype)
     return lr, (lr * lr if lr_power == 2 else lr) * weight_decay * wd_mul

@@ -21,12 +21,43 @@ from .orthogonalize import Form
 from .stages import Stages
 
 
+class Own(NamedTuple):
+    """By which hyperparameters the matrices of a bucket, or AdamW's parameters, are updated."""
+
+    hyper: int = 0  # which entry of Hyper's tensors
+    lr_mul: float = 1.0
+    wd_mul: float = 1.0
+
+
+class OwnRates(NamedTuple):
+    """The same of many that differ, as tensors on the device."""
+
+    hyper: Tensor  # [n] int64
+    lr_mul: Tensor  # [n] float64
+    wd_mul: Tensor  # [n] float64
+
+
+class Rates(NamedTuple):
+    """The hyperparameters of a work: of all its matrices alike, or each has its own."""
+
+    hyper: Hyper  # each field 0-d or [n]
+    lr_mul: float | Tensor  # a number or [n]
+    wd_mul: float | Tensor
+
+    def part(self, matrices: slice) -> Rates:
+        """Those of one group."""
+        lr_mul, wd_mul = self.lr_mul, self.wd_mul
+        return Rates(
+            Hyper(*(ops.part_of(x, matrices) for x in self.hyper)),
+            lr_mul[matrices] if isinstance(lr_mul, Tensor) else lr_mul,
+            wd_mul[matrices] if isinstance(wd_mul, Tensor) else wd_mul,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """What the parameters of one group have in common."""
 
-    lr_mul: float
-    wd_mul: float
     master: str = ""  # the state that makes float32 masters of them: "mantissa", "master" or none
 
 
@@ -72,6 +103,7 @@ class Members(Generic[K]):
     read: Callable[[str], list[Tensor]]  # "param", "grad", or the name of a state
     put: Callable[[str, list[Tensor]], None]  # new ones in their place
     salts: list[int]  # one per matrix, where parameters are rounded by chance
+    rates: Rates
     local: bool = True  # False: none of their entries is on this rank
 
 
@@ -80,7 +112,7 @@ class Context(NamedTuple):
 
     config: Config
     stages: Stages
-    hyper: Hyper  # 0-d tensors
+    hyper: Hyper  # each field 0-d, or [n] where the matrices of the bucket have their own
     operators: ops.Operators
     step: Tensor  # 0-d int32, of steps so far (see below): rounding by chance depends on it
     # 0-d int32, the number of this step for the bias correction of AdamW. Both count accepted

@@ -140,16 +140,17 @@ def _inputs(
     tensors, blocks = {}, []
     for bucket, group in _groups(plan):
         kept = plan.config.guard == "full" and _gradient_flagged(plan, bucket, flags)
-        beta = hyper.momentum if plan.hypers == 0 else hyper.momentum[group.hyper]
-        for block in group.blocks:
+        for k, block in enumerate(group.blocks):
+            own = group.own[k if len(group.own) > 1 else 0]
+            beta = hyper.momentum if plan.hypers == 0 else hyper.momentum[own.hyper]
             grad = grads[block.name]
             if not any(flags[block.name]) or grad is None:
                 continue
             part = "" if block.param.length is None else f".{block.param.start}"
             key = f"{block.name}.input{part}"
-            own = block.param.read(grad)
+            read = block.param.read(grad)
             momentum = block.param.read(result.state[f"{block.name}.momentum"])
-            tensors[key] = _input(own, momentum, plan, beta, kept)
+            tensors[key] = _input(read, momentum, plan, beta, kept)
             form = {"method": bucket.form.method, "dtype": str(bucket.form.dtype)}
             blocks.append({"tensor": key, "parameter": block.name, **form})
     return tensors, blocks

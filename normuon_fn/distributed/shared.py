@@ -129,9 +129,9 @@ class SharedWork(MatrixWork):
         return scaled.to(self.stack.form.dtype)
 
     def _answer(self, k: int, part: Tensor, states: tuple[Tensor, ...]) -> messages.Update:
-        kind, dim = self.all_groups[k].kind, self._line_dim(k)
-        update = part.mT if kind.tall else part
-        found = self.normalized(kind, update, tuple(state.unsqueeze(dim) for state in states))
+        group, dim = self.all_groups[k], self._line_dim(k)
+        update = part.mT if group.kind.tall else part
+        found = self.normalized(group, update, tuple(state.unsqueeze(dim) for state in states))
         new = tuple(state.flatten(1) for state in found.states)
         return messages.Update(part, found.factor.flatten(1), new, found.finite)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..algorithm.adamw import AdamWWork
 from ..algorithm.bucket import MatrixWork
-from ..algorithm.work import Kind, MatrixKind, Stack, Work
+from ..algorithm.work import Kind, MatrixKind, Members, Own, Stack, Work
 from ..distributed.messages import Exchange
 from ..distributed.owners import Ownership
 from ..distributed.shared import SharedWork
@@ -31,7 +31,8 @@ class Group(MatrixKind):
     # Of all parameters that belong to it, also those of which nothing is on this rank.
     names: tuple[str, ...]
     ownership: Ownership | None = None  # where ranks share the matrices: who owns which
-    hyper: int = 0  # which entry of Hyper's tensors
+    # one for every block; groups that ranks share have only one
+    own: tuple[Own, ...]
 
     @property
     def local(self) -> bool:
@@ -48,7 +49,8 @@ class Bucket(Stack):
     """Groups whose matrices are orthogonalized as one stack [n, rows <= cols], on one device."""
 
     groups: tuple[Group, ...]
-    hyper: int = 0
+    # where the rates of its matrices begin in the plan's table; None: all have the same
+    rates_at: int | None = None
 
     @property
     def blocks(self) -> list[Block]:
@@ -77,10 +79,19 @@ class Bucket(Stack):
         return f"{self.form.method} {short_name(self.form.dtype)}{kernels}"
 
     def work(self, tensors: StepTensors) -> Work:
-        groups = [tensors.members(group, group.blocks) for group in self.groups]
         runs = [(tensors.has_gradient(block.name), block.count) for block in self.blocks]
-        context = tensors.context(self.hyper, self.kernels)
-        return MatrixWork(self, [group for group in groups if group.tensors], runs, context)
+        own = self.groups[0].own[0]
+        at = self.rates_at
+        rates = tensors.rates(own) if at is None else tensors.own_rates(at, runs)
+        groups: list[Members[MatrixKind]] = []
+        start = 0
+        for group in self.groups:
+            blocks = [block for block in group.blocks if tensors.has_gradient(block.name)]
+            end = start + sum(block.count for block in blocks)
+            if blocks:
+                groups.append(tensors.members(group, blocks, rates.part(slice(start, end))))
+            start = end
+        return MatrixWork(self, groups, runs, tensors.context(rates.hyper, self.kernels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,27 +109,33 @@ class SharedBucket(Bucket):
         return f"{super().how(config)}, shared by {ranks} ranks"
 
     def work(self, tensors: StepTensors) -> Work:
-        groups = [tensors.members(group, group.blocks, group.local) for group in self.groups]
+        groups: list[Members[MatrixKind]] = [
+            tensors.members(group, group.blocks, tensors.rates(group.own[0]), group.local)
+            for group in self.groups
+        ]
         runs = [(group.local, group.count) for group in self.groups]
-        context = tensors.context(self.hyper, self.kernels)
+        context = tensors.context(groups[0].rates.hyper, self.kernels)
         return SharedWork(self, groups, runs, context, self.exchange)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWBucket(Kind):
-    """Parameters that AdamW updates at one rate."""
+    """Parameters that AdamW updates."""
 
     columns: list[str]  # the parameters of which anything is on this rank
     names: list[str]  # all of them
     salts: tuple[int, ...] = ()  # one per column, where they are rounded by chance
-    hyper: int = 0
+    own: tuple[Own, ...]  # one per column
+    rates_at: int | None = None  # as in Bucket
 
     shared_by = None
 
     def work(self, tensors: StepTensors) -> Work:
         runs = [(tensors.has_gradient(name), 1) for name in self.columns]
-        members = tensors.whole_members(self, self.columns, self.salts)
-        return AdamWWork(members, runs, tensors.context(self.hyper))
+        at, own = self.rates_at, self.own[0] if self.own else Own()
+        rates = tensors.rates(own) if at is None else tensors.own_rates(at, runs)
+        members = tensors.whole_members(self, self.columns, self.salts, rates)
+        return AdamWWork(members, runs, tensors.context(rates.hyper))
 
 
 AnyBucket = Bucket | AdamWBucket

@@ -18,6 +18,7 @@ from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
 from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
+from ..algorithm.work import Own
 from ..compat import Ranks, is_subclass, overlaps
 from ..compat.graphs import prepare_inductor
 from ..distributed.messages import Exchange
@@ -32,8 +33,9 @@ from .buckets import AdamWBucket, Bucket, Group, SharedBucket
 from .checks import check_params
 from .common import common_of
 from .deciding import Alone, alone_doubt, checked_ranks, guard_rule
+from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
-from .parameters import Decided, Piece, decide
+from .parameters import Decided, decide
 from .plan import Plan, Spec
 
 
@@ -70,8 +72,8 @@ def make_plan(
             a parameter.
         hyper_of: name or glob -> which entry of `Hyper`'s tensors a parameter takes; these are then
             1-d (`Hyper.stack`). A name comes before the globs, and of these the first that matches.
-            For parameter groups whose hyperparameters move apart: one graph and one guard. Matrices
-            of different entries are not stacked.
+            For parameter groups whose hyperparameters move apart: one graph, one guard, and one
+            stack for matrices of one shape, whatever their entries are.
 
     Raises:
         TypeError: parameters or options of the wrong kind (integer, complex, sparse, no tensors).
@@ -126,7 +128,9 @@ def plan_of(
             f"params[{name!r}]: is the name of a tensor of the state too; give this parameter "
             "another name"
         )
-    buckets, adamw = _matrix_buckets(decided, config, stages, device), _adamw_buckets(decided)
+    table: list[Own] = []  # of buckets whose matrices are updated by rates of their own
+    buckets = _matrix_buckets(decided, config, stages, device, table)
+    adamw = _adamw_buckets(decided, config, table)
     parameters = tuple(each.parameter for each in decided)
     rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
     placements = {p.name: p.spec.sharded for p in parameters}
@@ -143,6 +147,7 @@ def plan_of(
         one_storage=one_storage,
         subclasses=any(map(is_subclass, params.values())),
         hypers=hypers,
+        own_rates=rate_tensors(table, device),
         common=common_of(placements, copies, rule, guard_mesh),
     )
 
@@ -151,11 +156,15 @@ def plan_of(
 
 
 def _matrix_buckets(
-    decided: Sequence[Decided], config: Config, stages: Stages, device: torch.device
+    decided: Sequence[Decided],
+    config: Config,
+    stages: Stages,
+    device: torch.device,
+    table: list[Own],
 ) -> tuple[Bucket, ...]:
     chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     stacks: dict[tuple[Any, ...], list[Group]] = {}
-    for dtype, group in _groups(decided):
+    for dtype, group in groups_of(decided, config):
         short, long = sorted((group.rows, group.cols))
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, dtype)
         apart = config.orthogonalizer is not None or dtype == torch.float64
@@ -164,12 +173,14 @@ def _matrix_buckets(
         ranks = None if at is None else (at.group, at.shards, at.replicas)
         momentum = stages.momentum.states[0].dtype_for(config, dtype)
         kernels = ops.kernels_for(device, [dtype, momentum])
-        key = (short, long, form, own, ranks, group.hyper, kernels, momentum == torch.float64)
+        key: tuple[Any, ...] = (short, long, form, own, ranks, kernels, momentum == torch.float64)
+        if stays_apart(ranks is not None, config):
+            key = (*key, group.own[0].hyper)
         stacks.setdefault(key, []).append(group)
 
     owners = _owners([group for groups in stacks.values() for group in groups])
     found: list[Bucket] = []
-    for (short, long, form, own, ranks, hyper, kernels, exact), groups in stacks.items():
+    for (short, long, form, own, ranks, kernels, exact, *_), groups in stacks.items():
         groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
         wide = torch.float64 if own == torch.float64 else torch.float32
         safe = secured(chosen, form.dtype)
@@ -177,10 +188,16 @@ def _matrix_buckets(
         common: dict[str, Any] = {
             "rows": short, "cols": long, "form": form,
             "coefficients": safe,
-            "wide": wide, "most": most, "groups": tuple(groups), "hyper": hyper, "kernels": kernels,
+            "wide": wide, "most": most, "groups": tuple(groups), "kernels": kernels,
         }  # fmt: skip
         if ranks is None:
-            found.append(Bucket(**common))
+            each = [
+                own
+                for group in groups
+                for block, own in zip(group.blocks, group.own, strict=True)
+                for _ in range(block.count)
+            ]
+            found.append(Bucket(**common, rates_at=added(table, each)))
             continue
         dtype = wide if config.orthogonalizer is not None else form.dtype
         # The powers of two of float64 momentums reach further than those of float32.
@@ -190,28 +207,6 @@ def _matrix_buckets(
         found.append(SharedBucket(**common, exchange=exchange))
     # Those of one device are orthogonalized while the messages of the others travel.
     return tuple(sorted(found, key=lambda bucket: bucket.shared_by is not None))
-
-
-def _groups(decided: Sequence[Decided]) -> list[tuple[torch.dtype, Group]]:
-    """Blocks of one shape, dtype and rate, and their dtype."""
-    alike: dict[tuple[Any, ...], list[Piece]] = {}
-    for each in decided:
-        p, route = each.parameter, each.parameter.route
-        for piece in each.pieces:
-            key = (
-                piece.rows, piece.cols, p.spec.dtype, route.lr_mul, route.wd_mul, piece.ownership,
-                each.master, route.transposed, p.hyper,
-            )  # fmt: skip
-            alike.setdefault(key, []).append(piece)
-    found = []
-    for (rows, cols, dtype, lr, wd, ownership, master, transposed, hyper), pieces in alike.items():
-        group = Group(
-            rows=rows, cols=cols, lr_mul=lr, wd_mul=wd, master=master, transposed=transposed,
-            blocks=tuple(piece.block for piece in pieces if piece.block.count),
-            names=tuple(piece.name for piece in pieces), ownership=ownership, hyper=hyper,
-        )  # fmt: skip
-        found.append((dtype, group))
-    return found
 
 
 def _owners(groups: Sequence[Group]) -> dict[int, Ownership]:
@@ -237,19 +232,23 @@ def _group_shards(groups: Sequence[Group], config: Config, stages: Stages) -> li
     return found
 
 
-def _adamw_buckets(decided: Sequence[Decided]) -> tuple[AdamWBucket, ...]:
+def _adamw_buckets(
+    decided: Sequence[Decided], config: Config, table: list[Own]
+) -> tuple[AdamWBucket, ...]:
     alike: dict[tuple[Any, ...], list[Decided]] = {}
     for each in decided:
         p, route = each.parameter, each.parameter.route
         if route.algorithm == "adamw":
-            key = (each.master, each.chance, p.spec.dtype, route.lr_mul, route.wd_mul, p.hyper)
+            key: tuple[Any, ...] = (each.master, each.chance, p.spec.dtype)
+            if stays_apart(False, config):
+                key = (*key, own_of(each))
             alike.setdefault(key, []).append(each)
     found = []
-    for (master, _, _, lr, wd, hyper), members in alike.items():
+    for (master, *_), members in alike.items():
         local = [each for each in members if 0 not in each.parameter.spec.shape]
         found.append(
             AdamWBucket(
-                lr_mul=lr, wd_mul=wd, master=master, hyper=hyper,
+                master=master, own=(own := tuple(map(own_of, local))), rates_at=added(table, own),
                 columns=[each.parameter.name for each in local],
                 names=[each.parameter.name for each in members],
                 salts=tuple(salt for each in local for salt in each.salts),

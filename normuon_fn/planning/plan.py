@@ -8,6 +8,7 @@ import torch
 
 from ..algorithm.guard import Rule
 from ..algorithm.stages import Stages
+from ..algorithm.work import OwnRates
 from ..distributed.placements import ShardedLayout
 from ..routing.routes import Route
 from ..routing.table import render
@@ -64,6 +65,8 @@ class Plan:
     subclasses: bool = False  # some parameters are of a subclass of Tensor
     # sets of hyperparameters: Hyper's tensors are [hypers]; 0: one set, and they are 0-d
     hypers: int = 0
+    # of all buckets whose matrices differ in them, one after the other
+    own_rates: OwnRates | None = None
     # By process group: the parameters that its ranks have parts or copies of. See common.py.
     common: dict[str, tuple[str, ...]] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..algorithm.guard import Agreement
 from ..algorithm.stages import Stages
-from ..algorithm.work import Context, Kind, Members
+from ..algorithm.work import Context, Kind, Members, Own, OwnRates, Rates, Runs
 from ..types import Config, Grads, Hyper, Tensors
 from .layout import Block, View, join
 
@@ -115,17 +115,38 @@ class StepTensors:
         hyper: Hyper,
         *,
         hypers: int,
+        own: OwnRates | None,
         config: Config,
         stages: Stages,
         agreement: Agreement,
     ) -> None:
-        self.dicts, self.hyper, self.hypers = dicts, hyper, hypers
+        self.dicts, self.hyper, self.hypers, self.own = dicts, hyper, hypers, own
         self.config, self.stages, self.agreement = config, stages, agreement
         self.lines = {state.name for state in stages.line_states}
 
-    def context(self, hyper: int, kernels: bool = False) -> Context:
-        """What the works of a step share. ``hyper``: which entry of `Hyper`'s tensors."""
-        own = self.hyper if self.hypers == 0 else Hyper(*(values[hyper] for values in self.hyper))
+    def rates(self, own: Own) -> Rates:
+        """The hyperparameters that a whole group shares."""
+        hyper = self.hyper
+        if self.hypers:
+            hyper = Hyper(*(values[own.hyper] for values in hyper))
+        return Rates(hyper, own.lr_mul, own.wd_mul)
+
+    def own_rates(self, start: int, runs: Runs) -> Rates:
+        """Each its own: of those from ``start`` on in the plan's table that have a gradient."""
+        assert self.own is not None
+        parts = []
+        for here, count in runs:
+            if here:
+                parts.append(slice(start, start + count))
+            start += count
+        index, lr_mul, wd_mul = (
+            torch.cat([x[part] for part in joined_slices(parts)]) for x in self.own
+        )
+        hyper = Hyper(*(values[index] for values in self.hyper)) if self.hypers else self.hyper
+        return Rates(hyper, lr_mul, wd_mul)
+
+    def context(self, hyper: Hyper, kernels: bool = False) -> Context:
+        """What the works of a step share, and the hyperparameters of one of them."""
         step = self.dicts.state["guard.step"]
         # The bias correction and rounding by chance count accepted steps: a skipped one leaves no
         # trace. With the guard's scope a bucket, the skips of other buckets must not count, so all
@@ -137,7 +158,7 @@ class StepTensors:
         return Context(
             config=self.config,
             stages=self.stages,
-            hyper=own,
+            hyper=hyper,
             operators=ops.Operators(kernels, self.dicts.in_place),
             step=step,
             adamw_step=count,
@@ -148,7 +169,9 @@ class StepTensors:
     def has_gradient(self, name: str) -> bool:
         return self.dicts.has_gradient(name)
 
-    def members(self, kind: K, blocks: Sequence[Block], local: bool = True) -> Members[K]:
+    def members(
+        self, kind: K, blocks: Sequence[Block], rates: Rates, local: bool = True
+    ) -> Members[K]:
         """The blocks of a group that have a gradient."""
         blocks = [block for block in blocks if self.has_gradient(block.name)]
 
@@ -159,9 +182,11 @@ class StepTensors:
 
         count = sum(block.count for block in blocks)
         salts = [salt for block in blocks for salt in block.salts]
-        return self._members(kind, count, len(blocks), entries, salts, local)
+        return self._members(kind, count, len(blocks), entries, salts, rates, local)
 
-    def whole_members(self, kind: K, names: Sequence[str], salts: Sequence[int]) -> Members[K]:
+    def whole_members(
+        self, kind: K, names: Sequence[str], salts: Sequence[int], rates: Rates
+    ) -> Members[K]:
         """Whole parameters of any shapes: those of ``names`` that have a gradient."""
         own = [name for name in names if self.has_gradient(name)]
 
@@ -169,10 +194,17 @@ class StepTensors:
             return Entries(what, tuple(_key(name, what) for name in own), None)
 
         drawn = [salt for name, salt in zip(names, salts, strict=False) if self.has_gradient(name)]
-        return self._members(kind, len(own), len(own), entries, drawn, True)
+        return self._members(kind, len(own), len(own), entries, drawn, rates)
 
     def _members(
-        self, kind: K, count: int, tensors: int, entries: Any, salts: list[int], local: bool
+        self,
+        kind: K,
+        count: int,
+        tensors: int,
+        entries: Callable[[str], Entries],
+        salts: list[int],
+        rates: Rates,
+        local: bool = True,
     ) -> Members[K]:
         def read(what: str) -> list[Tensor]:
             return self.dicts.read(entries(what))
@@ -180,7 +212,18 @@ class StepTensors:
         def put(what: str, new: list[Tensor]) -> None:
             self.dicts.put(entries(what), new)
 
-        return Members(kind, count, tensors, read, put, salts, local)
+        return Members(kind, count, tensors, read, put, salts, rates, local)
+
+
+def joined_slices(parts: Sequence[slice]) -> list[slice]:
+    """The same, with neighbours as one."""
+    found: list[slice] = []
+    for part in parts:
+        if found and found[-1].stop == part.start:
+            found[-1] = slice(found[-1].start, part.stop)
+        else:
+            found.append(part)
+    return found
 
 
 def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..algorithm.work import OwnRates
 from ..compat import is_plain_type
 from ..compat.graphs import compile_whole, free_graph
 from ..compat.observers import any_differentiated
@@ -118,10 +119,11 @@ class Graph:
         assert plan is not None
         given = iter(flat)
         rule = replace(plan.guard, parameter_of=next(given), members=next(given))
+        own = plan.own_rates and OwnRates(*(next(given) for _ in OwnRates._fields))
         hyper = Hyper(*(next(given) for _ in Hyper._fields))
         state = {key: next(given) for key in COUNTERS}
         dicts = OutsideDicts(ops.Graph(order), plan, self.grads, state, in_place=self.in_place)
-        plan = replace(plan, guard=rule)
+        plan = replace(plan, guard=rule, own_rates=own)
         flags, skipped = step_of(dicts, hyper, plan, next(given, None))
         self.reads = {handle.places[0].entry: entries for entries, handle in dicts.read_at.items()}
         self.writes = dicts.written
@@ -132,11 +134,12 @@ class Graph:
         self, dicts: CallersDicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
     ) -> StepResult:
         rule, found = plan.guard, () if found_inf is None else (found_inf,)
+        constants = (rule.parameter_of, rule.members, *(plan.own_rates or ()))
         counters = [dicts.state[key] for key in COUNTERS]
         table = ops.Table(lambda entry: dicts.read(self.reads[entry]))
         with torch.no_grad(), ops.lists_outside(table):
             flags, skipped, *new = self.compiled(
-                [self.order, rule.parameter_of, rule.members, *hyper, *counters, *found]
+                [self.order, *constants, *hyper, *counters, *found]
             )
         for entries, text in self.writes:
             dicts.put(entries, table.find(text))
@@ -162,6 +165,8 @@ class Operation:
         each += map(specs.__getitem__, self.graded)
         self.sizes = [torch.Size(spec.shape) for spec in each]
         self.of_graded = [specs[name].dtype for name in self.graded]
+        shape = torch.Size((plan.hypers,) if plan.hypers else ())
+        self.hyper_sizes = [shape] * len(Hyper._fields)
         self.of_grads: dict[Dtypes, Graph] = {}
 
     def __call__(
@@ -203,9 +208,10 @@ class Operation:
             or not {*zip(dtypes, self.of_graded, strict=True)} <= GRADIENTS
             or {x.device for x in tensors} != {plan.device}
             or {x.layout for x in tensors} != {torch.strided}
+            or [x.shape for x in hyper] != self.hyper_sizes
             or not all(is_plain_type(kind) for kind in {*map(type, tensors)})
         ):
-            raise ValueError("params, grads and state: expected the tensors of the plan")
+            raise ValueError("params, grads, state and hyper: expected the tensors of the plan")
         if any_differentiated(own, written + graded + [*hyper]):
             check_derivatives(params, grads, state, hyper, in_place=self.in_place)
         return dtypes
