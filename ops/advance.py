@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checks, reference
 from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, stride_of, tile, tl
-from .lists import count
+from .lists import part_of_list, total
 from .reference import compute_dtype
 from .registration import Lists
 from .tables import matrix_table
@@ -114,7 +114,7 @@ def _launch(
     found = []
     for part, matrices in reference.runs(sizes, lists[0]):
         # In place, the same list is passed twice. It stays one list, so that its key is made once.
-        parts = {id(tensors): tensors[part] for tensors in lists}
+        parts = {id(tensors): part_of_list(tensors, part) for tensors in lists}
         run = [parts[id(tensors)] for tensors in lists]
         own = None if beta is None else reference.part_of(beta, matrices)
         found.append(_launch_run(run, grad, write, own, keep, form, nesterov))
@@ -131,7 +131,7 @@ def _launch_run(
     nesterov: bool,
 ) -> Tensor:
     first = lists[0][0]
-    n, rows, cols = sum(map(count, lists[0])), *first.shape[-2:]
+    n, rows, cols = total(lists[0]), *first.shape[-2:]
     if n * rows * cols == 0:
         nothing = reference.stack(lists[0]).float()
         return torch.stack(reference.measures(nothing, nothing))
@@ -194,12 +194,12 @@ def _launch_largest(tensors: list[Tensor], sizes: list[int]) -> Tensor:
 
 
 def _measure_fake(tensors: list[Tensor], *rest: Any) -> Tensor:
-    shape = (3, sum(map(count, tensors)))
+    shape = (3, total(tensors))
     return tensors[0].new_empty(shape, dtype=compute_dtype(tensors[0].dtype))
 
 
 def _largest_fake(tensors: list[Tensor], sizes: list[int]) -> Tensor:
-    return tensors[0].new_empty(sum(map(count, tensors)), dtype=compute_dtype(tensors[0].dtype))
+    return tensors[0].new_empty((total(tensors),), dtype=compute_dtype(tensors[0].dtype))
 
 
 # ``sizes``: the list is that many tensors of one shape, then that many of another, and so on.

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, reference
 from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, stride_of, tile, tl
-from .lists import count
+from .lists import part_of_list, total
 from .tables import matrix_table
 
 
@@ -64,12 +64,12 @@ def _launch(
     out, reads_beta = _new_stack(momentums, dtype, transpose), ahead or nesterov
     power, inverse = power.contiguous(), inverse.contiguous()
     for (part, slots), transposed in zip(reference.runs(sizes, momentums), transpose, strict=True):
-        run = momentums[part]
+        run = part_of_list(momentums, part)
         rows, cols = run[0].shape[-2:]
-        n = sum(map(count, run))
+        n = total(run)
         if n * rows * cols == 0:
             continue
-        table = matrix_table(*([run, grads[part]] if reads_beta else [run]))
+        table = matrix_table(*([run, part_of_list(grads, part)] if reads_beta else [run]))
         high, wide = (64, 64) if transposed else tile(cols, 4096)
         across = -(-cols // wide)
         tiles = across * -(-rows // high)
@@ -106,7 +106,7 @@ def _fake(
 def _new_stack(momentums: list[Tensor], dtype: torch.dtype, transpose: list[bool]) -> Tensor:
     rows, cols = momentums[0].shape[-2:]
     shape = (cols, rows) if transpose[0] else (rows, cols)
-    return momentums[0].new_empty((sum(map(count, momentums)), *shape), dtype=dtype)
+    return momentums[0].new_empty((total(momentums), *shape), dtype=dtype)
 
 
 gather = with_kernel(

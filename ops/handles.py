@@ -141,6 +141,7 @@ class Table:
         self.lists: dict[int, list[Tensor]] = {}
         self._read = read
         self._found: dict[str, list[Tensor]] = {}
+        self.facts: dict[int, tuple[object, Any]] = {}  # by the id of a list, which it keeps
 
     def find(self, text: str) -> list[Tensor]:
         """The tensors of a handle. The same text gives the same list."""
@@ -182,6 +183,17 @@ def current_table() -> Table:
     if found is None:
         raise RuntimeError("normuon_fn: a graph of lists outside was run without its lists")
     return found
+
+
+def remembered(tensors: Sequence[Tensor], fact: Callable[[Sequence[Tensor]], Any]) -> Any:
+    """``fact(tensors)``, which is asked once per list while a graph runs: always the same fact."""
+    table = getattr(_thread, "table", None)
+    if table is None:
+        return fact(tensors)
+    found = table.facts.get(id(tensors))
+    if found is None:
+        found = table.facts[id(tensors)] = tensors, fact(tensors)
+    return found[1]
 
 
 def texts(arguments: Sequence[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ are a few: operators on one side, and PyTorch, which Inductor compiles, on the o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ from .registration import Lists, register
 def count(x: Tensor) -> int:
     """How many matrices a tensor from a list is."""
     return x.shape[0] if x.ndim == 3 else 1
+
+
+def total(tensors: Sequence[Any]) -> int:
+    """How many matrices a list is."""
+    real = tensors and isinstance(tensors[0], Tensor) and not torch.compiler.is_dynamo_compiling()
+    if real and _are_matrices(tensors):  # type: ignore[arg-type]
+        return len(tensors)
+    return sum(map(count, tensors))
+
+
+def part_of_list(tensors: list[Tensor], part: slice) -> list[Tensor]:
+    """Some of a list; if it is all of it, the same list."""
+    return tensors if part == slice(0, len(tensors)) else tensors[part]
 
 
 def chained(lists: Sequence[list[Tensor]]) -> list[Tensor]:
@@ -43,13 +57,13 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def _stack_fake(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].new_empty((sum(map(count, tensors)), *tensors[0].shape[-2:]))
+    return tensors[0].new_empty((total(tensors), *tensors[0].shape[-2:]))
 
 
 def _unstack(into: Lists, tensors: list[Tensor], stacked: Tensor, start: int | None = None) -> None:
     (targets,) = into
     if start is not None:
-        stacked = stacked.narrow(0, start, sum(map(count, targets)))
+        stacked = stacked.narrow(0, start, total(targets))
     if stacked.numel() == 0:
         return
     if not _are_matrices(targets):

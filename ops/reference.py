@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lists import chained, count, stack
+from .lists import chained, part_of_list, stack, total
 from .reinterpret import reinterpret
 from .rounding import joined_with, noise, parted, places, rounded_by_chance
 
@@ -41,7 +41,7 @@ def runs(sizes: list[int], tensors: list[Tensor]) -> Iterator[tuple[slice, slice
     """
     start = first = 0
     for size in sizes:
-        end = first + sum(map(count, tensors[start : start + size]))
+        end = first + total(part_of_list(tensors, slice(start, start + size)))
         yield slice(start, start + size), slice(first, end)
         start, first = start + size, end
 

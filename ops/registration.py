@@ -90,8 +90,9 @@ def register(
         check(*arguments)
         return body(*arguments)
 
-    def write_new(*arguments: Any) -> tuple[Lists, Any]:
-        check(*arguments)
+    def write_new(*arguments: Any, checks: bool = True) -> tuple[Lists, Any]:
+        if checks:
+            check(*arguments)
         into = tuple(empty_like(x) for x in arguments[:count])
         return into, body(into, *arguments)
 
@@ -110,7 +111,7 @@ def register(
     if not schema.startswith("(Tensor[]"):
         return operator, operator
     if not writes:
-        reader = _define_by_handle(name, schema, checked, fake)
+        reader = _define_by_handle(name, schema, body, fake)
 
         def reading(*arguments: Any) -> Any:
             if isinstance(arguments[0], Handle):
@@ -120,12 +121,11 @@ def register(
         return reading, reading
 
     def keep_new(into: Sequence[int], *arguments: Any) -> Any:
-        lists, rest = write_new(*arguments)
+        lists, rest = write_new(*arguments, checks=False)
         current_table().lists.update(zip(into, lists, strict=True))
         return rest
 
     def write(*arguments: Any) -> Any:
-        check(*arguments)
         lists = arguments[:count]
         _writes[0] += 1
         # A backward pass that still needs the old values must say so. Before the body, which may
@@ -135,11 +135,15 @@ def register(
                 torch.autograd.graph.increment_version(written)
         return body(lists, *arguments)
 
+    def checked_write(*arguments: Any) -> Any:
+        check(*arguments)
+        return write(*arguments)
+
     takes = schema.partition(" -> ")[0]
     for letter, argument in zip("abcd", writes, strict=False):
         takes = takes.replace(f"Tensor[] {argument}", f"Tensor({letter}!)[] {argument}")
     gives = "Tensor" if fake else "()"
-    mutating = define(f"{name}_", f"{takes} -> {gives}", write, fake or (lambda *_: None))
+    mutating = define(f"{name}_", f"{takes} -> {gives}", checked_write, fake or (lambda *_: None))
     maker = _define_by_handle(name, schema, keep_new, fake, into=True)
     writer = _define_by_handle(f"{name}_", schema, write, fake)
 
@@ -164,7 +168,10 @@ def register(
 def _define_by_handle(
     name: str, schema: str, function: Operation, fake: Operation | None, *, into: bool = False
 ) -> Any:
-    """The operator whose lists are handles. ``into``: it also takes the entries of its results."""
+    """The operator whose lists are handles. ``into``: it also takes the entries of its results.
+
+    It checks nothing: whoever runs the graph has compared the lists with what it was made for.
+    """
     takes = schema.partition(" -> ")[0].removeprefix("(")
     lists = [part.strip().startswith("Tensor[]") for part in takes.split(",")]
     takes = takes.replace("Tensor[] ", "str ")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import handles
 from .lists import count
 
 
@@ -73,7 +74,7 @@ def matrix_table(*lists: Sequence[Tensor]) -> Table:
     All matrices have one shape. Every list has one dtype.
     """
     # In place, the same list is passed twice.
-    keys = {id(tensors): _memory_key(tensors) for tensors in lists}
+    keys = {id(tensors): handles.remembered(tensors, _memory_key) for tensors in lists}
 
     def make() -> _Contents:
         matrices = zip(*map(_addresses_and_strides, lists), strict=True)

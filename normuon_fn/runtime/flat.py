@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import ops
 from ..algorithm.work import OwnRates
 from ..compat import is_plain_type
-from ..compat.graphs import compile_whole, free_graph
+from ..compat.graphs import alike, compile_whole, free_graph
 from ..compat.observers import any_differentiated
 from ..ops.handles import Handle
 from ..planning.hypergradients import check_derivatives
@@ -148,6 +148,17 @@ class Graph:
         return StepResult(*dicts.after(), flags, skipped)
 
 
+class Looks(NamedTuple):
+    """What the tensors of the last call that was checked looked like, none of them differentiated.
+
+    Where others look the same, nothing has to be checked again.
+    """
+
+    alike: Callable[..., bool]
+    dtypes: Dtypes  # of the gradients
+    requires_grad: bool  # some parameters do; they were leaves of autograd
+
+
 class Operation:
     """One of the step's functions for the same arguments, as a graph per set of dtypes."""
 
@@ -167,6 +178,7 @@ class Operation:
         self.of_graded = [specs[name].dtype for name in self.graded]
         shape = torch.Size((plan.hypers,) if plan.hypers else ())
         self.hyper_sizes = [shape] * len(Hyper._fields)
+        self.looks: Looks | None = None
         self.of_grads: dict[Dtypes, Graph] = {}
 
     def __call__(
@@ -190,7 +202,7 @@ class Operation:
     def _checked(
         self, params: Tensors, grads: Grads, state: Tensors, hyper: Hyper, plan: Plan
     ) -> Dtypes:
-        """The dtypes of the gradients. No Python code runs per tensor.
+        """The dtypes of the gradients.
 
         Raises:
             KeyError, ValueError: something is not as the plan says. `check_step` says what.
@@ -200,7 +212,14 @@ class Operation:
         own = [params[name] for name in self.names]
         written = [state[key] for key in self.state]
         graded: list[Any] = [grads[name] for name in self.graded]
-        tensors = own + written + graded
+        tensors, others = own + written + graded, [*written, *graded, *hyper]
+        looks = self.looks
+        if (
+            looks is not None
+            and looks.alike(*own, *others)
+            and not (looks.requires_grad and any_differentiated(own, ()))
+        ):
+            return looks.dtypes
         dtypes = tuple([x.dtype for x in graded])
         if (
             [*map(Tensor.size, tensors)] != self.sizes
@@ -212,8 +231,11 @@ class Operation:
             or not all(is_plain_type(kind) for kind in {*map(type, tensors)})
         ):
             raise ValueError("params, grads, state and hyper: expected the tensors of the plan")
-        if any_differentiated(own, written + graded + [*hyper]):
+        if any_differentiated(own, others):
             check_derivatives(params, grads, state, hyper, in_place=self.in_place)
+        elif not any([x.requires_grad for x in others]):  # noqa: C419 - a list is twice as fast
+            has_leaves = any([x.requires_grad for x in own])  # noqa: C419
+            self.looks = Looks(alike([*own, *others]), dtypes, has_leaves)
         return dtypes
 
     def free(self) -> None:
