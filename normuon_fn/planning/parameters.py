@@ -68,7 +68,8 @@ def decide(
     """
     if route.unfrozen is not None and tensor.requires_grad:
         route, reason = route.unfrozen, "requires a gradient by now"
-    route = replace(route, unfrozen=None)
+    if route.unfrozen is not None:
+        route = replace(route, unfrozen=None)
     placed = sharded_layout(name, tensor)
     shape = tuple(tensor.shape) if placed is None else tuple(n for _, n in placed.local_part)
     parameter = Parameter(name, Spec(shape, tensor.dtype, placed), route, reason, hyper=hyper)
