@@ -18,7 +18,7 @@ LONGEST_FIRST = (
     "test_inductor.py",
     "test_examples_distributed.py",
     "test_examples.py",
-    "test_list_kernels.py",
+    "test_interpreted.py",
     "test_study.py",
     "test_guard_ranks.py",
     "test_step_graph.py",

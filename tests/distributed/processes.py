@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import forkserver
+from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,15 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from tests.processes import PATIENCE, TICK, Progress, StalledError, end
+from tests.scripts import IMPORTED
 
 Main = Callable[[int, int, torch.device], Any]  # rank, world, device -> something for JSON
 # Of one collective. Under gloo it is longer than `Progress` waits: ranks may be any time apart, and
 # only a hang ends them. Ranks of NCCL spin while they wait, so that NCCL itself has to find the
 # hang.
 GLOO_TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=20 * PATIENCE), timedelta(seconds=PATIENCE)
-# Ranks on the CPU are forked by a server that has imported these: 0.1 s each, not 4 s.
-IMPORTED = [
-    "normuon_fn",
-    "normuon_fn.optim.normuon",
-    "torch._dynamo",
-    "torch._functorch.aot_autograd",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-]
-forkserver.set_forkserver_preload(IMPORTED)
+# Ranks on the CPU are forked by a server that has imported these, as scripts are.
+set_forkserver_preload(IMPORTED)
 
 
 def run_ranks(
