@@ -185,9 +185,9 @@ def test_the_interpreted_kernels_hold_the_same_claims() -> None:
     torch.manual_seed(0)
     for k, (dtype, shape) in enumerate(itertools.product(PRODUCT_DTYPES, SHAPES)):
         check(*shape, dtype, SMALL[shape[1] > 64], transposed=(k + k // len(SHAPES)) % 2 == 0)
-    for k, (shape, transposed) in enumerate(itertools.product(ALIGNED, (False, True))):
-        for config in DESCRIPTORS[2 * (shape[1] > 40) :][:2]:
-            check(*shape, PRODUCT_DTYPES[k % 2], config, transposed)
+    for k, v in itertools.product(range(len(ALIGNED)), (0, 1)):  # dtypes and transposed in turn
+        config = DESCRIPTORS[2 * (ALIGNED[k][1] > 40) + v]
+        check(*ALIGNED[k], PRODUCT_DTYPES[(k + v) % 2], config, (k // 2 + v) % 2 == 0)
     for k, config in enumerate(REAL):
         check(1, 208 - 48 * (k % 2), 72, PRODUCT_DTYPES[k % 2], config, transposed=k % 3 == 0)
     check_choice()
