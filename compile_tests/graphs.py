@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import ExplainWithBackend
 from torch._dynamo.exc import RecompileError
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounter
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -492,10 +492,19 @@ class Generated:
 
 
 def generated(function: Function, *args: Any, **kwargs: Any) -> Generated:
-    """Inductor's code for ``function``."""
-    _, sources = run_and_get_code(
-        torch.compile(function, fullgraph=True, dynamic=False), *args, **kwargs
-    )
+    """Inductor's code for ``function``. Its kernels are written and not compiled, nothing runs."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    sources: list[str] = []
+
+    def written(graph: GraphLowering) -> None:
+        sources.append(graph.codegen()[0].value)
+        raise NotImplementedError("nobody compiles it")
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphLowering, "compile_to_module", written)
+        with pytest.raises(Exception, match="nobody compiles it"):
+            compiled(*args, **kwargs)
     assert len(sources) == 1, f"{len(sources)} graphs"
     tree = ast.parse(sources[0])
     wrapper = next(

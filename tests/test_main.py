@@ -6,22 +6,25 @@ import re
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import ModuleType
 
 import pytest
 import torch
 
 import normuon_fn
 from normuon_fn import __main__ as command
+from normuon_fn.algorithm import bucket, normalize
 from tests import oracle, processes
 from tests.processes import ROOT
 
 
-def run(*arguments: str, before: str = "", warnings: str = "error") -> CompletedProcess[str]:
+def run(*arguments: str, before: str = "") -> CompletedProcess[str]:
     given = f"import runpy, sys; sys.argv[1:] = {list(arguments)!r}"
     code = f"{given}\n{before}\nrunpy.run_module('normuon_fn', run_name='__main__')"
-    return processes.run([sys.executable, "-W", warnings, "-c", code], code=None)
+    return processes.run([sys.executable, "-W", "error", "-c", code], code=None)
 
 
 def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> None:
@@ -40,37 +43,57 @@ def test_it_prints_versions_devices_and_kernels_and_passes_its_self_test() -> No
     )
 
 
-def test_compiled_it_passes_too() -> None:
-    shows = (
-        "import torch._dynamo.utils as u, atexit; "
-        "atexit.register(lambda: print(u.counters['stats']['unique_graphs']))"
-    )
-    done = run("--device", "cpu", "--compile", before=shows, warnings="ignore")  # Inductor's own
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, header, *_, row, compiled = done.stdout.splitlines()
-    assert header.endswith("self-test (compiled)")
-    assert row.endswith("pass") and compiled == "1"
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_compiled_it_passes_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = {name: command.SHAPES[name] for name in ("tall", "stack")}
+    monkeypatch.setattr(command, "SHAPES", shapes)  # Inductor's time is by the bucket
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    assert command.main(["--device", "cpu", "--compile"]) == 0
+    _, header, *_, row = capsys.readouterr().out.splitlines()
+    assert header.endswith("self-test (compiled)") and row.endswith("pass")
+    assert counters["unique_graphs"] == before + 1
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("no kernel image")
 
 
 @pytest.mark.parametrize(
-    "planted",
+    ("module", "name", "planted"),
     [
-        "import normuon_fn.algorithm.normalize as n; n.per_row = lambda *_: False",
-        "import normuon_fn.algorithm.bucket as b; b.carry = lambda *_: 1.5",
-        "import normuon_fn.algorithm.bucket as b\n"
-        "def broken(*_): raise RuntimeError('no kernel image')\nb.iterate = broken",
-        "import normuon_fn.algorithm.bucket as b; b.iterate = lambda x, *_: x * float('nan')",
+        (normalize, "per_row", lambda *_: False),
+        (bucket, "carry", lambda *_: 1.5),
+        (bucket, "iterate", broken),
+        (bucket, "iterate", lambda x, *_: x * float("nan")),
     ],
 )
-def test_a_step_that_is_wrong_fails_it_with_exit_code_1(planted: str) -> None:
+def test_a_step_that_is_wrong_fails_it(
+    module: ModuleType,
+    name: str,
+    planted: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, name, planted)
+    assert command.main(["--device", "cpu"]) == 1
+    assert capsys.readouterr().out.rstrip().endswith("FAIL")
+
+
+def test_what_it_returns_is_the_exit_code() -> None:
+    planted = "import normuon_fn.algorithm.bucket as b; b.carry = lambda *_: 1.5"
     done = run("--device", "cpu", before=planted)
     assert done.returncode == 1 and done.stdout.rstrip().endswith("FAIL"), done.stdout + done.stderr
 
 
-def test_help_and_unknown_devices() -> None:
-    asked = processes.run([sys.executable, "-m", "normuon_fn", "--help"])
-    assert "--device" in asked.stdout and "self-test" not in asked.stderr
-    assert "replay" in asked.stdout
+def test_help_and_unknown_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.main(["--help"])
+    asked = capsys.readouterr()
+    assert left.value.code == 0 and "--device" in asked.out and "self-test" not in asked.err
+    assert "replay" in asked.out
     with pytest.raises(SystemExit) as left:
         command.main(["--device", "tpu"])
     assert left.value.code == 2

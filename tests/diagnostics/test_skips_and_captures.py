@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ import normuon_fn as nm
 from normuon_fn import __main__ as command_line
 from normuon_fn.diagnostics import skips
 from normuon_fn.diagnostics.replay import replay
-from tests import processes
 
 SHAPES = {"qkv": (24, 8), "tall": (16, 8), "experts": (2, 8, 12), "bias": (8,)}
 ROUTES = {"qkv": nm.Route(splits=(8, 8, 8))}
@@ -185,11 +183,13 @@ def test_the_order_of_the_first_version_writes_the_same_capture(tmp_path: Path) 
         assert old.with_suffix(suffix).read_bytes() == new.with_suffix(suffix).read_bytes()
 
 
-def test_the_command_prints_and_replays_a_capture(tmp_path: Path) -> None:
+def test_the_command_prints_and_replays_a_capture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result, plan, grads, hyper, _ = run(nm.Config(guard="full"), bad="tall")
     path = nm.capture(result, grads, plan, tmp_path, hyper=hyper)
-    command = [sys.executable, "-W", "error", "-m", "normuon_fn", "replay", path]
-    printed = processes.run(command).stdout
+    assert command_line.main(["replay", str(path)]) == 0
+    printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line.startswith("tall.input")]
     assert rows[0][:3] == ["tall.input", "1x16x8", "float32"]
     assert [tuple(row[1:3]) for row in rows[1:]] == [

@@ -69,8 +69,10 @@ GUARDS = ("off", "output", "full")
 ON = [("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
 STAGES = ("gradient", "momentum", "variance")
 FAULTED = {1: (), 2: ("Shard(0)", "Shard(1)"), 4: ("HSDP", "strided")}
-COMPILED = {1: (), 2: ("ddp", "Shard(0)"), 4: ()}
-SMALL = ("uneven",)  # what is compiled: Inductor's time is by the parameter
+COMPILED = {1: (), 2: ("ddp", "Shard(0)", "Shard(1)"), 4: ()}
+SMALL = ("uneven",)  # what is compiled: a compiler's time is by the parameter
+EVEN = ("square",)  # shards alike: the ranks share what Inductor compiles
+MISSING = ("ddp", "Shard(0)", "Shard(1)", "Replicate")
 SAVED = ("Shard(0)", "Shard(1)", "HSDP")
 LOADED = ("Shard(0)", "Shard(1)")
 
@@ -103,9 +105,10 @@ LONG = {
     ("Shard(1)", "gram", "full"),
     ("ddp", "modded_nanogpt", "full"),
 }
-LONG |= {("HSDP", "standard", "full"), ("strided", "standard", "off"), ("2-D", "dion", "full")}
+LONG |= {("HSDP", "standard", "full"), ("strided", "standard", "off"), ("0 and 0", "dion", "full")}
 
 
+WITHOUT_FOUR = ("ddp", "group", "Shard(0)", "Shard(1)", "Replicate")
 ON_FOUR = ("HSDP", "2-D", "0 and 0", "strided")  # these need four ranks
 
 
@@ -116,13 +119,23 @@ def guards_of(layout: str, form: str, world: int) -> tuple[str, ...]:
 
 
 def forms_of(layout: str, world: int) -> tuple[str, ...]:
-    """What four ranks send does not depend on the form: two ranks have tried all of them."""
-    return FORMS if world < 4 or layout in ON_FOUR else FORMS[:1]
+    """What four ranks send does not depend on the form: two ranks have tried all of them. Each
+    other form has a turn on one or two of the layouts of four.
+    """
+    if world < 4 or layout == "HSDP":
+        return FORMS
+    return (FORMS[0], *(FORMS[ON_FOUR.index(layout) :: 3] if layout in ON_FOUR else ()))
 
 
-def faulty_ranks(stage: str, world: int) -> tuple[int, ...]:
-    """Over the stages every rank has a turn."""
-    return tuple({STAGES.index(stage), (STAGES.index(stage) + 2) % world} & {*range(world)})
+def kinds_of(world: int) -> tuple[str, ...]:
+    """The layouts that fewer ranks cannot have."""
+    return ON_FOUR if world == 4 else WITHOUT_FOUR
+
+
+def faulty_ranks(guard: str, scope: str, stage: str, world: int) -> tuple[int, ...]:
+    """Every rank of two; of four, each has three turns over the guards, scopes and stages."""
+    turn = ON.index((guard, scope)) + STAGES.index(stage)
+    return tuple(range(world)) if world < 4 else (turn % world,)
 
 
 def steps_of(layout: str, form: str, guard: str) -> int:
@@ -355,7 +368,8 @@ class _Rank:
 
     def conv(self) -> Seen:
         seen: Seen = {}
-        for kind, layout in self.layouts.items():
+        for kind in kinds_of(self.world):
+            layout = self.layouts[kind]
             for form in ("standard", "gram", "modded_nanogpt", "muon"):
                 try:
                     run = self.run(layout, config(form, guard="full"), 2, ("conv", "bias"))
@@ -406,7 +420,8 @@ class _Rank:
     def lies(self) -> Seen:
         """What of the state does not lie as its parameter, before and after a step."""
         seen = {}
-        for kind, layout in self.layouts.items():
+        for kind in kinds_of(self.world):
+            layout = self.layouts[kind]
             for form in ("standard", "modded_nanogpt"):
                 params = layout.place(tensors(0))
                 plan = layout.plan(params, config(form))
@@ -473,7 +488,7 @@ class _Rank:
                     "names": list(plan.names),
                 }
                 for stage in STAGES:
-                    for rank in faulty_ranks(stage, self.world):
+                    for rank in faulty_ranks(guard, scope, stage, self.world):
                         seen[f"{kind} {guard} {scope} {stage} {rank}"] = self.fault(
                             layout, plan, warm, stage, rank
                         )
@@ -547,7 +562,8 @@ class _Rank:
             "two buckets": ["uneven", "tall"],
             "adamw": ["bias"],
         }
-        for kind, layout in self.layouts.items():
+        for kind in kinds_of(self.world):
+            layout = self.layouts[kind]
             for which, names in sets.items():
                 for guard in ("off", "full"):
                     params = layout.place({name: tensors(0)[name] for name in names})
@@ -635,7 +651,7 @@ class _Rank:
         shares.
         """
         seen = {}
-        for kind in ("ddp", "Shard(0)", "Shard(1)", "Replicate"):
+        for kind in ("ddp", "Shard(0)") if self.world == 4 else MISSING:
             layout, name = self.layouts[kind], "layers.2"
             params = layout.place(tensors(0))
             plan = layout.plan(params, config("standard", guard="full", missing_grads="zeros"))
@@ -761,15 +777,16 @@ class _Rank:
         for kind in COMPILED[self.world]:
             layout = self.layouts[kind]
             functions: list[Callable[..., nm.StepResult]] = [nm.update, nm.step, nm.step_]
-            if kind == "ddp":  # without Inductor, which takes most of the time
+            names = EVEN if kind == "Shard(0)" else SMALL
+            if kind != "Shard(0)":  # without Inductor, which takes most of the time
                 functions[1:] = [compile_whole(f, "aot_eager") for f in (nm.update, local_update_)]
             runs: list[dict[str, Tensor]] = []
             for function in functions:
-                params = layout.place({name: tensors(0)[name] for name in SMALL})
+                params = layout.place({name: tensors(0)[name] for name in names})
                 plan = layout.plan(params, config("standard", guard="full", steps=1))
                 state = nm.init(plan, params)
                 for step in range(2):
-                    grads = layout.place({name: tensors(1 + step)[name] for name in SMALL})
+                    grads = layout.place({name: tensors(1 + step)[name] for name in names})
                     params, state, _, _ = function(params, grads, state, hyper_of(params), plan)
                 runs.append({**params, **state})
             eager, pure, inplace = runs

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from tests.processes import PATIENCE, TICK, Progress, StalledError, end
+from tests.scripts import IMPORTED
 
 Main = Callable[[int, int, torch.device], Any]  # rank, world, device -> something for JSON
 # Of one collective. Under gloo it is longer than `Progress` waits: ranks may be any time apart, and
 # only a hang ends them. Ranks of NCCL spin while they wait, so that NCCL itself has to find the
 # hang.
 GLOO_TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=20 * PATIENCE), timedelta(seconds=PATIENCE)
+# Ranks on the CPU are forked by a server that has imported these, as scripts are.
+set_forkserver_preload(IMPORTED)
 
 
 def run_ranks(
@@ -31,22 +35,25 @@ def run_ranks(
     folder: Path,
     *,
     devices: bool = False,
+    eagerly: bool = False,
     dying: int = 0,
 ) -> list[Any]:
     """By rank, what ``main`` returned there.
 
-    gloo on the CPU; with ``devices`` NCCL and a device per rank where there are enough GPUs. The
-    last ``dying`` ranks end somewhere in ``main``, and nobody waits for them.
+    gloo on the CPU; with ``devices`` NCCL and a device per rank where there are enough GPUs.
+    ``eagerly``: torch.compile does nothing there. The last ``dying`` ranks end somewhere in
+    ``main``, and nobody waits for them.
 
     Raises:
         StalledError: no rank has used the processor for a long time: they hang, and are killed.
     """
+    cuda = devices and torch.cuda.device_count() >= world
     context = multiprocessing.start_processes(
         _rank,
-        (main, world, str(folder), devices, dying > 0),
+        (main, world, str(folder), cuda, eagerly, dying > 0),
         nprocs=world,
         join=False,
-        start_method="spawn",
+        start_method="spawn" if cuda else "forkserver",
     )
     assert context is not None
     progress = Progress(context.pids())
@@ -62,9 +69,12 @@ def run_ranks(
     ]
 
 
-def _rank(rank: int, main: Main, world: int, folder: str, devices: bool, dying: bool) -> None:
+def _rank(
+    rank: int, main: Main, world: int, folder: str, cuda: bool, eagerly: bool, dying: bool
+) -> None:
     torch.set_num_threads(1)
-    cuda = devices and torch.cuda.device_count() >= world
+    if eagerly:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

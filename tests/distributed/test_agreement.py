@@ -22,9 +22,7 @@ FOUND = [(k, g, s) for k in KINDS for g, s in GUARDS if (k, s) != ("stages", "bu
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return run_ranks(main, 2, tmp_path_factory.mktemp("agreement"))
+    return run_ranks(main, 2, tmp_path_factory.mktemp("agreement"), eagerly=True)
 
 
 def of(ranks: Ranks, case: str) -> list[Any]:

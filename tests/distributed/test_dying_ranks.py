@@ -7,13 +7,12 @@ One process forks all ranks of all cases (`dying`).
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from tests import processes
+from tests import scripts
 from tests.distributed.dying import CASES, TIMEOUT, Case, error_of
 
 pytestmark = pytest.mark.skipif(
@@ -25,8 +24,8 @@ LATE = 10.0  # seconds that a busy machine may add; 0.4 were seen
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("dying")
-    command = [sys.executable, "-m", "tests.distributed.dying", folder]
-    processes.run(command, env={"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""})
+    own = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    scripts.run("tests.distributed.dying", folder, env=own)
     found: dict[str, Any] = json.loads((folder / "seen.json").read_text())
     return found
 

@@ -24,10 +24,12 @@ from tests.distributed.layouts import (
     ON_FOUR,
     SAVED,
     STAGES,
+    WITHOUT_FOUR,
     Seen,
     faulty_ranks,
     forms_of,
     guards_of,
+    kinds_of,
     owner,
     run_dying,
     run_worlds,
@@ -38,7 +40,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 Ranks = list[dict[str, Seen]]
-LAYOUTS = ("ddp", "group", "Shard(0)", "Shard(1)", "Replicate", "HSDP", "2-D", "0 and 0", "strided")
 # Relative, per tensor, in float32. On CUDA cuBLAS multiplies one matrix by another kernel than a
 # stack of them (4e-6 apart after Newton-Schulz, 64x128), and an owner may have one only: 4e-6 was
 # seen, in a variance.
@@ -58,8 +59,8 @@ def ranks(request: pytest.FixtureRequest, worlds: dict[int, Ranks]) -> Ranks:
     return worlds[request.param]
 
 
-def on(ranks: Ranks) -> list[str]:
-    return [kind for kind in LAYOUTS if len(ranks) == 4 or kind not in ON_FOUR]
+def on(ranks: Ranks) -> tuple[str, ...]:
+    return (*WITHOUT_FOUR, *ON_FOUR) if len(ranks) == 4 else WITHOUT_FOUR
 
 
 def errors(cases: list[Seen]) -> dict[str, float]:
@@ -95,7 +96,7 @@ def test_every_layout_gives_what_one_device_gives(
 
 @pytest.mark.parametrize("form", ["standard", "gram", "modded_nanogpt", "muon"])
 def test_a_flattened_convolution_gives_what_one_device_gives(ranks: Ranks, form: str) -> None:
-    for kind in on(ranks):
+    for kind in kinds_of(len(ranks)):
         cases = [seen["conv"][f"{kind} {form}"] for seen in ranks]
         assert [seen["error"] for seen in cases if "error" in seen] == [], kind
         assert not far(cases), (kind, far(cases))
@@ -103,7 +104,7 @@ def test_a_flattened_convolution_gives_what_one_device_gives(ranks: Ranks, form:
 
 def test_the_state_lies_as_its_parameter_and_whole_where_its_dimension_is_one(ranks: Ranks) -> None:
     for seen in ranks:
-        for kind in on(ranks):
+        for kind in kinds_of(len(ranks)):
             for form in ("standard", "modded_nanogpt"):
                 lies = seen["lies"][f"{kind} {form}"]
                 assert lies["wrong"] == [], kind
@@ -163,7 +164,8 @@ def test_a_fault_in_one_shard_skips_alike_on_all_ranks(
         for seen in ranks:  # a clean step moves everything: what is kept below is kept by the guard
             clean = seen["faults"][f"{kind} {guard} {scope}"]
             assert not any(clean["kept"].values()) and not any(map(any, clean["flags"]))
-    where = [(kind, rank) for kind in kinds for rank in faulty_ranks(stage, len(ranks))]
+    faulty = faulty_ranks(guard, scope, stage, len(ranks))
+    where = [(kind, rank) for kind in kinds for rank in faulty]
     assert not [
         w for kind, rank in where for w in wrong_with(ranks, kind, guard, scope, stage, rank)
     ]
@@ -176,7 +178,7 @@ def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_or
         return
     guard = {"allreduce_": 1, "all_reduce": 1}
     for seen in ranks:
-        for kind in on(ranks):
+        for kind in kinds_of(len(ranks)):
             ways = {"ddp": 1, "group": 1, "Replicate": 1, "HSDP": 3}.get(kind, 2)
             local = ("Shard(0)", "HSDP", "2-D", "0 and 0", "strided")
             buckets = {"one bucket": 1, "two buckets": 2, "adamw": 0, "qkv": 2}

@@ -22,9 +22,7 @@ WORLD = 2
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return run_ranks(main, WORLD, tmp_path_factory.mktemp("optimizer"))
+    return run_ranks(main, WORLD, tmp_path_factory.mktemp("optimizer"), eagerly=True)
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])

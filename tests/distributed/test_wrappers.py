@@ -21,10 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        folder = tmp_path_factory.mktemp("wrappers")
-        return run_ranks(partial(main, folder), WORLD, folder)
+    folder = tmp_path_factory.mktemp("wrappers")
+    return run_ranks(partial(main, folder), WORLD, folder, eagerly=True)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp, work shared"])

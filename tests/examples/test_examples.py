@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests import scripts
 from tests.processes import ROOT
 
 EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *arguments: object) -> str:
-    return processes.run([sys.executable, EXAMPLES / name, *arguments]).stdout
+    return scripts.run(EXAMPLES / name, *arguments).stdout
 
 
 def test_train_gpt_compares_both_optimizers_and_resumes_exactly(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The distributed examples, as torchrun starts them: FSDP2, DDP and one process train alike, and a
-run may change its ranks.
+run may change its ranks. torchrun itself starts one of the runs; the others have what it tells a
+rank.
 
 Everything runs eagerly (TORCHDYNAMO_DISABLE), on CPU: one launch then takes seconds.
 """
@@ -8,14 +9,16 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from normuon_fn.compat import has_bfloat16_matrix_unit
-from tests import processes
+from tests import processes, scripts
 from tests.processes import ROOT
 
 STEPS, SAVED = 20, 10
@@ -32,17 +35,43 @@ RESUMED = (
     3e-4 if BFLOAT16 else 2e-6
 )  # 5.6e-5 and 3e-7: 10 steps after a checkpoint of 2 ranks, on 1 and on 4
 
+ON_THE_CPU = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 Trace = dict[int, float]
+Start = Callable[[int, Sequence[object]], str]
 
 
-def launch(world: int, example: str, *arguments: object) -> tuple[Trace, list[int]]:
-    """The losses by step, and the steps that were skipped."""
+def by_torchrun(world: int, command: Sequence[object]) -> str:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world)
-    command: list[object] = [sys.executable, *torchrun]
-    command += [Path(__file__).parent / "threads_left.py", ROOT / "examples" / example]
-    command += ["--steps", STEPS, "--layers", 1, *arguments]
-    own = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    printed = processes.run(command, env=own).stdout
+    return processes.run([sys.executable, *torchrun, *command], env=ON_THE_CPU).stdout
+
+
+def by_itself(world: int, command: Sequence[object]) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    ranks = [{**told, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
+    file, *arguments = command
+    found = scripts.run_all(
+        [
+            scripts.Script(
+                str(file),
+                arguments,
+                {**ON_THE_CPU, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in own.items()}},
+            )
+            for own in ranks
+        ]
+    )
+    assert not any(done.returncode for done in found), [done.stderr[-4000:] for done in found]
+    return "".join(done.stdout for done in found)
+
+
+def launch(
+    world: int, example: str, *arguments: object, start: Start = by_itself
+) -> tuple[Trace, list[int]]:
+    """The losses by step, and the steps that were skipped."""
+    command: list[object] = [Path(__file__).parent / "threads_left.py"]
+    command += [ROOT / "examples" / example, "--steps", STEPS, "--layers", 1, *arguments]
+    printed = start(world, command)
     threads = re.findall(r"^threads: (\d+), then (\d+)$", printed, re.MULTILINE)
     assert len(threads) == world and all(int(after) < int(before) for before, after in threads), (
         f"threads of the process group outlive it, and may abort the process: {threads}"
@@ -74,7 +103,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fsdp2(folder: Path) -> Trace:
-    return launch(2, "train_fsdp2.py", "--checkpoint", folder, "--save-every", SAVED)[0]
+    save = ("--checkpoint", folder, "--save-every", SAVED)
+    return launch(2, "train_fsdp2.py", *save, start=by_torchrun)[0]
 
 
 @pytest.fixture(scope="module")

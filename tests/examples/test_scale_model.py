@@ -11,7 +11,8 @@ import pytest
 
 import normuon_fn as nm
 from compile_tests import graphs
-from tests.processes import ROOT, run
+from tests import scripts
+from tests.processes import ROOT
 
 SCRIPT = ROOT / "examples" / "benchmarks" / "scale_model.py"
 WORLD, SIDE = 8, 64
@@ -108,8 +109,7 @@ def test_a_stack_is_counted_as_its_matrices_would_be(model: ModuleType) -> None:
 
 
 def printed(*arguments: object) -> str:
-    command = (sys.executable, SCRIPT, "--workload", "8x64x64", "--ranks", 8)
-    return run([*command, *arguments]).stdout
+    return scripts.run(SCRIPT, "--workload", "8x64x64", "--ranks", 8, *arguments).stdout
 
 
 def test_the_table_has_its_columns_and_the_measurements_stand_beside(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from examples.study import batch_skip, training
 from examples.study.common import markdown, write_section
 from examples.study.corpus import Corpus
 from examples.study.runs import TINY, Job, Options, Result, run_all
+from tests import scripts
 from tests.processes import ROOT, run
 
 STUDY = ROOT / "examples" / "study"
 
 
 def study(module: str, *arguments: object, code: int | None = 0) -> CompletedProcess[str]:
-    return run([sys.executable, "-m", f"examples.study.{module}", *arguments], code=code)
+    return scripts.run(f"examples.study.{module}", *arguments, code=code)
 
 
 @pytest.fixture(scope="module")

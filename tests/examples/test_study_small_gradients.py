@@ -6,13 +6,12 @@ Who keeps every bit, and whose updates shrink or degenerate.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.processes import run
+from tests import scripts
 
 STEPS = 4
 FILES = ("RESULTS.md", "small_gradients.csv", "small_gradients.json", "small_gradients.png")
@@ -20,8 +19,7 @@ Rows = dict[tuple[str, int], dict[str, Any]]  # by arm and exponent of the scale
 
 
 def study(out: Path, *arguments: object) -> str:
-    command = (sys.executable, "-m", "examples.study.small_gradients", "--out", out)
-    return run([*command, *arguments]).stdout
+    return scripts.run("examples.study.small_gradients", "--out", out, *arguments).stdout
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ What it claims about a short run, and that it notices when a claim does not hold
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ import torch
 
 from examples.study.common import read_csv
 from examples.study.soak import claims, same_bits
-from tests.processes import ROOT, run
+from tests import scripts
+from tests.processes import ROOT
 
 
 def soak(out: Path, *arguments: str) -> tuple[int, str]:
-    command = (sys.executable, "-m", "examples.study.soak", "--device", "cpu", "--out", out)
-    done = run([*command, *arguments], code=None)
+    done = scripts.run(
+        "examples.study.soak", "--device", "cpu", "--out", out, *arguments, code=None
+    )
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
     return done.returncode, done.stdout
 

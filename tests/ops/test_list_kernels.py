@@ -1,15 +1,15 @@
 """The kernels over lists against their twins, on a CUDA device or else in Triton's interpreter.
 
-The interpreter is chosen when triton is imported, so on a machine without CUDA this file runs
-itself in a process of its own. The interpreter truncates where it casts float32 to bfloat16, and a
-device rounds to nearest even: in the interpreter this file cannot vouch for how the kernels round
-to bfloat16. `test_bfloat16_is_rounded_to_nearest_even` does, on a CUDA device alone.
+The interpreter is chosen when triton is imported, so on a machine without CUDA test_interpreted.py
+runs this file in a process of its own. The interpreter truncates where it casts float32 to
+bfloat16, and a device rounds to nearest even: in the interpreter this file cannot vouch for how the
+kernels round to bfloat16. `test_bfloat16_is_rounded_to_nearest_even` does, on a CUDA device alone.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from normuon_fn import ops
 from normuon_fn.ops import adamw_reference, launch, lists, reference
-from tests import processes
 
 orient = importlib.import_module("normuon_fn.ops.orient")  # the package names the function the same
 
@@ -51,12 +50,11 @@ def pairs(*dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
     return [*one, *(("ragged", dtype) for dtype in dtypes)]
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="runs here")
-def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    pytest.importorskip("numpy")
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", __file__]
-    assert " passed" in processes.run(command, env={"TRITON_INTERPRET": "1"}).stdout
+def turns(kind: str, every: Sequence[Any]) -> Sequence[Any]:
+    """All; in the interpreter all for "ragged", and one that has its turn for each other kind."""
+    if not launch.INTERPRETED or kind == "ragged":
+        return every
+    return every[list(KINDS).index(kind) % len(every) :][:1]
 
 
 def tensors(kind: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
@@ -138,7 +136,8 @@ def test_the_kernels_are_what_runs() -> None:
 def test_advance(kind: str, dtype: torch.dtype) -> None:
     momentums, grads = tensors(kind, torch.float32, 0), tensors(kind, dtype, 1)
     sizes = [1, len(grads) - 1]
-    for form, nesterov, keep in (("ema", False, None), ("sum", True, False), ("ema", True, True)):
+    forms = (("ema", False, None), ("sum", True, False), ("ema", True, True))
+    for form, nesterov, keep in turns(kind, forms):
         new, *_ = both(
             "advance",
             torch.float32,
@@ -267,7 +266,10 @@ def test_square_matrices_and_their_transposes_are_turned_the_same_way(dtype: tor
         and which[2] == which[4] == 2
         and which[0] + which[1] == 1
     )
-    for given in (x, x.mT, x[:, :69, :69]):
+    views = (x, x.mT, x[:, :69, :69])
+    if launch.INTERPRETED:  # a dtype each
+        views = (views[(torch.float32, torch.bfloat16, torch.float16).index(dtype)],)
+    for given in views:
         which = ops.orientation(given)
         out = ops.orient(given, which, torch.float32)
         assert torch.equal(
@@ -417,7 +419,7 @@ def test_masters_that_are_special_are_parted_alike() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adamw(dtype: torch.dtype) -> None:
-    shapes = [(5,), (70, 133), (), (3, 4, 5), (40000,), (0,)]
+    shapes = [(5,), (70, 133), (), (3, 4, 5), (17000,), (0,)]
 
     def make(seed: int, of: torch.dtype) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -5,18 +5,14 @@ The paths are torch's products, the interpreted kernel and the kernel on CUDA.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from normuon_fn.ops import product_configs, products
 from normuon_fn.ops.products import addmm, symmetric_addmm, symmetric_matmul
-from tests import processes
-from tests.processes import ROOT
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -303,15 +299,6 @@ def test_every_config_fits_the_kernel() -> None:
                 generation
             )
             assert config.variant == "pointers" or generation in (9, 10)
-
-
-def test_the_interpreted_kernel_holds_the_same_claims() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when the kernel is defined."""
-    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
-    if TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4):
-        pytest.skip("this Triton's interpreter takes int() of arrays, which this numpy refuses")
-    command = [sys.executable, ROOT / "tests" / "ops" / "interpreted_products.py"]
-    processes.run(command, env={"TRITON_INTERPRET": "1"})
 
 
 # --------------------------------------------------------------------------------------------- CUDA

@@ -1,22 +1,17 @@
 """What ranks send each other is packed without a bit changed: `ops.repack` against a loop over
 bytes.
 
-The kernel runs on a CUDA device, or in Triton's interpreter in a process of its own (see
-test_list_kernels.py).
+The kernel runs on a CUDA device, or in Triton's interpreter (see test_interpreted.py).
 """
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from normuon_fn import ops
-from normuon_fn.ops import launch
 from normuon_fn.ops.repack import Boxes
-from tests import processes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Case = tuple[int, int, int]  # matrices, rows, columns of a part
@@ -30,14 +25,6 @@ CASES = {  # the whole matrix, and where in it the part lies
     "rows longer than a tile": ((1, 2, 40000), (0, 2, 8, 39992)),
 }
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or launch.INTERPRETED, reason="runs here")
-def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    pytest.importorskip("numpy")
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", __file__]
-    assert " passed" in processes.run(command, env={"TRITON_INTERPRET": "1"}).stdout
 
 
 def bits(x: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ def test_it_is_step_bit_for_bit_operation_by_operation(case: str, bad: str) -> N
     assert bool(skipped) == (bad == "found_inf" or (bad == "a gradient" and config.guard != "off"))
 
 
-def test_compiled_it_is_step_bit_for_bit_and_other_lists_of_these_shapes_do_not_recompile() -> None:
+def test_compiled_it_is_step_bit_for_bit_and_other_lists_of_these_shapes_do_not_recompile(
+    without_inductor: None,
+) -> None:
     config, dtype = CASES["mantissa"]
     given = lists(config, dtype, count=1)
     expected = copies(given)

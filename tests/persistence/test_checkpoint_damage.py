@@ -6,7 +6,6 @@ A process that dies while it saves leaves a complete file.
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from torch import Tensor
 
 import normuon_fn as nm
 from normuon_fn.persistence import file_format
+from tests import scripts
 from tests.persistence.test_checkpoint import copies, problem, same
-from tests.processes import run
 
 Tensors = dict[str, Tensor]
 
@@ -208,8 +207,9 @@ print("replaced", at_once, "of", times)
 
 
 def killed(tmp_path: Path, how: str, times: int) -> str:
-    command = (sys.executable, "-W", "ignore", "-c", WRITER, tmp_path / "run", how, times, 0)
-    return run(command).stdout
+    writer = tmp_path / "writer.py"
+    writer.write_text(WRITER)
+    return scripts.run(writer, tmp_path / "run", how, times, 0).stdout
 
 
 @pytest.mark.parametrize("how", ["half", "sync", "replace"])

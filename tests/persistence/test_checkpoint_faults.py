@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import normuon_fn as nm
+from tests import scripts
 from tests.persistence.test_checkpoint import copies, problem, same
-from tests.processes import run
 
 Tensors = dict[str, Tensor]
 REMOVE = object()
@@ -172,9 +171,10 @@ def test_the_writer_itself_says_that_a_disk_is_full_in_the_form_that_is_understo
         "except OSError as error: print(error.errno, error)\n"
         "nm.load(sys.argv[1], plan)\n"
     )
-    ended = run((sys.executable, "-W", "ignore", "-c", code, tmp_path / "run"))
+    (tmp_path / "writer.py").write_text(code)
+    ended = scripts.run(tmp_path / "writer.py", tmp_path / "run")
     assert ended.stdout.startswith("27 ") and "an old file is as it was" in ended.stdout  # EFBIG
-    assert os.listdir(tmp_path) == ["run"]
+    assert sorted(os.listdir(tmp_path)) == ["run", "writer.py"]
 
 
 def test_folders_that_cannot_hold_the_file_are_named(tmp_path: Path) -> None:

@@ -411,6 +411,7 @@ def run_of(
         ),
     ],
 )
+@pytest.mark.usefixtures("eager")
 def test_a_state_of_another_meaning_is_told_by_its_optimizer(
     optimizer: type[torch.optim.Optimizer], options: dict[str, Any], message: str
 ) -> None:

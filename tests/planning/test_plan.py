@@ -167,7 +167,9 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
     dtype: torch.dtype, compiled: bool
 ) -> None:
     """As cuDNN and FSDP keep them. Nothing is aligned, and what lies between is not touched."""
-    shapes = {"a": (5, 4), "b": (5, 4), "c": (3, 7), "bias": (5,), "gain": (3,)}
+    shapes = {"a": (5, 4), "b": (5, 4), "bias": (5,), "gain": (3,)}
+    if not compiled:  # a bucket of its own, which costs Inductor 4 s
+        shapes["c"] = (3, 7)
     flat = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
     views, at = {}, 1
     for name, shape in shapes.items():
@@ -197,7 +199,7 @@ def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
                 plan,
             )
     assert all(torch.equal(views[name], own[name]) for name in shapes)
-    assert torch.equal(flat[between], before[between]) and (flat != before).sum() > 50
+    assert torch.equal(flat[between], before[between]) and (flat != before).sum() > 40
     assert flat._version > version  # a backward that still needs the old values has to know
 
 
