@@ -1,4 +1,4 @@
-"""The soak of several ranks at a size of seconds, and that it notices a claim that does not hold."""
+"""The soak of several ranks at a size of seconds; and it notices a claim that does not hold."""
 
 from __future__ import annotations
 
