@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,8 +50,10 @@ def _traced(reach: Callable[[Line], Any]) -> Iterator[None]:
         return of_line if name.startswith(OURS) or "torchinductor" in name else None
 
     before = sys.gettrace()
+    gc.disable()  # finalizers of what earlier tests left would be traced too
     sys.settrace(of_call)
     try:
         yield
     finally:
         sys.settrace(before)
+        gc.enable()
