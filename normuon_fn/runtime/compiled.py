@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..compat import apart, plain, without_autocast
 from ..distributed import placements
+from ..distributed.failures import named as named_failure
 from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.common import agree_on_step
 from ..planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
@@ -171,6 +172,8 @@ def _run_compiled(
     except NotCompiled:
         raise
     except Exception as error:
+        if failure := named_failure(error):
+            raise failure from error
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
         check_derivatives(*passed, hyper, in_place=function is local_update_)
         if not plan.subclasses:
