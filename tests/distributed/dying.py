@@ -172,6 +172,7 @@ class Run:
 def failing(case: Case, folder: Path, rank: int) -> dict[str, Any]:
     """What a survivor saw. The step before was saved."""
     if case.compiled and rank != case.victim:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
         torch._dynamo.config.disable = False
         flat.compile_whole = functools.partial(flat.compile_whole, backend="aot_eager")
     # The victim waits for those that compile.
@@ -187,8 +188,14 @@ def failing(case: Case, folder: Path, rank: int) -> dict[str, Any]:
         for _ in range(SAVED, STEPS):
             run.advance()
     except Exception as error:
-        return {"error": str(error), "step": run.step, "seconds": time.monotonic() - began}
+        took = time.monotonic() - began
+        return {"error": str(error), "step": run.step, "seconds": took, "graphs": graphs()}
     return {"error": "", "step": run.step, "seconds": time.monotonic() - began}
+
+
+def graphs() -> int:
+    """How many there are in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def resumed(replicated: bool, saved: Path | None, rank: int) -> dict[str, Any]:

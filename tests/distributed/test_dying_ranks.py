@@ -43,6 +43,7 @@ def test_when_a_rank_ends_the_others_name_the_collective_within_the_timeout(
         assert survivor["error"].startswith(f"{name} failed on rank "), survivor
         assert survivor["step"] == step and survivor["seconds"] < TIMEOUT + LATE
         assert (survivor["seconds"] > TIMEOUT - 1) == (case.how == "freeze")
+        assert (survivor["graphs"] > 0) == case.compiled
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
