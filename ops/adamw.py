@@ -34,6 +34,11 @@ def adamw_kernel(
     """
     entry = chunks + tl.program_id(0).to(tl.int64) * 3
     which, start, size = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    moves = True
+    if SKIP:
+        moves = tl.load(skip_ptr) == 0
+        if not PURE:  # in place, what keeps its bits is not written at all
+            size = tl.where(moves, size, 0)
     if EVEN:
         start, size = tl.multiple_of(start, 16), tl.multiple_of(size, 16)
     WIDE: tl.constexpr = R is not None
@@ -44,16 +49,11 @@ def adamw_kernel(
     eps = tl.load(eps_ptr + own)
     correction1 = tl.load(correction1_ptr + own) + tl.zeros([BLOCK], tl.float32)
     correction2 = tl.load(correction2_ptr + own) + tl.zeros([BLOCK], tl.float32)
-    moves = True
-    if SKIP:
-        moves = tl.load(skip_ptr) == 0
     bad_update = tl.zeros([BLOCK], tl.int32)
     bad_grad = tl.zeros([BLOCK], tl.int32)
     for offset in range(0, CHUNK, BLOCK):
         k = start + offset + tl.arange(0, BLOCK)
         mask = k < size
-        if SKIP and not PURE:
-            mask = mask & moves
         first = tl.load(_pointers_at(row, k, S, ALIGNED), mask, other=0.0)
         second = tl.load(_pointers_at(row + 1, k, S, ALIGNED), mask, other=0.0)
         grad = tl.load(_pointers_at(row + 2, k, G, ALIGNED), mask, other=0.0).to(tl.float32)

@@ -30,12 +30,13 @@ def apply_kernel(
     entry = table + matrix * (12 if WIDE else 6)
     down, along = where // across, where % across
     r, c = down * BR + tl.arange(0, BR), along * BC + tl.arange(0, BC)
-    mask = (r < rows)[:, None] & (c < cols)[None, :]
     moves = True
+    below = rows
     if SKIP:
         moves = tl.load(skip_ptr) == 0
         if not PURE:  # in place, what keeps its bits is not written at all
-            mask = mask & moves
+            below = tl.where(moves, rows, 0)
+    mask = (r < below)[:, None] & (c < cols)[None, :]
     old = tl.load(at(entry, r, c, P, UNIT, ALIGNED), mask, other=0.0)
     update = (
         update_ptr

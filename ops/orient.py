@@ -59,8 +59,10 @@ def orient_kernel(
     mask = (r < size)[:, None] & (c < size)[None, :]
     mirrored_mask = (c < size)[:, None] & (r < size)[None, :]
     which = tl.load(which_ptr + matrix)
-    turned = (which == 1) | ((which == 2) & (r[:, None] < c[None, :]))
-    mirrored_turned = (which == 1) | ((which == 2) & (r[None, :] < c[:, None]))
+    # FLIPPED: every entry is turned. SYMMETRIC: those above the diagonal. AS_IS: none.
+    first = tl.where(which == 1, -size, tl.where(which == 2, 0, size))
+    turned = (r + first)[:, None] < c[None, :]
+    mirrored_turned = (r + first)[None, :] < c[:, None]
     direct = tl.load(
         x_ptr + wide_r[:, None] * stride_r + wide_c[None, :] * stride_c,
         mask & (turned == 0),

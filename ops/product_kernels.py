@@ -86,7 +86,7 @@ def _store_mirrored(
     j = j0 + tl.arange(0, BLOCK)
     wide_i = i.to(tl.int64)
     wide_j = j.to(tl.int64)
-    inside = (i < rows)[:, None] & (j < rows)[None, :] & (i0 >= j0)
+    inside = (i < tl.where(i0 >= j0, rows, 0))[:, None] & (j < rows)[None, :]
     c_block = c + wide_i[:, None] * c_row + wide_j[None, :] * c_col
     block = _combine(acc, c_block, inside, alpha, beta, out.dtype.element_ty, HAS_C)
     mirrored = tl.trans(block)
@@ -95,7 +95,7 @@ def _store_mirrored(
         tl.where(i[:, None] >= j[None, :], block, mirrored),
         mask=inside,
     )
-    beside = (j < rows)[:, None] & (i < rows)[None, :] & (i0 > j0)
+    beside = (j < tl.where(i0 > j0, rows, 0))[:, None] & (i < rows)[None, :]
     tl.store(out + wide_j[:, None] * rows + i[None, :], mirrored, mask=beside)
 
 

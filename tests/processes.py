@@ -76,7 +76,8 @@ def run(
     Raises:
         StalledError: the command hung. All its processes are killed.
     """
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
     arguments = [str(argument) for argument in command]
     process = subprocess.Popen(
         arguments,

@@ -183,12 +183,16 @@ def failing_as(name: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        kind = type(error) if isinstance(error, dist.DistError) else RuntimeError
-        raise kind(
-            f"{name} failed on rank {dist.get_rank()}. Most probably another rank has ended, or "
-            "did not answer within the timeout of the process group: end all ranks, and start them "
-            f"again from the last checkpoint. The backend says: {error}"
-        ) from error
+        raise collective_error(name, error) from error
+
+
+def collective_error(name: str, error: RuntimeError) -> RuntimeError:
+    kind = type(error) if isinstance(error, dist.DistError) else RuntimeError
+    return kind(
+        f"{name} failed on rank {dist.get_rank()}. Most probably another rank has ended, or "
+        "did not answer within the timeout of the process group: end all ranks, and start them "
+        f"again from the last checkpoint. The backend says: {error}"
+    )
 
 
 # When traced, functional collectives wait at once. The next three functions are the operators below

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..compat import apart, plain, without_autocast
 from ..distributed import placements
+from ..distributed.failures import named as named_failure
 from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.common import agree_on_step
 from ..planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
@@ -78,11 +79,12 @@ def step_(
     """
     if torch.compiler.is_dynamo_compiling():
         result = local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
-    else:
+        return result._replace(params=dict(params), state=dict(state))
+    with saying_what_was_written(plan, state):
         result = _run(local_update_, params, grads, state, hyper, plan, found_inf)
         if plan.one_storage:  # the graph wrote through `apart`, which does not count the versions
             torch.autograd.graph.increment_version([placements.local(p) for p in params.values()])
-    return result._replace(params=dict(params), state=dict(state))
+        return result._replace(params=dict(params), state=dict(state))
 
 
 def eager_step_(
@@ -96,7 +98,8 @@ def eager_step_(
 ) -> StepResult:
     """The result of `step_`, operation by operation. Of DTensors it has the local parts."""
     must_be_eager(local_update_, params, grads, state)  # raises
-    return run_eagerly(local_update_, params, grads, state, hyper, plan, found_inf)
+    with saying_what_was_written(plan, state):
+        return run_eagerly(local_update_, params, grads, state, hyper, plan, found_inf)
 
 
 def _run(
@@ -164,11 +167,13 @@ def _run_compiled(
             params, grads, state = map(_plain_of, (params, grads, state))
         if plan.one_storage:
             params = {name: apart(p) for name, p in params.items()}
-        with without_autocast(plan.device), saying_what_was_written(function, plan):
+        with without_autocast(plan.device):
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
     except NotCompiled:
         raise
     except Exception as error:
+        if failure := named_failure(error):
+            raise failure from error
         check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
         check_derivatives(*passed, hyper, in_place=function is local_update_)
         if not plan.subclasses:

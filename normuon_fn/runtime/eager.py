@@ -67,24 +67,33 @@ def run_eagerly(
     found_inf: Tensor | None,
 ) -> StepResult:
     """The result of ``function``, operation by operation."""
-    with saying_what_was_written(function, plan), fake_beside_real(_first(params)):
+    with fake_beside_real(_first(params)):
         return function(params, grads, state, hyper, plan, found_inf=found_inf)
 
 
 class saying_what_was_written:  # noqa: N801 - used as a function
     """An error that ends a step in place after it has begun to write says so.
 
-    Every operator counts before it writes. What is captured in a CUDA graph is not executed.
+    Every operator counts before it writes. In a graph Inductor's own kernels write too: before the
+    graph runs, the versions of all tensors that it writes have been counted up, of which a counter
+    of the state is always one. What is captured in a CUDA graph is not executed.
     """
 
-    def __init__(self, function: StepFunction, plan: Plan) -> None:
-        self.in_place, self.plan = function is local_update_, plan
+    def __init__(self, plan: Plan, state: Tensors) -> None:
+        self.plan, self.state = plan, state
 
     def __enter__(self) -> None:
-        self.writes = writes()
+        self.before = writes(), self.version()
+
+    def version(self) -> int | None:
+        """Of a tensor that every step writes; None where no versions are counted."""
+        try:
+            return self.state["guard.step"]._version
+        except (KeyError, TypeError, AttributeError, RuntimeError):  # checked later; of inference
+            return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or not self.in_place or writes() == self.writes:
+        if error is None or (writes(), self.version()) == self.before:
             return
         device = self.plan.device
         if not (device.type == "cuda" and streams.is_capturing(device)):

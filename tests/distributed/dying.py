@@ -30,6 +30,7 @@ import normuon_fn as nm
 from normuon_fn.algorithm import guard
 from normuon_fn.distributed import messages
 from normuon_fn.planning import tensors as written
+from normuon_fn.runtime import flat
 from tests.distributed.processes import GLOO_TIMEOUT
 
 STAGES = ("before the guard", "before the gather", "between", "after", "while it is written")
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     world: int
     victim: int
     stage: str
+    compiled: bool = False  # the survivors' steps; the victim ends at a stage of one that is not
 
     @property
     def replicated(self) -> bool:
@@ -57,7 +59,8 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.how}, {self.stage}, rank {self.victim} of {self.world}"
+        graph = ", compiled" if self.compiled else ""
+        return f"{self.how}, {self.stage}, rank {self.victim} of {self.world}{graph}"
 
 
 CASES = [
@@ -68,6 +71,8 @@ CASES = [
     # Of four, the first or the last by the stage: two have tried both.
     for victim in ((0, world - 1) if world == 2 else (k % 2 * (world - 1),))
 ]
+
+COMPILED = [Case("kill", 2, 1, "between", compiled=True)]
 
 
 def error_of(case: Case) -> tuple[int, str]:
@@ -128,9 +133,9 @@ def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
 class Run:
     """Sharded or replicated parameters, their state, and steps that are the same in every run."""
 
-    def __init__(self, replicated: bool) -> None:
+    def __init__(self, replicated: bool, timeout: float = TIMEOUT) -> None:
         self.replicated = replicated
-        group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+        group = dist.new_group(timeout=timedelta(seconds=timeout))
         self.mesh = DeviceMesh.from_group(group, "cpu")
         self.params = self.drawn(0)
         own = self.mesh if replicated else None
@@ -167,7 +172,12 @@ class Run:
 
 def failing(case: Case, folder: Path, rank: int) -> dict[str, Any]:
     """What a survivor saw. The step before was saved."""
-    run = Run(case.replicated)
+    if case.compiled and rank != case.victim:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        torch._dynamo.config.disable = False
+        flat.compile_whole = functools.partial(flat.compile_whole, backend="aot_eager")
+    # The victim waits for those that compile.
+    run = Run(case.replicated, GLOO_TIMEOUT.total_seconds() if case.compiled else TIMEOUT)
     for _ in range(SAVED):
         run.advance()
     dcp.save(run.saved, checkpoint_id=folder / "saved")
@@ -179,8 +189,14 @@ def failing(case: Case, folder: Path, rank: int) -> dict[str, Any]:
         for _ in range(SAVED, STEPS):
             run.advance()
     except Exception as error:
-        return {"error": str(error), "step": run.step, "seconds": time.monotonic() - began}
+        took = time.monotonic() - began
+        return {"error": str(error), "step": run.step, "seconds": took, "graphs": graphs()}
     return {"error": "", "step": run.step, "seconds": time.monotonic() - began}
+
+
+def graphs() -> int:
+    """How many there are in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def resumed(replicated: bool, saved: Path | None, rank: int) -> dict[str, Any]:
@@ -240,14 +256,18 @@ def everything(folder: Path) -> dict[str, Any]:
         main = functools.partial(resumed, case.replicated, None)
         found[case.whole] = Ranks(case.world, folder / case.whole, main).seen()
     # Frozen ranks cost the others the timeout, and nobody any work: all of them at once.
-    for wave in ([c for c in CASES if c.how == "freeze"], *([c] for c in CASES if c.how == "kill")):
-        places = {case: folder / str(CASES.index(case)) for case in wave}
+    every = [*CASES, *COMPILED]
+    for wave in ([c for c in every if c.how == "freeze"], *([c] for c in every if c.how == "kill")):
+        places = {case: folder / str(every.index(case)) for case in wave}
         ranks = {
             case: Ranks(case.world, place, functools.partial(failing, case, place))
             for case, place in places.items()
         }
         survivors = {case: x.seen(case.victim) for case, x in ranks.items()}
         for case, place in places.items():
+            if case.compiled:
+                found[case.name] = {"survivors": survivors[case]}
+                continue
             again = functools.partial(resumed, case.replicated, place / "saved")
             restarted = Ranks(case.world, place / "again", again).seen()
             found[case.name] = {"survivors": survivors[case], "restarted": restarted}

@@ -20,6 +20,7 @@ from normuon_fn.ops.product_configs import CONFIGS, TileConfig
 from normuon_fn.ops.product_kernels import descriptor_kernel
 from normuon_fn.ops.product_launch import PRODUCT_DTYPES, product
 from normuon_fn.ops.products import addmm, symmetric_addmm, symmetric_matmul
+from tests.ops import masks
 
 # In tiles of 16: three rows of them, five, of which the last group has two, and less than one.
 SHAPES = [(2, 38, 21), (2, 70, 33), (1, 1, 1), (2, 1, 20), (2, 20, 0), (1, 64, 32)]
@@ -182,6 +183,7 @@ def check_operators() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is numpy
 def test_the_interpreted_kernels_hold_the_same_claims() -> None:
     assert INTERPRETED
+    masks.must_be_bool()
     torch.manual_seed(0)
     for k, (dtype, shape) in enumerate(itertools.product(PRODUCT_DTYPES, SHAPES)):
         check(*shape, dtype, SMALL[shape[1] > 64], transposed=(k + k // len(SHAPES)) % 2 == 0)

@@ -185,7 +185,7 @@ def test_what_is_not_finite_is_measured_and_gathered(value: float, where: tuple[
 @pytest.mark.parametrize(("kind", "dtype"), pairs(torch.float32, torch.bfloat16, torch.float16))
 def test_gather(kind: str, dtype: torch.dtype) -> None:
     momentums, grads = tensors(kind, torch.float32, 0), tensors(kind, torch.bfloat16, 1)
-    n = sum(map(reference.count, momentums))
+    n = sum(map(lists.count, momentums))
     power, inverse = (
         torch.full((n,), 0.5, device=DEVICE),
         torch.linspace(0.1, 1.0, n, device=DEVICE),
@@ -296,7 +296,7 @@ def test_square_matrices_and_their_transposes_are_turned_the_same_way(dtype: tor
 def test_apply(kind: str, dtype: torch.dtype) -> None:
     rows, cols, _ = KINDS[kind]
     params = tensors(kind, dtype, 0)
-    n = sum(map(reference.count, params))
+    n = sum(map(lists.count, params))
     generator = torch.Generator().manual_seed(2)
     update = torch.randn(n, rows, cols, generator=generator).to(DEVICE, torch.float16)
     for transposed in (False, True):
@@ -335,7 +335,7 @@ def rests(params: list[Tensor], dtype: torch.dtype, seed: int) -> list[Tensor]:
 def test_apply_with_masters(kind: str, of: torch.dtype) -> None:
     rows, cols, _ = KINDS[kind]
     params = tensors(kind, torch.bfloat16, 0)
-    lacked, n = rests(params, of, 1), sum(map(reference.count, params))
+    lacked, n = rests(params, of, 1), sum(map(lists.count, params))
     generator = torch.Generator().manual_seed(2)
     update = torch.randn(n, rows, cols, generator=generator).to(DEVICE, torch.float16)
     for by_row, skip, cautious in ((True, None, False), (False, False, True), (True, True, False)):
@@ -358,7 +358,7 @@ def test_apply_with_masters(kind: str, of: torch.dtype) -> None:
 def test_apply_rounds_by_the_same_chances_as_the_twin(kind: str) -> None:
     rows, cols, _ = KINDS[kind]
     params = tensors(kind, torch.bfloat16, 0)
-    n = sum(map(reference.count, params))
+    n = sum(map(lists.count, params))
     update = torch.randn(n, rows, cols, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     factor = torch.full((n, rows, 1), 1e-3, device=DEVICE)
     found = []
