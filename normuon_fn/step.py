@@ -156,7 +156,7 @@ def step_of(
         dicts, hyper, hypers=plan.hypers, own=plan.own_rates, config=plan.config,
         stages=plan.stages, agreement=agreement,
     )  # fmt: skip
-    works = [bucket.work(tensors) for bucket in plan.all_buckets]
+    works = [bucket.work(tensors.of_bucket(k)) for k, bucket in enumerate(plan.all_buckets)]
     agreement.before(works)  # guard="full": are all gradients finite?
     for work in works:
         work.advance()  # momentum; what other ranks need of it sets out

@@ -8,7 +8,8 @@ in a table when it runs, and the graph has only the handle: which entries of the
 their tensors look like. So two graphs are equal only where their lists look alike.
 
 The operators must run in the order in which they were traced, because the graph does not see that
-one reads what another writes. So each of them claims to write one tensor, `Graph.order`.
+one reads what another writes. So each of them claims to write one tensor, `Graph.order`: one for
+every set of lists that share no memory with others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -49,15 +50,17 @@ class Place(NamedTuple):
 
 
 class Graph:
-    """The lists of one graph while it is traced."""
+    """Lists of one graph while it is traced, whose operators must keep their order.
 
-    def __init__(self, order: Tensor) -> None:
-        self.order, self.entries = order, 0
+    ``entries`` counts the entries of the table, also those of the graph's other lists.
+    """
+
+    def __init__(self, order: Tensor, entries: Iterator[int] | None = None) -> None:
+        self.order, self.entries = order, count() if entries is None else entries
 
     def add(self, likes: Sequence[Like]) -> Handle:
         """A handle for a list that will be in the next entry of the table."""
-        self.entries += 1
-        return Handle(self, (Place(self.entries - 1, 0, len(likes)),), tuple(likes))
+        return Handle(self, (Place(next(self.entries), 0, len(likes)),), tuple(likes))
 
 
 class Handle(Sequence[Like]):

@@ -49,6 +49,9 @@ class Dicts(Protocol):
     state: Tensors  # at least the guard's counters
     in_place: bool
 
+    def of_bucket(self, bucket: int) -> Dicts:
+        """The same for one bucket, which shares no entries with others."""
+
     def has_gradient(self, name: str) -> bool: ...
 
     def read(self, entries: Entries) -> list[Tensor]: ...
@@ -67,6 +70,9 @@ class CallersDicts:
         self.params, self.grads, self.state, self.in_place = params, grads, state, in_place
         # by key: parts, and their places
         self.new: dict[str, list[tuple[View | None, Tensor]]] = {}
+
+    def of_bucket(self, bucket: int) -> CallersDicts:
+        return self
 
     def has_gradient(self, name: str) -> bool:
         return self.grads[name] is not None
@@ -123,6 +129,13 @@ class StepTensors:
         self.dicts, self.hyper, self.hypers, self.own = dicts, hyper, hypers, own
         self.config, self.stages, self.agreement = config, stages, agreement
         self.lines = {state.name for state in stages.line_states}
+
+    def of_bucket(self, bucket: int) -> StepTensors:
+        """The same for one bucket."""
+        return StepTensors(
+            self.dicts.of_bucket(bucket), self.hyper, hypers=self.hypers, own=self.own,
+            config=self.config, stages=self.stages, agreement=self.agreement,
+        )  # fmt: skip
 
     def rates(self, own: Own) -> Rates:
         """The hyperparameters that a whole group shares."""

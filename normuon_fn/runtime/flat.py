@@ -9,6 +9,8 @@ the graph takes what does not grow with the model, and finds its lists by handle
 
 from __future__ import annotations
 
+import copy
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -45,19 +47,27 @@ class OutsideDicts:
 
     def __init__(
         self,
-        graph: ops.Graph,
+        orders: Sequence[Tensor],  # one per bucket
         plan: Plan,
         grads: Mapping[str, torch.dtype],
         state: Tensors,
         *,
         in_place: bool,
     ) -> None:
-        self.graph, self.grads, self.state, self.in_place = graph, grads, state, in_place
+        self.grads, self.state, self.in_place = grads, state, in_place
+        entries = itertools.count()
+        self.graphs = [ops.Graph(order, entries) for order in orders]
+        self.graph: ops.Graph | None = None
         self.device = plan.device
         self.specs = {**{p.name: p.spec for p in plan.parameters}, **plan.state}
         self.read_at: dict[Entries, Handle] = {}
         self.written: list[tuple[Entries, str]] = []  # and the text of their handle
         self.counters: Tensors = {}
+
+    def of_bucket(self, bucket: int) -> OutsideDicts:
+        found = copy.copy(self)  # what was read and written stays common
+        found.graph = self.graphs[bucket]
+        return found
 
     def has_gradient(self, name: str) -> bool:
         return name in self.grads
@@ -65,6 +75,7 @@ class OutsideDicts:
     def read(self, entries: Entries) -> Any:
         handle = self.read_at.get(entries)
         if handle is None:
+            assert self.graph is not None
             handle = self.read_at[entries] = self.graph.add(self._likes(entries))
         return handle
 
@@ -100,7 +111,8 @@ class Graph:
 
     def __init__(self, plan: Plan, grads: Mapping[str, torch.dtype], *, in_place: bool) -> None:
         self.plan, self.grads, self.in_place = weakref.ref(plan), grads, in_place
-        self.order = torch.zeros((), dtype=torch.uint8, device=plan.device)
+        kind: Any = {"dtype": torch.uint8, "device": plan.device}
+        self.orders = [torch.zeros((), **kind) for _ in plan.all_buckets]
         # Known once traced: what is read, by entry of the table; what is written, by handle.
         self.reads: dict[int, Entries] = {}
         self.writes: list[tuple[Entries, str]] = []
@@ -113,16 +125,17 @@ class Graph:
 
         self.compiled = compile_whole(run)
 
-    def _traced(self, order: Tensor, *flat: Tensor) -> list[Tensor]:
+    def _traced(self, *flat: Tensor) -> list[Tensor]:
         """The step on fake tensors: flags, whether it was skipped and, if pure, new counters."""
         plan = self.plan()
         assert plan is not None
         given = iter(flat)
+        orders = [next(given) for _ in self.orders]
         rule = replace(plan.guard, parameter_of=next(given), members=next(given))
         own = plan.own_rates and OwnRates(*(next(given) for _ in OwnRates._fields))
         hyper = Hyper(*(next(given) for _ in Hyper._fields))
         state = {key: next(given) for key in COUNTERS}
-        dicts = OutsideDicts(ops.Graph(order), plan, self.grads, state, in_place=self.in_place)
+        dicts = OutsideDicts(orders, plan, self.grads, state, in_place=self.in_place)
         plan = replace(plan, guard=rule, own_rates=own)
         flags, skipped = step_of(dicts, hyper, plan, next(given, None))
         self.reads = {handle.places[0].entry: entries for entries, handle in dicts.read_at.items()}
@@ -139,7 +152,7 @@ class Graph:
         table = ops.Table(lambda entry: dicts.read(self.reads[entry]))
         with torch.no_grad(), ops.lists_outside(table):
             flags, skipped, *new = self.compiled(
-                [self.order, *constants, *hyper, *counters, *found]
+                [*self.orders, *constants, *hyper, *counters, *found]
             )
         for entries, text in self.writes:
             dicts.put(entries, table.find(text))

@@ -521,3 +521,48 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
     assert torch.equal(moved[0], x[0].bfloat16())
     new, _ = torch.ops.normuon_fn.advance([param], [x[0]], zero, None, [1], "ema", False)
     assert torch.equal(new[0], x[0].bfloat16())
+
+
+@here
+@pytest.mark.parametrize("kind", ["odd", "stacks"])
+def test_every_matrix_may_have_rates_of_its_own(kind: str) -> None:
+    """[n] in the place of a 0-d tensor: as if each matrix were in a list of its own."""
+    momentums, grads = (tensors(kind, torch.float32, seed) for seed in (0, 1))
+    sizes, n = [1, len(grads) - 1], lists.total(grads)
+    beta, decay = (torch.linspace(low, 0.95, n, device=DEVICE) for low in (0.1, 0.01))
+    for form, nesterov in (("ema", False), ("sum", True)):
+        rule = (sizes, form, nesterov)
+        both("advance", torch.float32, momentums, grads, beta, None, *rule, writes=1)
+        both("lookahead", torch.float32, momentums, grads, beta, *rule)
+        for ahead in (False, True):
+            scale = (torch.full((n,), 2.0, device=DEVICE), torch.full((n,), 0.25, device=DEVICE))
+            how = (*rule, ahead, torch.float32, [False, False])
+            both("gather", torch.float32, momentums, grads, beta, *scale, *how)
+    update = torch.cat([x.reshape(-1, *x.shape[-2:]) for x in tensors(kind, torch.float32, 2)])
+    factor = torch.ones(n, update.shape[1], 1, device=DEVICE)
+    found = both("apply", torch.float32, momentums, update, factor, decay, None, True, writes=1)
+    whole = torch.cat([x.reshape(-1, *x.shape[-2:]) for x in found])
+    last = torch.cat([x.reshape(-1, *x.shape[-2:]) for x in momentums])[-1:]
+    alone = [last.clone()], update[-1:], factor[-1:], decay[-1], None, True
+    assert torch.equal(torch.ops.normuon_fn.apply(*alone)[0][0], whole[-1])
+
+
+@here
+def test_every_tensor_of_adamw_may_have_rates_of_its_own() -> None:
+    shapes = [(5,), (7, 13), (), (64,)]
+
+    def make(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+
+    params, grads, first, second = make(0), make(1), make(2), [x.square() for x in make(3)]
+    lows = (0.1, 0.01, 0.5, 0.8, 1e-8, 0.2, 0.1)
+    lr, decay, *rates = (torch.linspace(x, 2 * x, 4, device=DEVICE).clamp(max=0.99) for x in lows)
+    for where in (slice(0, 4), slice(3, 4)):  # a list that is aligned, and one that is not
+        given = [each[where] for each in (params, first, second, grads)]
+        own = [x[where].contiguous() for x in (lr, decay, *rates)]
+        found = both("adamw", torch.float32, *given, *own, None, writes=3)
+        both("adamw_flags", torch.float32, *given[1:], *own[2:])
+        alone = [x[-1] for x in own]
+        one = torch.ops.normuon_fn.adamw(*([each[-1]] for each in given), *alone, None)
+        close([x[0] for x in one], [x[-1] for x in found], torch.float32)

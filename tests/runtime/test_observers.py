@@ -113,7 +113,7 @@ def test_the_optimizer_and_the_pure_step_run_under_an_observer_too() -> None:
         of_optimizer = {name: torch.nn.Parameter(x.clone()) for name, x in params.items()}
         optimizer = nm.NorMuon(
             [{"params": [*of_optimizer.items()], "routes": {"b": nm.Route("adamw")}}],
-            lr=0.1, weight_decay=0.1, config=nm.Config(guard="full", steps=2),
+            lr=0.1, weight_decay=0.1, config=nm.Config(guard="full", steps=2, **EXACT),
         )  # fmt: skip
         for name, p in of_optimizer.items():
             p.grad = grads[name].clone()
