@@ -187,7 +187,8 @@ def list_cases() -> Iterator[tuple[str, Case]]:
     pointers = dict.fromkeys(
         (f"{name}_ptr" for name in (*scalars, "power", "inverse", "factor")), "*fp32!"
     )
-    sizes = dict.fromkeys(("rows", "cols", "stride_n", "stride_r"), "i32!")
+    strides = ("stride_n", "stride_r", "beta_stride", "decay_stride", "stride")
+    sizes = dict.fromkeys(("rows", "cols", *strides), "i32!")
     counts = dict.fromkeys(("across", "strips", "tiles", "n"), "i32")
     shared = {
         **tables,

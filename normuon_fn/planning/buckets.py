@@ -80,7 +80,8 @@ class Bucket(Stack):
 
     def work(self, tensors: StepTensors) -> Work:
         runs = [(tensors.has_gradient(block.name), block.count) for block in self.blocks]
-        own = self.groups[0].own[0]
+        # None of them is on this rank: then it does not matter by which.
+        own = next((own for group in self.groups for own in group.own), Own())
         at = self.rates_at
         rates = tensors.rates(own) if at is None else tensors.own_rates(at, runs)
         groups: list[Members[MatrixKind]] = []

@@ -94,7 +94,7 @@ def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
     """Lets this rank end where the stage says, the next time a step gets there."""
     exchanges = [0]
     reduce, exchange, gather = guard.all_reduce_max, messages.all_to_all, messages.all_gather
-    count, after = written.StepTensors.count, guard.Agreement.after
+    count, after = written.CallersDicts.count, guard.Agreement.after
 
     def all_reduce_max(*given: Any) -> Tensor:
         if case.stage == "before the guard":
@@ -120,7 +120,7 @@ def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
     patch(guard, "all_reduce_max", all_reduce_max)
     patch(messages, "all_to_all", all_to_all)
     patch(messages, "all_gather", all_gather)
-    patch(written.StepTensors, "count", counted)
+    patch(written.CallersDicts, "count", counted)
 
     def agreed(agreement: Any, works: Any) -> None:
         if case.stage == "after":
