@@ -166,8 +166,7 @@ def _check_routes(routes: tuple[Route, ...], length: int) -> None:
     if len(routes) != length:
         raise ValueError(f"routes: expected as many as params, {length}, got {len(routes)}")
     for k, route in enumerate(routes):
-        # Not `!= "normuon"`: Dynamo of torch 2.11 takes a default, a subclass of str, for another.
-        if not isinstance(route, Route) or route.algorithm in ("adamw", "frozen"):
+        if not isinstance(route, Route) or route.algorithm != "normuon":
             got = repr(route) if isinstance(route, Route) else type(route)
             raise ValueError(
                 f"routes[{k}]: expected a Route('normuon', ...), got {got}; "

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import normuon_fn as nm
 from normuon_fn.compat.graphs import compile_whole
@@ -176,6 +177,10 @@ def test_inside_a_graph_of_your_own(known: bool) -> None:
         compiled(*lists(config, seed=3, count=2), lr=torch.tensor(0.5))
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 12),
+    reason="Dynamo of torch 2.11 cannot read the defaults of a Route",
+)
 def test_a_graph_of_your_own_sees_another_config_and_other_routes() -> None:
     def own(params, grads, momentums, variances, config, routes):
         return nm.foreach_step_(
