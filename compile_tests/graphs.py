@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normuon_fn as nm
 from normuon_fn.compat.graphs import compile_whole
-from normuon_fn.runtime import flat
+from normuon_fn.runtime import outside
 
 __all__ = [
     "CompileCounter",
@@ -56,6 +56,7 @@ __all__ = [
     "no_recompile",
     "ranks_of",
     "record",
+    "recording",
     "registered_ops",
     "sharded",
 ]
@@ -605,5 +606,18 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     is.
     """
     found = CompileCounter()
-    monkeypatch.setattr(flat, "compile_whole", lambda function, **_: compile_whole(function, found))
+    monkeypatch.setattr(
+        outside, "compile_whole", lambda function, **_: compile_whole(function, found)
+    )
     return found
+
+
+@contextlib.contextmanager
+def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
+    """The AOT graphs that `step` and `step_` are compiled to meanwhile."""
+    backend = AotEagerAndRecordGraphs()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            outside, "compile_whole", lambda function, **_: compile_whole(function, backend)
+        )
+        yield backend.fw_graphs

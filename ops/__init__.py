@@ -12,9 +12,9 @@ A device, a dtype and memory are all that an operator knows: nothing of names, p
 
 from __future__ import annotations
 
-from .handles import Graph, Handle, Like, Table, lists_outside
+from .handles import Graph, Handle, Like, Table, input_for, inputs, lists_outside
 from .launch import kernels_for
-from .lists import all_finite, chained, stack
+from .lists import all_finite, chained, cut, stack
 from .operators import (
     AdamWRates,
     Advanced,
@@ -45,6 +45,9 @@ __all__ = [
     "Table",
     "all_finite",
     "chained",
+    "cut",
+    "input_for",
+    "inputs",
     "kernels_for",
     "lists_outside",
     "measure",

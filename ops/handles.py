@@ -42,11 +42,17 @@ class Like(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Neighbours in a list of the table."""
+    """Neighbours in a list of the table, or some of the matrices of one stack [b, rows, cols]."""
 
     entry: int
     start: int
     stop: int
+    low: int = 0  # matrices of the stack
+    high: int = 0  # 0: all of every tensor
+
+    @property
+    def text(self) -> str:
+        return ":".join(map(str, self if self.high else self[:3]))
 
 
 class Graph:
@@ -85,14 +91,21 @@ class Handle(Sequence[Like]):
             length = place.stop - place.start
             low, high = max(start - at, 0), min(stop - at, length)
             if low < high:
-                places.append(Place(place.entry, place.start + low, place.start + high))
+                places.append(place._replace(start=place.start + low, stop=place.start + high))
             at += length
         return Handle(self.graph, tuple(places), self.likes[k])
+
+    def cut(self, k: int, low: int, high: int) -> Handle:
+        """A list of one: of the stack at ``k`` the matrices from ``low`` to ``high``."""
+        (place,), like = self[k : k + 1].places, self.likes[k]
+        shape = torch.Size((high - low, *like.shape[1:]))
+        cut = place._replace(low=place.low + low, high=place.low + high)
+        return Handle(self.graph, (cut,), (like._replace(shape=shape),))
 
     @property
     def text(self) -> str:
         """The handle as the graph has it."""
-        places = ",".join(f"{p.entry}:{p.start}:{p.stop}" for p in self.places)
+        places = ",".join(place.text for place in self.places)
         kinds = [
             f"{len([*group])}*{str(dtype).removeprefix('torch.')}{[*shape]}".replace(" ", "")
             for (shape, dtype, _), group in groupby(self.likes)
@@ -110,7 +123,7 @@ def joined(handles: Sequence[Handle]) -> Handle:
     places: list[Place] = []
     for place in (place for handle in handles for place in handle.places):
         last = places[-1] if places else None
-        if last and (last.entry, last.stop) == place[:2]:
+        if last and (last.entry, last.stop) == place[:2] and not (last.high or place.high):
             places[-1] = last._replace(stop=place.stop)
         else:
             places.append(place)
@@ -151,12 +164,14 @@ class Table:
         found = self._found.get(text)
         if found is None:
             places = _places(text)
-            parts = [self._list(entry) for entry, _, _ in places]
-            if len(parts) == 1 and (places[0].start, places[0].stop) == (0, len(parts[0])):
+            parts = [self._list(place.entry) for place in places]
+            if len(parts) == 1 and places[0][1:] == (0, len(parts[0]), 0, 0):
                 found = parts[0]
             else:
-                slices = zip(parts, places, strict=True)
-                found = [x for part, (_, start, stop) in slices for x in part[start:stop]]
+                found = []
+                for part, place in zip(parts, places, strict=True):
+                    own = part[place.start : place.stop]
+                    found += [x[place.low : place.high] for x in own] if place.high else own
             self._found[text] = found
         return found
 
@@ -186,6 +201,25 @@ def current_table() -> Table:
     if found is None:
         raise RuntimeError("normuon_fn: a graph of lists outside was run without its lists")
     return found
+
+
+@contextmanager
+def inputs(of: dict[int, Tensor]) -> Iterator[None]:
+    """While a graph is traced: what it takes in the place of tensors that its plan keeps, by id."""
+    before = getattr(_thread, "inputs", None)
+    _thread.inputs = of
+    try:
+        yield
+    finally:
+        _thread.inputs = before
+
+
+def input_for(kept: Tensor) -> Tensor:
+    """The input of the graph that is being traced for a tensor that its plan keeps, or itself."""
+    if torch.compiler.is_dynamo_compiling():
+        return kept
+    of = getattr(_thread, "inputs", None)
+    return kept if of is None else of.get(id(kept), kept)
 
 
 def remembered(tensors: Sequence[Tensor], fact: Callable[[Sequence[Tensor]], Any]) -> Any:

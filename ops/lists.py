@@ -46,6 +46,12 @@ def chained(lists: Sequence[list[Tensor]]) -> list[Tensor]:
     return [x for tensors in lists for x in tensors]
 
 
+def cut(tensors: list[Tensor], k: int, low: int, high: int) -> list[Tensor]:
+    """Of the stack at ``k`` of a list the matrices from ``low`` to ``high``, as a list of one."""
+    handle: Any = tensors
+    return handle.cut(k, low, high) if is_handle(handle) else [tensors[k][low:high]]
+
+
 def _are_matrices(tensors: list[Tensor]) -> bool:
     return max(map(Tensor.dim, tensors)) == 2  # no Python code runs per tensor
 

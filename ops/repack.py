@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .handles import input_for
 from .launch import INTERPRETED, jit, launch, tl, triton
 from .registration import define
 
@@ -197,5 +198,11 @@ def repack(sources: Sequence[Tensor], moves: Moves) -> list[Tensor]:
     """The targets, each [size], from sources of any shape. Uncovered bytes are undefined."""
     m = moves
     return _repack_op(
-        list(sources), m.table, list(m.parts), list(m.narrow), m.dtype, list(m.wide), m.wide_dtype
+        list(sources),
+        input_for(m.table),
+        list(m.parts),
+        list(m.narrow),
+        m.dtype,
+        list(m.wide),
+        m.wide_dtype,
     )

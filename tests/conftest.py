@@ -9,7 +9,7 @@ import pytest
 
 from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.optim import normuon
-from normuon_fn.runtime import flat, graphed
+from normuon_fn.runtime import graphed, outside
 from normuon_fn.step import local_update_
 
 # Files that take long, the longest first: whoever is free takes the next file, so that all workers
@@ -65,7 +65,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """`step`, `step_` and `NorMuon` trace their graphs and run them operation by operation: a
     fraction of the time.
     """
-    monkeypatch.setattr(flat, "compile_whole", partial(compile_whole, backend="aot_eager"))
+    monkeypatch.setattr(outside, "compile_whole", partial(compile_whole, backend="aot_eager"))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..compat import all_reduce_max
 from ..types import Guard, GuardScope
 
@@ -70,7 +71,8 @@ class Rule:
         if not bad:  # every parameter is frozen
             return flags
         columns = torch.cat(list(bad), 1).to(torch.int32)
-        return flags.scatter_reduce(1, self.parameter_of.expand(columns.shape), columns, "amax")
+        parameter_of = ops.input_for(self.parameter_of).expand(columns.shape)
+        return flags.scatter_reduce(1, parameter_of, columns, "amax")
 
 
 class Agreement:
@@ -187,7 +189,7 @@ class Agreement:
             return [self.found] * count
         if self.rule.scope == "step":
             return [self._any(bad)] * count
-        each = (self.rule.members & bad).any(1)
+        each = (ops.input_for(self.rule.members) & bad).any(1)
         return list((each if self.found is None else each | self.found).unbind(0))
 
     def _any(self, bad: Tensor | None) -> Tensor:

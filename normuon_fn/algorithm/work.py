@@ -136,7 +136,12 @@ def complete(
         return flags
     lead, device = () if flags is None else flags.shape[:-1], context.step.device
     found, at = [torch.zeros((*lead, 0), dtype=torch.bool, device=device)], 0
+    neighbors: list[tuple[bool, int]] = []
     for here, count in runs:
+        if neighbors and neighbors[-1][0] == here:
+            count += neighbors.pop()[1]
+        neighbors.append((here, count))
+    for here, count in neighbors:
         if here and flags is not None:
             found.append(flags[..., at : at + count])
             at += count

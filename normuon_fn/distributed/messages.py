@@ -123,6 +123,12 @@ class Exchange:
         directions = (self.to_owners, self.back) if self.to_owners else (self.back,)
         return [moves for x in directions for moves in (x.pack, x.unpack)]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on the device."""
+        bands = [band for each in self.bands for band in each if band is not None]
+        return [*(moves.table for moves in self.moves), *bands]
+
     # -------------------------------------------------------------------------- parts to owners
 
     def send(self, parts: Sequence[Part | None]) -> Sent:
@@ -159,7 +165,7 @@ class Exchange:
         squares = (numbers[:, _first(at["squares"], parts)] * shift.square()).sum(1)
         shift = shift.view(n, rows, cols)
         for dim, band in enumerate(self.bands[k]):
-            shift = shift if band is None else shift.index_select(dim + 1, band)
+            shift = shift if band is None else shift.index_select(dim + 1, ops.input_for(band))
         x = x.view(n, group.rows, group.cols)
         if torch.promote_types(self.dtype, self.wide) == self.dtype:
             # Nothing was rounded: the same sums as on one device.

@@ -183,13 +183,13 @@ class SharedWork(MatrixWork):
         return self.with_gradients(~self.finite)
 
 
-def picked(tensors: Sequence[Tensor], at: slice) -> list[Tensor]:
+def picked(tensors: list[Tensor], at: slice) -> list[Tensor]:
     """The matrices ``at`` of all those of a list, as a list."""
     found, start = [], 0
-    for x in tensors:
+    for k, x in enumerate(tensors):
         n = x.shape[0] if x.ndim == 3 else 1
         low, high = max(at.start - start, 0), min(at.stop - start, n)
         if low < high:
-            found.append(x if high - low == n else x[low:high])
+            found.append(tensors[k : k + 1] if high - low == n else ops.cut(tensors, k, low, high))
         start += n
-    return found
+    return ops.chained(found)

@@ -13,7 +13,7 @@ from ..distributed.placements import ShardedLayout
 from ..routing.routes import Route
 from ..routing.table import render
 from ..types import Config
-from .buckets import AdamWBucket, AnyBucket, Bucket, short_name
+from .buckets import AdamWBucket, AnyBucket, Bucket, SharedBucket, short_name
 from .layout import Block
 
 
@@ -79,6 +79,17 @@ class Plan:
     def sends(self) -> bool:
         """Whether ranks send matrices to each other."""
         return any(bucket.shared_by for bucket in self.buckets)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps on the device, and a graph takes as inputs."""
+        shared = [bucket for bucket in self.buckets if isinstance(bucket, SharedBucket)]
+        return [
+            self.guard.parameter_of,
+            self.guard.members,
+            *(self.own_rates or ()),
+            *(tensor for bucket in shared for tensor in bucket.exchange.tensors),
+        ]
 
     @property
     def shared_by(self) -> list[str]:

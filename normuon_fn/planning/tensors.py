@@ -153,7 +153,8 @@ class StepTensors:
                 parts.append(slice(start, start + count))
             start += count
         index, lr_mul, wd_mul = (
-            torch.cat([x[part] for part in joined_slices(parts)]) for x in self.own
+            torch.cat([x[part] for part in joined_slices(parts)])
+            for x in map(ops.input_for, self.own)
         )
         hyper = Hyper(*(values[index] for values in self.hyper)) if self.hypers else self.hyper
         return Rates(hyper, lr_mul, wd_mul)

@@ -30,8 +30,8 @@ from ..step import init, local_update, local_update_, to_dtensors, update, zeros
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
 from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying_what_was_written
-from .flat import free, graph_of
 from .lost_updates import warn_of_lost_updates
+from .outside import free, graph_of
 from .recent import MANY, Recent
 
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None

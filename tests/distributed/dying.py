@@ -30,7 +30,7 @@ import normuon_fn as nm
 from normuon_fn.algorithm import guard
 from normuon_fn.distributed import messages
 from normuon_fn.planning import tensors as written
-from normuon_fn.runtime import flat
+from normuon_fn.runtime import outside
 from tests.distributed.processes import GLOO_TIMEOUT
 
 STAGES = ("before the guard", "before the gather", "between", "after", "while it is written")
@@ -175,7 +175,7 @@ def failing(case: Case, folder: Path, rank: int) -> dict[str, Any]:
     if case.compiled and rank != case.victim:
         os.environ.pop("TORCHDYNAMO_DISABLE")
         torch._dynamo.config.disable = False
-        flat.compile_whole = functools.partial(flat.compile_whole, backend="aot_eager")
+        outside.compile_whole = functools.partial(outside.compile_whole, backend="aot_eager")
     # The victim waits for those that compile.
     run = Run(case.replicated, GLOO_TIMEOUT.total_seconds() if case.compiled else TIMEOUT)
     for _ in range(SAVED):

@@ -293,7 +293,7 @@ def compiled(rank: int, world: int, device: torch.device) -> dict[str, Any]:
     config = nm.Config(steps=1, method="standard", orthogonalize_dtype=torch.float32)
     results, skipped = [], []
     module = __import__("normuon_fn.optim.normuon", fromlist=["step_"])
-    runtime = __import__("normuon_fn.runtime.flat", fromlist=["compile_whole"])
+    runtime = __import__("normuon_fn.runtime.outside", fromlist=["compile_whole"])
     runtime.compile_whole = functools.partial(compile_whole, backend="aot_eager")
     for _ in range(2):
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import normuon_fn as nm
-from normuon_fn.runtime import compiled, flat
+from normuon_fn.runtime import compiled, outside
 from normuon_fn.runtime.recent import KEPT, MANY
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -241,7 +241,7 @@ def test_the_functional_step_keeps_the_last_graphs_and_frees_the_others(
         made.append(weakref.ref(run))
         return run
 
-    monkeypatch.setattr(flat, "compile_whole", uncompiled)
+    monkeypatch.setattr(outside, "compile_whole", uncompiled)
     params = {f"e{k}": torch.randn(2, 2) for k in range(EXPERTS)}
     plan = nm.make_plan(params, SHORT, routes=dict.fromkeys(params, nm.Route()))
     state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.1)

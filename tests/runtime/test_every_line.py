@@ -15,7 +15,7 @@ from torch import Tensor
 
 import normuon_fn as nm
 from normuon_fn.compat.graphs import compile_whole
-from normuon_fn.runtime import eager, flat
+from normuon_fn.runtime import eager, outside
 from tests.runtime.lines import Line, failing_at, lines_of
 
 SHAPES = {"a": (8, 16), "b": (6, 4), "bias": (8,)}
@@ -163,7 +163,7 @@ def test_the_pure_step_never_writes(
     graph: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if graph:
-        monkeypatch.setattr(flat, "compile_whole", partial(compile_whole, backend="aot_eager"))
+        monkeypatch.setattr(outside, "compile_whole", partial(compile_whole, backend="aot_eager"))
     else:
         request.getfixturevalue("no_graphs")
     assert check_every_line(functional(nm.step), 2 if graph else 6) == []

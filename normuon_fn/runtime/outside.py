@@ -13,14 +13,12 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..algorithm.work import OwnRates
 from ..compat import is_plain_type
 from ..compat.graphs import alike, compile_whole, free_graph
 from ..compat.observers import any_differentiated
@@ -113,6 +111,7 @@ class Graph:
         self.plan, self.grads, self.in_place = weakref.ref(plan), grads, in_place
         kind: Any = {"dtype": torch.uint8, "device": plan.device}
         self.orders = [torch.zeros((), **kind) for _ in plan.all_buckets]
+        self.kept = plan.tensors
         # Known once traced: what is read, by entry of the table; what is written, by handle.
         self.reads: dict[int, Entries] = {}
         self.writes: list[tuple[Entries, str]] = []
@@ -123,7 +122,7 @@ class Graph:
                 raise NotCompiled
             return traced(*tensors)
 
-        self.compiled = compile_whole(run)
+        self.compiled = compile_whole(run, overlap=plan.sends)
 
     def _traced(self, *flat: Tensor) -> list[Tensor]:
         """The step on fake tensors: flags, whether it was skipped and, if pure, new counters."""
@@ -131,13 +130,12 @@ class Graph:
         assert plan is not None
         given = iter(flat)
         orders = [next(given) for _ in self.orders]
-        rule = replace(plan.guard, parameter_of=next(given), members=next(given))
-        own = plan.own_rates and OwnRates(*(next(given) for _ in OwnRates._fields))
+        kept = {id(tensor): next(given) for tensor in plan.tensors}
         hyper = Hyper(*(next(given) for _ in Hyper._fields))
         state = {key: next(given) for key in COUNTERS}
         dicts = OutsideDicts(orders, plan, self.grads, state, in_place=self.in_place)
-        plan = replace(plan, guard=rule, own_rates=own)
-        flags, skipped = step_of(dicts, hyper, plan, next(given, None))
+        with ops.inputs(kept):
+            flags, skipped = step_of(dicts, hyper, plan, next(given, None))
         self.reads = {handle.places[0].entry: entries for entries, handle in dicts.read_at.items()}
         self.writes = dicts.written
         new = () if self.in_place else dicts.counters.values()
@@ -146,13 +144,12 @@ class Graph:
     def __call__(
         self, dicts: CallersDicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
     ) -> StepResult:
-        rule, found = plan.guard, () if found_inf is None else (found_inf,)
-        constants = (rule.parameter_of, rule.members, *(plan.own_rates or ()))
+        found = () if found_inf is None else (found_inf,)
         counters = [dicts.state[key] for key in COUNTERS]
         table = ops.Table(lambda entry: dicts.read(self.reads[entry]))
         with torch.no_grad(), ops.lists_outside(table):
             flags, skipped, *new = self.compiled(
-                [*self.orders, *constants, *hyper, *counters, *found]
+                [*self.orders, *self.kept, *hyper, *counters, *found]
             )
         for entries, text in self.writes:
             dicts.put(entries, table.find(text))
@@ -285,10 +282,9 @@ def graph_of(
 ) -> Callable[..., StepResult]:
     """``function`` for the same arguments, compiled when it is first called.
 
-    Dynamo traces a function of the user's own itself, and steps whose ranks send to each other,
-    whose plans have tables that the graph must take for constants.
+    Dynamo traces a function of the user's own itself, and guards what it reads.
     """
-    if plan.config.orthogonalizer is not None or plan.sends:
+    if plan.config.orthogonalizer is not None:
         return compile_whole(_BY_DYNAMO[function], overlap=plan.sends)
     return Operation(function, plan, missing)
 
