@@ -466,10 +466,12 @@ def test_more_nodes_a_rank_go_red(monkeypatch: pytest.MonkeyPatch) -> None:
         check_growth(*(nodes("FSDP2, rows", world, {"up": (16, 8)}) for world in (4, 8)), 4, 0)
 
 
-def test_gradients_that_lie_differently_in_memory_go_red(counter: graphs.CompileCounter) -> None:
+def test_gradients_that_lie_differently_in_memory_are_the_same_graph(
+    counter: graphs.CompileCounter,
+) -> None:
     with graphs.fake_ranks(8):
         given = laid_out("FSDP2, rows", 8, nm.Config(**SHORT), {"up": (24, 16)})
         nm.step(*given)
         turned = given.grads["up"].to_local().mT.contiguous().mT
-        with pytest.raises(AssertionError, match="recompiled: "), graphs.no_recompile():
+        with graphs.no_recompile():
             nm.step(*given._replace(grads={"up": turned}))

@@ -33,7 +33,7 @@ VIEW_ROUTES = {
 
 
 def test_step_equals_step_in_place_bit_for_bit_and_eager_closely() -> None:
-    shapes = {name: SMALL[name] for name in ("qkv", "up", "down", "bias")}
+    shapes = {name: SMALL[name] for name in ("qkv", "bias")}
     given = problem(shapes, nm.Config(guard="full", steps=2), routes=ROUTES)
     given = given._replace(hyper=nm.Hyper.of(given.params, lr=0.02, weight_decay=0.1))
     eager = nm.update(*given)
@@ -52,7 +52,7 @@ def test_step_equals_step_in_place_bit_for_bit_and_eager_closely() -> None:
 
 def test_update_works_in_the_users_own_graph_with_loss_and_backward() -> None:
     params, _, state, hyper, plan = problem(
-        {"up": (32, 8), "down": (8, 32)}, nm.Config(guard="full", steps=2)
+        {"up": (32, 8), "down": (8, 32)}, nm.Config(guard="full", **SHORT)
     )
     x = torch.randn(16, 8)
 

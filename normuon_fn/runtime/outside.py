@@ -170,7 +170,7 @@ class Looks(NamedTuple):
 
 
 class Operation:
-    """One of the step's functions for the same arguments, as a graph per set of dtypes."""
+    """One of the step's functions for the same arguments: one graph, unless dtypes change."""
 
     def __init__(
         self, function: Callable[..., StepResult], plan: Plan, missing: Sequence[bool]
@@ -189,7 +189,7 @@ class Operation:
         shape = torch.Size((plan.hypers,) if plan.hypers else ())
         self.hyper_sizes = [shape] * len(Hyper._fields)
         self.looks: Looks | None = None
-        self.of_grads: dict[Dtypes, Graph] = {}
+        self.graphs: dict[tuple[Dtypes, bool], Graph] = {}
 
     def __call__(
         self,
@@ -202,10 +202,12 @@ class Operation:
         found_inf: Tensor | None = None,
     ) -> StepResult:
         dtypes = self._checked(params, grads, state, hyper, plan)
-        graph = self.of_grads.get(dtypes)
+        # On what ranks may find, it depends when momentums are written, and so what is read first.
+        key = dtypes, found_inf is None
+        graph = self.graphs.get(key)
         if graph is None:
             of_grads = dict(zip(self.graded, dtypes, strict=True))
-            graph = self.of_grads[dtypes] = Graph(plan, of_grads, in_place=self.in_place)
+            graph = self.graphs[key] = Graph(plan, of_grads, in_place=self.in_place)
         dicts = CallersDicts(params, grads, state, in_place=self.in_place)
         return graph(dicts, hyper, plan, found_inf)
 
@@ -249,7 +251,7 @@ class Operation:
         return dtypes
 
     def free(self) -> None:
-        for graph in self.of_grads.values():
+        for graph in self.graphs.values():
             free_graph(graph.compiled)
 
 

@@ -264,7 +264,7 @@ def test_dynamo_frees_a_graph_that_leaves(without_inductor: None, how: str) -> N
     state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.1)
     nm.step_(params, params | {"b": None}, state, hyper, plan)
     graphs = compiled._graphs[plan]
-    (graph,) = next(iter(graphs.values())).of_grads.values()
+    (graph,) = next(iter(graphs.values())).graphs.values()
     traced = graph.compiled._torchdynamo_orig_callable.__code__
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(traced)
     codes = [weakref.ref(entry.code) for entry in entries]  # what dynamo runs in its place

@@ -458,9 +458,7 @@ def test_compiled_steps_are_the_eager_one(master: str) -> None:
     plan = nm.make_plan(params, nm.Config(master=master, guard="full", method="standard", steps=1))
     state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=1e-3)
     eager = nm.update(params, grads, state, hyper, plan)
-    result = nm.step(params, grads, state, hyper, plan) if master == "mantissa" else None
     nm.step_(params, grads, state, hyper, plan)
-    assert result is None or (same(result.params, params) and same(result.state, state))
     for name, x in whole(eager.params, eager.state).items():  # seen 0
         torch.testing.assert_close(
             whole(params, state)[name], x, rtol=0, atol=1e-6 if master == "mantissa" else 0.0
