@@ -21,7 +21,6 @@ SLOW = (
     "torch.fx.experimental.symbolic_shapes",
 )
 LINES = {
-    "the package": "import normuon_fn",
     "every public name": "from normuon_fn import *",
     "a plan and its state": (
         "import normuon_fn as nm; params = {'w': torch.ones(4, 4)}; plan = nm.make_plan(params); "

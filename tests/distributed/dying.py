@@ -257,20 +257,27 @@ def everything(folder: Path) -> dict[str, Any]:
         found[case.whole] = Ranks(case.world, folder / case.whole, main).seen()
     # Frozen ranks cost the others the timeout, and nobody any work: all of them at once.
     every = [*CASES, *COMPILED]
-    for wave in ([c for c in every if c.how == "freeze"], *([c] for c in every if c.how == "kill")):
+    kills = [case for case in every if case.how == "kill"]
+    waves = [[case for case in every if case.how == "freeze"]]
+    for wave in waves + [kills[k : k + 3] for k in range(0, len(kills), 3)]:
         places = {case: folder / str(every.index(case)) for case in wave}
         ranks = {
             case: Ranks(case.world, place, functools.partial(failing, case, place))
             for case, place in places.items()
         }
         survivors = {case: x.seen(case.victim) for case, x in ranks.items()}
-        for case, place in places.items():
-            if case.compiled:
-                found[case.name] = {"survivors": survivors[case]}
-                continue
-            again = functools.partial(resumed, case.replicated, place / "saved")
-            restarted = Ranks(case.world, place / "again", again).seen()
-            found[case.name] = {"survivors": survivors[case], "restarted": restarted}
+        found |= {case.name: {"survivors": survivors[case]} for case in wave}
+        again = {
+            case: Ranks(
+                case.world,
+                place / "again",
+                functools.partial(resumed, case.replicated, place / "saved"),
+            )
+            for case, place in places.items()
+            if not case.compiled
+        }
+        for case, restarted in again.items():
+            found[case.name]["restarted"] = restarted.seen()
     return found
 
 

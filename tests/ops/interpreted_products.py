@@ -193,7 +193,7 @@ def test_the_interpreted_kernels_hold_the_same_claims() -> None:
     for k, config in enumerate(REAL):
         check(1, 208 - 48 * (k % 2), 72, PRODUCT_DTYPES[k % 2], config, transposed=k % 3 == 0)
     check_choice()
-    for k, config in enumerate((*SMALL, *DESCRIPTORS[2:], REAL[0])):
+    for k, config in enumerate((SMALL[1], *DESCRIPTORS[2:])):  # one of every variant
         check_gaussian_is_symmetric(config)
         check_non_finite((torch.float16, torch.bfloat16)[k % 2], config)
     check_operators()

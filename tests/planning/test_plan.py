@@ -164,12 +164,11 @@ def test_parameters_that_cannot_be_optimized_are_refused_by_name(
     [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
 )
 def test_parameters_that_are_parts_of_one_storage_step_as_tensors_of_their_own(
-    dtype: torch.dtype, compiled: bool
+    dtype: torch.dtype, compiled: bool, without_inductor: None
 ) -> None:
     """As cuDNN and FSDP keep them. Nothing is aligned, and what lies between is not touched."""
     shapes = {"a": (5, 4), "b": (5, 4), "bias": (5,), "gain": (3,)}
-    if not compiled:  # a bucket of its own, which costs Inductor 4 s
-        shapes["c"] = (3, 7)
+    shapes["c"] = (3, 7)
     flat = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
     views, at = {}, 1
     for name, shape in shapes.items():
