@@ -107,3 +107,18 @@ def test_other_strides_are_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> No
             for name, x in expected.params.items():
                 torch.testing.assert_close(given[0][name], x, rtol=0, atol=1e-6)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("guard", ["off", "full"])
+def test_found_inf_may_come_and_go(guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = nm.Config(guard=guard, method="standard", steps=1)
+    found = []
+    for step in (local_update_, nm.step_):
+        params, grads, state, hyper, plan = problem(1, config)
+        with graphs.recording(monkeypatch) as made:
+            for inf in (None, 0.0, None, 1.0, 0.0, None):
+                given = None if inf is None else torch.tensor(inf)
+                step(params, grads, state, hyper, plan, found_inf=given)
+        found.append({**params, **state})
+    assert len(made) == 2 and int(found[0]["guard.skipped"]) == 1
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
