@@ -96,6 +96,21 @@ def test_groups_step_as_each_would_alone(master: str, monkeypatch: pytest.Monkey
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("lacking", ["all", "matrices", "biases"])
+def test_groups_without_any_gradient_stay_as_they_are(
+    lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem(2, nm.Config(guard="full", method="standard", steps=1), 3)
+    params, grads, state, hyper, plan = given
+    without = [n for n in params if lacking == "all" or (lacking == "biases") == ("bias" in n)]
+    before = {name: params[name].clone() for name in without}
+    for step in (local_update_, nm.step_):
+        with graphs.recording(monkeypatch):
+            step(params, grads | dict.fromkeys(without), state, hyper, plan)
+    assert all(torch.equal(params[name], x) for name, x in before.items())
+    assert int(state["guard.step"]) == 2 and not int(state["guard.skipped"])
+
+
 def test_other_strides_are_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads, state, hyper, plan = problem(1)
     expected = nm.update(params, grads, state, hyper, plan)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from itertools import count, groupby
 from typing import Any, NamedTuple, overload
@@ -185,14 +185,19 @@ _thread = threading.local()
 
 
 @contextmanager
-def lists_outside(table: Table) -> Iterator[None]:
-    """While a graph runs: its operators find their lists in ``table``."""
-    before = getattr(_thread, "table", None)
-    _thread.table = table
+def _meanwhile(name: str, value: Any) -> Iterator[None]:
+    """This thread knows ``value`` by that name until the block ends."""
+    before = getattr(_thread, name, None)
+    setattr(_thread, name, value)
     try:
         yield
     finally:
-        _thread.table = before
+        setattr(_thread, name, before)
+
+
+def lists_outside(table: Table) -> AbstractContextManager[None]:
+    """While a graph runs: its operators find their lists in ``table``."""
+    return _meanwhile("table", table)
 
 
 def current_table() -> Table:
@@ -203,15 +208,9 @@ def current_table() -> Table:
     return found
 
 
-@contextmanager
-def inputs(of: dict[int, Tensor]) -> Iterator[None]:
+def inputs(of: dict[int, Tensor]) -> AbstractContextManager[None]:
     """While a graph is traced: what it takes in the place of tensors that its plan keeps, by id."""
-    before = getattr(_thread, "inputs", None)
-    _thread.inputs = of
-    try:
-        yield
-    finally:
-        _thread.inputs = before
+    return _meanwhile("inputs", of)
 
 
 def input_for(kept: Tensor) -> Tensor:

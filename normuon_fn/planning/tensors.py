@@ -153,7 +153,7 @@ class StepTensors:
                 parts.append(slice(start, start + count))
             start += count
         index, lr_mul, wd_mul = (
-            torch.cat([x[part] for part in joined_slices(parts)])
+            torch.cat([x[part] for part in joined_slices(parts) or [slice(0)]])
             for x in map(ops.input_for, self.own)
         )
         hyper = Hyper(*(values[index] for values in self.hyper)) if self.hypers else self.hyper
