@@ -26,7 +26,7 @@ from .operators import (
 )
 from .orient import orient, orientation
 from .products import LIBRARY, SYMMETRIC, Products
-from .reference import part_of, per_matrix
+from .reference import part_of, per_matrix, power_of_two
 from .reinterpret import reinterpret
 from .repack import repack
 
@@ -55,6 +55,7 @@ __all__ = [
     "orientation",
     "part_of",
     "per_matrix",
+    "power_of_two",
     "reinterpret",
     "repack",
     "scale_and_cast",

@@ -185,6 +185,8 @@ class Rule:
     rms: float = 0.2
     eps: float = 0.0
     eps_form: str = "add"
+    precondition: str = "none"
+    snap: bool = False
     weight_decay_form: str = "decoupled"
     weight_decay_lr_power: int = 1
     rows: list[Row] = field(default_factory=lambda: schedule("polar_express", 5))
@@ -199,6 +201,15 @@ def momentum_step(rule: Rule, momentum: Matrix, grad: Matrix, beta: float) -> tu
         return momentum, (1 - beta) * grad + beta * momentum if rule.nesterov else momentum
     momentum = beta * momentum + grad
     return momentum, grad + beta * momentum if rule.nesterov else momentum
+
+
+def preconditioned(rule: Rule, x: Matrix) -> Matrix:
+    if rule.precondition == "sign":
+        return np.sign(x)
+    if rule.precondition == "rows":
+        norms = np.linalg.norm(x, axis=1, keepdims=True)
+        return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
+    return x
 
 
 def normalize(rule: Rule, o: Matrix, variance: Matrix, beta2: float) -> tuple[Matrix, Matrix]:
@@ -264,7 +275,9 @@ def normuon_matrix(
     """One NorMuon step of one matrix -> (w, momentum, variance)."""
     momentum, direction = momentum_step(rule, momentum, grad, beta)
     orthogonalize = rule.orthogonalize or (lambda x: newton_schulz(x, rule.rows, rule.norm_factor))
-    o = orthogonalize(direction)
+    o = orthogonalize(preconditioned(rule, direction))
+    if rule.snap and np.linalg.norm(o) > 0:
+        o = o * (math.sqrt(min(o.shape)) / np.linalg.norm(o))
     divided = o
     if rule.normalize:
         variance, divided = normalize(rule, o, variance, beta2)
@@ -346,12 +359,44 @@ def peer_emerging_optimizers(w, g, m, v, lr, beta, beta2, wd, eps=1e-8):
     return w - lr * max(w.shape) ** 0.5 * o_hat, m, v
 
 
+def peer_muon(w, g, m, v, lr, beta, beta2, wd):
+    m = m + (1 - beta) * (g - m)
+    o = newton_schulz(g + beta * (m - g), SIMPLE * 5)
+    return w * (1 - lr * wd) - lr * max(1.0, w.shape[0] / w.shape[1]) ** 0.5 * o, m, v
+
+
+def peer_muoneq(w, g, m, v, lr, beta, beta2, wd):
+    m = m + (1 - beta) * (g - m)
+    x = g + beta * (m - g)
+    sizes = np.linalg.norm(x, axis=1, keepdims=True)
+    o = newton_schulz(x / np.where(sizes > 0, sizes, 1.0), SIMPLE * 5)
+    return w * (1 - lr * wd) - lr * 0.2 * max(w.shape) ** 0.5 * o, m, v
+
+
+def peer_nanochat(w, g, m, v, lr, beta, beta2, wd, eps=1e-10):
+    m = m + (1 - beta) * (g - m)
+    x = g + beta * (m - g)
+    sizes = np.linalg.norm(x, axis=1, keepdims=True)
+    x = x * (np.linalg.norm(x) / x.shape[0] ** 0.5 / np.where(sizes > 0, sizes, 1.0))
+    o = newton_schulz(x, POLAR_EXPRESS_CUSHIONED, norm_factor=1.02)
+    if np.linalg.norm(o) > 0:
+        o = _scale_to(o, min(o.shape) ** 0.5)
+    axis = 1 if o.shape[0] >= o.shape[1] else 0
+    v = v + (1 - beta2) * ((o * o).mean(axis, keepdims=True) - v)
+    o_hat = _scale_to(o * np.maximum(v, eps) ** -0.5, float(np.linalg.norm(o)), floor=1e-10)
+    u = max(1.0, w.shape[0] / w.shape[1]) ** 0.5 * o_hat
+    return w - lr * wd * w * (u * w >= 0) - lr * u, m, v
+
+
 PEERS = {
     "paper": peer_paper,
     "author": peer_author,
     "dion": peer_dion,
     "modded_nanogpt": peer_modded_nanogpt,
     "emerging_optimizers": peer_emerging_optimizers,
+    "muon": peer_muon,
+    "muoneq": peer_muoneq,
+    "nanochat": peer_nanochat,
 }
 
 # --- the guard (DESIGN.md section 4) ---

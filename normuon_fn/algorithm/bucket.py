@@ -19,6 +19,7 @@ from ..ops import Measures
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .orthogonalize import carry, iterate, to_norm
+from .precondition import PRECONDITIONERS, gathered_wide, preconditioned
 from .weight_decay import rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
 
@@ -149,17 +150,35 @@ class MatrixWork(Work):
             )
 
     def to_norm_1(self, front: Front) -> Tensor:
-        """[n, rows <= cols], times `carry`."""
+        """[n, rows <= cols], preconditioned, times `carry`."""
         _, power, squares = front.measures
-        if self.context.config.orthogonalizer is not None:
+        config = self.context.config
+        if PRECONDITIONERS[config.precondition].function is not None:
+            stack = self.gathered(front, power, torch.ones_like(power))
+            parts = stack.split([g.count for g in front.groups]) if front.groups[1:] else [stack]
+            kinds = [group.kind for group in front.groups]
+            found = [self.preconditioned(*each) for each in zip(kinds, parts, strict=True)]
+            return torch.cat(found) if len(found) > 1 else found[0]
+        if config.orthogonalizer is not None:
             power = inverse = torch.ones_like(power)
         else:
             inverse = to_norm(squares, self.stack.coefficients, self.stack.form.dtype)
         return self.gathered(front, power, inverse)
 
+    def preconditioned(self, kind: MatrixKind, stack: Tensor) -> Tensor:
+        """The matrices of one group, rows <= cols, whose largest entries are in [2, 4)."""
+        own, form = self.context.config.orthogonalizer is not None, self.stack.form
+        return preconditioned(
+            stack,
+            self.context.config,
+            along=-1 if kind.transposed == kind.tall else -2,
+            norm=1.0 if own else carry(form.dtype) / self.stack.coefficients.norm_factor,
+            dtype=self.stack.wide if own else form.dtype,
+        )
+
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
-        context, own = self.context, self.context.config.orthogonalizer is not None
+        context, wide = self.context, gathered_wide(self.context.config)
         return context.operators.gather(
             front.momentums,
             front.grads,
@@ -169,7 +188,7 @@ class MatrixWork(Work):
             front.sizes,
             rule=self._rule,
             ahead=context.holds_late,
-            dtype=self.stack.wide if own else self.stack.form.dtype,
+            dtype=self.stack.wide if wide else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
         )
@@ -177,7 +196,6 @@ class MatrixWork(Work):
     def iterated(self, stack: Tensor) -> Tensor:
         """Orthogonalized, by Newton-Schulz or the caller's own function."""
         own, rows, cols = self.context.config.orthogonalizer, self.stack.rows, self.stack.cols
-        stack = self.context.stages.precondition.function(stack)
         if own is None:
             whole = iterate(stack, self.stack.coefficients, self.stack.form)
         else:

@@ -64,6 +64,10 @@ def normalize(
     moment = update.to(compute).square().mean(axis, keepdim=True) * carried**-2
     count = update.shape[axis]
     norm = (moment.sum((-2, -1), keepdim=True) * count).sqrt()
+    carried_norm = norm  # which the guard looks at
+    if config.snap:
+        to_whole = _divided(min(rows, cols) ** 0.5, norm)
+        moment, norm = moment * to_whole.square(), norm * to_whole
 
     divide = NORMALIZERS["neuron" if config.normalize else "none"].divide
     if divide is None:
@@ -79,7 +83,9 @@ def normalize(
         divisor = divisor * SCALES[config.scale](config, outputs, inputs)
         if config.renormalize:
             divisor = divisor * _divided(norm, normalized)
-    finite = (norm < most) & normalized.isfinite()
+    if config.snap:
+        divisor = divisor * to_whole
+    finite = (carried_norm < most) & normalized.isfinite()
     for state in states:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
         finite = finite & state.isfinite().all((-2, -1), keepdim=True)
     factor = (divisor * (1.0 / carried)).to(wide)

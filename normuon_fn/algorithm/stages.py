@@ -47,7 +47,7 @@ def stages_of(config: Config) -> Stages:
     """The stages that ``config`` names."""
     return Stages(
         MOMENTA[config.momentum_form],
-        PRECONDITIONERS["none"],
+        PRECONDITIONERS[config.precondition],
         NORMALIZERS["neuron" if config.normalize else "none"],
         WEIGHT_DECAYS[config.weight_decay_form],
     )

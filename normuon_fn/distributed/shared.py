@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..algorithm.bucket import Front, MatrixWork, Update
 from ..algorithm.orthogonalize import to_norm
+from ..algorithm.precondition import PRECONDITIONERS
 from ..algorithm.work import Context, MatrixKind, Members, Runs, Stack
 from . import messages
 from .messages import Exchange
@@ -117,11 +118,15 @@ class SharedWork(MatrixWork):
                 for k, share in enumerate(self._shares())
             ]
         return [
-            (None, ()) if whole is None else (self._whole_to_norm_1(whole), whole.states)
-            for whole in self.exchange.receive(self.sent)
+            (None, ())
+            if whole is None
+            else (self._whole_to_norm_1(group.kind, whole), whole.states)
+            for group, whole in zip(self.all_groups, self.exchange.receive(self.sent), strict=True)
         ]
 
-    def _whole_to_norm_1(self, whole: messages.Whole) -> Tensor:
+    def _whole_to_norm_1(self, kind: MatrixKind, whole: messages.Whole) -> Tensor:
+        if PRECONDITIONERS[self.context.config.precondition].function is not None:
+            return self.preconditioned(kind, (whole.x * whole.shift).to(self.stack.wide))
         if self.context.config.orthogonalizer is not None:
             return (whole.x * (whole.shift / whole.power[:, None, None])).to(self.stack.wide)
         inverse = to_norm(whole.squares, self.stack.coefficients, self.stack.form.dtype)
@@ -133,7 +138,9 @@ class SharedWork(MatrixWork):
         update = part.mT if group.kind.tall else part
         found = self.normalized(group, update, tuple(state.unsqueeze(dim) for state in states))
         new = tuple(state.flatten(1) for state in found.states)
-        return messages.Update(part, found.factor.flatten(1), new, found.finite)
+        return messages.Update(
+            part.to(self.exchange.dtype), found.factor.flatten(1), new, found.finite
+        )
 
     def _line_dim(self, k: int) -> int:
         """The dimension that a line state lacks: [n, rows] of [n, rows, 1]."""

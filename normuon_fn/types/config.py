@@ -21,6 +21,7 @@ CoefficientsName = Literal[
 ]  # fmt: skip
 Coefficients = CoefficientsName | tuple[Row, ...]  # a name, or rows of your own
 MomentumForm = Literal["ema", "sum"]
+Precondition = Literal["none", "rows", "sign"]
 Reduction = Literal["rows", "short"]
 Scale = Literal["paper", "spectral", "rms", "muon", "none"]
 EpsForm = Literal["add", "floor"]
@@ -30,7 +31,9 @@ Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
 MissingGrads = Literal["skip", "zeros"]
 Master = Literal["none", "mantissa", "fp32", "stochastic"]
-Preset = Literal["paper", "author", "dion", "modded_nanogpt", "emerging_optimizers"]
+Preset = Literal[
+    "paper", "author", "dion", "modded_nanogpt", "emerging_optimizers", "muon", "muoneq", "nanochat",
+]  # fmt: skip
 Orthogonalizer = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 Grads = Mapping[str, Tensor | None]
@@ -48,8 +51,12 @@ class Config:
 
     - ``momentum_form``: ``"ema"``, M <- b M + (1-b) G; ``"sum"``, M <- b M + G (dion).
     - ``nesterov``: orthogonalizes b M + (1-b) G (``"sum"``: b M + G) in the place of M.
+    - ``precondition``: of what is orthogonalized: ``"none"``; ``"rows"``, every row (output) of M to
+      the same norm (MuonEq, nanochat); ``"sign"``, sign(M) (AdaMuon).
     - ``reduction``: ``"rows"``, one v per row, the mean of O^2 over its columns; ``"short"``, over
       the shorter axis: per row if m >= n, else per column (modded-nanogpt).
+    - ``snap``: brings O to the Frobenius norm sqrt(min(m, n)) of an orthogonal matrix before v sees
+      it (Muon+).
     - ``normalize``: divides by sqrt(v). ``False`` is Muon, without variance and its state.
     - ``eps``, ``eps_form``: ``"add"``, O / (sqrt(v) + eps); ``"floor"``, O / sqrt(max(v, eps)). 0
       divides where v > 0 and gives 0 elsewhere. Neither O nor eps depends on the gradient's scale.
@@ -88,6 +95,8 @@ class Config:
 
     momentum_form: MomentumForm = "ema"
     nesterov: bool = False
+    precondition: Precondition = "none"
+    snap: bool = False
     reduction: Reduction = "rows"
     normalize: bool = True
     renormalize: bool = True
@@ -115,7 +124,7 @@ class Config:
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"Config.{field}: expected one of {choices}, got {value!r}")
-        for field in ("nesterov", "normalize", "renormalize"):
+        for field in ("nesterov", "snap", "normalize", "renormalize"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
         check_number("Config.rms", self.rms)
@@ -161,6 +170,9 @@ Config.__init__ = with_hints(Config.__init__)  # type: ignore[method-assign]
 _CHOICES = {k: get_args(v) for k, v in get_type_hints(Config).items() if get_origin(v) is Literal}
 _CUSHIONED: dict[str, Any] = {"coefficients": "polar_express_cushioned"}
 _FLOOR: dict[str, Any] = {"reduction": "short", "eps_form": "floor"}
+_MUON: dict[str, Any] = {
+    "coefficients": "simple", "nesterov": True, "normalize": False, "scale": "muon",
+}  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2510.05491, Algorithm 1: Newton-Schulz with Keller Jordan's five steps.
     "paper": {"coefficients": "simple"},
@@ -176,6 +188,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
     # NVIDIA-NeMo/Emerging-Optimizers adaptive_muon.py (`normuon`), fd77292: sqrt(max(m, n)) * 1.
     "emerging_optimizers": {
         **_FLOOR, "coefficients": "quintic", "scale": "rms", "rms": 1.0, "eps": 1e-8,
+    },
+    # KellerJordan/Muon muon.py.
+    "muon": _MUON,
+    # arXiv 2603.28254, MuonEq-R, with the step length of Moonlight (arXiv 2502.16982): 0.2
+    # sqrt(max(m, n)).
+    "muoneq": {**_MUON, "precondition": "rows", "scale": "rms"},
+    # karpathy/nanochat optim.py, 0e4b3fad, whose norm of 1.01 before Newton-Schulz is 1.02 here.
+    "nanochat": {
+        **_CUSHIONED, **_FLOOR, "nesterov": True, "precondition": "rows", "snap": True,
+        "scale": "muon", "eps": 1e-10, "weight_decay_form": "cautious",
     },
 }  # fmt: skip
 

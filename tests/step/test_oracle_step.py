@@ -270,6 +270,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "scale": "muon",
     },
     "lr squared": {"weight_decay_lr_power": 2},
+    "equal rows": {"precondition": "rows"},
+    "equal rows, nesterov": {"precondition": "rows", "nesterov": True, "scale": "muon"},
+    "signs": {"precondition": "sign"},
+    "snapped": {"snap": True, "scale": "none"},
+    "snapped, not renormalized": {"snap": True, "scale": "none", "renormalize": False},
 }
 
 
