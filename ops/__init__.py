@@ -29,6 +29,7 @@ from .products import LIBRARY, SYMMETRIC, Products
 from .reference import part_of, per_matrix, power_of_two
 from .reinterpret import reinterpret
 from .repack import repack
+from .rounding import joined_with
 
 __all__ = [
     "LIBRARY",
@@ -48,6 +49,7 @@ __all__ = [
     "cut",
     "input_for",
     "inputs",
+    "joined_with",
     "kernels_for",
     "lists_outside",
     "measure",

@@ -189,6 +189,9 @@ class Rule:
     snap: bool = False
     weight_decay_form: str = "decoupled"
     weight_decay_lr_power: int = 1
+    cautious_update: bool = False
+    update_floor: float = 0.0
+    update_floor_per: str = "row"
     rows: list[Row] = field(default_factory=lambda: schedule("polar_express", 5))
     norm_factor: float = 1.0
     orthogonalize: Callable[[Matrix], Matrix] | None = None
@@ -217,6 +220,14 @@ def normalize(rule: Rule, o: Matrix, variance: Matrix, beta2: float) -> tuple[Ma
     by "short".
     """
     m, n = o.shape
+    if rule.reduction == "entries":
+        variance = beta2 * variance + (1 - beta2) * o**2
+        roots = (
+            np.sqrt(variance) + rule.eps
+            if rule.eps_form == "add"
+            else np.sqrt(np.maximum(variance, rule.eps))
+        )
+        return variance, np.divide(o, roots, out=np.zeros_like(o), where=roots > 0)
     over_columns = rule.reduction == "rows" or m >= n
     variance = beta2 * variance + (1 - beta2) * (o**2).mean(
         axis=1 if over_columns else 0, keepdims=True
@@ -255,6 +266,8 @@ def scaled(rule: Rule, o: Matrix, divided: Matrix) -> Matrix:
 
 def decayed(rule: Rule, w: Matrix, update: Matrix, lr: float, weight_decay: float) -> Matrix:
     rate = lr**rule.weight_decay_lr_power * weight_decay
+    if rule.weight_decay_form == "hyperball":
+        return w
     if rule.weight_decay_form == "cautious":
         return w * (1 - rate * (update * w >= 0))
     return w * (1 - rate)
@@ -282,7 +295,28 @@ def normuon_matrix(
     if rule.normalize:
         variance, divided = normalize(rule, o, variance, beta2)
     update = scaled(rule, o, divided)
-    return decayed(rule, w, update, lr, weight_decay) - lr * update, momentum, variance
+    if rule.cautious_update:  # arXiv 2411.16085, Algorithm 2
+        mask = update * grad >= 0
+        update = update * mask * (update.size / (mask.sum() + 1))
+    if rule.update_floor:
+        axis = 1 if rule.update_floor_per == "row" else None
+        size = np.linalg.norm(update, axis=axis, keepdims=True)
+        least = rule.update_floor * np.linalg.norm(w, axis=axis, keepdims=True)
+        update = update * np.where((size > 0) & (size < least), least / np.maximum(size, 1e-300), 1)
+    if rule.weight_decay_form == "hyperball":
+        new = on_the_sphere(w, update, lr)
+    else:
+        new = decayed(rule, w, update, lr, weight_decay) - lr * update
+    return new, momentum, variance
+
+
+def on_the_sphere(w: Matrix, update: Matrix, lr: float) -> Matrix:
+    """R norm(W - lr R norm(U)) with R = |W|: arXiv 2606.16899."""
+    radius, size = np.linalg.norm(w), np.linalg.norm(update)
+    if radius == 0 or size == 0:
+        return w
+    new = w - lr * radius / size * update
+    return new * (radius / np.linalg.norm(new))
 
 
 def adamw(
@@ -388,6 +422,20 @@ def peer_nanochat(w, g, m, v, lr, beta, beta2, wd, eps=1e-10):
     return w - lr * wd * w * (u * w >= 0) - lr * u, m, v
 
 
+def peer_adamuon(w, g, m, v, lr, beta, beta2, wd, eps=1e-8):
+    m = m + (1 - beta) * (g - m)
+    o = newton_schulz(np.sign(g + beta * (m - g)), SIMPLE * 5)
+    v = beta2 * v + (1 - beta2) * o * o
+    o_hat = o / (np.sqrt(v) + eps)
+    return w * (1 - lr * wd) - lr * _scale_to(o_hat, 0.2 * o.size**0.5, floor=1e-300), m, v
+
+
+def peer_hyperball(w, g, m, v, lr, beta, beta2, wd):
+    m = m + (1 - beta) * (g - m)
+    o = newton_schulz(g + beta * (m - g), SIMPLE * 5)
+    return on_the_sphere(w, o, lr), m, v
+
+
 PEERS = {
     "paper": peer_paper,
     "author": peer_author,
@@ -397,6 +445,8 @@ PEERS = {
     "muon": peer_muon,
     "muoneq": peer_muoneq,
     "nanochat": peer_nanochat,
+    "adamuon": peer_adamuon,
+    "hyperball": peer_hyperball,
 }
 
 # --- the guard (DESIGN.md section 4) ---

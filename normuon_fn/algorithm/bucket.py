@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import Measures
+from . import finishing
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .orthogonalize import carry, iterate, to_norm
 from .precondition import PRECONDITIONERS, gathered_wide, preconditioned
-from .weight_decay import rates
+from .updates import Update
+from .weight_decay import WEIGHT_DECAYS, rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
 
 
@@ -36,17 +38,6 @@ class Front(NamedTuple):
     stacks: list[Tensor] | None = (
         None  # the momentums as one stack per group, where `advance` has them anyway
     )
-
-
-class Update(NamedTuple):
-    """One group before the guard decides: its parameters change by ``-lr * factor * update``."""
-
-    group: Members[MatrixKind]
-    update: Tensor  # [n, rows, cols], orthogonalized
-    factor: Tensor  # [n, rows, 1] or [n, 1, cols]
-    old: tuple[Tensor, ...]  # states of the normalize stage
-    new: tuple[Tensor, ...]
-    finite: Tensor  # [n] bool
 
 
 class MatrixWork(Work):
@@ -148,6 +139,26 @@ class MatrixWork(Work):
             self.updates.append(
                 Update(group, update, found.factor, old, found.states, found.finite)
             )
+        self.finish()
+
+    def finish(self) -> None:
+        """What needs numbers of whole matrices; mostly nothing does. See finishing.py."""
+        config = self.context.config
+        begun: dict[int, finishing.Begun] = {}
+        for k, update in enumerate(self.updates):
+            needs = finishing.needs_of(update.group.kind, config)
+            if any(needs) and update.group.local:
+                beta2 = ops.per_matrix(update.group.rates.hyper.beta2)
+                begun[k] = finishing.begin(update, needs, beta2, config)
+        totals = self.over_shards(begun)
+        for k, each in begun.items():
+            needs = finishing.needs_of(each.update.group.kind, config)
+            lr, _ = self._rates(each.update)
+            self.updates[k] = finishing.end(each, totals[k], needs, lr, config)
+
+    def over_shards(self, begun: dict[int, finishing.Begun]) -> dict[int, dict[str, Tensor]]:
+        """The sums over whole matrices, by the place of an update."""
+        return {k: each.sums for k, each in begun.items()}
 
     def to_norm_1(self, front: Front) -> Tensor:
         """[n, rows <= cols], preconditioned, times `carry`."""
@@ -242,7 +253,8 @@ class MatrixWork(Work):
     def _apply_to_parameters(self, update: Update) -> None:
         context, group, kind = self.context, update.group, update.group.kind
         lr, decay = self._rates(update)
-        cautious = context.stages.weight_decay.cautious
+        decay = decay if update.decay is None else update.decay
+        cautious = WEIGHT_DECAYS[kind.decay].cautious
         how = (update.update, update.factor * ops.per_matrix(lr), decay, self.skip)
         params, operators = group.read("param"), context.operators
         if kind.master:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..types import Config
 from .momentum import MOMENTA, Momentum
-from .normalize import NORMALIZERS, Normalizer
+from .normalize import NORMALIZERS, Normalizer, normalizer_of
 from .precondition import PRECONDITIONERS, Preconditioner
 from .state import State
 from .weight_decay import WEIGHT_DECAYS, WeightDecay
@@ -48,6 +48,6 @@ def stages_of(config: Config) -> Stages:
     return Stages(
         MOMENTA[config.momentum_form],
         PRECONDITIONERS[config.precondition],
-        NORMALIZERS["neuron" if config.normalize else "none"],
+        NORMALIZERS[normalizer_of(config)],
         WEIGHT_DECAYS[config.weight_decay_form],
     )

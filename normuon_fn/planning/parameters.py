@@ -81,6 +81,8 @@ def decide(
         found = _entry_states(parameter, [*states, *adamw.STATES], config)
         salts = _salts(config.seed, name, () if placed is None else placed.local_part, int(chance))
         return Decided(parameter, found, master, chance, salts=salts)
+    if route.of_matrices(config)[0] == "hyperball":
+        _check_hyperball(name, tensor.dtype, config, master)
     entries = [state for state in stages.states if state.per == "entry"]
     found = _entry_states(parameter, [*states, *entries], config)
     pieces, lines = _matrices(parameter, tensor, config, mesh, chance, bool(stages.line_states))
@@ -118,6 +120,21 @@ def _master(name: str, dtype: torch.dtype, config: Config) -> tuple[str, bool]:
             "make it a float32, whose exponents reach further; use 'fp32'"
         )
     return ("", True) if config.master == "stochastic" else (MASTERS["mantissa"].name, False)
+
+
+def _check_hyperball(name: str, dtype: torch.dtype, config: Config, master: str) -> None:
+    if config.update_floor > 0:
+        raise ValueError(
+            f"params[{name!r}]: Config.update_floor is for matrices that are not kept on a "
+            "hyperball, whose updates are as long as they are; write update_floor=0, or "
+            "Route(weight_decay_form='decoupled')"
+        )
+    if dtype.itemsize < 4 and not master:
+        raise ValueError(
+            f"params[{name!r}]: weight_decay_form='hyperball' keeps the norm of float32 numbers, "
+            f"and rounding to {dtype} makes it grow from step to step; write "
+            f"Config(master={'mantissa' if dtype == torch.bfloat16 else 'fp32'!r})"
+        )
 
 
 def _matrices(
