@@ -177,7 +177,7 @@ class SharedWork(MatrixWork):
         for k, part in enumerate(self.exchange.receive_back(self.sent)):
             group, dim = self.all_groups[k], self._line_dim(k)
             finite.append(part.finite)
-            if not group.local and not part.factor.shape[1]:
+            if not group.local and not (self.lines[k] and part.factor.shape[1]):
                 continue  # nothing of it is local, not even a line state
             wide = self.stack.wide
             new = tuple(state.unsqueeze(dim).to(wide) for state in part.states)
