@@ -154,6 +154,11 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"param_group: {key}={value!r} cannot be set per group; {ELSEWHERE[key]}"
             )
+        if key in ("weight_decay_form", "cautious_update"):
+            raise TypeError(
+                f"param_group: {key!r} is of matrices; write routes={{'*': nm.Route({key}=...)}} "
+                "into the group"
+            )
         if key in CONFIG_FIELDS:
             raise TypeError(
                 f"param_group: {key!r} is the same for all groups; "

@@ -15,6 +15,7 @@ from ..compat import Ranks, outside_inference_mode
 from ..distributed import placements
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
+from ..planning.hyperball import check_sizes
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_each_writable
 from ..planning.plan import Plan
@@ -191,6 +192,7 @@ class Planner:
         self._alike = plan.guard.alike
         for ranks in plan.shared_by:
             placements.check_alike(plan.summary, ranks)
+        check_sizes(plan, params)
         planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)
         self.collect(planned, states, begun)
         return planned

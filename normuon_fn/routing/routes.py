@@ -36,10 +36,10 @@ class Route:
 
     ``Route(lr_mul=0.5)``, with ``lr_mul``, ``wd_mul``, ``weight_decay_form`` or
     ``cautious_update`` and nothing else, changes these alone: the parameter keeps the rule, the
-    splits and the heads that it has without this route, and what is not written. What is written replaces the multiplier that was there;
-    it does not multiply it. Any other route, ``Route()`` and ``Route("normuon", lr_mul=0.5)`` too,
-    decides all. A list of routes (`foreach_step_`) has no other rule: multipliers alone mean
-    NorMuon there.
+    splits and the heads that it has without this route, and what is not written. What is written
+    replaces what was there; it does not multiply it. Any other route, ``Route()`` and
+    ``Route("normuon", lr_mul=0.5)`` too, decides all. A list of routes (`foreach_step_`) has no
+    other rule: multipliers alone mean NorMuon there.
 
     Args:
         algorithm: ``"normuon"`` (the default), ``"adamw"``, or ``"frozen"`` (never changed, no
