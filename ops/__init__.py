@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from .handles import Graph, Handle, Like, Table, input_for, inputs, lists_outside
 from .launch import kernels_for
+from .lion import lion, lion_, lion_wide, lion_wide_
 from .lists import all_finite, chained, cut, stack
 from .operators import (
     AdamWRates,
@@ -51,6 +52,10 @@ __all__ = [
     "inputs",
     "joined_with",
     "kernels_for",
+    "lion",
+    "lion_",
+    "lion_wide",
+    "lion_wide_",
     "lists_outside",
     "measure",
     "orient",

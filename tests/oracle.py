@@ -339,6 +339,12 @@ def adamw(
     return w * (1 - lr * weight_decay) - lr * unbiased_m / (np.sqrt(unbiased_v) + eps), m, v
 
 
+def lion(w, grad, m, *, lr, beta1, beta2, weight_decay):
+    """arXiv 2302.06675, Algorithm 2 -> (w, m)."""
+    update = np.sign(beta1 * m + (1 - beta1) * grad)
+    return w - lr * (update + weight_decay * w), beta2 * m + (1 - beta2) * grad
+
+
 # --- the published variants, each from its own code's formulas (nothing shared with Rule) ---
 
 

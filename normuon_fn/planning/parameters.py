@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..algorithm import adamw
+from ..algorithm.lion import OTHERS
 from ..algorithm.normalize import per_row
 from ..algorithm.stages import Stages
 from ..algorithm.state import MASTERS, State
@@ -78,7 +78,7 @@ def decide(
     master, chance = _master(name, tensor.dtype, config)
     states = [MASTERS[config.master]] if master else []
     if route.algorithm == "adamw":
-        found = _entry_states(parameter, [*states, *adamw.STATES], config)
+        found = _entry_states(parameter, [*states, *OTHERS[config.other].states], config)
         salts = _salts(config.seed, name, () if placed is None else placed.local_part, int(chance))
         return Decided(parameter, found, master, chance, salts=salts)
     if route.of_matrices(config)[0] == "hyperball":

@@ -19,6 +19,7 @@ from .config import Method as Method
 from .config import MissingGrads as MissingGrads
 from .config import MomentumForm as MomentumForm
 from .config import Orthogonalizer as Orthogonalizer
+from .config import Other as Other
 from .config import Precondition as Precondition
 from .config import Reduction as Reduction
 from .config import Row as Row

@@ -32,6 +32,7 @@ Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
 MissingGrads = Literal["skip", "zeros"]
 Master = Literal["none", "mantissa", "fp32", "stochastic"]
+Other = Literal["adamw", "lion"]
 Orthogonalizer = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 Grads = Mapping[str, Tensor | None]
@@ -90,6 +91,8 @@ class Config:
     - ``missing_grads``: ``"skip"``: a gradient of ``None`` keeps its parameter as it is. Ranks that
       share parameters must lack the same ones, and none of a matrix that they orthogonalize
       together. ``"zeros"``: it counts as zeros, so ranks may differ.
+    - ``other``: what updates the parameters that routes give to AdamW: ``"adamw"``, or ``"lion"``
+      with AdamW's rates and betas (arXiv 2302.06675).
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.
@@ -125,6 +128,7 @@ class Config:
     guard: Guard = "off"
     guard_scope: GuardScope = "step"
     missing_grads: MissingGrads = "skip"
+    other: Other = "adamw"
     master: Master = "none"
     seed: int = 0
 
