@@ -55,7 +55,7 @@ class LionWork(AdamWWork):
             chance = (context.step, members.salts) if members.salts else ()
             run = ops.lion_ if operators.in_place else ops.lion
             found = run(params, *how, *chance)
-        return found  # noqa: RET504 - it has a type
+        return found
 
 
 class OtherRule(NamedTuple):

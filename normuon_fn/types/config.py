@@ -80,7 +80,7 @@ class Config:
     - ``orthogonalize_dtype``: ``None``: on CUDA float16 (Gram) and bfloat16 (standard), on CPUs
       with bfloat16 matrix units bfloat16, elsewhere float32; float64 for float64 parameters.
     - ``orthogonalizer``: your own function in the place of Newton-Schulz, traced into the graph:
-      [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape.
+      [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape; see `check_stage`.
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is

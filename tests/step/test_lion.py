@@ -135,7 +135,7 @@ def test_a_saved_run_goes_on_and_adamw_cannot_continue_it(tmp_path: Path) -> Non
     nm.save(tmp_path / "run", params, state, plan)
     loaded = nm.load(tmp_path / "run", plan)
     assert all(same_bits(loaded.state[name], x) for name, x in state.items())
-    with pytest.raises(nm.CheckpointError, match="Config.other was 'lion', is 'adamw'"):
+    with pytest.raises(nm.CheckpointError, match=r"Config\.other was 'lion', is 'adamw'"):
         nm.load(tmp_path / "run", nm.make_plan(params, routes=ROUTES))
 
 
