@@ -32,7 +32,7 @@ def writes(x: Tensor) -> Tensor:
 
 
 def waits(x: Tensor) -> Tensor:
-    return norm_of(x) * (1.0 if x.sum().item() > 0 else 1.0)
+    return norm_of(x) * (1.0 if x.sum().item() > 0 else -1.0)
 
 
 calls = [0]
