@@ -435,7 +435,7 @@ def main() -> None:
                 used = call.last  # type: ignore[attr-defined]
                 note = f"regs {used.n_regs} spills {used.n_spills}"
                 if v.epilogue != "none":
-                    wrong = ((out.float() - reference.float()).norm() / reference.float().norm())
+                    wrong = (out.float() - reference.float()).norm() / reference.float().norm()
                     mirrored = not symmetric or torch.equal(out, out.mT)
                     note += f" error {wrong.item():.1e}{'' if mirrored else ' NOT SYMMETRIC'}"
                 ms = milliseconds(functools.partial(call, v, given[kind], out))
