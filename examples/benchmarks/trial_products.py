@@ -444,8 +444,37 @@ def main() -> None:
             except Exception as error:
                 lines.append(f"{kind:15} {v.name:54} {type(error).__name__} {error!s:.100}")
             print(lines[-1], flush=True)
+    del given, small, reference
+    torch.cuda.empty_cache()
+    print(f"\n{time.perf_counter() - began:.0f} s so far\n")
+    for shape in ((96, 2048, 2048), (48, 2048, 8192)):
+        try:
+            profile(shape)
+        except Exception as error:
+            print(f"profile {shape}: {type(error).__name__} {error!s:.200}")
+        torch.cuda.empty_cache()
     print(f"\n{time.perf_counter() - began:.0f} s in all\n")
     print("\n".join(lines))
+
+
+def profile(shape: tuple[int, int, int]) -> None:
+    """What one call of `orthogonalize` spends in each kernel, and what it takes in all."""
+    import normuon_fn as nm
+
+    x = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    ms = milliseconds(lambda: nm.orthogonalize(x), 5, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        for _ in range(3):
+            nm.orthogonalize(x)
+        torch.cuda.synchronize()
+    print(f"orthogonalize {shape} bf16: {ms:.2f} ms a call; of that by kernel:")
+    rest = ms
+    for event in sorted(run.key_averages(), key=lambda e: -e.device_time_total):
+        if event.device_time_total > 10:
+            each = event.device_time_total / 3e3
+            rest -= each
+            print(f"  {each:8.3f} ms  {event.count / 3:5.1f} x  {event.key[:90]}")
+    print(f"  {rest:8.3f} ms  between them")
 
 
 if __name__ == "__main__":
