@@ -40,8 +40,10 @@ class Front(NamedTuple):
 
     def part(self, groups: slice) -> Front:
         """The same of some groups."""
-        start, end = (sum(g.count for g in self.groups[:k]) for k in (groups.start, groups.stop))
-        first, last = (sum(self.sizes[:k]) for k in (groups.start, groups.stop))
+        start = sum([group.count for group in self.groups[: groups.start]])
+        end = start + sum([group.count for group in self.groups[groups]])
+        first = sum(self.sizes[: groups.start])
+        last = first + sum(self.sizes[groups])
         return Front(
             self.groups[groups],
             self.sizes[groups],
@@ -248,10 +250,10 @@ class MatrixWork(Work):
         self._apply_updates()
 
     def _apply_updates(self) -> None:
-        while self.updates:  # whose memory is free from here on
-            update = self.updates.pop(0)
+        for update in self.updates:
             self._apply(update)
             self.applied.append(update.finite)
+        self.updates = []  # their memory is free from here on
 
     def _apply(self, update: Update) -> None:
         if update.group.local:

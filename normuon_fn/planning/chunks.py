@@ -6,7 +6,6 @@ through it in chunks, and each chunk finds the memory of the one before.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from .layout import Block
@@ -23,22 +22,17 @@ def chunks(groups: Sequence[Sequence[Block]], most: int) -> list[Chunk]:
 
     A block is never cut: a stack of more matrices than that, which is one parameter, is a chunk.
     """
-    total = sum(block.count for blocks in groups for block in blocks)
-    pieces = -(-total // most)
-    each = -(-total // pieces) if pieces else 0
-    found: list[list[tuple[int, Block]]] = []
+    total = sum([block.count for blocks in groups for block in blocks])
+    each = -(-total // -(-total // most)) if total else 0
+    found: list[Chunk] = []
     room = 0
     for k, blocks in enumerate(groups):
         for block in blocks:
             if not found or block.count > room:
                 found.append([])
                 room = each
-            found[-1].append((k, block))
+            if not found[-1] or found[-1][-1][0] != k:
+                found[-1].append((k, []))
+            found[-1][-1][1].append(block)
             room -= block.count
-    return [
-        [
-            (k, [block for _, block in of_group])
-            for k, of_group in itertools.groupby(chunk, lambda entry: entry[0])
-        ]
-        for chunk in found
-    ]
+    return found
