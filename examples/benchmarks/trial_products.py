@@ -175,66 +175,41 @@ def V(*fields: Any, **named: Any) -> Variant:
     return Variant(*fields, **named)
 
 
-PRESENT = {
-    "xxt": [
-        TileConfig(128, 256, 64, 8, 8, 3, "tma"),
-        TileConfig(128, 128, 64, 8, 8, 4, "persistent"),
-        TileConfig(128, 128, 64, 8, 4, 3, "tma"),
-    ],
-    "symmetric_addmm": [
-        TileConfig(128, 128, 64, 8, 8, 4, "persistent"),
-        TileConfig(128, 128, 64, 8, 4, 3, "tma"),
-        TileConfig(128, 128, 64, 16, 4, 3, "tma"),
-        TileConfig(128, 256, 64, 8, 8, 3, "persistent"),
-        TileConfig(128, 256, 64, 8, 8, 3, "tma"),
-    ],
-    "addmm": [
-        TileConfig(128, 256, 64, 8, 8, 3, "persistent"),
-        TileConfig(128, 256, 64, 8, 8, 3, "tma"),
-        TileConfig(128, 256, 64, 16, 8, 3, "persistent"),
-    ],
-}
 S, X, A = "symmetric_addmm", "xxt", "addmm"
+
+
+def T(n: int, warps: int, stages: int, group: int, variant: str = "tma") -> TileConfig:
+    return TileConfig(128, n, 64, group, warps, stages, variant)  # type: ignore[arg-type]
+
+
+SMALL_TILES = [T(128, 4, 3, 8), T(128, 4, 3, 16), T(128, 4, 3, 32), T(128, 8, 3, 16)]
+PRESENT = {
+    X: [T(256, 8, 3, 8), *SMALL_TILES, T(256, 8, 3, 8, "persistent")],
+    S: [T(128, 8, 4, 8, "persistent"), *SMALL_TILES, T(128, 4, 2, 16)],
+    A: [
+        T(256, 8, 3, 8, "persistent"), T(256, 8, 4, 8, "persistent"),
+        T(256, 8, 3, 16, "persistent"), T(256, 8, 3, 4), T(256, 8, 3, 8), T(256, 8, 3, 16),
+        T(256, 8, 3, 32), T(128, 4, 3, 16),
+    ],
+}  # fmt: skip
 VARIANTS = [
-    # What the loops take without an end: the bound of all that follows.
-    V(S, 128, 256, 8, 3, epilogue="none"),
-    V(S, 128, 128, 4, 3, epilogue="none"),
-    V(S, 128, 128, 8, 4, epilogue="none"),
-    V(S, 128, 256, 8, 3, "nested", epilogue="none"),
-    V(S, 128, 256, 8, 4, "flat", epilogue="none"),
-    # 128 x 256
-    V(S, 128, 256, 8, 3, "one", "late"),
-    V(S, 128, 256, 8, 3, "one", "early"),
-    V(S, 128, 256, 8, 3, "one", "init"),
-    V(S, 128, 256, 8, 3, "one", "late_tma"),
-    V(S, 128, 256, 8, 3, "flat", "late"),
-    V(S, 128, 256, 8, 3, "flat", "late_tma"),
-    V(S, 128, 256, 8, 3, "nested", "late"),
-    V(S, 128, 256, 8, 3, "nested", "late_tma"),
-    V(S, 128, 256, 8, 3, "nested", "early"),
-    V(S, 128, 256, 8, 3, "nested", "late", same="where"),
-    V(S, 128, 256, 8, 3, "nested", "late", same="branch"),
-    V(S, 128, 256, 8, 3, "one", "late", same="branch"),
-    V(S, 128, 256, 8, 3, "one", "late", group=4),
-    V(S, 128, 256, 8, 3, "one", "late", group=16),
-    # 128 x 128: two blocks an SM, whose ends lie under the other's loop
-    V(S, 128, 128, 4, 3, "one", "late"),
-    V(S, 128, 128, 4, 3, "one", "init"),
-    V(S, 128, 128, 4, 3, "one", "late_tma"),
-    V(S, 128, 128, 4, 3, "one", "late", same="where"),
-    V(S, 128, 128, 4, 3, "one", "late", same="branch"),
-    V(S, 128, 128, 8, 3, "one", "late"),
-    V(S, 128, 128, 8, 4, "flat", "late"),
-    V(S, 128, 128, 8, 4, "nested", "late"),
-    V(X, 128, 256, 8, 3, "one"),
     V(X, 128, 256, 8, 3, "flat"),
-    V(X, 128, 256, 8, 3, "nested"),
-    V(X, 128, 128, 4, 3, "one"),
-    V(A, 128, 256, 8, 3, "one", "late", same="where", store=128),
-    V(A, 128, 256, 8, 3, "one", "init", same="where", store=128),
-    V(A, 128, 256, 8, 3, "flat", "late", same="where", store=128),
-    V(A, 128, 256, 8, 3, "nested", "late", same="where", store=128),
-    V(A, 128, 128, 4, 3, "one", "late", same="where"),
+    V(X, 128, 256, 8, 3, "flat", group=16),
+    V(X, 128, 256, 8, 3, "nested", group=16),
+    V(X, 128, 128, 4, 3, "one", group=16),
+    V(S, 128, 128, 4, 3, "one", "late_tma", group=16),
+    V(S, 128, 256, 8, 3, "nested", "late_tma"),
+    V(S, 128, 256, 8, 3, "nested", "late_tma", group=16),
+    V(S, 128, 256, 8, 3, "flat", "late_tma", group=16),
+    V(A, 128, 256, 8, 3, "nested", "late_tma", same="where", group=8),
+    V(A, 128, 256, 8, 3, "flat", "late_tma", same="where", group=16),
+    V(A, 128, 256, 8, 3, "one", "late_tma", same="where", group=16),
+]
+SHAPES = [
+    (96, 2048, 2048, torch.bfloat16),
+    (48, 2048, 8192, torch.float16),
+    (48, 768, 768, torch.bfloat16),
+    (12, 768, 3072, torch.float16),
 ]
 
 
@@ -298,7 +273,7 @@ def call(v: Variant, given: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def milliseconds(function: Any, blocks: int = 7, calls: int = 3) -> float:
+def milliseconds(function: Any, blocks: int = 5, calls: int = 3) -> float:
     function()
     torch.cuda.synchronize()
     times = []
@@ -384,77 +359,85 @@ def main() -> None:
         return
     began = time.perf_counter()
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, flush=True)
-    n, rows, cols = 96, 2048, 2048
-    given = inputs(n, rows, cols, torch.bfloat16)
-    small = inputs(1, rows, cols, torch.bfloat16)
-
-    def prepare(v: Variant) -> None:
-        torch.cuda.set_device(0)
-        try:
-            arg = small[v.kind]
-            out = torch.empty(1, rows, arg[1].shape[2], device="cuda", dtype=torch.bfloat16)
-            _, values = arguments(v, arg, out)
-            trial_kernel.warmup(
-                *values, **constants_of(v), grid=(1,), num_warps=v.warps, num_stages=v.stages,
-                enable_fp_fusion=True,
-            )  # fmt: skip
-        except Exception as error:
-            print(f"  {v.name}: {type(error).__name__}: {str(error)[:150]!r}", flush=True)
-
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(prepare, VARIANTS))
-    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
-    lines = []
-    for kind in (S, X, A):
-        a, b, c, alpha, beta, symmetric = given[kind]
-        depth, width = a.shape[2], b.shape[2]
-        reference = product(*given[kind])
-        flop = 2 * n * rows * width * depth
-
-        def library() -> torch.Tensor:
-            if c is None:
-                return torch.bmm(a, b)
-            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
-
-        ms = milliseconds(library)
-        lines.append(f"{kind:15} cuBLAS{'':48} {ms:7.3f} ms {flop / ms / 1e9:5.0f} TFLOP/s")
-        for config in PRESENT[kind]:
-            text = " ".join(map(str, config))
-            try:
-                ms = milliseconds(functools.partial(product, *given[kind], config))
-                real = rate(config, symmetric, n, rows, width, depth, ms)
-                lines.append(f"{kind:15} present {text:46} {ms:7.3f} ms {real:5.0f}")
-            except Exception as error:
-                lines.append(f"{kind:15} present {text:46} {type(error).__name__} {error!s:.80}")
-            print(lines[-1], flush=True)
-        for v in (v for v in VARIANTS if v.kind == kind):
-            try:
-                out = torch.full_like(reference, torch.nan)
-                call(v, given[kind], out)
-                torch.cuda.synchronize()
-                used = call.last  # type: ignore[attr-defined]
-                note = f"regs {used.n_regs} spills {used.n_spills}"
-                if v.epilogue != "none":
-                    wrong = (out.float() - reference.float()).norm() / reference.float().norm()
-                    mirrored = not symmetric or torch.equal(out, out.mT)
-                    note += f" error {wrong.item():.1e}{'' if mirrored else ' NOT SYMMETRIC'}"
-                ms = milliseconds(functools.partial(call, v, given[kind], out))
-                real = rate(v, symmetric, n, rows, width, depth, ms)
-                lines.append(f"{kind:15} {v.name:54} {ms:7.3f} ms {real:5.0f}  {note}")
-            except Exception as error:
-                lines.append(f"{kind:15} {v.name:54} {type(error).__name__} {error!s:.100}")
-            print(lines[-1], flush=True)
-    del given, small, reference
-    torch.cuda.empty_cache()
-    print(f"\n{time.perf_counter() - began:.0f} s so far\n")
+    for shape in SHAPES:
+        trial(*shape)
+        print(f"{time.perf_counter() - began:.0f} s so far", flush=True)
+        torch.cuda.empty_cache()
     for shape in ((96, 2048, 2048), (48, 2048, 8192)):
         try:
             profile(shape)
         except Exception as error:
             print(f"profile {shape}: {type(error).__name__} {error!s:.200}")
         torch.cuda.empty_cache()
-    print(f"\n{time.perf_counter() - began:.0f} s in all\n")
-    print("\n".join(lines))
+    for n in (48, 24, 16, 12):  # do chunks that stay in L2 pay?
+        import normuon_fn as nm
+
+        xs = [torch.randn(n, 768, 768, device="cuda") for _ in range(48 // n)]
+        graph = torch.cuda.CUDAGraph()
+        compiled = torch.compile(nm.orthogonalize, fullgraph=True, dynamic=False)
+        for _ in range(3):
+            for x in xs:
+                compiled(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for x in xs:
+                compiled(x)
+        print(f"orthogonalize 48x768x768 as {len(xs)} x {n}: {milliseconds(graph.replay):.3f} ms")
+        del graph
+    print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
+
+
+def trial(n: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    given = inputs(n, rows, cols, dtype)
+    small = inputs(1, rows, cols, dtype)
+
+    def prepare(job: tuple[str, Any]) -> None:
+        torch.cuda.set_device(0)
+        kind, v = job
+        try:
+            arg = small[kind]
+            if isinstance(v, TileConfig):
+                product(*arg, v)
+                return
+            out = torch.empty(1, rows, arg[1].shape[2], device="cuda", dtype=dtype)
+            _, values = arguments(v, arg, out)
+            trial_kernel.warmup(
+                *values, **constants_of(v), grid=(1,), num_warps=v.warps, num_stages=v.stages,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+        except Exception as error:
+            print(f"  {v}: {type(error).__name__}: {str(error)[:150]!r}", flush=True)
+
+    jobs = [(v.kind, v) for v in VARIANTS]
+    jobs += [(kind, config) for kind, configs in PRESENT.items() for config in configs]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(prepare, jobs))
+    torch.cuda.synchronize()
+    for kind in (S, X, A):
+        a, b, c, alpha, beta, symmetric = given[kind]
+        depth, width = a.shape[2], b.shape[2]
+        title = f"{n}x{rows}x{cols} {str(dtype)[6:]} {kind:15}"
+        reference = product(*given[kind])
+        for config in PRESENT[kind]:
+            text = " ".join(map(str, config))
+            try:
+                ms = milliseconds(functools.partial(product, *given[kind], config))
+                real = rate(config, symmetric, n, rows, width, depth, ms)
+                print(f"{title} present {text:46} {ms:7.4f} ms {real:5.0f}", flush=True)
+            except Exception as error:
+                print(f"{title} present {text:46} {type(error).__name__} {error!s:.80}")
+        for v in (v for v in VARIANTS if v.kind == kind):
+            try:
+                out = torch.full_like(reference, torch.nan)
+                call(v, given[kind], out)
+                wrong = (out.float() - reference.float()).norm() / reference.float().norm()
+                mirrored = not symmetric or torch.equal(out, out.mT)
+                note = f" error {wrong.item():.1e}{'' if mirrored else ' NOT SYMMETRIC'}"
+                ms = milliseconds(functools.partial(call, v, given[kind], out))
+                real = rate(v, symmetric, n, rows, width, depth, ms)
+                print(f"{title} {v.name:54} {ms:7.4f} ms {real:5.0f}  {note}", flush=True)
+            except Exception as error:
+                print(f"{title} {v.name:54} {type(error).__name__} {error!s:.100}")
 
 
 def profile(shape: tuple[int, int, int]) -> None:
