@@ -1,4 +1,4 @@
-"""The most memory that a step holds beside parameters, gradients and state, counted on fake tensors.
+"""The most memory that a step holds beside parameters, gradients and state, on fake tensors.
 
 What an operator of ours or a product makes or takes is memory from there to its last use, in the
 order in which a graph has the operations; what only elementwise operations hand to each other is
@@ -17,9 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import normuon_fn as nm
 from compile_tests import graphs
-from compile_tests.inputs import problem
 from normuon_fn.algorithm import orthogonalize
-from normuon_fn.planning import buckets
 from normuon_fn.step import local_update_
 
 GIB = 2**30
@@ -104,47 +102,3 @@ def peak_of_a_step(shapes: list[tuple[int, int, int]], guard: str) -> float:
 def test_the_temporaries_of_a_chunk_are_gone_before_the_next(guard: str, most: float) -> None:
     """All updates are 2.25 GiB: with a guard, they live until all are known to be finite."""
     assert peak_of_a_step(LARGE, guard) <= most
-
-
-def test_a_bucket_in_chunks_gives_the_bits_of_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide, tall and square ones, a stack of experts that is not cut, and rates of their own."""
-    shapes = {
-        **{f"wide{k}": (16, 32) for k in range(5)},
-        **{f"tall{k}": (32, 16) for k in range(3)},
-        **{f"square{k}": (16, 16) for k in range(4)},
-        "experts": (3, 16, 16),
-        "bias": (16,),
-    }
-    routes = {"wide1": nm.Route(lr_mul=0.5), "square*": nm.Route(wd_mul=0.3)}
-
-    def stepped(at_a_time: int, guard: str, step: Any) -> list[Tensor]:
-        monkeypatch.setattr(buckets, "CHUNK", at_a_time * 16 * 32 * 4)
-        config = nm.Config(guard=guard)  # type: ignore[arg-type]
-        params, grads, state, hyper, plan = problem(shapes, config, routes=routes)
-        for _ in range(2):
-            result = step(params, grads, state, hyper, plan)
-            params, state = result.params, result.state
-        return [*params.values(), *state.values(), result.flags]
-
-    for guard in ("off", "output", "full"):
-        for step in (nm.update, local_update_):
-            whole = stepped(1000, guard, step)
-            for at_a_time in (1, 2, 3):
-                parts = stepped(at_a_time, guard, step)
-                assert all(map(torch.equal, parts, whole)), (guard, at_a_time)
-
-
-def test_a_caller_s_own_orthogonalizer_gets_the_whole_stack(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(buckets, "CHUNK", 1)
-    seen: list[int] = []
-
-    def own(x: Tensor) -> Tensor:
-        seen.append(len(x))
-        return x
-
-    config = nm.Config(orthogonalizer=own)
-    given = problem({f"w{k}": (4, 8) for k in range(5)}, config)
-    local_update_(*given)
-    assert seen == [5]
