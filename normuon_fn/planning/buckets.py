@@ -71,6 +71,11 @@ class Bucket(Stack):
         """The process group of the ranks that share its work."""
         return None
 
+    @property
+    def heard_by(self) -> str | None:
+        """The process group whose ranks all hear of its updates in its messages."""
+        return None
+
     def how(self, config: Config) -> str:
         """How its matrices are orthogonalized, for the table of the plan."""
         if config.orthogonalizer is not None:
@@ -104,6 +109,12 @@ class SharedBucket(Bucket):
     @property
     def shared_by(self) -> str | None:
         return self.exchange.group
+
+    @property
+    def heard_by(self) -> str | None:
+        ownerships = [group.ownership for group in self.groups]
+        narrowed = any(ownership is None or ownership.narrowed for ownership in ownerships)
+        return None if narrowed else self.exchange.group
 
     def how(self, config: Config) -> str:
         ranks = self.exchange.shards.size * self.exchange.replicas.size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..algorithm.coefficients import resolve
+from ..algorithm.coefficients import CoefficientSet, resolve
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
 from ..algorithm.rounding_safety import absurd, secured
@@ -37,6 +37,7 @@ from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
 from .parameters import Decided, decide
 from .plan import Plan, Spec
+from .sharing import with_sharing
 
 
 def make_plan(
@@ -129,7 +130,9 @@ def plan_of(
             "another name"
         )
     table: list[Own] = []  # of buckets whose matrices are updated by rates of their own
-    buckets = _matrix_buckets(decided, config, stages, device, table)
+    chosen = resolve(config.coefficients, config.steps, config.safety_factor)
+    decided, notes = with_sharing(decided, chosen, config, device)
+    buckets = _matrix_buckets(decided, chosen, config, stages, device, table)
     adamw = _adamw_buckets(decided, config, table)
     parameters = tuple(each.parameter for each in decided)
     rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
@@ -149,6 +152,7 @@ def plan_of(
         hypers=hypers,
         own_rates=rate_tensors(table, device),
         common=common_of(placements, copies, rule, guard_mesh),
+        notes=notes,
     )
 
 
@@ -157,12 +161,12 @@ def plan_of(
 
 def _matrix_buckets(
     decided: Sequence[Decided],
+    chosen: CoefficientSet,
     config: Config,
     stages: Stages,
     device: torch.device,
     table: list[Own],
 ) -> tuple[Bucket, ...]:
-    chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     stacks: dict[tuple[Any, ...], list[Group]] = {}
     for dtype, group in groups_of(decided, config):
         short, long = sorted((group.rows, group.cols))

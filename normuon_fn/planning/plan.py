@@ -69,6 +69,7 @@ class Plan:
     own_rates: OwnRates | None = None
     # By process group: the parameters that its ranks have parts or copies of. See common.py.
     common: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what was decided beyond the parameters, in lines
 
     @property
     def all_buckets(self) -> tuple[AnyBucket, ...]:
@@ -131,7 +132,8 @@ class Plan:
             rows.append((p.name, shape, short_name(p.spec.dtype), route, read, p.reason))
         matrices = sum(group.count for bucket in self.buckets for group in bucket.groups)
         guard = f"guard={self.config.guard!r} per {self.config.guard_scope}"
-        return (
-            f"{render(rows)}\n{len(self.parameters)} parameters, {matrices} matrices in "
+        about = (
+            f"{len(self.parameters)} parameters, {matrices} matrices in "
             f"{len(self.buckets)} buckets; {guard}"
         )
+        return "\n".join([render(rows), about, *self.notes])

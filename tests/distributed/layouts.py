@@ -13,8 +13,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -75,6 +77,8 @@ EVEN = ("square",)  # shards alike: the ranks share what Inductor compiles
 MISSING = ("ddp", "Shard(0)", "Shard(1)", "Replicate")
 SAVED = ("Shard(0)", "Shard(1)", "HSDP")
 LOADED = ("Shard(0)", "Shard(1)")
+# Of four ranks: a layout, and how many of its replicas share the matrices of a bucket.
+NARROWED = (("ddp", 2), ("ddp", 1), ("HSDP", 1))
 
 
 def own(x: Tensor) -> Tensor:
@@ -354,6 +358,7 @@ class _Rank:
         parts = [self.matrix, self.conv, self.lies, self.missing, self.checkpoints, self.captured]
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
+            parts += [self.narrowed]
         return {part.__name__: part() for part in parts}
 
     def matrix(self) -> Seen:
@@ -525,6 +530,29 @@ class _Rank:
             "kept": self.kept(before, result),
             "finite": finite,
         }
+
+    def narrowed(self) -> Seen:
+        """Where not all replicas share the work: a run, and steps with a fault on one rank."""
+        seen: Seen = {}
+        for kind, replicas in NARROWED if self.world == 4 else ():
+            layout, key = self.layouts[kind], f"{kind} {replicas}"
+            with mock.patch.object(
+                import_module("normuon_fn.planning.sharing"),
+                "replicas_to_share",
+                lambda load, replicas=replicas: replicas,
+            ):
+                run = self.run(layout, config("standard"), 3)
+                seen[key] = self.compare(layout, run, alone("standard", 3))
+                params = layout.place(tensors(0))
+                plan = layout.plan(params, config("standard", guard="full"))
+            seen[key]["table"] = str(plan)
+            warm = nm.update(
+                params, layout.place(tensors(1)), nm.init(plan, params), hyper_of(params), plan
+            )
+            for stage in STAGES:
+                for rank in range(self.world):
+                    seen[f"{key} {stage} {rank}"] = self.fault(layout, plan, warm, stage, rank)
+        return seen
 
     def kept(self, before: Mapping[str, Tensor], result: nm.StepResult) -> dict[str, bool]:
         """Whether a tensor kept its bits, for all of which something lies here."""

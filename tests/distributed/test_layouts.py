@@ -20,6 +20,7 @@ from tests.distributed.layouts import (
     FORMS,
     LOADED,
     MAIN,
+    NARROWED,
     ON,
     ON_FOUR,
     SAVED,
@@ -169,6 +170,32 @@ def test_a_fault_in_one_shard_skips_alike_on_all_ranks(
     assert not [
         w for kind, rank in where for w in wrong_with(ranks, kind, guard, scope, stage, rank)
     ]
+
+
+@pytest.mark.parametrize(("kind", "replicas"), NARROWED)
+def test_replicas_that_share_among_few_give_what_one_device_gives(
+    worlds: dict[int, Ranks], kind: str, replicas: int
+) -> None:
+    cases = [seen["narrowed"][f"{kind} {replicas}"] for seen in worlds[4]]
+    assert not far(cases), far(cases)
+    every = {"ddp": 4, "HSDP": 2}[kind]
+    who = f"each of {every} replicas does" if replicas == 1 else f"{replicas} of {every} replicas"
+    assert all(who in seen["table"] for seen in cases)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("kind", "replicas"), NARROWED)
+def test_replicas_that_do_not_share_skip_together(
+    worlds: dict[int, Ranks], kind: str, replicas: int, stage: str
+) -> None:
+    for faulty in range(4):
+        cases = [seen["narrowed"][f"{kind} {replicas} {stage} {faulty}"] for seen in worlds[4]]
+        assert all(seen["skipped"] and seen["counters"] == [2, 1, 1] for seen in cases)
+        assert len({str(seen["flags"]) for seen in cases}) == 1
+        for seen in cases:
+            moved = {name for name, keeps in seen["kept"].items() if not keeps}
+            held = stage == "gradient"  # else the momentum takes the gradient, which was good
+            assert not {name for name in moved if held or not name.endswith(".momentum")}
 
 
 def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_or_none(
