@@ -35,6 +35,7 @@ from .common import common_of
 from .deciding import Alone, alone_doubt, checked_ranks, guard_rule
 from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
+from .order import in_order, with_cut
 from .parameters import Decided, decide
 from .plan import Plan, Spec
 from .sharing import with_sharing
@@ -182,9 +183,10 @@ def _matrix_buckets(
             key = (*key, group.own[0].hyper)
         stacks.setdefault(key, []).append(group)
 
-    owners = _owners([group for groups in stacks.values() for group in groups])
+    cut = with_cut(stacks, chosen.rows, config)
+    owners = _owners([group for _, groups in cut for group in groups])
     found: list[Bucket] = []
-    for (short, long, form, own, ranks, kernels, exact, *_), groups in stacks.items():
+    for (short, long, form, own, ranks, kernels, exact, *_), groups in cut:
         groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
         wide = torch.float64 if own == torch.float64 else torch.float32
         safe = secured(chosen, form.dtype)
@@ -209,8 +211,7 @@ def _matrix_buckets(
         shards = _group_shards(groups, config, stages)
         exchange = Exchange(shards, dtype, numbers, device, overlaps(ranks[0], device))
         found.append(SharedBucket(**common, exchange=exchange))
-    # Those of one device are orthogonalized while the messages of the others travel.
-    return tuple(sorted(found, key=lambda bucket: bucket.shared_by is not None))
+    return in_order(found)
 
 
 def _owners(groups: Sequence[Group]) -> dict[int, Ownership]:

@@ -13,7 +13,7 @@ from ..algorithm.orthogonalize import Form, choose
 from ..distributed.cost import Load
 from ..distributed.owners import Ownership
 from ..distributed.sharing import global_ranks, narrowed, replicas_to_share
-from ..types import Config
+from ..types import Config, Row
 from .parameters import Decided, Piece
 
 # How much longer a product of float32 or float64 takes than one of 16 bits: H200 data sheet,
@@ -41,7 +41,9 @@ def with_sharing(
     for key, pieces in alike.items():
         (short, long), dtype, *_ = key
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, dtype)
-        load = load_of(form, chosen, short, long, sum(p.block.count for p in pieces), pieces[0])
+        ownership, matrices = pieces[0].ownership, sum(piece.block.count for piece in pieces)
+        assert ownership is not None
+        load = load_of(form, chosen.rows, short, long, matrices, ownership)
         found[key], every = replicas_to_share(load), len(load.ranks)
         if found[key] < every:
             lines.append(_line(load, found[key]))
@@ -60,18 +62,21 @@ def with_sharing(
 
 
 def load_of(
-    form: Form, chosen: CoefficientSet, rows: int, cols: int, matrices: int, piece: Piece
+    form: Form,
+    coefficients: Sequence[Row],
+    rows: int,
+    cols: int,
+    matrices: int,
+    ownership: Ownership,
 ) -> Load:
-    """What matrices of one shape are to a rank, before anybody has divided them."""
-    assert piece.ownership is not None
-    flop = flop_of(form, chosen, rows, cols) * (1 if form.dtype.itemsize == 2 else _WIDE)
-    ranks = global_ranks(piece.ownership)
-    return Load(matrices, rows, cols, flop, form.dtype.itemsize, ranks)
+    """What matrices of one shape, rows <= cols, are to the ranks that store them."""
+    flop = flop_of(form, coefficients, rows, cols) * (1 if form.dtype.itemsize == 2 else _WIDE)
+    return Load(matrices, rows, cols, flop, form.dtype.itemsize, global_ranks(ownership))
 
 
-def flop_of(form: Form, chosen: CoefficientSet, rows: int, cols: int) -> float:
+def flop_of(form: Form, coefficients: Sequence[Row], rows: int, cols: int) -> float:
     """Of the products of one matrix rows <= cols, with symmetric ones computed by half."""
-    steps, squares = len(chosen.rows), sum(1 for row in chosen.rows if row[2])
+    steps, squares = len(coefficients), sum(1 for row in coefficients if row[2])
     whole, small = 3.0 * rows * rows * cols, float(rows) ** 3
     if form.method == "standard":
         return steps * whole + squares * small

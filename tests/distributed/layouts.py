@@ -77,6 +77,7 @@ EVEN = ("square",)  # shards alike: the ranks share what Inductor compiles
 MISSING = ("ddp", "Shard(0)", "Shard(1)", "Replicate")
 SAVED = ("Shard(0)", "Shard(1)", "HSDP")
 LOADED = ("Shard(0)", "Shard(1)")
+CUT = ("ddp", "HSDP", "Shard(0)")
 # Of four ranks: a layout, and how many of its replicas share the matrices of a bucket.
 NARROWED = (("ddp", 2), ("ddp", 1), ("HSDP", 1))
 
@@ -358,7 +359,7 @@ class _Rank:
         parts = [self.matrix, self.conv, self.lies, self.missing, self.checkpoints, self.captured]
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
-            parts += [self.narrowed]
+            parts += [self.narrowed, self.cut]
         return {part.__name__: part() for part in parts}
 
     def matrix(self) -> Seen:
@@ -552,6 +553,20 @@ class _Rank:
             for stage in STAGES:
                 for rank in range(self.world):
                     seen[f"{key} {stage} {rank}"] = self.fault(layout, plan, warm, stage, rank)
+        return seen
+
+    def cut(self) -> Seen:
+        """Where the matrices of one shape are two buckets."""
+        seen: Seen = {}
+        order = import_module("normuon_fn.planning.order")
+        for kind in CUT if self.world == 4 else ():
+            layout = self.layouts[kind]
+            with mock.patch.multiple(order, _GAIN=float("-inf"), _OWNED=0):
+                run = self.run(layout, config("standard", guard="full"), 3)
+                plan = layout.plan(layout.place(tensors(0)), config("standard"))
+            before = layout.plan(layout.place(tensors(0)), config("standard"))
+            seen[kind] = self.compare(layout, run, alone("standard", 3))
+            seen[kind]["buckets"] = [len(before.buckets), len(plan.buckets)]
         return seen
 
     def kept(self, before: Mapping[str, Tensor], result: nm.StepResult) -> dict[str, bool]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tests.distributed.layouts import (
     COMPILED,
     COUNTERS,
+    CUT,
     FAULTED,
     FORMS,
     LOADED,
@@ -181,6 +182,15 @@ def test_replicas_that_share_among_few_give_what_one_device_gives(
     every = {"ddp": 4, "HSDP": 2}[kind]
     who = f"each of {every} replicas does" if replicas == 1 else f"{replicas} of {every} replicas"
     assert all(who in seen["table"] for seen in cases)
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_matrices_of_one_shape_in_two_buckets_give_what_one_device_gives(
+    worlds: dict[int, Ranks], kind: str
+) -> None:
+    cases = [seen["cut"][kind] for seen in worlds[4]]
+    assert not far(cases), far(cases)
+    assert all(seen["buckets"][1] == seen["buckets"][0] + 1 for seen in cases)
 
 
 @pytest.mark.parametrize("stage", STAGES)

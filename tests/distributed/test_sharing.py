@@ -65,9 +65,7 @@ def test_all_ranks_decide_alike_and_blocks_divide_their_work_in_the_same_way() -
     assert len({plan.notes for plan in plans}) == 1 and len(plans[0].notes) == 1
     assert "8 of 16 replicas share the work" in plans[0].notes[0]
     assert plans[0].notes[0] in str(plans[0])
-    few, every = (
-        [plan.buckets[k].groups[0].ownership for plan in plans] for k in range(2)
-    )
+    few, every = ([plan.buckets[k].groups[0].ownership for plan in plans] for k in range(2))
     assert all(x is not None and x.narrowed for x in few)
     assert len({x.counts for x in few if x is not None}) == 1
     assert [x.replicas.number for x in few if x is not None] == [0, 7, 0, 7]
