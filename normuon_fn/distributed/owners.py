@@ -83,6 +83,18 @@ class Ownership:
         }
 
 
+def with_owners(
+    ownership: Ownership,
+    owners: Sequence[int],  # of replicas of whole matrices: by block, in order, its owner's number
+    matrices: Sequence[int],  # in each block
+) -> Ownership:
+    """The ownership where whole blocks are given to the replicas, in the order of these."""
+    counts = [0] * ownership.replicas.size
+    for owner, n in zip(owners, matrices, strict=True):
+        counts[owner] += n
+    return replace(ownership, counts=tuple((n,) for n in counts))
+
+
 class Shared(NamedTuple):
     """The matrices of one group that ranks share, as `balance` knows them."""
 

@@ -16,6 +16,7 @@ from ..algorithm.adamw import AdamWWork
 from ..algorithm.bucket import MatrixWork
 from ..algorithm.work import Kind, MatrixKind, Members, Own, Stack, Work
 from ..distributed.messages import Exchange
+from ..distributed.owned import OwnedWork
 from ..distributed.owners import Ownership
 from ..distributed.shared import SharedWork
 from ..types import Config
@@ -31,6 +32,8 @@ class Group(MatrixKind):
     # Of all parameters that belong to it, also those of which nothing is on this rank.
     names: tuple[str, ...]
     ownership: Ownership | None = None  # where ranks share the matrices: who owns which
+    # Where replicas share the state too: by block, in their order, the replica that owns it.
+    owners: tuple[int, ...] = ()
     # one for every block; groups that ranks share have only one
     own: tuple[Own, ...]
 
@@ -42,6 +45,14 @@ class Group(MatrixKind):
     @property
     def count(self) -> int:
         return sum(block.count for block in self.blocks)
+
+    @property
+    def owned(self) -> tuple[Block, ...]:
+        """The blocks whose state this rank keeps, where replicas share it."""
+        assert self.ownership is not None
+        here = self.ownership.replicas.number
+        pairs = zip(self.blocks, self.owners, strict=True)
+        return tuple(block for block, owner in pairs if owner == here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,12 @@ class SharedBucket(Bucket):
         ]
         runs = [(group.local, group.count) for group in self.groups]
         context = tensors.context(groups[0].rates.hyper, self.kernels)
+        if self.groups[0].owners:
+            owned: list[Members[MatrixKind]] = [
+                tensors.members(group, group.owned, tensors.rates(group.own[0]))
+                for group in self.groups
+            ]
+            return OwnedWork(self, groups, owned, context, self.exchange)
         return SharedWork(self, groups, runs, context, self.exchange)
 
 

@@ -22,7 +22,7 @@ from ..algorithm.work import Own
 from ..compat import Ranks, is_subclass, overlaps
 from ..compat.graphs import prepare_inductor
 from ..distributed.messages import Exchange
-from ..distributed.owners import GroupShards, Ownership, Shared, balance
+from ..distributed.owners import GroupShards, Ownership, Shared, balance, with_owners
 from ..routing.doubts import warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, decide_routes
@@ -37,7 +37,8 @@ from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
 from .order import in_order, with_cut
 from .parameters import Decided, decide
-from .plan import Plan, Spec
+from .plan import OwnedState, Plan, Spec
+from .replicas import with_owned_state
 from .sharing import with_sharing
 
 
@@ -104,11 +105,13 @@ def plan_of(
     guard_mesh: Ranks | None = None,
     hyper_of: Mapping[str, int] | None = None,
     alike: bool | None = None,
+    owners: dict[str, int] | None = None,
 ) -> Plan:
     """The plan of a step over parameters whose routes are decided. See `make_plan`.
 
     ``alike``: whether the ranks of ``guard_mesh`` have the same parameters; ``None``: they ask each
-    other.
+    other. ``owners``: with ``replicas="share"`` the owners that parameters have already; new ones
+    are added.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
@@ -132,7 +135,11 @@ def plan_of(
         )
     table: list[Own] = []  # of buckets whose matrices are updated by rates of their own
     chosen = resolve(config.coefficients, config.steps, config.safety_factor)
-    decided, notes = with_sharing(decided, chosen, config, device)
+    if config.replicas == "share":
+        decided, owned = with_owned_state(decided, stages, {} if owners is None else owners)
+        notes = owned.notes
+    else:
+        (decided, notes), owned = with_sharing(decided, chosen, config, device), OwnedState()
     buckets = _matrix_buckets(decided, chosen, config, stages, device, table)
     adamw = _adamw_buckets(decided, config, table)
     parameters = tuple(each.parameter for each in decided)
@@ -145,7 +152,9 @@ def plan_of(
         parameters=parameters,
         buckets=buckets,
         adamw=adamw,
-        state=state,
+        state={key: spec for key, spec in state.items() if key not in owned.elsewhere},
+        whole_state=state,
+        owned=owned,
         guard=rule,
         sharded=any(placement is not None for placement in placements.values()),
         one_storage=one_storage,
@@ -216,13 +225,18 @@ def _matrix_buckets(
 
 def _owners(groups: Sequence[Group]) -> dict[int, Ownership]:
     """Who owns which matrices, by the id of each group that ranks share."""
+    given = {
+        id(group): with_owners(group.ownership, group.owners, [b.count for b in group.blocks])
+        for group in groups
+        if group.ownership is not None and group.owners
+    }
     shared = [
         (id(group), Shared(group.ownership, group.count, group.rows, group.cols))
         for group in groups
-        if group.ownership is not None
+        if group.ownership is not None and not group.owners
     ]
     found = balance([group for _, group in shared])
-    return {key: ownership for (key, _), ownership in zip(shared, found, strict=True)}
+    return given | {key: ownership for (key, _), ownership in zip(shared, found, strict=True)}
 
 
 def _group_shards(groups: Sequence[Group], config: Config, stages: Stages) -> list[GroupShards]:

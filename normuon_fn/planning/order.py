@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from ..distributed.cost import Load
 from ..types import Config, Row
 from .buckets import Bucket, Group, SharedBucket
-from .layout import Block
 from .sharing import load_of
 
 Key = tuple[Any, ...]  # of a bucket: its rows, columns and form, and more
@@ -78,25 +77,19 @@ def with_cut(
 
 
 def halves_of(groups: Sequence[Group]) -> tuple[list[Group], list[Group]] | None:
-    """About half of the matrices each, whole parameters; ``None``: there is one parameter."""
-    total, before = sum(group.count for group in groups), 0
+    """About half of the matrices each; ``None``: every group is one block."""
     first: list[Group] = []
     second: list[Group] = []
-    for group in groups:
-        early: list[Block] = []
-        for block in group.blocks:
-            if 2 * before < total:
-                early.append(block)
-            before += block.count
-        late = group.blocks[len(early) :]
-        of_late = {block.name for block in late}
-        names = tuple(name for name in group.names if name not in of_late)
-        if early:
-            first.append(replace(group, blocks=tuple(early), names=names))
+    for group in groups:  # by turns, because neighbours may have one owner
+        late = group.blocks[1::2]
+        of_late = tuple(dict.fromkeys(block.name for block in late))
+        others = tuple(name for name in group.names if name not in of_late)
+        early = replace(group, blocks=group.blocks[::2], names=others, owners=group.owners[::2])
+        first.append(early if late else group)
         if late:
-            names = tuple(dict.fromkeys(block.name for block in late))
-            second.append(replace(group, blocks=late, names=names))
-    return (first, second) if first and second else None
+            owners = group.owners[1::2]
+            second.append(replace(group, blocks=late, names=of_late, owners=owners))
+    return (first, second) if second else None
 
 
 def _least_owned(groups: Sequence[Group]) -> int:

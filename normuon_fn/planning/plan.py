@@ -29,6 +29,17 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class OwnedState:
+    """Which rank keeps the state of which parameter, where replicas share it: see replicas.py."""
+
+    group: str | None = None  # the process group of the replicas; None: nobody shares
+    owners: dict[str, int] = field(default_factory=dict)  # by parameter, in the group
+    kinds: tuple[str, ...] = ()  # of state that only owners keep
+    elsewhere: frozenset[str] = frozenset()  # the state that this rank lacks
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One parameter: what it gets and why."""
 
@@ -69,6 +80,8 @@ class Plan:
     own_rates: OwnRates | None = None
     # By process group: the parameters that its ranks have parts or copies of. See common.py.
     common: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    whole_state: dict[str, Spec] = field(default_factory=dict)  # of all ranks that share a state
+    owned: OwnedState = field(default_factory=OwnedState)  # who keeps which of it
     notes: tuple[str, ...] = ()  # what was decided beyond the parameters, in lines
 
     @property

@@ -110,7 +110,7 @@ def test_the_state_lies_as_its_parameter_and_whole_where_its_dimension_is_one(ra
             for form in ("standard", "modded_nanogpt"):
                 lies = seen["lies"][f"{kind} {form}"]
                 assert lies["wrong"] == [], kind
-                assert (lies["sharded"] > 0) == (kind not in ("ddp", "group"))
+                assert (lies["sharded"] > 0) == (kind not in ("ddp", "group", "owned"))
         assert seen["lies"]["Shard(0)"]["as torch"] and seen["lies"]["Shard(1)"]["as torch"]
 
 
@@ -216,7 +216,7 @@ def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_or
     guard = {"allreduce_": 1, "all_reduce": 1}
     for seen in ranks:
         for kind in kinds_of(len(ranks)):
-            ways = {"ddp": 1, "group": 1, "Replicate": 1, "HSDP": 3}.get(kind, 2)
+            ways = {"ddp": 1, "group": 1, "owned": 1, "Replicate": 1, "HSDP": 3}.get(kind, 2)
             local = ("Shard(0)", "HSDP", "2-D", "0 and 0", "strided")
             buckets = {"one bucket": 1, "two buckets": 2, "adamw": 0, "qkv": 2}
             if kind in local:
@@ -273,6 +273,28 @@ def test_a_checkpoint_of_four_ranks_goes_on_at_two_and_at_one_as_if_nothing_had_
             assert not far(cases), (saved, kind, far(cases))
             if len(ranks) < 4:
                 assert all(seen["counters"] == [6, 0, 0] for seen in cases) and len(COUNTERS) == 3
+
+
+def test_each_rank_keeps_a_share_of_the_state_and_all_of_it_is_somewhere_once(
+    ranks: Ranks,
+) -> None:
+    owned = [set(seen["owned"]["owned"]) for seen in ranks]
+    matrices = {name for name in MAIN if name not in ("embed.weight", "bias", "gain", "frozen")}
+    assert set.union(*owned) == matrices and sum(map(len, owned)) == len(matrices)
+    assert all(owned)
+
+
+def test_a_state_that_replicas_share_goes_on_on_any_number_of_ranks(ranks: Ranks) -> None:
+    for saved in ("owned-4", "owned-same", "owned-one", "owned-4.safetensors"):
+        cases = [seen["owned"].get(saved, seen["owned"]["owned-same"]) for seen in ranks]
+        assert not far(cases), (saved, far(cases))
+        if not torch.cuda.is_available():
+            assert not [case["other bits"] for case in cases if case["other bits"]], saved
+
+
+def test_a_part_of_a_state_is_not_saved_as_all_of_it(ranks: Ranks) -> None:
+    if len(ranks) > 1:
+        assert "nm.gather_state(state, plan)" in ranks[0]["owned"]["error"]
 
 
 def test_a_module_of_fsdp_and_tensor_parallelism_is_stepped_as_on_one_device(
