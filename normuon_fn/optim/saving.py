@@ -11,6 +11,7 @@ from ..compat.graphs import outside_graphs
 from . import hyper as hyper_of
 from . import saved as saved_of
 from .planned import Planner
+from .state import States
 
 
 class SavedOptimizer(torch.optim.Optimizer):
