@@ -615,6 +615,13 @@ class _Rank:
             loaded = nm.load(folder / saved, plan, params=params)
             assert loaded.state.keys() == state.keys()
             seen[saved.replace(str(self.world), "same")] = went_on(params, plan, loaded.state)
+        grads, hyper = layout.place(tensors(6)), hyper_of(params)
+        grads["uneven"][0, 0] = float("nan")
+        result = nm.update(params, grads, loaded.state, hyper, plan)
+        file = nm.capture(
+            result, grads, plan, folder / f"owned-{self.world}-{self.rank}", hyper=hyper
+        )
+        seen["captured"] = sorted(load_file(file.with_suffix(".safetensors")))
         return seen
 
     def cut(self) -> Seen:

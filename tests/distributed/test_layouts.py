@@ -292,6 +292,13 @@ def test_a_state_that_replicas_share_goes_on_on_any_number_of_ranks(ranks: Ranks
             assert not [case["other bits"] for case in cases if case["other bits"]], saved
 
 
+def test_of_a_state_that_replicas_share_the_owner_captures_what_failed(ranks: Ranks) -> None:
+    of_owner = ["uneven.grad", "uneven.input", "uneven.momentum", "uneven.variance"]
+    for seen in ranks:
+        owns = "uneven" in seen["owned"]["owned"]
+        assert seen["owned"]["captured"] == (of_owner if owns else of_owner[:1])
+
+
 def test_a_part_of_a_state_is_not_saved_as_all_of_it(ranks: Ranks) -> None:
     if len(ranks) > 1:
         assert "nm.gather_state(state, plan)" in ranks[0]["owned"]["error"]
