@@ -9,47 +9,39 @@ Read `MatrixWork` from top to bottom. What matrices that ranks share need: distr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import Measures
 from . import finishing
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .orthogonalize import carry, iterate, to_norm
 from .precondition import PRECONDITIONERS, gathered_wide, preconditioned
-from .updates import Update
+from .updates import Front, Update
 from .weight_decay import WEIGHT_DECAYS, rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
-
-
-class Front(NamedTuple):
-    """What is to be orthogonalized, and what it takes to bring it to norm 1."""
-
-    groups: list[Members[MatrixKind]]
-    sizes: list[int]  # how many tensors each group has
-    # Of all groups in order: the new ones; with `Context.holds_late` still the old ones.
-    momentums: list[Tensor]
-    grads: list[Tensor]
-    measures: Measures  # see ops/advance.py
-    stacks: list[Tensor] | None = (
-        None  # the momentums as one stack per group, where `advance` has them anyway
-    )
 
 
 class MatrixWork(Work):
     """A bucket whose matrices are whole on this rank, and nobody else's work."""
 
     def __init__(
-        self, stack: Stack, groups: list[Members[MatrixKind]], runs: Runs, context: Context
+        self,
+        stack: Stack,
+        groups: list[Members[MatrixKind]],
+        runs: Runs,
+        context: Context,
+        chunks: Sequence[int] = (),  # how many groups are orthogonalized at a time; (): all
     ) -> None:
         self.stack, self.groups, self.runs, self.context = stack, groups, runs, context
+        self.chunks = chunks
         self.sizes = [group.tensors for group in groups]
         self.front: Front | None = None
         self.updates: list[Update] = []
+        self.applied: list[Tensor] = []  # whether they were finite: [n] bool of each
 
     # ------------------------------------------------------------------------------- for the guard
 
@@ -61,7 +53,7 @@ class MatrixWork(Work):
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
-        finite = [update.finite & self.fits(update) for update in self.updates]
+        finite = [*self.applied, *(u.finite & self.fits(u) for u in self.updates)]
         bad = ~torch.cat(finite) if finite else None
         return self.with_gradients(complete(bad, self.runs, self.context))
 
@@ -126,35 +118,45 @@ class MatrixWork(Work):
     # ------------------------------------------------------------------------------- orthogonalize
 
     def orthogonalize(self) -> None:
-        """As one stack [n, rows <= cols]; cut into groups again, and tall ones transposed back."""
+        """As one stack [n, rows <= cols], or in chunks; what may enter at once is applied here."""
         if self.front is None:
             return
-        parts = self.iterated(self.to_norm_1(self.front)).split(
-            [g.count for g in self.front.groups]
-        )
-        for group, part in zip(self.front.groups, parts, strict=True):
+        if len(self.chunks) < 2:
+            self._orthogonalize(self.front)
+            return
+        start = 0
+        for count in self.chunks:
+            self._orthogonalize(self.front.part(slice(start, start + count)))
+            start += count
+
+    def _orthogonalize(self, front: Front) -> None:
+        """One stack; cut into groups again, and tall ones transposed back."""
+        parts = self.iterated(self.to_norm_1(front)).split([g.count for g in front.groups])
+        updates = []
+        for group, part in zip(front.groups, parts, strict=True):
             update = part.mT if group.kind.tall else part
             old = tuple(ops.stack(group.read(s.name)) for s in self.context.stages.normalize.states)
             found = self.normalized(group, update, old)
-            self.updates.append(
-                Update(group, update, found.factor, old, found.states, found.finite)
-            )
-        self.finish()
+            updates.append(Update(group, update, found.factor, old, found.states, found.finite))
+        self.updates += self.finished(updates)
+        if self.context.at_once:
+            self._apply_updates()
 
-    def finish(self) -> None:
-        """What needs numbers of whole matrices; mostly nothing does. See finishing.py."""
+    def finished(self, updates: list[Update]) -> list[Update]:
+        """With what needs numbers of whole matrices; mostly nothing does. See finishing.py."""
         config = self.context.config
         begun: dict[int, finishing.Begun] = {}
-        for k, update in enumerate(self.updates):
+        for k, update in enumerate(updates):
             needs = finishing.needs_of(update.group.kind, config)
             if any(needs) and update.group.local:
                 beta2 = ops.per_matrix(update.group.rates.hyper.beta2)
                 begun[k] = finishing.begin(update, needs, beta2, config)
-        totals = self.over_shards(begun)
+        totals, found = self.over_shards(begun), list(updates)
         for k, each in begun.items():
             needs = finishing.needs_of(each.update.group.kind, config)
             lr, _ = self._rates(each.update)
-            self.updates[k] = finishing.end(each, totals[k], needs, lr, config)
+            found[k] = finishing.end(each, totals[k], needs, lr, config)
+        return found
 
     def over_shards(self, begun: dict[int, finishing.Begun]) -> dict[int, dict[str, Tensor]]:
         """The sums over whole matrices, by the place of an update."""
@@ -190,10 +192,13 @@ class MatrixWork(Work):
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
         context, wide = self.context, gathered_wide(self.context.config)
+        beta = context.hyper.momentum
+        if front.matrices != slice(None):
+            beta = ops.part_of(beta, front.matrices)
         return context.operators.gather(
             front.momentums,
             front.grads,
-            context.hyper.momentum,
+            beta,
             power,
             inverse,
             front.sizes,
@@ -238,8 +243,13 @@ class MatrixWork(Work):
     def apply(self) -> None:
         if self.front is not None and self.context.holds_late:
             self._advanced(self.front.momentums, self.front.grads)
+        self._apply_updates()
+
+    def _apply_updates(self) -> None:
         for update in self.updates:
             self._apply(update)
+            self.applied.append(update.finite)
+        self.updates = []  # their memory is free from here on
 
     def _apply(self, update: Update) -> None:
         if update.group.local:

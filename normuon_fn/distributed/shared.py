@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .. import ops
 from ..algorithm import finishing
-from ..algorithm.bucket import Front, MatrixWork
+from ..algorithm.bucket import MatrixWork
 from ..algorithm.orthogonalize import to_norm
 from ..algorithm.precondition import PRECONDITIONERS
-from ..algorithm.updates import Update
+from ..algorithm.updates import Front, Update
 from ..algorithm.work import Context, MatrixKind, Members, Runs, Stack
 from ..compat import all_gather, wait
 from . import messages
@@ -189,7 +189,7 @@ class SharedWork(MatrixWork):
                 old = tuple(ops.stack(group.read(state.name)) for state in states)
             self.updates.append(Update(group, update, factor, old, new, part.finite))
             places.append(k)
-        self.finish()
+        self.updates = self.finished(self.updates)
         for k, found in zip(places, self.updates, strict=True):
             if found.group.local:
                 finite[k] = found.finite & self.fits(found)

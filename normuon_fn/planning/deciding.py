@@ -79,7 +79,7 @@ def guard_rule(
         group=group,
         alike=alike,
         early=group is None
-        or (wide and not ends and all(bucket.shared_by == group for bucket in stacks)),
+        or (wide and not ends and all(bucket.heard_by == group for bucket in stacks)),
     )
 
 

@@ -36,6 +36,7 @@ class Piece(NamedTuple):
     rows: int
     cols: int
     ownership: Ownership | None
+    owner: int | None = None  # the replica that owns all of its parameter: see replicas.py
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def decide(
         found = _entry_states(parameter, [*states, *OTHERS[config.other].states], config)
         salts = _salts(config.seed, name, () if placed is None else placed.local_part, int(chance))
         return Decided(parameter, found, master, chance, salts=salts)
+    if route.of_matrices(config)[1] and config.replicas == "share":
+        raise ValueError(
+            f"params[{name!r}]: Route(cautious_update=True) looks at gradients on every rank, of "
+            "which replicas='share' reads those of owned matrices alone; write replicas='each'"
+        )
     if route.of_matrices(config)[0] == "hyperball":
         _check_hyperball(name, tensor.dtype, config, master)
     entries = [state for state in stages.states if state.per == "entry"]

@@ -31,6 +31,7 @@ Method = Literal["auto", "standard", "gram"]
 Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
 MissingGrads = Literal["skip", "zeros"]
+Replicas = Literal["each", "share"]
 Master = Literal["none", "mantissa", "fp32", "stochastic"]
 Other = Literal["adamw", "lion"]
 Orthogonalizer = Callable[[Tensor], Tensor]
@@ -93,6 +94,10 @@ class Config:
       together. ``"zeros"``: it counts as zeros, so ranks may differ.
     - ``other``: what updates the parameters that routes give to AdamW: ``"adamw"``, or ``"lion"``
       with AdamW's rates and betas (arXiv 2302.06675).
+    - ``replicas``: of plain tensors that the ranks of ``mesh=`` have copies of. ``"each"``: every
+      rank keeps momentum and variance of all matrices. ``"share"``: the owner of a matrix alone,
+      1/n of them on each of n ranks; the state of a rank lacks what other ranks own, and a rank
+      reads the gradients of what it owns. `gather_state` brings all together.
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.
@@ -129,6 +134,7 @@ class Config:
     guard_scope: GuardScope = "step"
     missing_grads: MissingGrads = "skip"
     other: Other = "adamw"
+    replicas: Replicas = "each"
     master: Master = "none"
     seed: int = 0
 
@@ -190,6 +196,16 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "Config.reduction: 'entries' keeps variances, and normalize=False leaves them out; "
             "write reduction='rows' with normalize=False"
+        )
+    if config.replicas == "share" and config.reduction == "entries":
+        raise ValueError(
+            "Config.replicas: 'share' leaves variances to the owners of matrices, and with "
+            "reduction='entries' every rank divides by them; write replicas='each'"
+        )
+    if config.replicas == "share" and config.cautious_update:
+        raise ValueError(
+            "Config.cautious_update: every rank looks at its gradients, of which "
+            "replicas='share' reads those of owned matrices alone; write replicas='each'"
         )
     if config.weight_decay_form != "hyperball":
         return

@@ -227,6 +227,16 @@ def test_a_parameter_group_has_them_by_its_routes(eager: None) -> None:
             lambda: nm.Config(weight_decay_form="hyperball", weight_decay_lr_power=2),
             "nothing decays",
         ),
+        (lambda: nm.Config(replicas="share", reduction="entries"), "Config.replicas: 'share'"),
+        (lambda: nm.Config(replicas="share", cautious_update=True), "replicas='each'"),
+        (
+            lambda: nm.make_plan(
+                {"w": torch.ones(4, 4)},
+                nm.Config(replicas="share"),
+                routes={"w": nm.Route("normuon", cautious_update=True)},
+            ),
+            r"params\['w'\]: Route\(cautious_update=True\)",
+        ),
         (lambda: nm.Config(precondition="columns"), "Config.precondition: expected one of"),
         (lambda: nm.Config(update_floor=-1.0), "Config.update_floor: expected a finite number"),
         (lambda: nm.Route("adamw", cautious_update=True), "are for matrices"),
