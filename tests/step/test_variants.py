@@ -358,3 +358,32 @@ def test_the_optimizer_saves_and_loads_variances_of_entries(eager: None) -> None
             other.grad = w.grad.clone()
             loaded.step()
     assert optimizer.state[w]["variance"].shape == (4, 6) and torch.equal(w, other)
+
+
+@EVERY
+def test_a_transposed_matrix_gets_the_transposed_update(variant: str) -> None:
+    config, new = config_of(variant), []
+    for transposed in (False, True):
+        w, g = (tensors(seed)["wide"] for seed in (0, 1))
+        params, grads = ({"w": x.mT.contiguous() if transposed else x} for x in (w, g))
+        routes = {"w": nm.Route("normuon", transposed=transposed)}
+        plan = nm.make_plan(params, config, routes=routes)
+        result = nm.update(params, grads, nm.init(plan, params), hyper_of(params), plan)
+        new.append(result.params["w"].mT if transposed else result.params["w"])
+    torch.testing.assert_close(*new, rtol=1e-5, atol=1e-6)
+
+
+@EVERY
+def test_groups_with_rates_of_their_own_have_the_bits_of_their_own_plans(variant: str) -> None:
+    config = config_of(variant)
+    params = {"a": tensors(0)["wide"], "b": tensors(5)["wide"]}
+    grads = {"a": tensors(1)["wide"], "b": tensors(6)["wide"]}
+    routes = {"a": nm.Route("normuon", lr_mul=0.5), "b": nm.Route()}
+    hypers = [nm.Hyper.of(params, lr=lr, beta2=b) for lr, b in ((0.02, 0.9), (0.03, 0.8))]
+    plan = nm.make_plan(params, config, routes=routes, hyper_of={"a": 0, "b": 1})
+    both = nm.update(params, grads, nm.init(plan, params), nm.Hyper.stack(hypers), plan)
+    for name, hyper in zip(("a", "b"), hypers, strict=True):
+        own, grad = {name: params[name]}, {name: grads[name]}
+        plan = nm.make_plan(own, config, routes={name: routes[name]})
+        alone = nm.update(own, grad, nm.init(plan, own), hyper, plan)
+        assert same_bits(both.params[name], alone.params[name])
