@@ -66,7 +66,7 @@ def _run_wide(
 def _update(
     exp_avgs: list[Tensor], grads: list[Tensor], beta1: Tensor, beta2: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """``(updates, exp_avgs)``, all new tensors. NaN stays NaN, which a sign does not."""
+    """``(updates, exp_avgs)``, all new tensors. NaN stays NaN, of which the sign would be 0."""
     dtype = exp_avgs[0].dtype
     news = [grad.to(dtype) for grad in grads]
 
@@ -75,8 +75,10 @@ def _update(
         torch._foreach_add_(found, torch._foreach_mul(news, each(1 - beta.to(dtype))))
         return list(found)
 
-    updates = [torch.where(x.isnan(), x, x.sign()) for x in averages(beta1)]
-    return updates, averages(beta2)
+    ahead = averages(beta1)
+    updates = torch._foreach_sign(ahead)
+    torch._foreach_add_(updates, torch._foreach_sub(ahead, ahead))  # NaN where they are not finite
+    return list(updates), averages(beta2)
 
 
 _TENSORS = "Tensor[] exp_avgs, Tensor[] grads, Tensor lr, Tensor decay, Tensor beta1, Tensor beta2"
