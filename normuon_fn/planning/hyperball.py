@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..compat import gather_objects
+from ..compat import address, gather_objects
 from ..distributed.placements import local
 from .plan import Parameter, Plan
 
@@ -24,7 +24,7 @@ def check_sizes(plan: Plan, params: Mapping[str, Tensor]) -> None:
         for p in plan.parameters
         if p.route.algorithm == "normuon" and p.route.of_matrices(plan.config)[0] == "hyperball"
     ]
-    if not kept or plan.device.type == "meta":
+    if not kept or not all(_has_values(params[p.name]) for p in kept):
         return
     zero = [p.name for p in kept if _has_zero(p, params[p.name].detach())]
     for group in dict.fromkeys(p.spec.sharded.group for p in kept if p.spec.sharded is not None):
@@ -37,6 +37,11 @@ def check_sizes(plan: Plan, params: Mapping[str, Tensor]) -> None:
             "its norm, so it would stay zero for good; initialize it otherwise, or give it "
             f"Route(weight_decay_form='decoupled'). All of them: {zero[:8]}"
         )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether there is something to read: not on the meta device, nor while a graph is traced."""
+    return not local(tensor).numel() or address(local(tensor)) is not None
 
 
 def _has_zero(parameter: Parameter, tensor: Tensor) -> bool:
