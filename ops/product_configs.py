@@ -12,8 +12,8 @@ class TileConfig(NamedTuple):
     """How a kernel cuts a product. For a symmetric result, block_n is block_m or twice that.
 
     ``variant``: "pointers" loads from any strides; "tma" loads by tensor descriptors; "persistent"
-    does so too, in one program per SM. ``ends``: with these two, c is loaded and the result stored by
-    descriptors too.
+    does so too, in one program per SM. ``ends``: with these two, c is loaded and the result is
+    stored by descriptors too.
     """
 
     block_m: int

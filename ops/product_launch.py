@@ -150,8 +150,8 @@ def _static(layout: _Layout, config: TileConfig | None) -> _Static:
     if not fits or (config.ends and not ends_fit):
         raise ValueError(
             f"config: {config.variant!r} needs tensor descriptors, which take addresses and "
-            f"strides that are multiples of 16 bytes and a last stride of 1 (with ends, of c and the "
-            f"result too); got strides "
+            f"strides that are multiples of 16 bytes and a last stride of 1 (with ends, of c and "
+            f"the result too); got strides "
             f"{layout.a_strides} and {layout.b_strides}. Use variant 'pointers'"
         )
     return _with_descriptors(layout, config, transposed, b_strides)
