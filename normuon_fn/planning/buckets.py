@@ -16,6 +16,7 @@ from ..algorithm.adamw import AdamWWork
 from ..algorithm.bucket import MatrixWork
 from ..algorithm.work import Kind, MatrixKind, Members, Own, Stack, Work
 from ..distributed.messages import Exchange
+from ..distributed.owned import OwnedWork
 from ..distributed.owners import Ownership
 from ..distributed.shared import SharedWork
 from ..types import Config
@@ -32,6 +33,8 @@ class Group(MatrixKind):
     # Of all parameters that belong to it, also those of which nothing is on this rank.
     names: tuple[str, ...]
     ownership: Ownership | None = None  # where ranks share the matrices: who owns which
+    # Where replicas share the state too: by block, in their order, the replica that owns it.
+    owners: tuple[int, ...] = ()
     # one for every block; groups that ranks share have only one
     own: tuple[Own, ...]
 
@@ -43,6 +46,14 @@ class Group(MatrixKind):
     @property
     def count(self) -> int:
         return sum(block.count for block in self.blocks)
+
+    @property
+    def owned(self) -> tuple[Block, ...]:
+        """The blocks whose state this rank keeps, where replicas share it."""
+        assert self.ownership is not None
+        here = self.ownership.replicas.number
+        pairs = zip(self.blocks, self.owners, strict=True)
+        return tuple(block for block, owner in pairs if owner == here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +81,11 @@ class Bucket(Stack):
     @property
     def shared_by(self) -> str | None:
         """The process group of the ranks that share its work."""
+        return None
+
+    @property
+    def heard_by(self) -> str | None:
+        """The process group whose ranks all hear of its updates in its messages."""
         return None
 
     def how(self, config: Config) -> str:
@@ -116,6 +132,12 @@ class SharedBucket(Bucket):
     def shared_by(self) -> str | None:
         return self.exchange.group
 
+    @property
+    def heard_by(self) -> str | None:
+        ownerships = [group.ownership for group in self.groups]
+        narrowed = any(ownership is None or ownership.narrowed for ownership in ownerships)
+        return None if narrowed else self.exchange.group
+
     def how(self, config: Config) -> str:
         ranks = self.exchange.shards.size * self.exchange.replicas.size
         return f"{super().how(config)}, shared by {ranks} ranks"
@@ -127,6 +149,12 @@ class SharedBucket(Bucket):
         ]
         runs = [(group.local, group.count) for group in self.groups]
         context = tensors.context(groups[0].rates.hyper, self.kernels)
+        if self.groups[0].owners:
+            owned: list[Members[MatrixKind]] = [
+                tensors.members(group, group.owned, tensors.rates(group.own[0]))
+                for group in self.groups
+            ]
+            return OwnedWork(self, groups, owned, context, self.exchange)
         return SharedWork(self, groups, runs, context, self.exchange)
 
 
