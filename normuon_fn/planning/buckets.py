@@ -20,6 +20,7 @@ from ..distributed.owned import OwnedWork
 from ..distributed.owners import Ownership
 from ..distributed.shared import SharedWork
 from ..types import Config
+from .chunks import CHUNK, chunks
 from .layout import Block
 from .tensors import StepTensors
 
@@ -100,15 +101,25 @@ class Bucket(Stack):
         own = next((own for group in self.groups for own in group.own), Own())
         at = self.rates_at
         rates = tensors.rates(own) if at is None else tensors.own_rates(at, runs)
+        graded = [
+            [block for block in group.blocks if tensors.has_gradient(block.name)]
+            for group in self.groups
+        ]
+        parts = chunks(graded, self._at_a_time(tensors.config))
         groups: list[Members[MatrixKind]] = []
         start = 0
-        for group in self.groups:
-            blocks = [block for block in group.blocks if tensors.has_gradient(block.name)]
+        for k, blocks in (part for chunk in parts for part in chunk):
             end = start + sum(block.count for block in blocks)
-            if blocks:
-                groups.append(tensors.members(group, blocks, rates.part(slice(start, end))))
+            groups.append(tensors.members(self.groups[k], blocks, rates.part(slice(start, end))))
             start = end
-        return MatrixWork(self, groups, runs, tensors.context(rates.hyper, self.kernels))
+        context = tensors.context(rates.hyper, self.kernels)
+        return MatrixWork(self, groups, runs, context, [len(chunk) for chunk in parts])
+
+    def _at_a_time(self, config: Config) -> int:
+        """How many matrices; a caller's own orthogonalizer gets all of them as one stack."""
+        if config.orthogonalizer is not None:
+            return sum(group.count for group in self.groups) or 1
+        return max(1, CHUNK // (self.rows * self.cols * self.form.dtype.itemsize or 1))
 
 
 @dataclass(frozen=True, kw_only=True)
