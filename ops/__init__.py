@@ -12,6 +12,7 @@ A device, a dtype and memory are all that an operator knows: nothing of names, p
 
 from __future__ import annotations
 
+from . import measured
 from .handles import Graph, Handle, Like, Table, input_for, inputs, lists_outside
 from .launch import kernels_for
 from .lists import all_finite, chained, cut, stack
@@ -51,6 +52,7 @@ __all__ = [
     "kernels_for",
     "lists_outside",
     "measure",
+    "measured",
     "orient",
     "orientation",
     "part_of",
