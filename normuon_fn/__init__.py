@@ -18,6 +18,7 @@ from .types import Config, Hyper, StepResult
 
 if TYPE_CHECKING:
     from .diagnostics.capture import capture
+    from .diagnostics.metrics import report_metrics
     from .diagnostics.monitor import Skip, SkipMonitor
     from .diagnostics.skips import NonFiniteStepError, check
     from .optim.callbacks import lightning_callback, trainer_callback
@@ -56,6 +57,7 @@ __all__ = [
     "make_plan",
     "names_in",
     "orthogonalize",
+    "report_metrics",
     "routes_for",
     "save",
     "step",
@@ -80,6 +82,7 @@ _LATER = {
     "lightning_callback": "optim.callbacks",
     "load": "persistence.checkpoint",
     "names_in": "persistence.converters",
+    "report_metrics": "diagnostics.metrics",
     "save": "persistence.checkpoint",
     "trainer_callback": "optim.callbacks",
 }

@@ -164,7 +164,7 @@ def launch_lists(
         ),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    if norms is not None:
+    if norms is not None and sums is not None:
         norms.index_add_(0, chunks[:, 0], sums)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,10 +127,18 @@ def launch_measured(
 
 
 def launch_measured_wide(
-    into: Lists, params: list[Tensor], rests: list[Tensor], *rest: Any
+    into: Lists,
+    params: list[Tensor],
+    rests: list[Tensor],
+    update: Tensor,
+    factor: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    cautious: bool,
 ) -> Tensor:
-    """The same with float32 masters. ``rest``: update, factor, decay, skip, cautious."""
-    found = _launch((params, into[0], rests, into[1]), *rest, norms=True)
+    """The same with float32 masters."""
+    lists = (params, into[0], rests, into[1])
+    found = _launch(lists, update, factor, decay, skip, cautious, norms=True)
     assert found is not None
     return found
 

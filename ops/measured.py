@@ -12,6 +12,7 @@ An update's norm is that of what is subtracted, without the share of weight deca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,38 +25,11 @@ from .apply import launch_measured as launch_apply
 from .apply import launch_measured_wide as launch_apply_wide
 from .implementations import with_kernel
 from .launch import has_kernel
-from .lists import part_of_list, stack, total
+from .lists import total
 from .operators import AdamWRates, Advanced, Measures, MomentumRule, Operators
 from .registration import Lists, register
 
-
-def norm(x: Tensor) -> Tensor:
-    """[n]: the Frobenius norm of every matrix of a stack, in the compute dtype."""
-    return x.double().square().sum((-2, -1)).sqrt().to(reference.compute_dtype(x.dtype))
-
-
 # ------------------------------------------------------------------------------------ momentum
-
-
-def _advance_twin(
-    write: reference.Write,
-    momentums: list[Tensor],
-    grads: list[Tensor],
-    beta: Tensor,
-    keep: Tensor | None,
-    sizes: list[int],
-    form: str,
-    nesterov: bool,
-) -> tuple[list[Tensor], tuple[Tensor, ...], list[Tensor]]:
-    new, measures, stacks = reference.advance(
-        write, momentums, grads, beta, keep, sizes, form, nesterov
-    )
-    parts = [stack(part_of_list(grads, part)) for part, _ in reference.runs(sizes, momentums)]
-    of_grads, of_momentums = (
-        reference.joined([norm(x).to(measures.squares.dtype) for x in each], 0)
-        for each in (parts, stacks)
-    )
-    return new, (*measures, of_grads, of_momentums), stacks
 
 
 def _advance_fake(momentums: list[Tensor], *rest: Any) -> Tensor:
@@ -71,7 +45,7 @@ _advance_measured = with_kernel(
     _advance_fake,
     check=checks.advance,
     writes=("momentums",),
-    twin=_advance_twin,
+    twin=partial(reference.advance, norms=True),
 )
 
 
@@ -95,31 +69,6 @@ def advance(
 # ----------------------------------------------------------------------------------- parameters
 
 
-def _apply_twin(
-    write: reference.Write, params: list[Tensor], update: Tensor, factor: Tensor, *rest: Any
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    (new,) = reference.apply(write, params, update, factor, *rest)
-    return new, _norms_of(stack(params), update, factor)
-
-
-def _apply_wide_twin(
-    write: reference.Write,
-    params: list[Tensor],
-    rests: list[Tensor],
-    update: Tensor,
-    factor: Tensor,
-    *rest: Any,
-) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
-    new, new_rests = reference.apply_wide(write, params, rests, update, factor, *rest)
-    old = reference.joined_with(stack(params), stack(rests))
-    return new, new_rests, _norms_of(old, update, factor)
-
-
-def _norms_of(old: Tensor, update: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    delta = update.to(factor.dtype) * factor
-    return norm(old).to(factor.dtype), norm(delta).to(factor.dtype)
-
-
 _UPDATE = "Tensor update, Tensor factor, Tensor decay, Tensor? skip, bool cautious"
 _apply_measured = with_kernel(
     "apply_measured",
@@ -128,7 +77,7 @@ _apply_measured = with_kernel(
     lambda params, update, factor, *rest: factor.new_empty((2, total(params))),
     check=checks.apply,
     writes=("params",),
-    twin=_apply_twin,
+    twin=partial(reference.apply, norms=True),
 )
 _apply_wide_measured = with_kernel(
     "apply_wide_measured",
@@ -137,7 +86,7 @@ _apply_wide_measured = with_kernel(
     lambda params, rests, update, factor, *rest: factor.new_empty((2, total(params))),
     check=checks.apply_wide,
     writes=("params", "rests"),
-    twin=_apply_wide_twin,
+    twin=partial(reference.apply_wide, norms=True),
 )
 
 
@@ -182,10 +131,11 @@ def _run_adamw(
     *rest: Any,
 ) -> Tensor:
     """[4, n]. ``rest``: five rates, skip, step, salts."""
-    olds, rates, (skip, *chance) = (params, exp_avgs, exp_avg_sqs), rest[:5], rest[5:]
+    olds, rates = (params, exp_avgs, exp_avg_sqs), rest[:5]
     if has_kernel(params, exp_avgs, grads):
         norms = grads[0].new_zeros((len(grads), 4), dtype=torch.float64)
-        _adamw.launch_adamw(into, olds, grads, (lr, decay, *rates), skip, *chance, norms=norms)
+        skip, step, salts = (*rest[5:], None, ())[:3]
+        _adamw.launch_adamw(into, olds, grads, (lr, decay, *rates), skip, step, salts, norms)
         return norms.sqrt().T.to(exp_avgs[0].dtype)
     wide = [param.to(x.dtype) for param, x in zip(params, exp_avgs, strict=True)]
     found = _adamw_norms(wide, exp_avgs, exp_avg_sqs, grads, lr, rates)

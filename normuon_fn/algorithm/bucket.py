@@ -9,15 +9,16 @@ Read `MatrixWork` from top to bottom. What matrices that ranks share need: distr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops import Measures
+from .metrics import SUMS, line_sums, matrix_sums
 from .momentum import keeps_momentum_finite
-from .normalize import Normalized, normalize
+from .normalize import Normalized, normalize, per_row
 from .orthogonalize import carry, iterate, to_norm
 from .weight_decay import rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
@@ -58,6 +59,10 @@ class MatrixWork(Work):
         self.sizes = [group.tensors for group in groups]
         self.front: Front | None = None
         self.updates: list[Update] = []
+        # With Config(metrics=True): see metrics.py. By group, where parameters are on this rank.
+        self.front_norms: Tensor | None = None
+        self.back_norms: list[Tensor] = []
+        self.line_sums: list[Tensor] = []
 
     # ------------------------------------------------------------------------------- for the guard
 
@@ -114,8 +119,13 @@ class MatrixWork(Work):
             self.front = self._advanced(momentums, grads)
 
     def _advanced(self, momentums: list[Tensor], grads: list[Tensor]) -> Front:
-        beta, advance = self.context.hyper.momentum, self.context.operators.advance
-        new, measures, stacks = advance(momentums, grads, beta, self.hold, self.sizes, self._rule)
+        context = self.context
+        given = momentums, grads, context.hyper.momentum, self.hold, self.sizes, self._rule
+        if context.config.metrics:
+            found, self.front_norms = ops.measured.advance(context.operators, *given)
+        else:
+            found = context.operators.advance(*given)
+        new, measures, stacks = found
         at = 0
         for group in self.groups:
             group.put("momentum", new[at : at + group.tensors])
@@ -218,6 +228,8 @@ class MatrixWork(Work):
         stages, operators = self.context.stages, self.context.operators
         for state, old, new in zip(stages.normalize.states, update.old, update.new, strict=True):
             kept = new if self.skip is None else torch.where(self.skip, old, new)
+            if state.name == "variance" and update.group.local and self.context.config.metrics:
+                self.line_sums.append(line_sums(kept, self._part_of_lines(update)))
             stored = operators.unstack(update.group.read(state.name), kept)
             update.group.put(state.name, stored)
 
@@ -227,6 +239,9 @@ class MatrixWork(Work):
         cautious = context.stages.weight_decay.cautious
         how = (update.update, update.factor * ops.per_matrix(lr), decay, self.skip)
         params, operators = group.read("param"), context.operators
+        if context.config.metrics:
+            self._apply_measured(update, params, how)
+            return
         if kind.master:
             masters = group.read(kind.master)
             params, masters = operators.apply_wide(params, masters, *how, cautious=cautious)
@@ -235,6 +250,34 @@ class MatrixWork(Work):
             chance = (context.step, group.salts) if group.salts else ()
             params = operators.apply(params, *how, *chance, cautious=cautious)
         group.put("param", params)
+
+    def _apply_measured(self, update: Update, params: list[Tensor], how: tuple[Any, ...]) -> None:
+        """The same, and the norms that it finds on its way."""
+        context, group, master = self.context, update.group, update.group.kind.master
+        rests = group.read(master) if master else None
+        chance = (context.step, group.salts) if group.salts else ()
+        cautious = context.stages.weight_decay.cautious
+        (params, *masters), norms = ops.measured.apply(
+            context.operators, params, rests, *how, *chance, cautious=cautious
+        )
+        for rest in masters:
+            group.put(master, rest)
+        group.put("param", params)
+        self.back_norms.append(norms)
+
+    def _part_of_lines(self, update: Update) -> float:
+        """Which part of each of its lines (rows, or columns) this rank has of a matrix."""
+        (rows, cols), kind = update.update.shape[-2:], update.group.kind
+        by_row = per_row(self.context.config, kind.rows, kind.cols, kind.transposed)
+        return cols / kind.cols if by_row else rows / kind.rows
+
+    def sums(self) -> Tensor:
+        found = None
+        if self.front_norms is not None:
+            lines = torch.cat(self.line_sums, 1) if self.line_sums else None
+            found = matrix_sums(self.front_norms, torch.cat(self.back_norms, 1), lines)
+        done = complete(found, self.runs, self.context)
+        return done.double().expand(len(SUMS), -1) if found is None else done
 
     def _rates(self, update: Update) -> tuple[Tensor, Tensor]:
         """``(lr, decay)`` of the matrices of one group: 0-d or [n]."""

@@ -35,6 +35,7 @@ from .common import common_of
 from .deciding import Alone, alone_doubt, checked_ranks, guard_rule
 from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
+from .metrics import metrics_rule
 from .parameters import Decided, decide
 from .plan import Plan, Spec
 
@@ -143,6 +144,7 @@ def plan_of(
         adamw=adamw,
         state=state,
         guard=rule,
+        metrics=metrics_rule(parameters, rule, device) if config.metrics else None,
         sharded=any(placement is not None for placement in placements.values()),
         one_storage=one_storage,
         subclasses=any(map(is_subclass, params.values())),

@@ -125,7 +125,7 @@ class Graph:
         self.compiled = compile_whole(run, overlap=plan.sends)
 
     def _traced(self, *flat: Tensor) -> list[Tensor]:
-        """The step on fake tensors: flags, whether it was skipped and, if pure, new counters."""
+        """The step on fake tensors: flags, whether it was skipped, if pure counters, metrics."""
         plan = self.plan()
         assert plan is not None
         given = iter(flat)
@@ -135,11 +135,11 @@ class Graph:
         state = {key: next(given) for key in COUNTERS}
         dicts = OutsideDicts(orders, plan, self.grads, state, in_place=self.in_place)
         with ops.inputs(kept):
-            flags, skipped = step_of(dicts, hyper, plan, next(given, None))
+            flags, skipped, metrics = step_of(dicts, hyper, plan, next(given, None))
         self.reads = {handle.places[0].entry: entries for entries, handle in dicts.read_at.items()}
         self.writes = dicts.written
         new = () if self.in_place else dicts.counters.values()
-        return [flags, skipped, *new]
+        return [flags, skipped, *new] if metrics is None else [flags, skipped, *new, metrics]
 
     def __call__(
         self, dicts: CallersDicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
@@ -154,8 +154,9 @@ class Graph:
         for entries, text in self.writes:
             dicts.put(entries, table.find(text))
         if not self.in_place:
-            dicts.count(dict(zip(COUNTERS, new, strict=True)))
-        return StepResult(*dicts.after(), flags, skipped)
+            dicts.count(dict(zip(COUNTERS, new, strict=False)))
+        metrics = None if plan.metrics is None else new[-1]
+        return StepResult(*dicts.after(), flags, skipped, metrics)
 
 
 class Looks(NamedTuple):

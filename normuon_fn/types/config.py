@@ -80,6 +80,8 @@ class Config:
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.
+    - ``metrics``: also returns six numbers per parameter, with the same bits of the step: see
+      `report_metrics`.
     - ``seed``: of the chances of ``"stochastic"``, which also depend on the number of steps (see
       ``guard_scope``), the parameter's name, the entry's place, and on a mesh its sharding.
 
@@ -109,13 +111,14 @@ class Config:
     missing_grads: MissingGrads = "skip"
     master: Master = "none"
     seed: int = 0
+    metrics: bool = False
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"Config.{field}: expected one of {choices}, got {value!r}")
-        for field in ("nesterov", "normalize", "renormalize"):
+        for field in ("nesterov", "normalize", "renormalize", "metrics"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
         check_number("Config.rms", self.rms)
@@ -192,6 +195,8 @@ class StepResult(NamedTuple):
     # [2, n_params] int32, in the order of plan.names: non-finite update, non-finite gradient
     flags: Tensor
     skipped: Tensor  # 0-d bool: something kept its bits
+    # with Config(metrics=True): [6, n_params] float32, in the order of plan.names: `report_metrics`
+    metrics: Tensor | None = None
 
 
 def check_coefficients(
