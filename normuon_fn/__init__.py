@@ -14,7 +14,7 @@ from .routing.route_table import RouteTable
 from .routing.routes import Route
 from .runtime.compiled import step, step_
 from .step import init, update
-from .types import Config, Hyper, StepResult
+from .types import Config, Hyper, MeasuredResult, StepResult
 
 if TYPE_CHECKING:
     from .diagnostics.capture import capture
@@ -38,6 +38,7 @@ __all__ = [
     "ForeachResult",
     "GraphedStep",
     "Hyper",
+    "MeasuredResult",
     "NonFiniteStepError",
     "NorMuon",
     "Plan",

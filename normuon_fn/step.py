@@ -21,7 +21,7 @@ from .planning.hypergradients import asks_for_rates, check_derivatives, with_der
 from .planning.memory import check_writable
 from .planning.plan import Plan
 from .planning.tensors import CallersDicts, Dicts, StepTensors
-from .types import Grads, Hyper, StepResult, Tensors
+from .types import Grads, Hyper, StepResult, Tensors, result_of
 
 
 @outside_inference_mode
@@ -141,7 +141,7 @@ def _checked_step(
             grads = zeros_for_none(params, grads)
         dicts = CallersDicts(params, grads, state, in_place=in_place)
         flags, skipped, metrics = step_of(dicts, hyper, plan, found_inf)
-        return StepResult(*dicts.after(), flags, skipped, metrics)
+        return result_of(*dicts.after(), flags, skipped, metrics)
 
 
 def step_of(

@@ -28,7 +28,7 @@ from ..planning.layout import View
 from ..planning.plan import Plan
 from ..planning.tensors import CallersDicts, Entries
 from ..step import local_update, local_update_, step_of
-from ..types import Grads, Hyper, StepResult, Tensors
+from ..types import Grads, Hyper, StepResult, Tensors, result_of
 from .eager import NotCompiled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,7 +156,7 @@ class Graph:
         if not self.in_place:
             dicts.count(dict(zip(COUNTERS, new, strict=False)))
         metrics = None if plan.metrics is None else new[-1]
-        return StepResult(*dicts.after(), flags, skipped, metrics)
+        return result_of(*dicts.after(), flags, skipped, metrics)
 
 
 class Looks(NamedTuple):

@@ -15,6 +15,7 @@ from .config import Grads as Grads
 from .config import Guard as Guard
 from .config import GuardScope as GuardScope
 from .config import Master as Master
+from .config import MeasuredResult as MeasuredResult
 from .config import Method as Method
 from .config import MissingGrads as MissingGrads
 from .config import MomentumForm as MomentumForm
@@ -26,6 +27,7 @@ from .config import Scale as Scale
 from .config import StepResult as StepResult
 from .config import Tensors as Tensors
 from .config import check_coefficients as check_coefficients
+from .config import result_of as result_of
 from .hyper import LARGEST as LARGEST
 from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper

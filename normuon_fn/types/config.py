@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -195,8 +195,34 @@ class StepResult(NamedTuple):
     # [2, n_params] int32, in the order of plan.names: non-finite update, non-finite gradient
     flags: Tensor
     skipped: Tensor  # 0-d bool: something kept its bits
-    # with Config(metrics=True): [6, n_params] float32, in the order of plan.names: `report_metrics`
-    metrics: Tensor | None = None
+
+    @property
+    def metrics(self) -> Tensor | None:
+        """None: a step with ``Config(metrics=True)`` gives a `MeasuredResult`."""
+        return None
+
+
+class MeasuredResult(NamedTuple):
+    """The `StepResult` of a step with ``Config(metrics=True)``, which has one field more."""
+
+    params: dict[str, Tensor]
+    state: dict[str, Tensor]
+    flags: Tensor
+    skipped: Tensor
+    metrics: Tensor  # [6, n_params] float32, in the order of plan.names: see `report_metrics`
+
+
+def result_of(
+    params: dict[str, Tensor],
+    state: dict[str, Tensor],
+    flags: Tensor,
+    skipped: Tensor,
+    metrics: Tensor | None,
+) -> StepResult:
+    """With metrics it is a `MeasuredResult`, so that who unpacks four goes on without them."""
+    if metrics is None:
+        return StepResult(params, state, flags, skipped)
+    return cast(StepResult, MeasuredResult(params, state, flags, skipped, metrics))
 
 
 def check_coefficients(
