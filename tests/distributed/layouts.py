@@ -181,6 +181,15 @@ def alone(form: str, steps: int, names: tuple[str, ...] = MAIN) -> dict[str, Ten
     return {**params, **state}
 
 
+@functools.cache
+def alone_metrics(form: str) -> Tensor:
+    """The metrics of a first step on one device."""
+    params = dict(tensors(0))
+    plan = nm.make_plan(params, config(form, guard="full", metrics=True), routes=routes_of(params))
+    result: Any = nm.update(params, tensors(1), nm.init(plan, params), hyper_of(params), plan)
+    return result.metrics
+
+
 # --------------------------------------------------------------------------------------- placements
 
 
@@ -352,6 +361,7 @@ class _Rank:
 
     def everything(self) -> dict[str, Seen]:
         parts = [self.matrix, self.conv, self.lies, self.missing, self.checkpoints, self.captured]
+        parts.append(self.metrics)
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
         return {part.__name__: part() for part in parts}
@@ -364,6 +374,35 @@ class _Rank:
                     steps = steps_of(kind, form, guard)
                     run = self.run(layout, config(form, guard=guard), steps)
                     seen[f"{kind} {form} {guard}"] = self.compare(layout, run, alone(form, steps))
+        return seen
+
+    def metrics(self) -> Seen:
+        """How far off the metrics are from those of one device, and whether they change a bit."""
+        seen: Seen = {}
+        for kind, layout in self.layouts.items():
+            params = layout.place(tensors(0))
+            results = []
+            for metrics in (False, True):
+                plan = layout.plan(params, config("standard", guard="full", metrics=metrics))
+                with Collectives() as found:
+                    results.append(
+                        nm.update(
+                            params, layout.place(tensors(1)), nm.init(plan, params),
+                            hyper_of(params), plan,
+                        )
+                    )  # fmt: skip
+                results[-1] = (results[-1], found.counts)
+            (plain, few), (measured, more) = results
+            expected = alone_metrics("standard")
+            off = (measured.metrics - expected).abs() / expected.abs().clamp(min=1e-30)
+            pairs = [*zip(plain.params.values(), measured.params.values(), strict=True)]
+            pairs += zip(plain.state.values(), measured.state.values(), strict=True)
+            seen[kind] = {
+                "off": off.nan_to_num(0.0).max().item(),
+                "other nan": (measured.metrics.isnan() != expected.isnan()).sum().item(),
+                "same bits": all(torch.equal(local(a), local(b)) for a, b in pairs),
+                "more": dict(more - few),
+            }
         return seen
 
     def conv(self) -> Seen:
