@@ -7,6 +7,7 @@ from .algorithm.coefficients import COEFFICIENTS
 from .compat import VERSION
 from .distributed.orthogonalize import orthogonalize
 from .optim.foreach import ForeachResult, foreach_step_
+from .optim.qk_clip import qk_clip, qk_clip_
 from .planning.make_plan import make_plan
 from .planning.plan import Plan
 from .routing.modules import routes_for
@@ -58,6 +59,8 @@ __all__ = [
     "make_plan",
     "names_in",
     "orthogonalize",
+    "qk_clip",
+    "qk_clip_",
     "report_metrics",
     "routes_for",
     "save",
