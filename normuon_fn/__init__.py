@@ -15,7 +15,7 @@ from .routing.route_table import RouteTable
 from .routing.routes import Route
 from .runtime.compiled import step, step_
 from .step import init, update
-from .types import Config, Hyper, MeasuredResult, StepResult
+from .types import Config, Hyper, MeasuredResult, Schedule, StepResult
 
 if TYPE_CHECKING:
     from .diagnostics.capture import capture
@@ -45,6 +45,7 @@ __all__ = [
     "Plan",
     "Route",
     "RouteTable",
+    "Schedule",
     "Skip",
     "SkipMonitor",
     "StepResult",

@@ -57,8 +57,8 @@ def qk_clip_(
         state: of the step; needed where parameters have float32 masters (`Config.master`), which
             are what is scaled.
         alpha: which share of the scaling the queries take.
-        projections: name of the module -> role ("q", "k", "qkv", "kv", "latent", "latent_down") ->
-            name of a weight, where the names do not tell.
+        projections: name of the module -> role ("q", "gated_q", "k", "qkv", "kv", "latent",
+            "latent_down") -> name of a weight, where the names do not tell.
 
     Shapes: ``max_logits[layer]`` is [heads]. Of DTensors each rank scales the rows that it has.
 
@@ -110,7 +110,7 @@ def _clipped(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The local parts of parameters and masters that are scaled."""
     _check(max_logits, plan, tau, alpha)
-    known = [Known(p.name, _whole_shape(p), p.route) for p in plan.parameters]
+    known = [Known(p.name, _whole_shape(p), p.route, p.reason) for p in plan.parameters]
     by_name = {p.name: p for p in plan.parameters}
     scales: dict[str, tuple[Tensor, int]] = {}
     for layer, maxima in max_logits.items():

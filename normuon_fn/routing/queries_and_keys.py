@@ -15,6 +15,7 @@ from .routes import Route
 ROLES = {
     "q": ("q_proj", "q", "wq", "query", "to_q", "w_q", "q_lin", "linear_q", "query_proj", "c_q",
           "Wq", "q_b_proj", "wq_b", "q_b", "q_up_proj"),
+    "gated_q": (),  # every query brings its gate, behind it; also by the reason of its route
     "k": ("k_proj", "k", "wk", "key", "to_k", "w_k", "k_lin", "linear_k", "key_proj", "c_k", "Wk"),
     "qkv": ("qkv", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj", "to_qkv",
             "att_proj", "W_pack", "wqkv", "qkv_lin"),
@@ -58,6 +59,7 @@ class Known(NamedTuple):
     name: str
     shape: tuple[int, ...]  # of all of it, not of a shard
     route: Route
+    reason: str = ""  # for the route
 
 
 def projections_of(
@@ -74,6 +76,8 @@ def projections_of(
         ValueError: they cannot be told, naming the layer or the parameter and what to write.
     """
     found = _by_role(layer, known, given or {})
+    if "gated_q" in found:
+        found["q"] = found["gated_q"]
     if "qkv" in found:
         return [_fused(layer, heads, known, found["qkv"])]
     if "q" not in found or not found.keys() & {"k", "kv", "latent"}:
@@ -83,10 +87,11 @@ def projections_of(
             f"write projections={{{layer!r}: {{'q': ..., 'k': ...}}}} with the names of weights"
         )
     query = found["q"]
+    gated = "gated_q" in found or "and its gate" in query.reason
     if "latent" in found:
         return _latent(layer, heads, known, found)
     size = _outputs(query)
-    twice = 2 if query.route.heads == 2 * heads else 1  # every query brings its gate
+    twice = 2 if gated else 1
     each = _divided(layer, query, size, twice * heads)
     field = Field(0, each, "q")
     rows = Rows(0, heads, twice * each, (field,))

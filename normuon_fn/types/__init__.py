@@ -1,7 +1,8 @@
 """What callers pass and get back: what is static, what changes, what comes out.
 
-In the order of reading: `config` (`Config`, `StepResult`), `hyper` (`Hyper`), `other_names` (hints
-for arguments that other optimizers call otherwise). It must not know of plans or of anything above.
+In the order of reading: `config` (`Config`, `StepResult`), `hyper` (`Hyper`), `schedule`
+(`Schedule`), `other_names` (hints for arguments that other optimizers call otherwise). It must not
+know of plans or of anything above.
 """
 
 from .config import COMPUTE_DTYPES as COMPUTE_DTYPES
@@ -32,3 +33,4 @@ from .hyper import LARGEST as LARGEST
 from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper
 from .hyper import check_number as check_number
+from .schedule import Schedule as Schedule

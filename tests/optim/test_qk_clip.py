@@ -149,7 +149,9 @@ def test_the_largest_logit_of_every_head_is_tau_afterwards_or_what_it_was(case: 
     tau = before.sort().values[1].item() + 1e-3  # some heads are above it and some are not
     assert (before > tau).any() and (before < tau).any()
     old = {name: w.clone() for name, w in params.items()}
-    nm.qk_clip_(params, {"a": before.float()}, plan, tau)
+    names = {"a": {"gated_q": "a.q_proj.weight", "k": "a.k_proj.weight"}}
+    how: Any = {"projections": names} if case == "gated query" else {}
+    nm.qk_clip_(params, {"a": before.float()}, plan, tau, **how)
     after = logits(params, x)
     keys = {"GQA": 2, "fused GQA": 2, "MQA": 1, "key and value in one": 2}.get(case, HEADS)
     # Queries that share a key shrink together, by the largest logit among them.
@@ -157,7 +159,7 @@ def test_the_largest_logit_of_every_head_is_tau_afterwards_or_what_it_was(case: 
     # float32 weights: 2e-7 of a logit was seen.
     torch.testing.assert_close(after, before * gamma, rtol=2e-6, atol=0)
     assert (after <= tau * (1 + 1e-6)).all()
-    pure, _ = nm.qk_clip(old, {"a": before.float()}, plan, tau)
+    pure, _ = nm.qk_clip(old, {"a": before.float()}, plan, tau, **how)
     assert all(torch.equal(pure[name], params[name]) for name in params)
     for name in ("a.v_proj.weight", "a.kv_a_proj_with_mqa.weight"):
         assert name not in params or pure[name] is old[name]
@@ -199,7 +201,7 @@ def test_the_float32_master_is_what_is_scaled(master: str) -> None:
     maxima = {"a": torch.tensor([4 * TAU, TAU, TAU, TAU])}
 
     def masters(p: Tensors, s: Tensors) -> Tensors:
-        return {n: joined_with(w, s[f"{n}.{kind}"]) for n, w in p.items() if "_proj" in n}
+        return {n: joined_with(w, s[f"{n}.{kind}"]).clone() for n, w in p.items() if "_proj" in n}
 
     before = masters(params, state)
     with pytest.raises(ValueError, match=r"float32 master.*pass state=state"):
@@ -262,7 +264,8 @@ ERRORS: dict[str, tuple[Tensors, dict[str, nm.Route], Any, str]] = {
     ),
     "frozen": (q_and_k(), {"a.k_proj.weight": FROZEN}, {"a": torch.ones(4)}, "is frozen"),
     "a norm behind it": (
-        q_and_k(**{"a.q_norm.weight": torch.ones(2)}), {}, {"a": torch.ones(4)}, "takes back",
+        q_and_k(**{"a.q_norm.weight": torch.ones(2)}), {"a.q_norm.weight": nm.Route("adamw")},
+        {"a": torch.ones(4)}, "takes back",
     ),
     "two attentions": (
         {f"a.{k}.{w}.weight": torch.randn(4, 4) for k in "xy" for w in ("q_proj", "k_proj")}, {},
