@@ -361,7 +361,7 @@ class _Rank:
 
     def everything(self) -> dict[str, Seen]:
         parts = [self.matrix, self.conv, self.lies, self.missing, self.checkpoints, self.captured]
-        parts.append(self.metrics)
+        parts += [self.metrics, self.clip]
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
         return {part.__name__: part() for part in parts}
@@ -403,6 +403,28 @@ class _Rank:
                 "same bits": all(torch.equal(local(a), local(b)) for a, b in pairs),
                 "more": dict(more - few),
             }
+        return seen
+
+    def clip(self) -> Seen:
+        """By layout, which parameters QK-clip gives other bits than on one device."""
+        whole = dict(tensors(0))
+        maxima = {"a": torch.tensor([400.0, 1.0, 150.0, float("nan")], device=self.device)}
+        names = {"a": {"q": "square", "k": "layers.0"}}
+        plan = nm.make_plan(whole, routes=routes_of(whole))
+        expected, _ = nm.qk_clip(whole, maxima, plan, projections=names)
+        assert not torch.equal(expected["square"], whole["square"])
+        seen: Seen = {}
+        for kind, layout in self.layouts.items():
+            params = layout.place(whole)
+            plan = layout.plan(params, config("standard"))
+            pure, _ = nm.qk_clip(params, maxima, plan, projections=names)
+            nm.qk_clip_(params, maxima, plan, projections=names)
+            seen[kind] = [
+                name
+                for name, x in expected.items()
+                if not torch.equal(local(params[name]), layout.cut(name, x))
+                or not torch.equal(local(pure[name]), local(params[name]))
+            ]
         return seen
 
     def conv(self) -> Seen:

@@ -113,6 +113,11 @@ def test_metrics_are_those_of_whole_parameters_on_every_rank_by_one_collective_m
             assert sum(seen["more"].values()) == int(sharded), (kind, seen)
 
 
+def test_qk_clip_scales_on_every_rank_the_rows_that_it_has(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank["clip"] and not any(rank["clip"].values()), rank["clip"]
+
+
 def test_the_state_lies_as_its_parameter_and_whole_where_its_dimension_is_one(ranks: Ranks) -> None:
     for seen in ranks:
         for kind in kinds_of(len(ranks)):

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from normuon_fn.ops import lists, reference
-from tests.ops.test_list_kernels import DEVICE, DTYPES, KINDS, flag, rests, scalar, tensors
+from tests.ops.test_list_kernels import (
+    DEVICE,
+    DTYPES,
+    KINDS,
+    flag,
+    rests,
+    scalar,
+    tensors,
+    turns,
+)
 
 OPS = torch.ops.normuon_fn
 
@@ -48,7 +57,8 @@ def test_advance_measures_gradients_and_new_momentums(kind: str) -> None:
     dtype = DTYPES[list(KINDS).index(kind) % 2]
     momentums, grads = tensors(kind, torch.float32, 0), tensors(kind, dtype, 1)
     sizes = [1, len(grads) - 1]
-    for form, nesterov, keep in (("ema", False, None), ("sum", True, False), ("ema", True, True)):
+    forms = (("ema", False, None), ("sum", True, False), ("ema", True, True))
+    for form, nesterov, keep in turns(kind, forms):
         given = (momentums, grads, scalar(0.9), flag(keep), sizes, form, nesterov)
         found = both("advance", 1, *given)
         new, measures = OPS.advance(*given)
@@ -67,7 +77,7 @@ def test_apply_measures_old_parameters_and_updates_of_skipped_steps_too(
     n = sum(map(lists.count, params))
     generator = torch.Generator().manual_seed(2)
     update = torch.randn(n, rows, cols, generator=generator).to(DEVICE, torch.float16)
-    for by_row, skip in ((True, None), (False, False), (True, True)):
+    for by_row, skip in turns(kind, ((True, None), (False, False), (True, True))):
         factor = torch.rand(n, *((rows, 1) if by_row else (1, cols)), generator=generator)
         factor = factor.to(DEVICE)
         how = (update, factor, scalar(0.01), flag(skip), False)
@@ -113,6 +123,7 @@ def test_adamw_measures_all_four_of_skipped_steps_too(
         near(row, torch.stack([torch.linalg.vector_norm(x.double()) for x in expected]), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is numpy
 def test_norms_of_what_is_not_finite_or_huge_say_so() -> None:
     for value, finite in ((float("nan"), False), (float("inf"), False), (1e30, True)):
         params = [torch.ones(4, 6, device=DEVICE), torch.ones(4, 6, device=DEVICE)]
