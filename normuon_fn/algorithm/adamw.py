@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import ops
 from .guard import Decision
-from .metrics import SUMS, matrix_sums
+from .metrics import SUMS
+from .norms import completed, matrix_sums
 from .state import State
 from .weight_decay import rates
 from .work import Context, Kind, Members, Runs, Work, complete
@@ -91,9 +92,11 @@ class AdamWWork(Work):
         return new
 
     def sums(self) -> Tensor:
-        found = None if self.norms is None else matrix_sums(self.norms[:2], self.norms[2:], None)
-        done = complete(found, self.runs, self.context)
-        return done.double().expand(len(SUMS), -1) if found is None else done
+        found = None
+        if self.norms is not None:
+            none = self.norms.new_zeros((3, self.norms.shape[1]), dtype=torch.float64)
+            found = matrix_sums(self.norms[:2], self.norms[2:], none)
+        return completed(found, len(SUMS), self.runs, self.context)
 
     def _with_overflow(self, bad: Tensor) -> Tensor:
         """``bad``, and updates that float16 cannot hold: one more pass, for no other dtype."""

@@ -9,16 +9,17 @@ Read `MatrixWork` from top to bottom. What matrices that ranks share need: distr
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops import Measures
-from .metrics import SUMS, line_sums, matrix_sums
 from .momentum import keeps_momentum_finite
-from .normalize import Normalized, normalize, per_row
+from .normalize import Normalized, normalize
+from .norms import Norms
 from .orthogonalize import carry, iterate, to_norm
 from .weight_decay import rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
@@ -33,9 +34,25 @@ class Front(NamedTuple):
     momentums: list[Tensor]
     grads: list[Tensor]
     measures: Measures  # see ops/advance.py
-    stacks: list[Tensor] | None = (
-        None  # the momentums as one stack per group, where `advance` has them anyway
-    )
+    # the momentums as one stack per group, where `advance` has them anyway
+    stacks: list[Tensor] | None = None
+    matrices: slice = slice(None)  # which of the bucket's these are
+
+    def part(self, groups: slice) -> Front:
+        """The same of some groups."""
+        start = sum([group.count for group in self.groups[: groups.start]])
+        end = start + sum([group.count for group in self.groups[groups]])
+        first = sum(self.sizes[: groups.start])
+        last = first + sum(self.sizes[groups])
+        return Front(
+            self.groups[groups],
+            self.sizes[groups],
+            self.momentums[first:last],
+            self.grads[first:last],
+            Measures(*(x[start:end] for x in self.measures)),
+            None if self.stacks is None else self.stacks[groups],
+            slice(start, end),
+        )
 
 
 class Update(NamedTuple):
@@ -53,16 +70,20 @@ class MatrixWork(Work):
     """A bucket whose matrices are whole on this rank, and nobody else's work."""
 
     def __init__(
-        self, stack: Stack, groups: list[Members[MatrixKind]], runs: Runs, context: Context
+        self,
+        stack: Stack,
+        groups: list[Members[MatrixKind]],
+        runs: Runs,
+        context: Context,
+        chunks: Sequence[int] = (),  # how many groups are orthogonalized at a time; (): all
     ) -> None:
         self.stack, self.groups, self.runs, self.context = stack, groups, runs, context
+        self.chunks = chunks
         self.sizes = [group.tensors for group in groups]
         self.front: Front | None = None
         self.updates: list[Update] = []
-        # With Config(metrics=True): see metrics.py. By group, where parameters are on this rank.
-        self.front_norms: Tensor | None = None
-        self.back_norms: list[Tensor] = []
-        self.line_sums: list[Tensor] = []
+        self.norms = Norms()  # with Config(metrics=True)
+        self.applied: list[Tensor] = []  # whether they were finite: [n] bool of each
 
     # ------------------------------------------------------------------------------- for the guard
 
@@ -74,7 +95,7 @@ class MatrixWork(Work):
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
-        finite = [update.finite & self.fits(update) for update in self.updates]
+        finite = [*self.applied, *(u.finite & self.fits(u) for u in self.updates)]
         bad = ~torch.cat(finite) if finite else None
         return self.with_gradients(complete(bad, self.runs, self.context))
 
@@ -122,7 +143,7 @@ class MatrixWork(Work):
         context = self.context
         given = momentums, grads, context.hyper.momentum, self.hold, self.sizes, self._rule
         if context.config.metrics:
-            found, self.front_norms = ops.measured.advance(context.operators, *given)
+            found, self.norms.front = ops.measured.advance(context.operators, *given)
         else:
             found = context.operators.advance(*given)
         new, measures, stacks = found
@@ -144,19 +165,29 @@ class MatrixWork(Work):
     # ------------------------------------------------------------------------------- orthogonalize
 
     def orthogonalize(self) -> None:
-        """As one stack [n, rows <= cols]; cut into groups again, and tall ones transposed back."""
+        """As one stack [n, rows <= cols], or in chunks; what may enter at once is applied here."""
         if self.front is None:
             return
-        parts = self.iterated(self.to_norm_1(self.front)).split(
-            [g.count for g in self.front.groups]
-        )
-        for group, part in zip(self.front.groups, parts, strict=True):
+        if len(self.chunks) < 2:
+            self._orthogonalize(self.front)
+            return
+        start = 0
+        for count in self.chunks:
+            self._orthogonalize(self.front.part(slice(start, start + count)))
+            start += count
+
+    def _orthogonalize(self, front: Front) -> None:
+        """One stack; cut into groups again, and tall ones transposed back."""
+        parts = self.iterated(self.to_norm_1(front)).split([g.count for g in front.groups])
+        for group, part in zip(front.groups, parts, strict=True):
             update = part.mT if group.kind.tall else part
             old = tuple(ops.stack(group.read(s.name)) for s in self.context.stages.normalize.states)
             found = self.normalized(group, update, old)
             self.updates.append(
                 Update(group, update, found.factor, old, found.states, found.finite)
             )
+        if self.context.at_once:
+            self._apply_updates()
 
     def to_norm_1(self, front: Front) -> Tensor:
         """[n, rows <= cols], times `carry`."""
@@ -170,10 +201,13 @@ class MatrixWork(Work):
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
         context, own = self.context, self.context.config.orthogonalizer is not None
+        beta = context.hyper.momentum
+        if front.matrices != slice(None):
+            beta = ops.part_of(beta, front.matrices)
         return context.operators.gather(
             front.momentums,
             front.grads,
-            context.hyper.momentum,
+            beta,
             power,
             inverse,
             front.sizes,
@@ -219,8 +253,13 @@ class MatrixWork(Work):
     def apply(self) -> None:
         if self.front is not None and self.context.holds_late:
             self._advanced(self.front.momentums, self.front.grads)
+        self._apply_updates()
+
+    def _apply_updates(self) -> None:
         for update in self.updates:
             self._apply(update)
+            self.applied.append(update.finite)
+        self.updates = []  # their memory is free from here on
 
     def _apply(self, update: Update) -> None:
         if update.group.local:
@@ -228,8 +267,8 @@ class MatrixWork(Work):
         stages, operators = self.context.stages, self.context.operators
         for state, old, new in zip(stages.normalize.states, update.old, update.new, strict=True):
             kept = new if self.skip is None else torch.where(self.skip, old, new)
-            if state.name == "variance" and update.group.local and self.context.config.metrics:
-                self.line_sums.append(line_sums(kept, self._part_of_lines(update)))
+            if self.context.config.metrics and update.group.local:
+                self.norms.add_lines(state, kept, update.group.kind, update.update, self.context)
             stored = operators.unstack(update.group.read(state.name), kept)
             update.group.put(state.name, stored)
 
@@ -240,7 +279,7 @@ class MatrixWork(Work):
         how = (update.update, update.factor * ops.per_matrix(lr), decay, self.skip)
         params, operators = group.read("param"), context.operators
         if context.config.metrics:
-            self._apply_measured(update, params, how)
+            self.norms.apply(context, group, how)
             return
         if kind.master:
             masters = group.read(kind.master)
@@ -251,33 +290,8 @@ class MatrixWork(Work):
             params = operators.apply(params, *how, *chance, cautious=cautious)
         group.put("param", params)
 
-    def _apply_measured(self, update: Update, params: list[Tensor], how: tuple[Any, ...]) -> None:
-        """The same, and the norms that it finds on its way."""
-        context, group, master = self.context, update.group, update.group.kind.master
-        rests = group.read(master) if master else None
-        chance = (context.step, group.salts) if group.salts else ()
-        cautious = context.stages.weight_decay.cautious
-        (params, *masters), norms = ops.measured.apply(
-            context.operators, params, rests, *how, *chance, cautious=cautious
-        )
-        for rest in masters:
-            group.put(master, rest)
-        group.put("param", params)
-        self.back_norms.append(norms)
-
-    def _part_of_lines(self, update: Update) -> float:
-        """Which part of each of its lines (rows, or columns) this rank has of a matrix."""
-        (rows, cols), kind = update.update.shape[-2:], update.group.kind
-        by_row = per_row(self.context.config, kind.rows, kind.cols, kind.transposed)
-        return cols / kind.cols if by_row else rows / kind.rows
-
     def sums(self) -> Tensor:
-        found = None
-        if self.front_norms is not None:
-            lines = torch.cat(self.line_sums, 1) if self.line_sums else None
-            found = matrix_sums(self.front_norms, torch.cat(self.back_norms, 1), lines)
-        done = complete(found, self.runs, self.context)
-        return done.double().expand(len(SUMS), -1) if found is None else done
+        return self.norms.sums(self.runs, self.context)
 
     def _rates(self, update: Update) -> tuple[Tensor, Tensor]:
         """``(lr, decay)`` of the matrices of one group: 0-d or [n]."""

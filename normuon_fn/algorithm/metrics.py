@@ -101,27 +101,3 @@ def numbers_of(
         ]
     )
     return torch.where(present > 0, found, float("nan")).float()
-
-
-def matrix_sums(
-    front: Tensor,  # [2, n]: the norms of gradients and momentums
-    back: Tensor,  # [2, n]: the norms of parameters and updates
-    lines: Tensor | None,  # [3, n] float64: of the neuron variances
-) -> Tensor:
-    """[8, n] float64, from what the passes of the step return."""
-    squares = torch.cat([front.double(), back.double()]).square()
-    one = torch.ones_like(squares[:1])
-    return torch.cat([squares, torch.zeros_like(squares[:3]) if lines is None else lines, one])
-
-
-def line_sums(
-    variance: Tensor,  # [n, rows, 1] or [n, 1, cols]: of the local part of every matrix
-    part: float,  # which part of each of these lines is on this rank
-) -> Tensor:
-    """[3, n] float64: how many variances there are, their sum, and that of their squares.
-
-    Shards of the other dimension have the same variances: each counts its part of them.
-    """
-    wide = variance.double().flatten(1)
-    count = torch.full_like(wide[:, 0], wide.shape[1])
-    return torch.stack([count, wide.sum(1), wide.square().sum(1)]) * part
