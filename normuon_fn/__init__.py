@@ -7,6 +7,7 @@ from .algorithm.coefficients import COEFFICIENTS
 from .compat import VERSION
 from .distributed.orthogonalize import orthogonalize
 from .optim.foreach import ForeachResult, foreach_step_
+from .optim.qk_clip import qk_clip, qk_clip_
 from .planning.make_plan import make_plan
 from .planning.plan import Plan
 from .routing.modules import routes_for
@@ -14,10 +15,11 @@ from .routing.route_table import RouteTable
 from .routing.routes import Route
 from .runtime.compiled import step, step_
 from .step import init, update
-from .types import Config, Hyper, StepResult
+from .types import Config, Hyper, MeasuredResult, Schedule, StepResult
 
 if TYPE_CHECKING:
     from .diagnostics.capture import capture
+    from .diagnostics.metrics import report_metrics
     from .diagnostics.monitor import Skip, SkipMonitor
     from .diagnostics.own_stage import check_stage
     from .diagnostics.skips import NonFiniteStepError, check
@@ -39,11 +41,13 @@ __all__ = [
     "ForeachResult",
     "GraphedStep",
     "Hyper",
+    "MeasuredResult",
     "NonFiniteStepError",
     "NorMuon",
     "Plan",
     "Route",
     "RouteTable",
+    "Schedule",
     "Skip",
     "SkipMonitor",
     "StepResult",
@@ -60,6 +64,9 @@ __all__ = [
     "make_plan",
     "names_in",
     "orthogonalize",
+    "qk_clip",
+    "qk_clip_",
+    "report_metrics",
     "routes_for",
     "save",
     "step",
@@ -86,6 +93,7 @@ _LATER = {
     "lightning_callback": "optim.callbacks",
     "load": "persistence.checkpoint",
     "names_in": "persistence.converters",
+    "report_metrics": "diagnostics.metrics",
     "save": "persistence.checkpoint",
     "trainer_callback": "optim.callbacks",
 }

@@ -22,7 +22,7 @@ from .planning.hypergradients import asks_for_rates, check_derivatives, with_der
 from .planning.memory import check_writable
 from .planning.plan import Plan
 from .planning.tensors import CallersDicts, Dicts, StepTensors
-from .types import Grads, Hyper, StepResult, Tensors
+from .types import Grads, Hyper, StepResult, Tensors, result_of
 
 
 @outside_inference_mode
@@ -144,14 +144,14 @@ def _checked_step(
         if plan.config.missing_grads == "zeros":
             grads = zeros_for_none(params, grads)
         dicts = CallersDicts(params, grads, state, in_place=in_place)
-        flags, skipped = step_of(dicts, hyper, plan, found_inf)
-        return StepResult(*dicts.after(), flags, skipped)
+        flags, skipped, metrics = step_of(dicts, hyper, plan, found_inf)
+        return result_of(*dicts.after(), flags, skipped, metrics)
 
 
 def step_of(
     dicts: Dicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``(flags, skipped)`` of a step whose tensors are read from ``dicts`` and written there.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(flags, skipped, metrics)`` of a step whose tensors are read from ``dicts``, and written.
 
     Every bucket goes through the same stages; some leave some out. See algorithm/work.py.
     """
@@ -175,7 +175,8 @@ def step_of(
         work.apply()  # weight decay and update, or every bit as it was
     assert agreement.flags is not None
     dicts.count(_counted(dicts.state, agreement.skipped))
-    return agreement.flags, agreement.skipped
+    metrics = None if plan.metrics is None else plan.metrics.of(works)
+    return agreement.flags, agreement.skipped, metrics
 
 
 def _counted(state: Tensors, skipped: Tensor) -> Tensors:

@@ -12,6 +12,7 @@ A device, a dtype and memory are all that an operator knows: nothing of names, p
 
 from __future__ import annotations
 
+from . import measured
 from .handles import Graph, Handle, Like, Table, input_for, inputs, lists_outside
 from .launch import kernels_for
 from .lion import lion, lion_, lion_wide, lion_wide_
@@ -58,6 +59,7 @@ __all__ = [
     "lion_wide_",
     "lists_outside",
     "measure",
+    "measured",
     "orient",
     "orientation",
     "part_of",

@@ -16,7 +16,7 @@ def adamw_flags(
     grads: list[Tensor],
     *rates: Tensor,
 ) -> Tensor:
-    updates, _, seconds = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    updates, _, seconds = update_of(exp_avgs, exp_avg_sqs, grads, *rates)
     bad_updates = [
         ~(update.isfinite() & second.isfinite()).all()
         for update, second in zip(updates, seconds, strict=True)
@@ -43,7 +43,7 @@ def adamw(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """With ``step`` and ``salts`` (one per tensor), parameters are rounded by chance."""
     rates = (beta1, beta2, eps, correction1, correction2)
-    updates, first, second = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    updates, first, second = update_of(exp_avgs, exp_avg_sqs, grads, *rates)
     olds = [param.to(x.dtype) for param, x in zip(params, first, strict=True)]
     news = moved(olds, updates, lr, decay)
     news = narrowed(params, news, step, salts)
@@ -71,7 +71,7 @@ def adamw_wide(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """`adamw` of parameters with float32 masters: see rounding.py."""
     rates = (beta1, beta2, eps, correction1, correction2)
-    updates, first, second = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    updates, first, second = update_of(exp_avgs, exp_avg_sqs, grads, *rates)
     olds = [joined_with(param, rest) for param, rest in zip(params, rests, strict=True)]
     masters = moved(olds, updates, lr, decay)
     new = [
@@ -86,7 +86,7 @@ def adamw_wide(
     )
 
 
-def _update(
+def update_of(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     grads: list[Tensor],

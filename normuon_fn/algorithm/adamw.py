@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .. import ops
 from .guard import Decision
+from .metrics import SUMS
+from .norms import completed, matrix_sums
 from .state import State
 from .weight_decay import rates
 from .work import Context, Kind, Members, Runs, Work, complete
@@ -28,6 +30,7 @@ class AdamWWork(Work):
     def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
         self.members, self.runs, self.context = members, runs, context
         self.moments: Sequence[list[Tensor]] = ()  # exp_avgs, exp_avg_sqs, grads
+        self.norms: Tensor | None = None  # with Config(metrics=True), after `apply`: see metrics.py
         self.bad: Tensor | None = None  # [2, n] bool: non-finite update, non-finite gradient
         if members.tensors:
             first, second = (members.read(state.name) for state in STATES)
@@ -61,7 +64,11 @@ class AdamWWork(Work):
         names = ["param", *(state.name for state in self.states)]
         if self.members.kind.master:
             names.insert(1, self.members.kind.master)
-        new = self._new(self.context.operators, self.skip)
+        new = (
+            self._measured()
+            if self.context.config.metrics
+            else self._new(self.context.operators, self.skip)
+        )
         for name, tensors in zip(names, new, strict=True):
             self.members.put(name, tensors)
 
@@ -74,6 +81,23 @@ class AdamWWork(Work):
             return operators.adamw_wide(params, members.read(kind.master), *how)
         chance = (context.step, members.salts) if members.salts else ()
         return operators.adamw(params, *how, *chance)
+
+    def _measured(self) -> Sequence[list[Tensor]]:
+        """The same, and the norms that it finds on its way."""
+        members, master, context = self.members, self.members.kind.master, self.context
+        chance = (context.step, members.salts) if members.salts else ()
+        new, self.norms = ops.measured.adamw(
+            context.operators, members.read("param"), members.read(master) if master else None,
+            self.moments, self.lr, self.decay, self.rates, self.skip, *chance,
+        )  # fmt: skip
+        return new
+
+    def sums(self) -> Tensor:
+        found = None
+        if self.norms is not None:
+            none = self.norms.new_zeros((3, self.norms.shape[1]), dtype=torch.float64)
+            found = matrix_sums(self.norms[:2], self.norms[2:], none)
+        return completed(found, len(SUMS), self.runs, self.context)
 
     def look_at_float16(self) -> None:
         """Behind a guard, updates that float16 cannot hold are bad too: one more pass for them."""

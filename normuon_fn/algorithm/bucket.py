@@ -18,6 +18,7 @@ from .. import ops
 from . import finishing
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
+from .norms import Norms
 from .orthogonalize import carry, iterate, to_norm
 from .precondition import PRECONDITIONERS, gathered_wide, preconditioned
 from .updates import Front, Update
@@ -41,6 +42,7 @@ class MatrixWork(Work):
         self.sizes = [group.tensors for group in groups]
         self.front: Front | None = None
         self.updates: list[Update] = []
+        self.norms = Norms()  # with Config(metrics=True)
         self.applied: list[Tensor] = []  # whether they were finite: [n] bool of each
 
     # ------------------------------------------------------------------------------- for the guard
@@ -98,8 +100,13 @@ class MatrixWork(Work):
             self.front = self._advanced(momentums, grads)
 
     def _advanced(self, momentums: list[Tensor], grads: list[Tensor]) -> Front:
-        beta, advance = self.context.hyper.momentum, self.context.operators.advance
-        new, measures, stacks = advance(momentums, grads, beta, self.hold, self.sizes, self._rule)
+        context = self.context
+        given = momentums, grads, context.hyper.momentum, self.hold, self.sizes, self._rule
+        if context.config.metrics:
+            found, self.norms.front = ops.measured.advance(context.operators, *given)
+        else:
+            found = context.operators.advance(*given)
+        new, measures, stacks = found
         at = 0
         for group in self.groups:
             group.put("momentum", new[at : at + group.tensors])
@@ -257,6 +264,8 @@ class MatrixWork(Work):
         stages, operators = self.context.stages, self.context.operators
         for state, old, new in zip(stages.normalize.states, update.old, update.new, strict=True):
             kept = new if self.skip is None else torch.where(self.skip, old, new)
+            if self.context.config.metrics and update.group.local:
+                self.norms.add_lines(state, kept, update.group.kind, update.update, self.context)
             stored = operators.unstack(update.group.read(state.name), kept)
             update.group.put(state.name, stored)
 
@@ -267,6 +276,9 @@ class MatrixWork(Work):
         cautious = WEIGHT_DECAYS[kind.decay].cautious
         how = (update.update, update.factor * ops.per_matrix(lr), decay, self.skip)
         params, operators = group.read("param"), context.operators
+        if context.config.metrics:
+            self.norms.apply(context, group, how)
+            return
         if kind.master:
             masters = group.read(kind.master)
             params, masters = operators.apply_wide(params, masters, *how, cautious=cautious)
@@ -275,6 +287,9 @@ class MatrixWork(Work):
             chance = (context.step, group.salts) if group.salts else ()
             params = operators.apply(params, *how, *chance, cautious=cautious)
         group.put("param", params)
+
+    def sums(self) -> Tensor:
+        return self.norms.sums(self.runs, self.context)
 
     def _rates(self, update: Update) -> tuple[Tensor, Tensor]:
         """``(lr, decay)`` of the matrices of one group: 0-d or [n]."""

@@ -112,11 +112,18 @@ class OwnedWork(SharedWork):
 
     def apply(self) -> None:
         super().apply()
-        names = [state.name for state in self.context.stages.line_states]
+        states = self.context.stages.line_states
         for each, lines, news in zip(self.owned, self.lines, self.new_lines, strict=True):
-            for name, old, new in zip(names, lines, news, strict=False):
+            for state, old, new in zip(states, lines, news, strict=False):
                 kept = new if self.skip is None else torch.where(self.skip, old, new)
-                each.put(name, self.context.operators.unstack(each.read(name), kept))
+                if self.context.config.metrics and each.count:
+                    whole = ops.stack(each.read("param"))
+                    self.norms.add_lines(state, kept, each.kind, whole, self.context)
+                stored = self.context.operators.unstack(each.read(state.name), kept)
+                each.put(state.name, stored)
 
     def _apply(self, update: Update) -> None:
         self._apply_to_parameters(update)
+
+    def sums(self) -> Tensor:
+        return self.norms.sums_of_owner(self.runs, self.context, self.exchange.replicas.size)

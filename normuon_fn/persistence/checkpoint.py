@@ -274,7 +274,7 @@ def _check_extra_tensor(what: str, tensor: Tensor, depth: int) -> None:
 
 
 def _config_fields() -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(Config) if f.name != "orthogonalizer"]
+    return [f for f in dataclasses.fields(Config) if f.name not in ("orthogonalizer", "metrics")]
 
 
 def _config(config: Config) -> dict[str, str]:

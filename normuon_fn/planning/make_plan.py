@@ -37,6 +37,7 @@ from .common import common_of
 from .deciding import Alone, alone_doubt, checked_ranks, guard_rule
 from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
+from .metrics import metrics_rule
 from .order import in_order, with_cut
 from .parameters import Decided, decide
 from .plan import OwnedState, Plan, Spec
@@ -160,6 +161,7 @@ def plan_of(
         whole_state=state,
         owned=owned,
         guard=rule,
+        metrics=metrics_rule(parameters, rule, owned, device) if config.metrics else None,
         sharded=any(placement is not None for placement in placements.values()),
         one_storage=one_storage,
         subclasses=any(map(is_subclass, params.values())),

@@ -1,4 +1,4 @@
-"""What is static (`Config`), and what a step gives back (`StepResult`)."""
+"""What is static: `Config`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -101,6 +101,8 @@ class Config:
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.
+    - ``metrics``: also returns six numbers per parameter, with the same bits of the step: see
+      `report_metrics`.
     - ``seed``: of the chances of ``"stochastic"``, which also depend on the number of steps (see
       ``guard_scope``), the parameter's name, the entry's place, and on a mesh its sharding.
 
@@ -137,13 +139,14 @@ class Config:
     replicas: Replicas = "each"
     master: Master = "none"
     seed: int = 0
+    metrics: bool = False
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"Config.{field}: expected one of {choices}, got {value!r}")
-        for field in ("nesterov", "snap", "normalize", "renormalize", "cautious_update"):
+        for field in ("nesterov", "snap", "normalize", "renormalize", "cautious_update", "metrics"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
         check_number("Config.rms", self.rms)
@@ -207,6 +210,11 @@ def _check_together(config: Config) -> None:
             "Config.cautious_update: every rank looks at its gradients, of which "
             "replicas='share' reads those of owned matrices alone; write replicas='each'"
         )
+    if config.metrics and config.other == "lion":
+        raise ValueError(
+            "Config.metrics: Lion's pass returns no norms; write other='adamw', or leave metrics "
+            "out"
+        )
     if config.weight_decay_form != "hyperball":
         return
     if config.update_floor > 0:
@@ -219,20 +227,6 @@ def _check_together(config: Config) -> None:
             "Config.weight_decay_lr_power: nothing decays with weight_decay_form='hyperball'; "
             "leave it out"
         )
-
-
-class StepResult(NamedTuple):
-    """``params`` and ``state`` have the keys of what was given, in the same order.
-
-    What a step does not update (frozen, or without a gradient) comes back as the tensor that was
-    given, which a later `step_` writes: clone() what is to stay. Others have the strides of theirs.
-    """
-
-    params: dict[str, Tensor]
-    state: dict[str, Tensor]
-    # [2, n_params] int32, in the order of plan.names: non-finite update, non-finite gradient
-    flags: Tensor
-    skipped: Tensor  # 0-d bool: something kept its bits
 
 
 def check_coefficients(

@@ -204,6 +204,15 @@ def alone(form: str, steps: int, names: tuple[str, ...] = MAIN) -> dict[str, Ten
     return {**params, **state}
 
 
+@functools.cache
+def alone_metrics(form: str) -> Tensor:
+    """The metrics of a first step on one device."""
+    params = dict(tensors(0))
+    plan = nm.make_plan(params, config(form, guard="full", metrics=True), routes=routes_of(params))
+    result: Any = nm.update(params, tensors(1), nm.init(plan, params), hyper_of(params), plan)
+    return result.metrics
+
+
 # --------------------------------------------------------------------------------------- placements
 
 
@@ -374,6 +383,7 @@ class _Rank:
 
     def everything(self) -> dict[str, Seen]:
         parts = [self.matrix, self.conv, self.lies, self.missing, self.checkpoints, self.captured]
+        parts += [self.metrics, self.clip]
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
             parts += [self.narrowed, self.cut]
@@ -388,6 +398,62 @@ class _Rank:
                     steps = steps_of(kind, form, guard)
                     run = self.run(layout, config(form, guard=guard), steps)
                     seen[f"{kind} {form} {guard}"] = self.compare(layout, run, alone(form, steps))
+        return seen
+
+    def metrics(self) -> Seen:
+        """How far off the metrics are from those of one device, and whether they change a bit."""
+        seen: Seen = {}
+        cases: list[tuple[str, Layout, dict[str, Any]]] = [
+            *((kind, layout, {}) for kind, layout in self.layouts.items()),
+            ("ddp, state divided", self.layouts["ddp"], {"replicas": "share"}),
+        ]
+        for kind, layout, options in cases:
+            params = layout.place(tensors(0))
+            results = []
+            for metrics in (False, True):
+                options = {**options, "guard": "full", "metrics": metrics}
+                plan = layout.plan(params, config("standard", **options))
+                with Collectives() as found:
+                    results.append(
+                        nm.update(
+                            params, layout.place(tensors(1)), nm.init(plan, params),
+                            hyper_of(params), plan,
+                        )
+                    )  # fmt: skip
+                results[-1] = (results[-1], found.counts)
+            (plain, few), (measured, more) = results
+            expected = alone_metrics("standard")
+            off = (measured.metrics - expected).abs() / expected.abs().clamp(min=1e-30)
+            pairs = [*zip(plain.params.values(), measured.params.values(), strict=True)]
+            pairs += zip(plain.state.values(), measured.state.values(), strict=True)
+            seen[kind] = {
+                "off": off.nan_to_num(0.0).max().item(),
+                "other nan": (measured.metrics.isnan() != expected.isnan()).sum().item(),
+                "same bits": all(torch.equal(local(a), local(b)) for a, b in pairs),
+                "more": dict(more - few),
+            }
+        return seen
+
+    def clip(self) -> Seen:
+        """By layout, which parameters QK-clip gives other bits than on one device."""
+        whole = dict(tensors(0))
+        maxima = {"a": torch.tensor([400.0, 1.0, 150.0, float("nan")], device=self.device)}
+        names = {"a": {"q": "square", "k": "layers.0"}}
+        plan = nm.make_plan(whole, routes=routes_of(whole))
+        expected, _ = nm.qk_clip(whole, maxima, plan, projections=names)
+        assert not torch.equal(expected["square"], whole["square"])
+        seen: Seen = {}
+        for kind, layout in self.layouts.items():
+            params = layout.place(whole)
+            plan = layout.plan(params, config("standard"))
+            pure, _ = nm.qk_clip(params, maxima, plan, projections=names)
+            nm.qk_clip_(params, maxima, plan, projections=names)
+            seen[kind] = [
+                name
+                for name, x in expected.items()
+                if not torch.equal(local(params[name]), layout.cut(name, x))
+                or not torch.equal(local(pure[name]), local(params[name]))
+            ]
         return seen
 
     def conv(self) -> Seen:
