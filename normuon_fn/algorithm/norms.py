@@ -11,6 +11,7 @@ from .. import ops
 from .metrics import SUMS
 from .normalize import per_row
 from .state import State
+from .weight_decay import WEIGHT_DECAYS
 from .work import Context, MatrixKind, Members, Runs, complete
 
 
@@ -28,7 +29,7 @@ class Norms:
         chance = (context.step, group.salts) if group.salts else ()
         (params, *masters), norms = ops.measured.apply(
             context.operators, group.read("param"), group.read(master) if master else None,
-            *how, *chance, cautious=context.stages.weight_decay.cautious,
+            *how, *chance, cautious=WEIGHT_DECAYS[group.kind.decay].cautious,
         )  # fmt: skip
         for rest in masters:
             group.put(master, rest)
@@ -47,7 +48,7 @@ class Norms:
 
         Shards of the other dimension have the same variances: each counts its part of them.
         """
-        if state.name != "variance":
+        if state.name != "variance" or state.per != "line":
             return
         rows, cols = local.shape[-2:]
         by_row = per_row(context.config, kind.rows, kind.cols, kind.transposed)

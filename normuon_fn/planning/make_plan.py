@@ -16,6 +16,7 @@ from .. import ops
 from ..algorithm.coefficients import CoefficientSet, resolve
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
+from ..algorithm.precondition import gathered_wide
 from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
 from ..algorithm.work import Own
@@ -66,10 +67,11 @@ def make_plan(
             vectors AdamW, by names and shapes; what these cannot tell for certain is said in one
             warning. Or the table of `routes_for`, which has an entry for every parameter.
         mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
-            orthogonalizes a share. ``"alone"``: no other rank has them, so that this rank decides
-            alone what its guard skips, unless there is a ``guard_mesh``. ``None`` beside a guard
-            is taken for that with a warning, where there are other ranks. DTensors bring their own
-            mesh.
+            orthogonalizes a share. Replicas on several nodes share in blocks where that is
+            predicted to be faster, which ``str(plan)`` says: with them, this is a collective.
+            ``"alone"``: no other rank has them, so that this rank decides alone what its guard
+            skips, unless there is a ``guard_mesh``. ``None`` beside a guard is taken for that with
+            a warning, where there are other ranks. DTensors bring their own mesh.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
             may have other parameters; all of them need the same guard. With it, this is a
             collective. Plain tensors of the same names and shapes on all of them, without
@@ -218,7 +220,7 @@ def _matrix_buckets(
             ]
             found.append(Bucket(**common, rates_at=added(table, each)))
             continue
-        dtype = wide if config.orthogonalizer is not None else form.dtype
+        dtype = wide if gathered_wide(config) else form.dtype
         # The powers of two of float64 momentums reach further than those of float32.
         numbers = torch.float64 if exact else wide
         shards = _group_shards(groups, config, stages)
