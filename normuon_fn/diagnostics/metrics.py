@@ -52,6 +52,7 @@ def report_metrics(result: StepResult, plan: Plan) -> dict[str, float]:
         )
     together = torch.cat([result.metrics.double(), result.flags.double()])
     rows = together.T.tolist()
+    neurons = any(state.name == "variance" for state in plan.stages.line_states)
     found: dict[str, float] = {}
     for (name, row), parameter in zip(
         zip(plan.names, rows, strict=True), plan.parameters, strict=True
@@ -59,7 +60,7 @@ def report_metrics(result: StepResult, plan: Plan) -> dict[str, float]:
         numbers, flags = row[: len(METRICS)], row[len(METRICS) :]
         if all(map(math.isnan, numbers)) and not any(flags):
             continue
-        has_variance = f"{parameter.name}.variance" in plan.state
+        has_variance = neurons and f"{parameter.name}.variance" in plan.whole_state
         for metric, number in zip((*METRICS, *FLAGS), row, strict=True):
             if metric != "variance_spread" or has_variance:
                 found[f"{metric}/{name}"] = number

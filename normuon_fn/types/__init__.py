@@ -1,8 +1,8 @@
 """What callers pass and get back: what is static, what changes, what comes out.
 
-In the order of reading: `config` (`Config`), `hyper` (`Hyper`), `result` (`StepResult`),
-`schedule` (`Schedule`), `presets`, `other_names` (hints for arguments that other optimizers call
-otherwise). It must not know of plans or of anything above.
+In the order of reading: `config` (`Config`), `results` (`StepResult`), `hyper`, `schedule`
+(`Schedule`), `other_names` (hints for arguments that other optimizers call otherwise). It must not
+know of plans or of anything above.
 """
 
 from .config import COMPUTE_DTYPES as COMPUTE_DTYPES
@@ -32,7 +32,7 @@ from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper
 from .hyper import check_number as check_number
 from .presets import Preset as Preset
-from .result import MeasuredResult as MeasuredResult
-from .result import StepResult as StepResult
-from .result import result_of as result_of
+from .results import MeasuredResult as MeasuredResult
+from .results import StepResult as StepResult
+from .results import result_of as result_of
 from .schedule import Schedule as Schedule

@@ -212,8 +212,7 @@ def _check_together(config: Config) -> None:
         )
     if config.metrics and config.other == "lion":
         raise ValueError(
-            "Config.metrics: Lion's pass returns no norms; write other='adamw', or leave metrics "
-            "out"
+            "Config.metrics: Lion's pass returns no norms; write other='adamw' or metrics=False"
         )
     if config.weight_decay_form != "hyperball":
         return

@@ -1,4 +1,4 @@
-"""What a step gives back: `StepResult`."""
+"""What a step gives back."""
 
 from __future__ import annotations
 
