@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -41,12 +43,51 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def public_names() -> list[str]:
-    """The package's ``__all__``, read without importing it."""
-    for node in ast.parse((ROOT / "normuon_fn" / "__init__.py").read_text()).body:
+def public_names() -> dict[str, str]:
+    """The package's ``__all__``, read without importing it: the path of each for mkdocstrings.
+
+    That is ``normuon_fn.NAME``, but for a name that a module has too.
+    """
+    nodes = list(ast.walk(ast.parse((ROOT / "normuon_fn" / "__init__.py").read_text())))
+    origin = {
+        alias.name: f"normuon_fn.{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+    for node in nodes:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return list(ast.literal_eval(node.value))
+            modules = {path.stem for path in (ROOT / "normuon_fn").glob("*")}
+            return {
+                name: origin[name] if name in modules else f"normuon_fn.{name}"
+                for name in ast.literal_eval(node.value)
+            }
     raise LookupError("normuon_fn/__init__.py: expected a literal __all__")
+
+
+class Examples(griffe.Extension):
+    """Docstrings as Markdown: ``>>>`` is code, and the single backticks of a public name a link."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is None:
+            return
+        names, text = public_names(), obj.docstring.value
+        text = re.sub(
+            r"^([ ]*)>>>.*(?:\n\1(?:>>>|\.\.\.).*)*",
+            lambda found: textwrap.indent(
+                "\n```python\n"
+                + re.sub(r"^ *(>>>|\.\.\.) ?", "", found[0], flags=re.M)
+                + "\n```\n",
+                found[1],
+            ),
+            text,
+            flags=re.MULTILINE,
+        )
+        obj.docstring.value = re.sub(
+            r"(?<![`\w])`(\w+)`(?!`)",
+            lambda found: f"[{found[0]}][{names[found[1]]}]" if found[1] in names else found[0],
+            text,
+        )
 
 
 def reference() -> str:
@@ -58,7 +99,7 @@ def reference() -> str:
     lines = ["# API reference", "", "`import normuon_fn as nm`: every public name is `nm.NAME`."]
     for title, group in sections.items():
         lines += ["", f"## {title}"] if group else []
-        lines += [line for name in group for line in ("", f"::: normuon_fn.{name}")]
+        lines += [line for name in group for line in ("", f"::: {names[name]}")]
     return "\n".join(lines) + "\n"
 
 
@@ -74,7 +115,7 @@ def on_config(config: Any) -> Any:
                 continue
             ((title, inner),) = entry.items()
             if isinstance(inner, list):
-                kept.append({title: present(inner)})
+                kept += [{title: pages}] if (pages := present(inner)) else []
             elif inner not in absent:
                 kept.append(entry)
         return kept
@@ -112,5 +153,6 @@ def _link(found: re.Match[str], here: Path, uri: str, config: Any) -> str:
     elif config.get("repo_url"):
         return f"[{text}]({config['repo_url']}/blob/main/{file.relative_to(ROOT).as_posix()})"
     else:
-        return text if text.startswith("`") else f"{text} (`{file.relative_to(ROOT).as_posix()}`)"
+        path = file.relative_to(ROOT).as_posix()
+        return text if file.stem in text else f"{text} (`{path}`)"
     return f"{mark}[{text}]({os.path.relpath(place, Path(uri).parent)}{anchor})"
