@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import normuon_fn as nm
 from tests import guides, processes, scripts
 from tests.processes import ROOT
 
@@ -73,9 +74,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     command += ["--config-file", str(ROOT / "examples" / "mkdocs.yml"), "--site-dir", str(tmp_path)]
     processes.run(command, env={"NO_MKDOCS_2_WARNING": "1"})
-    import normuon_fn as nm
-
     reference = (tmp_path / "reference.html").read_text()
-    assert not [name for name in nm.__all__ if f'id="normuon_fn.{name}"' not in reference]
+    headings = re.findall(r'<h3 id="normuon_fn\.(?:[\w.]+\.)?(\w+)"', reference)
+    assert sorted(headings) == sorted(nm.__all__)
+    assert "&gt;&gt;&gt;" not in reference  # examples are code, and not quotations
     pages = [page for page in guides.named_in_navigation() if page not in guides.pending()]
     assert all((tmp_path / page).with_suffix(".html").exists() for page in pages)
