@@ -331,3 +331,5 @@ def test_gradients_times_a_power_of_two_give_our_bits_and_next_to_nothing_of_tor
 def test_the_pythons_of_the_table_are_those_of_the_package_and_of_torch() -> None:
     (own,) = re.findall(r'requires-python = ">=(\S+)"', (ROOT / "pyproject.toml").read_text())
     assert f"| Python | >= {own} |" in README and f"with Python >= {own}" in README
+    (pinned,) = re.findall(r"^torch==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert f"torch {pinned})" in README.replace("\n", " ")
