@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode
+from ..compat.collection import without_collection
 from ..distributed import placements
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
@@ -85,6 +86,7 @@ class Planner:
         self._chosen: Chosen | None = None  # what the ranks have agreed on
         self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
 
+    @without_collection
     def prepare(self, states: States, begun: set[str]) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
         if self._config.master == "none":

@@ -20,6 +20,7 @@ from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
 from ..algorithm.work import Own
 from ..compat import Ranks, is_subclass, overlaps
+from ..compat.collection import without_collection
 from ..compat.graphs import prepare_inductor
 from ..distributed.messages import Exchange
 from ..distributed.owners import GroupShards, Ownership, Shared, balance
@@ -94,6 +95,7 @@ def make_plan(
     return plan
 
 
+@without_collection
 def plan_of(
     params: Mapping[str, Tensor],
     decisions: Mapping[str, Decision],
