@@ -1,7 +1,6 @@
 """Every kernel once or more, on small and ragged shapes: what to run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python examples/benchmarks/every_kernel.py
-    compute-sanitizer --tool racecheck python examples/benchmarks/every_kernel.py
+    compute-sanitizer --kernel-name kns=_kernel python examples/benchmarks/every_kernel.py
 
 Steps run operation by operation, so that only kernels of this package and of the library run. The
 last line names the kernels that were launched, and those of the package that were not.
@@ -103,19 +102,34 @@ def products(device: torch.device) -> None:
         product(a, x, x, 1.0, 2.0, False, tiles)
 
 
+def settings() -> list[tuple[torch.dtype, nm.Config]]:
+    """What the steps are run with."""
+    wide, half = torch.float32, torch.bfloat16
+    found = [
+        (dtype, nm.Config(guard=guard, nesterov=guard == "full"))  # type: ignore[arg-type]
+        for dtype, guard in itertools.product((wide, half), ("full", "off"))
+    ]
+    masters = ("mantissa", "fp32", "stochastic")
+    found += [(half, nm.Config(guard="output", master=master)) for master in masters]  # type: ignore[arg-type]
+    return [
+        *found,
+        (torch.float16, nm.Config(master="fp32", weight_decay_form="cautious")),
+        (wide, nm.Config(method="gram", momentum_dtype=half)),
+        (wide, nm.Config.preset("modded_nanogpt", guard="full")),
+    ]
+
+
 def everything(device: torch.device) -> None:
     if device.type == "cuda":
         products(device)
-    with torch.compiler.set_stance("force_eager"):
-        for dtype, guard in itertools.product((torch.float32, torch.bfloat16), ("off", "full")):
-            steps(device, dtype, nm.Config(guard=guard, nesterov=guard == "full"))  # type: ignore[arg-type]
-        for master in ("mantissa", "fp32", "stochastic"):
-            steps(device, torch.bfloat16, nm.Config(guard="output", master=master))  # type: ignore[arg-type]
-        steps(device, torch.float16, nm.Config(master="fp32", weight_decay_form="cautious"))
-        steps(device, torch.float32, nm.Config(method="gram", momentum_dtype=torch.bfloat16))
-        steps(device, torch.float32, nm.Config.preset("modded_nanogpt", guard="full"))
-    if device.type == "cuda":
         torch.cuda.synchronize(device)
+        print("products done", flush=True)
+    with torch.compiler.set_stance("force_eager"):
+        for k, (dtype, config) in enumerate(settings()):
+            steps(device, dtype, config)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            print(f"setting {k + 1} done", flush=True)
 
 
 def main() -> None:
