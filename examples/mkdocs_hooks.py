@@ -32,13 +32,16 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]*)(#[^)\s]+)?\)")
 SECTIONS = {
     "The optimizer": ["NorMuon", "for_trainer", "trainer_callback", "lightning_callback"],
     "The functional step": [
-        "make_plan", "Plan", "Config", "Hyper", "init", "step", "step_", "update", "StepResult",
-        "GraphedStep", "foreach_step_", "ForeachResult", "orthogonalize", "COEFFICIENTS",
+        "make_plan", "Plan", "Config", "Hyper", "Schedule", "init", "step", "step_", "update",
+        "StepResult", "GraphedStep", "check_stage", "foreach_step_", "ForeachResult",
+        "orthogonalize", "COEFFICIENTS",
     ],
     "Routes": ["routes_for", "Route", "RouteTable"],
     "Skipped steps": ["check", "SkipMonitor", "Skip", "NonFiniteStepError", "capture"],
-    "Checkpoints and conversion": [
+    "Metrics and attention logits": ["report_metrics", "MeasuredResult", "qk_clip", "qk_clip_"],
+    "Checkpoints, conversion, memory": [
         "save", "load", "Checkpoint", "CheckpointError", "convert_state", "names_in",
+        "gather_state", "offload_", "reload_",
     ],
 }  # fmt: skip
 
