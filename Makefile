@@ -6,7 +6,7 @@ STAMP := .venv/installed
 # One compile cache for everything that runs from here: its fixed part alone costs 19 s on 2 cores.
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 
-.PHONY: train test lint venv clean
+.PHONY: train test lint docs venv clean
 
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -22,11 +22,15 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
+# Guides, results and API reference as a static site in .cache/site; needs Python >= 3.11.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file examples/mkdocs.yml
+
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,examples]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,examples,docs]"
 	touch $@
 
 clean:

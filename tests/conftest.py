@@ -24,6 +24,7 @@ LONGEST_FIRST = (
     "test_examples.py",
     "test_study.py",
     "test_examples_distributed.py",
+    "test_guides.py",
     "test_dying_ranks.py",
     "test_optimizer.py",
     "test_study_soak.py",

@@ -1,4 +1,4 @@
-"""The diffs of the README run as printed, and lead where it says.
+"""The diffs of examples/guides/moving-a-run.md run as printed, and lead where it says.
 
 Gradients are drawn, not computed: two runs then differ by their steps alone. Where the other
 optimizer is not a dependency, the test has its formulas, in float64, from `oracle.py`.
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import normuon_fn as nm
-from tests import oracle
-from tests.processes import ROOT
+from tests import guides, oracle
 
 pytestmark = pytest.mark.usefixtures("eager")
-README = (ROOT / "README.md").read_text()
-SECTION = README.split("## Coming from another optimizer")[1].split("\n## ")[0]
+PAGE = "moving-a-run.md"
+SECTION = guides.text(PAGE).split("## Diffs")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"\*\*(.+?)\.\*\*.*?```diff\n(.*?)```", SECTION, re.DOTALL)
 STEPS = 20
 CLOSE = 0.015  # of the way: torch.optim.Muon and ours, both in bfloat16; see the test
@@ -56,7 +55,7 @@ def run(
         "torch": torch, "nm": nm, "model": model, "matrices": [named[name] for name in MATRICES],
         "rest": [p for name, p in named.items() if name not in MATRICES],
     }  # fmt: skip
-    exec(compile(code, "README.md", "exec"), scope)
+    exec(compile(code, PAGE, "exec"), scope)
     optimizers = [made for made in scope.values() if isinstance(made, torch.optim.Optimizer)]
     assert optimizers
     for k in range(steps):

@@ -203,10 +203,15 @@ def _group_values(
                     f"{key} was {new.get(key)!r} for {firsts[first]!r} and {other.get(key)!r} for "
                     f"{firsts[j]!r}; make the groups as they were when the state was saved"
                 )
-    if new.get("algorithm") != own["algorithm"]:
+    if "algorithm" not in new:
         raise ValueError(
-            f"state_dict: group {k} has algorithm {new.get('algorithm')!r}, "
-            f"expected {own['algorithm']!r}; was it saved by another optimizer?"
+            f"state_dict: group {k} was saved by another optimizer; what fits of its state is "
+            "nm.convert_state(state_dict, nm.make_plan(model), names), tensor by tensor"
+        )
+    if new["algorithm"] != own["algorithm"]:
+        raise ValueError(
+            f"state_dict: group {k} has algorithm {new['algorithm']!r}, expected "
+            f"{own['algorithm']!r}"
         )
     for j in firsts:
         _check_whose_values(k, saved[j], state)

@@ -549,3 +549,18 @@ def test_a_hook_gets_the_state_with_every_tensor_once_and_may_replace_it() -> No
     tensors = [x for kinds in seen[0]["state"].values() for x in kinds.values()]
     assert seen[0] is saved and len({x.data_ptr() for x in tensors}) == len(tensors)
     assert all(type(group["lr"]) is float for group in saved["param_groups"])
+
+
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_state_of_another_optimizer_is_refused_with_the_line_that_converts_it(
+    other: Callable[..., torch.optim.Optimizer],
+) -> None:
+    model = net()
+    saved = other(model.parameters(), lr=0.1)
+    train(model, saved)
+    own = nm.NorMuon(model)
+    before = [x.clone() for state in own.state.values() for x in state.values()]
+    with pytest.raises(ValueError, match=r"group 0 was saved by another .*nm\.convert_state\("):
+        own.load_state_dict(saved.state_dict())
+    after = [x for state in own.state.values() for x in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

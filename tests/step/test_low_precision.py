@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 import normuon_fn as nm
 from normuon_fn.ops.rounding import joined_with, noise, parted, places, rounded_by_chance
 from normuon_fn.step import local_update_
+from tests import guides
 from tests.inputs import gaussian
 
 MASTERS = ["none", "mantissa", "fp32", "stochastic"]
@@ -502,7 +502,7 @@ def test_on_two_ranks_masters_lie_like_parameters_and_are_float32_and_copies_sta
 
 
 def memory() -> list[str]:
-    """The README's table, from what a plan says of a matrix of 1024x1024."""
+    """The table of fine-tuning-lora.md, from what a plan says of a matrix of 1024x1024."""
 
     def bytes_each(dtype: torch.dtype, **options) -> str:
         adamw = options.pop("adamw", False)
@@ -534,12 +534,9 @@ def memory() -> list[str]:
     return lines
 
 
-def test_the_readme_says_how_many_bytes_a_parameter_takes() -> None:
+def test_the_guide_says_how_many_bytes_a_parameter_takes() -> None:
     printed = (
-        (Path(__file__).parents[2] / "README.md")
-        .read_text()
-        .partition("bytes a parameter")[2]
-        .split("\n\n")[1]
+        guides.text("fine-tuning-lora.md").partition("bytes per parameter")[2].split("\n\n")[1]
     )
     assert printed.splitlines()[2:] == memory()
 
