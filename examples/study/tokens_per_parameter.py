@@ -172,6 +172,13 @@ def search(ratio: int, optimizer: str) -> Search:
             at = best(results)
     at = best(results)
     results = yield [dataclasses.replace(at, lr=float(f"{at.lr * x:.3g}")) for x in (0.71, 1.41)]
+    while True:  # AdamW's own rates may have moved the minimum
+        at = best(results)
+        rates = sorted(j.lr for j in results if (j.embed, j.head) == (at.embed, at.head))
+        if at.lr not in (rates[0], rates[-1]) or len(rates) > 8:
+            break
+        beyond = at.lr * (0.71 if at.lr == rates[0] else 1.41)
+        results = yield [dataclasses.replace(at, lr=float(f"{beyond:.3g}"))]
     yield [dataclasses.replace(best(results), seed=seed) for seed in SEEDS[1:]]
 
 
