@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -65,8 +66,8 @@ class Route:
     lr_mul: float = _ONE
     wd_mul: float = _ONE
     flatten: bool = False
-    heads: int | tuple[int, ...] | None = None
-    splits: tuple[int, ...] | None = None
+    heads: int | Sequence[int] | None = None
+    splits: Sequence[int] | None = None
     dim: int = 0
     transposed: bool = False
     unfrozen: Route | None = field(default=None, compare=False)

@@ -19,7 +19,8 @@ CoefficientsName = Literal[
     "polar_express", "polar_express_cushioned", "quintic", "you", "cans", "aol", "deepseekv4",
     "cubic5", "simple",
 ]  # fmt: skip
-Coefficients = CoefficientsName | tuple[Row, ...]  # a name, or rows of your own
+Coefficients = CoefficientsName | Sequence[Sequence[float]]  # a name, or rows of your own
+CheckedCoefficients = CoefficientsName | tuple[Row, ...]
 MomentumForm = Literal["ema", "sum"]
 Reduction = Literal["rows", "short"]
 Scale = Literal["paper", "spectral", "rms", "muon", "none"]
@@ -196,7 +197,7 @@ class StepResult(NamedTuple):
 
 def check_coefficients(
     coefficients: object, steps: object, safety_factor: object, where: str = ""
-) -> Coefficients:
+) -> CheckedCoefficients:
     """``coefficients`` as a name, or as rows of floats.
 
     Raises TypeError or ValueError for malformed ones, or ``steps`` that a set does not have.
