@@ -5,7 +5,7 @@
     # one GPU; what --runs has is not run again; ends by --seconds with what it has
     python -m examples.study.tokens_per_parameter --seconds 400
     # table and figure once more, without training
-    python -m examples.study.tokens_per_parameter --from-runs
+    python -m examples.study.tokens_per_parameter --from-csv
 
 Three sizes of one model see about as much of the same text, once. Every optimizer has, at every
 size, rates a factor of 2 apart until the best is no end of them, then two a factor of 1.41 beside
@@ -24,6 +24,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import tarfile
 import threading
 import time
@@ -36,13 +37,22 @@ from typing import Any, Literal
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # of each process; read by torch
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing
 
 import normuon_fn as nm
-from examples.study.common import FOLDER, measured_on
+from examples.study.common import (
+    FOLDER,
+    markdown,
+    measured_on,
+    read_csv,
+    write_csv,
+    write_section,
+)
 from examples.study.corpus import Corpus
+from examples.study.training import step_of
 from examples.train_gpt import GPT
 
 OPTIMIZERS = ("AdamW", "Muon", "NorMuon")
@@ -538,6 +548,211 @@ def _heard(pair: Pair) -> tuple[str, Any]:
         return "failed", "its process ended"
 
 
+# --- What came out --------------------------------------------------------------------------------
+
+
+def collect(options: Options, corpus: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of all files in ``options.runs``: what is the same for many runs, and the curves."""
+    files = sorted(options.runs.glob("*_seed?.json"))
+    results = [options.load(Job(**json.loads(file.read_text())["job"])) for file in files]
+    about = {
+        "corpus": corpus,
+        "on": results[0].on,
+        "sizes": {r.job.ratio: {"parameters": r.parameters, "steps": r.steps} for r in results},
+        "tokens a step": results[0].tokens,
+        "shapes": [*map(dataclasses.asdict, options.sizes)],
+        "captured": all(r.captured for r in results),
+        "ms": {
+            f"{kept['optimizer']}, {kept['ratio']}": round(kept["step_ms"], 3)
+            for kept in (json.loads(f.read_text()) for f in sorted(options.runs.glob("time_*")))
+        },
+    }
+    curves = [
+        {**dataclasses.asdict(r.job), "step": step, "choose": f"{x:.5f}", "report": f"{y:.5f}"}
+        for r in results
+        for step, x, y in r.curve
+    ]
+    return about, curves
+
+
+Runs = dict[Job, list[tuple[int, float, float]]]  # step; losses to choose by, and to report
+
+
+def runs_of(curves: Sequence[dict[str, str]]) -> Runs:
+    runs: Runs = {}
+    for row in curves:
+        numbers = (float(row[key]) for key in ("lr", "embed", "head"))
+        job = Job(int(row["ratio"]), row["optimizer"], *numbers, int(row["seed"]))
+        runs.setdefault(job, []).append(
+            (int(row["step"]), float(row["choose"]), float(row["report"]))
+        )
+    return runs
+
+
+def by_seed(runs: Runs, ratio: int, optimizer: str) -> list[Job]:
+    """The runs that have every seed; empty where the study did not get that far."""
+    last = [j for j in runs if (j.ratio, j.optimizer, j.seed) == (ratio, optimizer, SEEDS[-1])]
+    found = [dataclasses.replace(last[0], seed=seed) for seed in SEEDS] if last else []
+    return found if all(job in runs for job in found) else []
+
+
+def rows_of(about: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
+    rows = []
+    for ratio in sorted({job.ratio for job in runs}, reverse=True):
+        base = by_seed(runs, ratio, "AdamW")
+        for optimizer in OPTIMIZERS:
+            jobs = by_seed(runs, ratio, optimizer)
+            if not jobs or not base:
+                continue
+            losses, theirs = ([runs[j][-1][2] for j in some] for some in (jobs, base))
+            goal, mean = statistics.mean(theirs), statistics.mean(losses)
+            is_apart = max(losses) < min(theirs) or min(losses) > max(theirs)
+            steps = runs[jobs[0]][-1][0]
+            reached = [step_of(goal, [(s, loss) for s, _, loss in runs[j]]) for j in jobs]
+            tokens = [s / steps for s in reached if s is not None]
+            all_reach = len(tokens) == len(jobs) and optimizer != "AdamW"
+            took, whole = (about["ms"][f"{name}, {ratio}"] for name in (optimizer, "AdamW"))
+            rows.append({
+                "tokens per parameter": ratio, "run": optimizer, "lr": f"{jobs[0].lr:g}",
+                "embedding": f"{jobs[0].embed:.3g}", "head": f"{jobs[0].head:.3g}",
+                "loss": f"{mean:.4f}", "seeds": " ".join(f"{x:.4f}" for x in losses),
+                "spread": f"{max(losses) - min(losses):.4f}", "to AdamW": f"{mean - goal:+.4f}",
+                "apart from AdamW": "-" if optimizer == "AdamW" else "yes" if is_apart else "no",
+                "tokens to AdamW's loss": f"{statistics.mean(tokens):.1%}" if all_reach else "-",
+                "by seed": " ".join(f"{t:.1%}" for t in tokens) if all_reach else "-",
+                "time to AdamW's loss":
+                    f"{statistics.mean(tokens) * took / whole:.1%}" if all_reach else "-",
+                "ms a step": f"{took:.2f}",
+            })  # fmt: skip
+    return rows
+
+
+def grid_of(runs: Runs, ratio: int) -> list[dict[str, Any]]:
+    """Every run with seed 0, by rate: the loss to choose by."""
+    own = [j for j in runs if j.ratio == ratio and j.seed == 0]
+    columns = sorted({(j.optimizer, j.embed, j.head) for j in own})
+    names = {c: c[0] if c[1:] == (1.0, 1.0) else f"{c[0]}, {c[1]:.3g}, {c[2]:.3g}" for c in columns}
+    rows = []
+    for lr in sorted({j.lr for j in own}):
+        found = {(j.optimizer, j.embed, j.head): runs[j][-1][1] for j in own if j.lr == lr}
+        rows.append({"lr": f"{lr:g}"} | {
+            names[c]: f"{found[c]:.4f}" if c in found else "" for c in columns
+        })  # fmt: skip
+    return rows
+
+
+def section(about: dict[str, Any], runs: Runs) -> str:
+    ratios = sorted({job.ratio for job in runs}, reverse=True)
+    whole = [r for r in ratios if all(by_seed(runs, r, name) for name in OPTIMIZERS)]
+    missing = [f"{r} (of which {sum(j.ratio == r for j in runs)} runs were made)" for r in ratios]
+    missing = [said for said, r in zip(missing, ratios, strict=True) if r not in whole]
+    models = [
+        {
+            "tokens per parameter": shape["ratio"],
+            "parameters": f"{about['sizes'][str(shape['ratio'])]['parameters']:,}",
+            "width": shape["width"], "blocks": shape["layers"],
+            "steps": about["sizes"][str(shape["ratio"])]["steps"],
+        }
+        for shape in about["shapes"]
+        if shape["ratio"] in ratios
+    ]  # fmt: skip
+    seen = []
+    for ratio in whole:
+        normuon, muon = (
+            [runs[j][-1][2] for j in by_seed(runs, ratio, name)] for name in ("NorMuon", "Muon")
+        )
+        apart = max(normuon) < min(muon) or min(normuon) > max(muon)
+        words = "further apart than their seeds" if apart else "no further apart than their seeds"
+        mean = statistics.mean(normuon) - statistics.mean(muon)
+        seen.append(f"- {ratio} tokens per parameter: NorMuon and Muon are {words} ({mean:+.4f}).")
+    for ratio in whole:
+        for optimizer in OPTIMIZERS:
+            at = by_seed(runs, ratio, optimizer)[0]
+            same = [j.lr for j in runs if dataclasses.replace(j, lr=at.lr) == at]
+            if at.lr in (min(same), max(same)):
+                seen.append(
+                    f"- {ratio} tokens per parameter: {optimizer}'s rate is an end of those that "
+                    "were tried with\n  its rates for embedding and head; another may be better."
+                )
+    grids = "\n\n".join(
+        f"{r} tokens per parameter:\n\n{markdown(grid_of(runs, r))}" for r in ratios
+    )
+    return f"""## Tokens per parameter
+
+`python -m examples.study.tokens_per_parameter --seconds 385`
+
+{about["on"]}.
+
+{about["corpus"]}.
+
+The GPT of the training study in three sizes, which read about as much of the same text, once, in
+steps of {about["tokens a step"]:,} tokens of bfloat16 autocast. The schedule, the weight decay
+and AdamW's betas are those of the training study. Losses are nats per token. The rates were chosen
+with seed 0 on one part of the validation text (65,536 tokens), and the losses are those of another
+(196,608).
+
+{markdown(models)}
+
+Each optimizer is at its best rate. AdamW's rates for embedding and head (given in parts of `lr`)
+are tuned for it; Muon (`Config(normalize=False)`) and NorMuon (`Config()`) step both with AdamW at
+`lr`, untuned.
+
+![loss by tokens per parameter, and the grids](tokens_per_parameter.png)
+
+{markdown(rows_of(about, runs))}
+
+- The columns are those of the training study. `ms a step` is the time of a run alone, its whole
+  step in one CUDA graph.
+{chr(10).join(seen)}
+- Not finished in the device time that there was, tokens per parameter: {", ".join(missing) or "-"}.
+- What it does not show: a smaller model has more tokens per parameter here, so that a gain which
+  changes may come from either. The models are far smaller than those that people train.
+
+The losses that the rates were chosen by, seed 0; of AdamW also with its rates for embedding and
+head (behind its name, in parts of `lr`):
+
+{grids}
+"""
+
+
+def plot(runs: Runs, file: Path) -> None:
+    ratios = [
+        r for r in sorted({j.ratio for j in runs}) if all(by_seed(runs, r, o) for o in OPTIMIZERS)
+    ]
+    figure, axes = plt.subplots(
+        1, 1 + len(ratios), figsize=(4.5 + 4 * len(ratios), 4.5), layout="constrained"
+    )
+    for k, optimizer in enumerate(OPTIMIZERS):
+        gains = []
+        for ratio in ratios:
+            goal = statistics.mean(runs[j][-1][2] for j in by_seed(runs, ratio, "AdamW"))
+            gains.append([runs[j][-1][2] - goal for j in by_seed(runs, ratio, optimizer)])
+        axes[0].plot(ratios, [*map(statistics.mean, gains)], "o-", color=f"C{k}", label=optimizer)
+        for ratio, some in zip(ratios, gains, strict=True):
+            axes[0].plot([ratio] * len(some), some, "_", color=f"C{k}", markersize=14)
+        for axis, ratio in zip(axes[1:], ratios, strict=True):
+            own = [j for j in runs if (j.ratio, j.optimizer, j.seed) == (ratio, optimizer, 0)]
+            shared = sorted((j for j in own if (j.embed, j.head) == (1, 1)), key=lambda j: j.lr)
+            rates = [j.lr for j in shared], [runs[j][-1][1] for j in shared]
+            axis.semilogx(*rates, "o-", color=f"C{k}", label=optimizer)
+            tuned = [j for j in own if (j.embed, j.head) != (1, 1)]
+            if tuned:
+                points = [j.lr for j in tuned], [runs[j][-1][1] for j in tuned]
+                axis.semilogx(*points, "x", color=f"C{k}", label=f"{optimizer}, own rates")
+    axes[0].set(
+        xlabel="tokens per parameter", ylabel="loss, less AdamW's mean", title="Three seeds each"
+    )
+    for axis, ratio in zip(axes[1:], ratios, strict=True):
+        low = min(runs[j][-1][1] for j in runs if j.ratio == ratio)
+        axis.set(xlabel="peak learning rate", title=f"{ratio} tokens per parameter, seed 0")
+        axis.set_ylim(0.99 * low, 1.13 * low)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def parse() -> tuple[argparse.Namespace, Options]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -549,7 +764,8 @@ def parse() -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--at-once", type=int, default=4, help="runs on the device")
     parser.add_argument("--steps", type=int, help="of every run, to try the command")
     parser.add_argument("--tiny", action="store_true", help="models of nothing, uncompiled")
-    parser.add_argument("--from-runs", action="store_true", help="table and figure alone")
+    parser.add_argument("--from-runs", action="store_true", help="train nothing")
+    parser.add_argument("--from-csv", action="store_true", help="from the CSV and JSON in --out")
     parser.add_argument("--pack", type=Path, help="also write all files of runs to this .tar.gz")
     args = parser.parse_args()
     args.out = args.out or (args.runs if args.tiny or args.steps else FOLDER)
@@ -563,17 +779,25 @@ def parse() -> tuple[argparse.Namespace, Options]:
 
 def main() -> None:
     args, options = parse()
-    if not args.from_runs:
+    name = "tokens_per_parameter"
+    if not (args.from_runs or args.from_csv):
         try:
             run_all(options, args.seconds)
         finally:
-            sizes = [*map(dataclasses.asdict, options.sizes)]
-            about = {"corpus": str(Corpus.load(args.corpus)), "sizes": sizes}
-            options.save("about", about)
             if args.pack:
                 with tarfile.open(args.pack, "w:gz") as packed:
                     for file in sorted(args.runs.glob("*.json")):
                         packed.add(file, file.name)
+    if not args.from_csv:
+        about, curves = collect(options, str(Corpus.load(args.corpus)))
+        write_csv(args.out / f"{name}.csv", curves)
+        (args.out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+    about = json.loads((args.out / f"{name}.json").read_text())
+    runs = runs_of(read_csv(args.out / f"{name}.csv"))
+    if any(all(by_seed(runs, r, o) for o in OPTIMIZERS) for r in {job.ratio for job in runs}):
+        plot(runs, args.out / f"{name}.png")
+    write_section(args.out / "RESULTS.md", "tokens per parameter", section(about, runs))
+    print(section(about, runs))
 
 
 if __name__ == "__main__":
