@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .handles import remembered
 from .lazy import HAS_TRITON, INTERPRETED, jit, loaded, tl
 
 # int16 is the part of a float32 master that its bfloat16 parameter lacks: see rounding.py.
@@ -38,7 +39,12 @@ def has_kernel(*lists: Sequence[Tensor]) -> bool:
     Raises:
         ImportError: the tensors would go to the kernels, but triton is not installed.
     """
-    return kernels_for(lists[0][0].device, {x.dtype for tensors in lists for x in tensors})
+    dtypes = set().union(*(remembered(tensors, _dtypes) for tensors in lists))
+    return kernels_for(lists[0][0].device, dtypes)
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
+    return {x.dtype for x in tensors}
 
 
 _compiled: dict[Hashable, Any] = {}

@@ -42,7 +42,8 @@ class Kernel:
         return loaded(self)[grid]
 
 
-tl: Any = _Language()
+_IS_THERE = "triton" in sys.modules  # somebody else imported it: then nothing has to wait
+tl: Any = importlib.import_module("triton.language") if _IS_THERE else _Language()
 _waiting: list[Kernel] = []
 _lock = threading.RLock()
 
@@ -51,6 +52,8 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
     """`triton.jit`, later; the function itself where triton is not installed."""
     if not HAS_TRITON:
         return function
+    if _IS_THERE:
+        return importlib.import_module("triton").jit(function, **options)
     kernel = Kernel(function, options)
     _waiting.append(kernel)
     return kernel

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode
+from ..compat.collection import without_collection
 from ..distributed import placements
+from ..persistence.gathered import gather_state
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.make_plan import plan_of
@@ -67,7 +69,9 @@ class Planner:
         config: Config,
         mesh: Ranks | Alone | None,
         guard_mesh: Ranks | None,
+        owners: dict[str, int],  # see planning/replicas.py; planners of one optimizer go on with it
     ) -> None:
+        self.owners = owners
         self.fingerprint = fingerprint_of(groups)
         self.named, self.group_of = names_of(added)
         self._decisions = {
@@ -85,6 +89,7 @@ class Planner:
         self._chosen: Chosen | None = None  # what the ranks have agreed on
         self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
 
+    @without_collection
     def prepare(self, states: States, begun: set[str]) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
         if self._config.master == "none":
@@ -187,6 +192,7 @@ class Planner:
             self._guard_mesh,
             self.group_of if self.hyper.several else None,
             self._alike,
+            self.owners,
         )
         self._alike = plan.guard.alike
         for ranks in plan.shared_by:
@@ -200,12 +206,41 @@ class Planner:
 
         Returns the names of the parameters that were stepped, as far as that is known now.
         """
-        load(states, self.named, saved.states, lambda of: self.kinds(of, states, begun))
+        given = {
+            name: {kind: x for kind, x in kinds.items() if f"{name}.{kind}" not in self._elsewhere}
+            for name, kinds in saved.states.items()
+        }
+        load(states, self.named, given, lambda of: self.kinds(of, states, begun))
         states.update(saved.others)
         for planned in self.steps.values():
             self.collect(planned, states, begun)
         step = next((states[p]["step"] for p in self.named.values() if p in states), 0)
         return {name for name in (self.named if step > 0 else begun) if saved.states[name]}
+
+    @property
+    def _elsewhere(self) -> set[str]:
+        """The state that this rank lacks, because replicas share it."""
+        return {key for step in self.steps.values() for key in step.plan.owned.elsewhere}
+
+    @torch.no_grad()
+    def gathered(self, states: States) -> dict[Any, dict[str, Any]]:
+        """``optimizer.state`` with copies of what other ranks own: a collective of the replicas."""
+        found = {p: dict(kinds) for p, kinds in states.items()}
+        done: set[str] = set()
+        for planned in self.steps.values():
+            plan, new = planned.plan, [name for name in planned.params if name not in done]
+            if plan.owned.group is not None and new:
+                own = dict(planned.state)
+                for name, p in planned.params.items():
+                    own |= {
+                        key: x for kind, x in states[p].items() if (key := f"{name}.{kind}") in own
+                    }
+                whole = gather_state(own, plan)
+                for name in [name for name in new if name in plan.owned.owners]:
+                    kept = {kind: whole[f"{name}.{kind}"] for kind in plan.owned.kinds}
+                    found[planned.params[name]].update(kept)
+            done.update(new)
+        return found
 
     def kinds(self, chosen: Chosen, states: States, begun: set[str]) -> dict[str, set[str]]:
         """By name, the kinds of state that a step of the chosen parameters reads.
