@@ -1,6 +1,6 @@
 """A user's file with the calls that the documentation shows: only to be checked, never run.
 
-`make lint` checks it with mypy --strict, test_types.py with pyright where it is installed.
+`make lint` checks it with mypy --strict, and .ci/release with pyright against the built wheel.
 """
 
 from __future__ import annotations
