@@ -34,7 +34,7 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     number per row; heads and splits have their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"``
     as the parameter; with `Config.master` also ``"<name>.mantissa"`` (int16) or ``"<name>.master"``
     (float32), as the parameter; ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d
-    int32.
+    int32. With ``Config(replicas="share")`` the state of what other ranks own is not there.
 
     Ranks that share work compare their plans here: a collective. ``init(plan, params)``, the order
     of version 0.1, is accepted too.

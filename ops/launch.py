@@ -73,7 +73,8 @@ def launch(
     if INTERPRETED:
         kernel[(programs,)](*pointers, *constants, **options)
         return
-    device = next(x.device for x in pointers if isinstance(x, Tensor))
+    bases = (getattr(x, "base", x) for x in pointers)  # of descriptors
+    device = next(x.device for x in bases if isinstance(x, Tensor))
     key = (kernel, device, constants, *options.values(), *map(_variant, pointers))
     found = _compiled.get(key)
     if device.index != torch.cuda.current_device():  # Triton launches on the current device

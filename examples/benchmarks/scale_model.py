@@ -10,6 +10,9 @@
     hsdp     [Replicate, Shard(0)], 8 ranks a shard group, one node each
     ddp      replicated, every rank orthogonalizes its share
 
+Between nodes as many replicas share a bucket as the plan decides, by the same rates as here
+(normuon_fn/distributed/cost.py): with other rates it would decide otherwise.
+
 Counted: the step runs on tensors without values under a fake process group, and every collective
 that it calls is caught with the sizes it has for every other rank. A count is of one rank; of
 several (those that own most, in all and of a shape, or least, the first and the last) the largest

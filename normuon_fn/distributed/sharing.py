@@ -30,12 +30,17 @@ _groups: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = 
 def replicas_to_share(load: Load) -> int:
     """How many replicas share these matrices; the same on all ranks."""
     every = len(load.ranks)
-    nodes = {rank // cost.NODE for of_replica in load.ranks for rank in of_replica}
-    if every == 1 or len(nodes) == 1:
+    if not is_open(load):
         return every
     seconds = {k: load.step(k) for k in range(1, every + 1) if every % k == 0}
     enough = RELATIVE * min(seconds.values()) + SECONDS
     return max(k for k, t in seconds.items() if t <= enough)
+
+
+def is_open(load: Load) -> bool:
+    """Whether it is a question at all: there are replicas, and ranks of several nodes."""
+    nodes = {rank // cost.NODE for of_replica in load.ranks for rank in of_replica}
+    return len(load.ranks) > 1 and len(nodes) > 1
 
 
 def global_ranks(ownership: Ownership) -> tuple[tuple[int, ...], ...]:

@@ -65,10 +65,11 @@ def make_plan(
             vectors AdamW, by names and shapes; what these cannot tell for certain is said in one
             warning. Or the table of `routes_for`, which has an entry for every parameter.
         mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
-            orthogonalizes a share. ``"alone"``: no other rank has them, so that this rank decides
-            alone what its guard skips, unless there is a ``guard_mesh``. ``None`` beside a guard
-            is taken for that with a warning, where there are other ranks. DTensors bring their own
-            mesh.
+            orthogonalizes a share. Replicas on several nodes share in blocks where that is
+            predicted to be faster, which ``str(plan)`` says: with them, this is a collective.
+            ``"alone"``: no other rank has them, so that this rank decides alone what its guard
+            skips, unless there is a ``guard_mesh``. ``None`` beside a guard is taken for that with
+            a warning, where there are other ranks. DTensors bring their own mesh.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
             may have other parameters; all of them need the same guard. With it, this is a
             collective. Plain tensors of the same names and shapes on all of them, without

@@ -12,7 +12,8 @@ from ..algorithm.coefficients import CoefficientSet
 from ..algorithm.orthogonalize import Form, choose
 from ..distributed.cost import Load
 from ..distributed.owners import Ownership
-from ..distributed.sharing import global_ranks, narrowed, replicas_to_share
+from ..distributed.placements import check_alike
+from ..distributed.sharing import global_ranks, is_open, narrowed, replicas_to_share
 from ..types import Config, Row
 from .parameters import Decided, Piece
 
@@ -27,7 +28,11 @@ def with_sharing(
     """The same parameters, whose matrices as many replicas share as is predicted to be fastest.
 
     And a line for every shape of matrices that not all replicas share. What an orthogonalizer of
-    the caller's own costs nobody knows: there all share.
+    the caller's own costs nobody knows: there all share. A collective where replicas are on several
+    nodes.
+
+    Raises:
+        ValueError: another rank decides otherwise, because its matrices or options are others.
     """
     if config.orthogonalizer is not None:
         return list(decided), ()
@@ -38,6 +43,7 @@ def with_sharing(
                 alike.setdefault(_key(each, piece), []).append(piece)
     found: dict[Any, int] = {}
     lines: list[str] = []
+    said: dict[str, list[str]] = {}  # by process group
     for key, pieces in alike.items():
         (short, long), dtype, *_ = key
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, dtype)
@@ -45,8 +51,13 @@ def with_sharing(
         assert ownership is not None
         load = load_of(form, chosen.rows, short, long, matrices, ownership)
         found[key], every = replicas_to_share(load), len(load.ranks)
+        if is_open(load):
+            what = f"{matrices} matrices {short}x{long}: {found[key]} of {every} replicas share"
+            said.setdefault(ownership.group, []).append(what)
         if found[key] < every:
             lines.append(_line(load, found[key]))
+    for group, texts in said.items():  # before any rank waits for others to make a group
+        check_alike(texts, group)
     if not lines:
         return list(decided), ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import pytest
 import torch
@@ -65,11 +66,26 @@ def test_all_ranks_decide_alike_and_blocks_divide_their_work_in_the_same_way() -
     assert len({plan.notes for plan in plans}) == 1 and len(plans[0].notes) == 1
     assert "8 of 16 replicas share the work" in plans[0].notes[0]
     assert plans[0].notes[0] in str(plans[0])
-    few, every = ([plan.buckets[k].groups[0].ownership for plan in plans] for k in range(2))
+    few, every = (
+        [b.groups[0].ownership for plan in plans for b in plan.buckets if b.rows == rows]
+        for rows in (2048, 8)
+    )
     assert all(x is not None and x.narrowed for x in few)
     assert len({x.counts for x in few if x is not None}) == 1
     assert [x.replicas.number for x in few if x is not None] == [0, 7, 0, 7]
     assert all(x is not None and not x.narrowed for x in every)
+
+
+@pytest.mark.parametrize("world", [NODE, 2 * NODE])
+def test_ranks_of_several_nodes_compare_what_they_decide_before_one_waits_for_another(
+    world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[list[str]] = []
+    sharing = import_module("normuon_fn.planning.sharing")
+    monkeypatch.setattr(sharing, "check_alike", lambda lines, group: said.append(lines))
+    plan_of(world, 0, [(8, 24)] * 5)
+    asked = ["5 matrices 8x24: 16 of 16 replicas share"]
+    assert said == ([] if world == NODE else [asked])
 
 
 def test_an_orthogonalizer_of_ones_own_is_shared_by_all() -> None:
