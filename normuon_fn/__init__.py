@@ -22,6 +22,7 @@ from .runtime.compiled import step, step_
 if TYPE_CHECKING:
     from .diagnostics.capture import capture
     from .diagnostics.monitor import Skip, SkipMonitor
+    from .diagnostics.own_stage import check_stage
     from .diagnostics.skips import NonFiniteStepError, check
     from .optim.callbacks import lightning_callback, trainer_callback
     from .optim.normuon import NorMuon
@@ -51,6 +52,7 @@ __all__ = [
     "StepResult",
     "capture",
     "check",
+    "check_stage",
     "convert_state",
     "for_trainer",
     "foreach_step_",
@@ -79,6 +81,7 @@ _LATER = {
     "SkipMonitor": "diagnostics.monitor",
     "capture": "diagnostics.capture",
     "check": "diagnostics.skips",
+    "check_stage": "diagnostics.own_stage",
     "NorMuon": "optim.normuon",
     "convert_state": "persistence.converters",
     "for_trainer": "optim.trainer",

@@ -17,6 +17,7 @@ from .compat.graphs import is_functionalized, is_traced
 from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
 from .planning.common import agree_on_step
+from .planning.hyperball import check_sizes
 from .planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from .planning.memory import check_writable
 from .planning.plan import Plan
@@ -31,17 +32,19 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     Everything begins as zeros, except a float32 master, which begins as its parameter.
 
     Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one
-    number per row; heads and splits have their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"``
-    as the parameter; with `Config.master` also ``"<name>.mantissa"`` (int16) or ``"<name>.master"``
-    (float32), as the parameter; ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d
-    int32. With ``Config(replicas="share")`` the state of what other ranks own is not there.
+    number per row; heads and splits have their own), with ``Config(reduction="entries")`` as the
+    parameter; ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; with `Config.master`
+    also ``"<name>.mantissa"`` (int16) or ``"<name>.master"`` (float32), as the parameter;
+    ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d int32. With
+    ``Config(replicas="share")`` the state of what other ranks own is not there.
 
     Ranks that share work compare their plans here: a collective. ``init(plan, params)``, the order
     of version 0.1, is accepted too.
 
     Raises:
         TypeError: ``plan`` is not a Plan.
-        ValueError: ``params`` are not those of the plan, or another rank has another plan.
+        ValueError: ``params`` are not those of the plan, another rank has another plan, or a matrix
+            that is to keep its norm is zero.
     """
     if isinstance(params, Plan):
         params, plan = plan, params
@@ -50,6 +53,7 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     check_tensors(plan, "params", params, {p.name: p.spec for p in plan.parameters})
     for group in plan.shared_by:
         check_alike(plan.summary, group)
+    check_sizes(plan, params)
     state = {}
     for key, spec in plan.state.items():
         tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device)

@@ -23,6 +23,8 @@ STATES = (State("exp_avg", "entry"), State("exp_avg_sq", "entry"))
 class AdamWWork(Work):
     """Parameters of one learning rate, of any shapes, updated when the guard has decided."""
 
+    states: tuple[State, ...] = STATES
+
     def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
         self.members, self.runs, self.context = members, runs, context
         self.moments: Sequence[list[Tensor]] = ()  # exp_avgs, exp_avg_sqs, grads
@@ -41,8 +43,7 @@ class AdamWWork(Work):
                 found = ops.AdamWRates(*(x.expand(count).contiguous() for x in found))
             self.rates, self.lr, self.decay = found, lr, decay
             self.bad = context.operators.adamw_flags(first, second, self.moments[2], self.rates)
-            if context.config.guard != "off" and members.read("param")[0].dtype == torch.float16:
-                self.bad = self._with_overflow(self.bad)
+            self.look_at_float16()
 
     def bad_gradients(self) -> Tensor:
         """Updates included: they are known by now."""
@@ -57,7 +58,7 @@ class AdamWWork(Work):
     def apply(self) -> None:
         if not self.moments:
             return
-        names = ["param", *(state.name for state in STATES)]
+        names = ["param", *(state.name for state in self.states)]
         if self.members.kind.master:
             names.insert(1, self.members.kind.master)
         new = self._new(self.context.operators, self.skip)
@@ -74,7 +75,10 @@ class AdamWWork(Work):
         chance = (context.step, members.salts) if members.salts else ()
         return operators.adamw(params, *how, *chance)
 
-    def _with_overflow(self, bad: Tensor) -> Tensor:
-        """``bad``, and updates that float16 cannot hold: one more pass, for no other dtype."""
+    def look_at_float16(self) -> None:
+        """Behind a guard, updates that float16 cannot hold are bad too: one more pass for them."""
+        bad, param = self.bad, self.members.read("param")[0]
+        if bad is None or self.context.config.guard == "off" or param.dtype != torch.float16:
+            return
         params = self._new(ops.Operators(self.context.operators.kernels, False), None)[0]
-        return torch.stack([bad[0] | ~ops.all_finite(params), bad[1]])
+        self.bad = torch.stack([bad[0] | ~ops.all_finite(params), bad[1]])

@@ -10,60 +10,19 @@ Read `MatrixWork` from top to bottom. What matrices that ranks share need: distr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import Measures
+from . import finishing
 from .momentum import keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .orthogonalize import carry, iterate, to_norm
-from .weight_decay import rates
+from .precondition import PRECONDITIONERS, gathered_wide, preconditioned
+from .updates import Front, Update
+from .weight_decay import WEIGHT_DECAYS, rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
-
-
-class Front(NamedTuple):
-    """What is to be orthogonalized, and what it takes to bring it to norm 1."""
-
-    groups: list[Members[MatrixKind]]
-    sizes: list[int]  # how many tensors each group has
-    # Of all groups in order: the new ones; with `Context.holds_late` still the old ones.
-    momentums: list[Tensor]
-    grads: list[Tensor]
-    measures: Measures  # see ops/advance.py
-    stacks: list[Tensor] | None = (
-        None  # the momentums as one stack per group, where `advance` has them anyway
-    )
-    matrices: slice = slice(None)  # which of the bucket's these are
-
-    def part(self, groups: slice) -> Front:
-        """The same of some groups."""
-        start = sum([group.count for group in self.groups[: groups.start]])
-        end = start + sum([group.count for group in self.groups[groups]])
-        first = sum(self.sizes[: groups.start])
-        last = first + sum(self.sizes[groups])
-        return Front(
-            self.groups[groups],
-            self.sizes[groups],
-            self.momentums[first:last],
-            self.grads[first:last],
-            Measures(*(x[start:end] for x in self.measures)),
-            None if self.stacks is None else self.stacks[groups],
-            slice(start, end),
-        )
-
-
-class Update(NamedTuple):
-    """One group before the guard decides: its parameters change by ``-lr * factor * update``."""
-
-    group: Members[MatrixKind]
-    update: Tensor  # [n, rows, cols], orthogonalized
-    factor: Tensor  # [n, rows, 1] or [n, 1, cols]
-    old: tuple[Tensor, ...]  # states of the normalize stage
-    new: tuple[Tensor, ...]
-    finite: Tensor  # [n] bool
 
 
 class MatrixWork(Work):
@@ -173,28 +132,66 @@ class MatrixWork(Work):
     def _orthogonalize(self, front: Front) -> None:
         """One stack; cut into groups again, and tall ones transposed back."""
         parts = self.iterated(self.to_norm_1(front)).split([g.count for g in front.groups])
+        updates = []
         for group, part in zip(front.groups, parts, strict=True):
             update = part.mT if group.kind.tall else part
             old = tuple(ops.stack(group.read(s.name)) for s in self.context.stages.normalize.states)
             found = self.normalized(group, update, old)
-            self.updates.append(
-                Update(group, update, found.factor, old, found.states, found.finite)
-            )
+            updates.append(Update(group, update, found.factor, old, found.states, found.finite))
+        self.updates += self.finished(updates)
         if self.context.at_once:
             self._apply_updates()
 
+    def finished(self, updates: list[Update]) -> list[Update]:
+        """With what needs numbers of whole matrices; mostly nothing does. See finishing.py."""
+        config = self.context.config
+        begun: dict[int, finishing.Begun] = {}
+        for k, update in enumerate(updates):
+            needs = finishing.needs_of(update.group.kind, config)
+            if any(needs) and update.group.local:
+                beta2 = ops.per_matrix(update.group.rates.hyper.beta2)
+                begun[k] = finishing.begin(update, needs, beta2, config)
+        totals, found = self.over_shards(begun), list(updates)
+        for k, each in begun.items():
+            needs = finishing.needs_of(each.update.group.kind, config)
+            lr, _ = self._rates(each.update)
+            found[k] = finishing.end(each, totals[k], needs, lr, config)
+        return found
+
+    def over_shards(self, begun: dict[int, finishing.Begun]) -> dict[int, dict[str, Tensor]]:
+        """The sums over whole matrices, by the place of an update."""
+        return {k: each.sums for k, each in begun.items()}
+
     def to_norm_1(self, front: Front) -> Tensor:
-        """[n, rows <= cols], times `carry`."""
+        """[n, rows <= cols], preconditioned, times `carry`."""
         _, power, squares = front.measures
-        if self.context.config.orthogonalizer is not None:
+        config = self.context.config
+        if PRECONDITIONERS[config.precondition].function is not None:
+            stack = self.gathered(front, power, torch.ones_like(power))
+            parts = stack.split([g.count for g in front.groups]) if front.groups[1:] else [stack]
+            kinds = [group.kind for group in front.groups]
+            found = [self.preconditioned(*each) for each in zip(kinds, parts, strict=True)]
+            return torch.cat(found) if len(found) > 1 else found[0]
+        if config.orthogonalizer is not None:
             power = inverse = torch.ones_like(power)
         else:
             inverse = to_norm(squares, self.stack.coefficients, self.stack.form.dtype)
         return self.gathered(front, power, inverse)
 
+    def preconditioned(self, kind: MatrixKind, stack: Tensor) -> Tensor:
+        """The matrices of one group, rows <= cols, whose largest entries are in [2, 4)."""
+        own, form = self.context.config.orthogonalizer is not None, self.stack.form
+        return preconditioned(
+            stack,
+            self.context.config,
+            along=-1 if kind.transposed == kind.tall else -2,
+            norm=1.0 if own else carry(form.dtype) / self.stack.coefficients.norm_factor,
+            dtype=self.stack.wide if own else form.dtype,
+        )
+
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
-        context, own = self.context, self.context.config.orthogonalizer is not None
+        context, wide = self.context, gathered_wide(self.context.config)
         beta = context.hyper.momentum
         if front.matrices != slice(None):
             beta = ops.part_of(beta, front.matrices)
@@ -207,7 +204,7 @@ class MatrixWork(Work):
             front.sizes,
             rule=self._rule,
             ahead=context.holds_late,
-            dtype=self.stack.wide if own else self.stack.form.dtype,
+            dtype=self.stack.wide if wide else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
         )
@@ -215,7 +212,6 @@ class MatrixWork(Work):
     def iterated(self, stack: Tensor) -> Tensor:
         """Orthogonalized, by Newton-Schulz or the caller's own function."""
         own, rows, cols = self.context.config.orthogonalizer, self.stack.rows, self.stack.cols
-        stack = self.context.stages.precondition.function(stack)
         if own is None:
             whole = iterate(stack, self.stack.coefficients, self.stack.form)
         else:
@@ -267,7 +263,8 @@ class MatrixWork(Work):
     def _apply_to_parameters(self, update: Update) -> None:
         context, group, kind = self.context, update.group, update.group.kind
         lr, decay = self._rates(update)
-        cautious = context.stages.weight_decay.cautious
+        decay = decay if update.decay is None else update.decay
+        cautious = WEIGHT_DECAYS[kind.decay].cautious
         how = (update.update, update.factor * ops.per_matrix(lr), decay, self.skip)
         params, operators = group.read("param"), context.operators
         if kind.master:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..types import Config
 from .momentum import MOMENTA, Momentum
-from .normalize import NORMALIZERS, Normalizer
+from .normalize import NORMALIZERS, Normalizer, normalizer_of
 from .precondition import PRECONDITIONERS, Preconditioner
 from .state import State
 from .weight_decay import WEIGHT_DECAYS, WeightDecay
@@ -47,7 +47,7 @@ def stages_of(config: Config) -> Stages:
     """The stages that ``config`` names."""
     return Stages(
         MOMENTA[config.momentum_form],
-        PRECONDITIONERS["none"],
-        NORMALIZERS["neuron" if config.normalize else "none"],
+        PRECONDITIONERS[config.precondition],
+        NORMALIZERS[normalizer_of(config)],
         WEIGHT_DECAYS[config.weight_decay_form],
     )

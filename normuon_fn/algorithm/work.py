@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..types import Config, Hyper
+from ..types import Config, DecayForm, Hyper
 from .coefficients import CoefficientSet
 from .guard import Decision
 from .orthogonalize import Form
@@ -68,6 +68,8 @@ class MatrixKind(Kind):
     rows: int
     cols: int
     transposed: bool = False  # the outputs are the columns
+    decay: DecayForm = "decoupled"
+    cautious_update: bool = False  # entries against the sign of the gradient do not move
 
     @property
     def tall(self) -> bool:

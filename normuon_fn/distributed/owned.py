@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..algorithm.bucket import Front, MatrixWork, Update
+from ..algorithm.bucket import MatrixWork
+from ..algorithm.updates import Front, Update
 from ..algorithm.work import Context, MatrixKind, Members, Stack
 from ..compat import group_named
 from .messages import Exchange
@@ -99,16 +100,15 @@ class OwnedWork(SharedWork):
 
     def receive(self) -> None:
         assert self.sent is not None
-        finite = []
         for k, part in enumerate(self.exchange.receive_back(self.sent)):
             group, dim, wide = self.all_groups[k], self._line_dim(k), self.stack.wide
             update = part.x.mT if group.kind.tall else part.x
             factor = part.factor.unsqueeze(dim).to(wide)
             self.updates.append(Update(group, update, factor, (), (), part.finite))
-            finite.append(part.finite & self.fits(self.updates[-1]))
             new = (state[self.places[k]].unsqueeze(dim).to(wide) for state in part.states)
             self.new_lines.append(tuple(new) if self.owned[k].count else ())
-        self.finite = torch.cat(finite)
+        self.updates = self.finished(self.updates)
+        self.finite = torch.cat([update.finite & self.fits(update) for update in self.updates])
 
     def apply(self) -> None:
         super().apply()

@@ -17,6 +17,7 @@ from ..distributed import placements
 from ..persistence.gathered import gather_state
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
+from ..planning.hyperball import check_sizes
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_each_writable
 from ..planning.plan import Plan
@@ -197,6 +198,7 @@ class Planner:
         self._alike = plan.guard.alike
         for ranks in plan.shared_by:
             placements.check_alike(plan.summary, ranks)
+        check_sizes(plan, params)
         planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)
         self.collect(planned, states, begun)
         return planned

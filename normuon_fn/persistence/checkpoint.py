@@ -30,7 +30,7 @@ from .file_format import DTYPES, read, require_safetensors, write
 
 # The options that decide what the state means, or how a state of the same shape is laid out.
 # A run does not continue from a state that was saved with another value of one of them.
-_CONFIG_OF_STATE = ("momentum_form", "reduction")
+_CONFIG_OF_STATE = ("momentum_form", "reduction", "other")
 _ROUTE_OF_STATE = ("algorithm", "flatten", "heads", "splits", "dim", "transposed")
 
 

@@ -16,6 +16,7 @@ from .. import ops
 from ..algorithm.coefficients import CoefficientSet, resolve
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
+from ..algorithm.precondition import gathered_wide
 from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
 from ..algorithm.work import Own
@@ -217,7 +218,7 @@ def _matrix_buckets(
             ]
             found.append(Bucket(**common, rates_at=added(table, each)))
             continue
-        dtype = wide if config.orthogonalizer is not None else form.dtype
+        dtype = wide if gathered_wide(config) else form.dtype
         # The powers of two of float64 momentums reach further than those of float32.
         numbers = torch.float64 if exact else wide
         shards = _group_shards(groups, config, stages)

@@ -139,7 +139,8 @@ class Plan:
         rows = [("parameter", "shape", "dtype", "route", "matrices", "why")]
         for p in self.parameters:
             rates = (("lr*", p.route.lr_mul), ("wd*", p.route.wd_mul))
-            route = p.route.algorithm + "".join(f" {k}={v:g}" for k, v in rates if v != 1.0)
+            rule = self.config.other if p.route.algorithm == "adamw" else p.route.algorithm
+            route = rule + "".join(f" {k}={v:g}" for k, v in rates if v != 1.0)
             shape = "x".join(map(str, p.spec.shape)) or "scalar"
             read = "; ".join(how.get(p.name, ["-"]))
             rows.append((p.name, shape, short_name(p.spec.dtype), route, read, p.reason))

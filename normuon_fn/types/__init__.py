@@ -20,7 +20,8 @@ from .config import Method as Method
 from .config import MissingGrads as MissingGrads
 from .config import MomentumForm as MomentumForm
 from .config import Orthogonalizer as Orthogonalizer
-from .config import Preset as Preset
+from .config import Other as Other
+from .config import Precondition as Precondition
 from .config import Reduction as Reduction
 from .config import Row as Row
 from .config import Scale as Scale
@@ -31,3 +32,4 @@ from .hyper import LARGEST as LARGEST
 from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper
 from .hyper import check_number as check_number
+from .presets import Preset as Preset

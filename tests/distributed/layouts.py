@@ -71,7 +71,13 @@ COUNTERS = ("guard.step", "guard.skipped", "guard.consecutive")
 GUARDS = ("off", "output", "full")
 ON = [("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
 STAGES = ("gradient", "momentum", "variance")
-FAULTED = {1: (), 2: ("owned", "Shard(0)", "Shard(1)"), 4: ("HSDP", "strided")}
+STATES = ("momentum", "variance", "exp_avg", "exp_avg_sq", "master")
+# Layouts, some with one of `VARIANTS`, of which shards alone know whether their part is finite.
+FAULTED = {
+    1: (),
+    2: ("owned", "Shard(0)", "Shard(1)", "Shard(1) adamuon"),
+    4: ("HSDP", "strided", "HSDP adamuon"),
+}
 COMPILED = {1: (), 2: ("ddp", "owned", "Shard(0)", "Shard(1)"), 4: ()}
 SMALL = ("uneven",)  # what is compiled: a compiler's time is by the parameter
 EVEN = ("square",)  # shards alike: the ranks share what Inductor compiles
@@ -97,6 +103,8 @@ def config(form: str, **overrides: Any) -> nm.Config:
         return nm.Config(method=form, **overrides)
     if form in ("dion", "modded_nanogpt"):
         return nm.Config.preset(form, **overrides)
+    if form in VARIANTS:
+        return nm.Config.preset(**{"name": "paper", **VARIANTS[form], **overrides})
     if form == "own":
         return nm.Config(orthogonalizer=own, **overrides)
     if form == "muon":
@@ -105,7 +113,14 @@ def config(form: str, **overrides: Any) -> nm.Config:
     return nm.Config(method="standard", **{**overrides, "orthogonalize_dtype": torch.bfloat16})
 
 
-FORMS = ("standard", "gram", "dion", "modded_nanogpt", "own", "muon", "bfloat16")
+# What is decided by numbers of whole matrices, of which a shard has a part.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nanochat": {"name": "nanochat"},
+    "adamuon": {"name": "adamuon", "cautious_update": True},
+    "hyperball": {"weight_decay_form": "hyperball", "master": "fp32"},
+    "floor": {"update_floor": 0.5, "reduction": "short", "cautious_update": True},
+}
+FORMS = ("standard", "gram", "dion", "modded_nanogpt", "own", "muon", "bfloat16", *VARIANTS)
 LONG = {
     ("Shard(0)", "standard", "full"),
     ("Shard(1)", "gram", "full"),
@@ -129,7 +144,9 @@ def forms_of(layout: str, world: int) -> tuple[str, ...]:
     other form has a turn on one or two of the layouts of four.
     """
     if world < 4 or layout == "HSDP":
-        return FORMS
+        without = layout in ("group", "Replicate")  # for `VARIANTS` they are as ddp
+        refused = ("adamuon", "floor") if layout == "owned" else ()  # they read more than owners do
+        return tuple(x for x in FORMS if x not in (VARIANTS if without else refused))
     return (FORMS[0], *(FORMS[ON_FOUR.index(layout) :: 3] if layout in ON_FOUR else ()))
 
 
@@ -275,11 +292,7 @@ def local(x: Tensor) -> Tensor:
 def owner(name: str) -> str:
     """The parameter that a state tensor belongs to."""
     return next(
-        (
-            p
-            for p in SHAPES
-            if name in (p, *(f"{p}.{k}" for k in ("momentum", "variance", "exp_avg", "exp_avg_sq")))
-        ),
+        (p for p in SHAPES if name in (p, *(f"{p}.{k}" for k in STATES))),
         "",
     )
 
@@ -486,10 +499,12 @@ class _Rank:
     def faults(self) -> Seen:
         seen = {}
         for kind in FAULTED[self.world]:
-            layout = self.layouts[kind]
+            place, _, form = kind.partition(" ")
+            layout = self.layouts[place]
             for guard, scope in ON:
                 params = layout.place(tensors(0))
-                plan = layout.plan(params, config("standard", guard=guard, guard_scope=scope))
+                own = config(form or "standard", guard=guard, guard_scope=scope)
+                plan = layout.plan(params, own)
                 warm = nm.update(
                     params, layout.place(tensors(1)), nm.init(plan, params), hyper_of(params), plan
                 )
