@@ -102,6 +102,21 @@ def configs() -> None:
     nm.Config(coefficients=nm.COEFFICIENTS["simple"].rows[:5])
     for name in nm.COEFFICIENTS:
         print(name)
+    nm.Config.preset("adamuon", guard="full")
+    nm.Config(other="lion", replicas="share")
+    nm.check_stage(lambda x: x / x.norm(dim=(-2, -1), keepdim=True), rows=4, cols=6)
+
+
+def heard(skip: nm.Skip) -> None:
+    print(skip.step, skip.consecutive, skip.skipped, skip.names, skip.message)
+
+
+def after(result: nm.StepResult, plan: nm.Plan) -> dict[str, Tensor]:
+    try:
+        nm.SkipMonitor(plan, on_skip=heard)(result)
+    except nm.NonFiniteStepError as error:
+        print(error)
+    return nm.gather_state(dict(result.state), plan)
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -123,6 +123,12 @@ def test_the_names_that_come_later_are_all_there() -> None:
         _ = normuon_fn.nothing  # type: ignore[attr-defined]
 
 
+def test_type_checkers_read_a_call_of_every_public_name() -> None:
+    """`make lint` has mypy read the file, and .ci/release pyright."""
+    written = set(re.findall(r"\bnm\.(\w+)", (ROOT / "tests" / "documented_calls.py").read_text()))
+    assert written == set(normuon_fn.__all__)
+
+
 def test_wheel_and_sdist_have_all_that_a_run_and_a_type_checker_need(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     source, there = tmp_path / "source", tmp_path / "there"
