@@ -18,7 +18,7 @@ import torch
 
 from compile_tests.test_operators import BASE, arguments
 from normuon_fn import ops
-from normuon_fn.ops import products
+from normuon_fn.ops import lazy, products
 
 triton = pytest.importorskip("triton")
 ahead_of_time = importlib.import_module("compile_tests.test_kernels_ahead_of_time")
@@ -37,6 +37,7 @@ def modules() -> Iterator[ModuleType]:
         yield importlib.import_module(f"normuon_fn.ops.{found.name}")
 
 
+lazy.load()
 KERNELS = {
     value.__name__: value
     for module in modules()

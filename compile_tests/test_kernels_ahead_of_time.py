@@ -17,6 +17,7 @@ from normuon_fn.ops import (
     apply,
     gather,
     launch,
+    lazy,
     product_configs,
     product_kernels,
     product_launch,
@@ -26,6 +27,7 @@ orient = importlib.import_module("normuon_fn.ops.orient")  # the package names t
 repack = importlib.import_module("normuon_fn.ops.repack")  # the package names the function the same
 
 triton = pytest.importorskip("triton")
+lazy.load()
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler, not its interpreter"
 )

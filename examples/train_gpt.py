@@ -7,17 +7,11 @@
     python examples/train_gpt.py --lr-grid
     python examples/train_gpt.py --data my.txt --steps 2000 --guard full
 
-    # interrupt it where you like; resumed, it has the losses that it would have had
-    python examples/train_gpt.py --optimizer normuon --save run.safetensors
-    python examples/train_gpt.py --optimizer normuon --resume run.safetensors
-
-The AdamW baseline goes through the same `nm.step`, with every parameter routed to AdamW. Loss
-curves land in --out.
+It compares. What trains, and goes on from a checkpoint, is pretrain.py. The AdamW baseline goes
+through the same `nm.step`, with every parameter routed to AdamW. Loss curves land in --out.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -34,8 +28,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -152,7 +144,6 @@ class Text:
     def __init__(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
         self.characters = "".join(sorted(set(text)))
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
         index = {c: i for i, c in enumerate(self.characters)}
         if len(text) < 10 * PIECE:
             raise ValueError(f"{path}: expected at least {10 * PIECE} characters, got {len(text)}")
@@ -167,9 +158,11 @@ class Text:
 
 @dataclass
 class Run:
-    """Everything that changes while one optimizer trains: what --save writes and --resume reads."""
+    """Everything that changes while one optimizer trains."""
 
-    settings: dict[str, str | int | float | bool]
+    optimizer: str
+    lr: float
+    guard: str
     params: Tensors
     state: Tensors
     generator: torch.Generator
@@ -180,52 +173,7 @@ class Run:
     train_seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.settings['optimizer']} lr {self.settings['lr']:g}"
-
-    def save(self, path: Path) -> None:
-        named = {f"params/{k}": v for k, v in self.params.items()} | {
-            f"state/{k}": v for k, v in self.state.items()
-        }
-        tensors = {
-            k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in named.items()
-        }  # none may share
-        tensors["rng"] = self.generator.get_state()
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        tensors["val"] = torch.tensor(self.val, dtype=torch.float64)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(
-                tensors,
-                temporary,
-                metadata={"step": str(self.step), "settings": json.dumps(self.settings)},
-            )
-            os.replace(
-                temporary, path
-            )  # whoever reads sees the old file or the new one, never half of one
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            saved = json.loads(file.metadata()["settings"])
-            if saved != self.settings:
-                differ = [
-                    f"{k}={saved.get(k)!r} (now {v!r})"
-                    for k, v in self.settings.items()
-                    if saved.get(k) != v
-                ]
-                raise ValueError(f"{path} was saved with {', '.join(differ)}")
-            # In our own order: safetensors keeps none, and the compiled step guards on it.
-            self.params = {
-                k: file.get_tensor(f"params/{k}").to(v.device) for k, v in self.params.items()
-            }
-            self.state = {
-                k: file.get_tensor(f"state/{k}").to(v.device) for k, v in self.state.items()
-            }
-            self.generator.set_state(file.get_tensor("rng"))
-            self.losses = file.get_tensor("losses").tolist()
-            self.val = [(int(step), loss) for step, loss in file.get_tensor("val").tolist()]
-            self.step = int(file.metadata()["step"])
+        return f"{self.optimizer} lr {self.lr:g}"
 
 
 class Trainer:
@@ -289,14 +237,8 @@ class Trainer:
             nm.Config(guard=args.guard, momentum_dtype=getattr(torch, args.momentum_dtype)),
             routes=routes,
         )
-        settings = {
-            k: getattr(args, k) for k in ("steps", "seed", "tie", "guard", "momentum_dtype")
-        }
-        settings |= {"optimizer": optimizer, "lr": lr, "data": self.text.digest}
-        run = Run(settings, params, nm.init(plan, params), torch.Generator().manual_seed(args.seed))
-        if args.resume:
-            run.load(args.resume)
-        return run, plan
+        state, generator = nm.init(plan, params), torch.Generator().manual_seed(args.seed)
+        return Run(optimizer, lr, args.guard, params, state, generator), plan
 
     def train(self, optimizer: str, lr: float) -> Run:
         args = self.args
@@ -310,23 +252,22 @@ class Trainer:
         schedule = torch.tensor(
             shape, device=self.device
         )  # all of it at once: no copy to the device in the loop
-        first, stop = run.step, min(args.steps, args.stop_at or args.steps)
         pending: list[Tensor] = []  # losses not read yet: reading one waits for the device
-        bar = tqdm(total=args.steps, initial=first, desc=str(run), unit="step")
+        bar = tqdm(total=args.steps, desc=str(run), unit="step")
         started = time.perf_counter()
-        while run.step < stop:
+        while run.step < args.steps:
             tokens = self.text.batch(run.generator).to(self.device)
             grads, loss = self.loss_and_grad(run.params, tokens)
             now = hyper.scaled(schedule[run.step])  # tensors: never a recompile
             result = self.step(run.params, grads, run.state, now, plan)
             run.params, run.state, run.step = result.params, result.state, run.step + 1
             pending.append(loss)
-            if run.step % LOG_EVERY == 0 or run.step in (first + 1, stop):
+            if run.step % LOG_EVERY == 0 or run.step in (1, args.steps):
                 run.losses += torch.stack(pending).tolist()
                 nm.check(result, plan, max_consecutive=MAX_SKIPS)
                 seconds = time.perf_counter() - started
-                run.compile_seconds += seconds if run.step == first + 1 else 0.0
-                run.train_seconds += seconds if run.step > first + 1 else 0.0
+                run.compile_seconds += seconds if run.step == 1 else 0.0
+                run.train_seconds += seconds if run.step > 1 else 0.0
                 shown = {
                     "loss": f"{run.losses[-1]:.3f}",
                     "val": f"{run.val[-1][1]:.3f}" if run.val else "-",
@@ -338,10 +279,8 @@ class Trainer:
                 bar.update(run.step - bar.n)
                 pending.clear()
                 started = time.perf_counter()
-            if run.step % EVAL_EVERY == 0 or run.step == stop:
+            if run.step % EVAL_EVERY == 0 or run.step == args.steps:
                 run.val.append((run.step, self.validation_loss_sync(run.params)))
-                if args.save:
-                    run.save(args.save)
                 started = time.perf_counter()
         bar.close()
         return run
@@ -375,7 +314,7 @@ def report(runs: list[Run]) -> None:
         times = f"{run.compile_seconds:>10.1f} {run.train_seconds:>8.1f}"
         print(
             f"{run!s:<18} {loss:>14.4f} {run.val[-1][1]:>16.4f} {times} {skipped:>14} "
-            f"(guard {run.settings['guard']})"
+            f"(guard {run.guard})"
         )
 
 
@@ -398,9 +337,6 @@ def parse() -> argparse.Namespace:
         help="three learning rates per optimizer, and which was best",
     )
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--stop-at", type=int, help="end after this step; the schedule still spans --steps"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--guard", choices=("off", "output", "full"), default="off")
@@ -418,15 +354,9 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt"
     )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the loss curves")
-    parser.add_argument(
-        "--save", type=Path, help=f"checkpoint, written every {EVAL_EVERY} steps and at the end"
-    )
-    parser.add_argument("--resume", type=Path, help="continue from this checkpoint")
     args = parser.parse_args()
-    if (args.save or args.resume) and (not args.optimizer or args.lr_grid):
-        parser.error("--save and --resume are for one run: give --optimizer, and no --lr-grid")
-    if args.steps < 1 or (args.stop_at is not None and args.stop_at < 1):
-        parser.error("--steps and --stop-at must be at least 1")
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
     return args
 
 

@@ -13,9 +13,12 @@ from .planning.plan import Plan
 from .routing.modules import routes_for
 from .routing.route_table import RouteTable
 from .routing.routes import Route
-from .runtime.compiled import step, step_
 from .step import init, update
 from .types import Config, Hyper, MeasuredResult, Schedule, StepResult
+
+# isort: split
+# Last, so that ``step`` is the function and not the module: pyright takes what comes last.
+from .runtime.compiled import step, step_
 
 if TYPE_CHECKING:
     from .diagnostics.capture import capture

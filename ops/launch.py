@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .handles import remembered
-
-try:
-    import triton
-    import triton.language as tl
-
-    # TRITON_INTERPRET=1 when triton was imported: kernels run on the CPU.
-    INTERPRETED = bool(triton.knobs.runtime.interpret)
-except ImportError:
-    triton = tl = None
-    INTERPRETED = False
+from .lazy import HAS_TRITON, INTERPRETED, jit, loaded, tl
 
 # int16 is the part of a float32 master that its bfloat16 parameter lacks: see rounding.py.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16)
-
-
-def jit(function: Callable[..., Any], **options: Any) -> Any:
-    """`triton.jit`, or the function itself where triton is not installed."""
-    return function if triton is None else triton.jit(function, **options)
 
 
 def kernels_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
@@ -42,7 +28,7 @@ def kernels_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
         return False
     if any(dtype not in KERNEL_DTYPES for dtype in dtypes):
         return False
-    if triton is None:
+    if not HAS_TRITON:
         raise ImportError("a step on CUDA needs triton: pip install 'normuon_fn[cuda]'")
     return True
 
@@ -82,6 +68,7 @@ def launch(
     the host several times the launch. Here ``constants`` (integers, and what is constant in the
     kernel), the options and `_variant` of each pointer tell which variant it is.
     """
+    kernel = loaded(kernel)
     options["enable_fp_fusion"] = enable_fp_fusion
     if INTERPRETED:
         kernel[(programs,)](*pointers, *constants, **options)
@@ -127,20 +114,16 @@ def tile(cols: int, elements: int) -> tuple[int, int]:
 
 def dtype_of(x: Tensor) -> Any:
     """The dtype of a tensor as Triton names it."""
-    return _TRITON_DTYPES[x.dtype]
+    return getattr(tl, _TRITON_DTYPES[x.dtype])
 
 
-_TRITON_DTYPES = (
-    {}
-    if tl is None
-    else {
-        torch.float32: tl.float32,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-        torch.int16: tl.int16,
-        torch.float64: tl.float64,  # of results alone: see `KERNEL_DTYPES`
-    }
-)
+_TRITON_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int16: "int16",
+    torch.float64: "float64",  # of results alone: see `KERNEL_DTYPES`
+}
 
 
 @jit

@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import INTERPRETED, launch, triton
+from .launch import HAS_TRITON, INTERPRETED, launch
 from .product_configs import TileConfig, config_for, tile_count
 from .product_kernels import descriptor_kernel, pointer_kernel
-
-if triton is not None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 PRODUCT_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -21,7 +18,14 @@ PRODUCT_DTYPES = (torch.float16, torch.bfloat16)
 def takes_kernel(x: Tensor) -> bool:
     """Whether products of stacks like ``x`` go to the kernels: 16-bit floats on CUDA."""
     on_device = x.device.type == "cuda" or (INTERPRETED and x.device.type == "cpu")
-    return triton is not None and on_device and x.dtype in PRODUCT_DTYPES
+    return HAS_TRITON and on_device and x.dtype in PRODUCT_DTYPES
+
+
+@functools.cache
+def _descriptor_class() -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor
 
 
 class _Descriptor(NamedTuple):
@@ -118,7 +122,7 @@ def prepare(
     given: list[Any] = [a, b, c_or_a, out]
     for k, descriptor in enumerate(descriptors):
         if descriptor is not None:
-            given[k] = TensorDescriptor(given[k], *descriptor)
+            given[k] = _descriptor_class()(given[k], *descriptor)
     return Launch(kernel, programs, (*given, alpha, beta), constants, options)
 
 

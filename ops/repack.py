@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .handles import input_for
-from .launch import INTERPRETED, jit, launch, tl, triton
+from .launch import HAS_TRITON, INTERPRETED, jit, launch, tl
 from .registration import define
 
 # In bytes: from, to, row stride of the source, row stride of the target, rows, bytes per row.
@@ -159,7 +159,7 @@ def _repack(
     for k in range(0, len(parts), 6):
         source, target, unit, first, count, shape = parts[k : k + 6]
         x, into = _units(sources[source], unit), results[target].view(UNITS[unit])
-        if triton is not None and (table.is_cuda or INTERPRETED):
+        if HAS_TRITON and (table.is_cuda or INTERPRETED):
             launch(
                 repack_kernel,
                 count,

@@ -10,7 +10,8 @@ import torch
 
 from normuon_fn.compat.graphs import constant_in_graphs, outside_graphs
 
-# What takes long to import: 1 s of Dynamo and Inductor, 1 s of sympy and DTensor.
+# What takes long to import: 1 s of Dynamo and Inductor, 1 s of sympy and DTensor, 0.2 s of
+# Triton.
 SLOW = (
     "sympy",
     "torch._dynamo",
@@ -19,6 +20,7 @@ SLOW = (
     "torch.distributed.tensor",
     "torch.export",
     "torch.fx.experimental.symbolic_shapes",
+    "triton",
 )
 LINES = {
     "every public name": "from normuon_fn import *",

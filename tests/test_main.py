@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -122,16 +123,44 @@ def test_the_names_that_come_later_are_all_there() -> None:
         _ = normuon_fn.nothing  # type: ignore[attr-defined]
 
 
-def test_the_wheel_has_the_marker_of_types_and_the_operators(tmp_path: Path) -> None:
+def test_type_checkers_read_a_call_of_every_public_name() -> None:
+    """`make lint` has mypy read the file, and .ci/release pyright."""
+    written = set(re.findall(r"\bnm\.(\w+)", (ROOT / "tests" / "documented_calls.py").read_text()))
+    assert written == set(normuon_fn.__all__)
+
+
+def test_wheel_and_sdist_have_all_that_a_run_and_a_type_checker_need(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
+    source, there = tmp_path / "source", tmp_path / "there"
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(
-        ROOT / "normuon_fn", tmp_path / "normuon_fn", ignore=shutil.ignore_patterns("__pycache__")
-    )  # ops as files
-    build = "import setuptools.build_meta as b; print(b.build_wheel('.'))"
-    done = processes.run([sys.executable, "-c", build], cwd=tmp_path)
-    wheel = done.stdout.splitlines()[-1]
+        shutil.copy(ROOT / name, source)
+    unwanted = shutil.ignore_patterns("__pycache__")
+    for name in ("normuon_fn", "ops"):  # normuon_fn/ops is the link to ops that it is here
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=unwanted)
+    build = (
+        "import setuptools.build_meta as b; print(b.build_sdist('..')); print(b.build_wheel('..'))"
+    )
+    done = processes.run([sys.executable, "-c", build], cwd=source)
+    sdist, wheel = (line for line in done.stdout.splitlines() if line.endswith((".gz", ".whl")))
     assert wheel.startswith(f"normuon_fn-{normuon_fn.__version__}-")
-    names = set(zipfile.ZipFile(tmp_path / wheel).namelist())
-    assert {"normuon_fn/py.typed", "normuon_fn/__main__.py", "normuon_fn/ops/launch.py"} <= names
+    with zipfile.ZipFile(tmp_path / wheel) as opened:
+        names = {name for name in opened.namelist() if name.endswith((".py", "py.typed"))}
+        opened.extractall(there)
+    files = {
+        f"normuon_fn/{file.relative_to(ROOT / 'normuon_fn')}"
+        for pattern in ("*.py", "*/*.py", "py.typed")
+        for file in (ROOT / "normuon_fn").glob(pattern)
+    } | {f"normuon_fn/ops/{file.name}" for file in (ROOT / "ops").glob("*.py")}
+    assert names == files and "normuon_fn/ops/launch.py" in files
+    with tarfile.open(tmp_path / sdist) as opened_sdist:
+        packed = {member.name.partition("/")[2] for member in opened_sdist if member.isfile()}
+    assert files <= packed
+    isolated = f"import runpy, sys; sys.path.insert(0, {str(there)!r})\n"
+    isolated += "import normuon_fn; print(normuon_fn.__file__)\n"
+    isolated += "sys.argv[1:] = ['--device', 'cpu']\n"
+    isolated += "runpy.run_module('normuon_fn', run_name='__main__')"
+    ran = processes.run(
+        [sys.executable, "-c", isolated], cwd=tmp_path, env={"PYTHONPATH": ""}, code=0
+    )
+    assert ran.stdout.startswith(str(there)) and ran.stdout.rstrip().endswith("pass")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from ..types import Coefficients, Row, check_coefficients
+from ..types import CheckedCoefficients, Row, check_coefficients
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def resolve(
 
 @cache
 def _resolved(
-    checked: Coefficients,  # a name or tuples, which can be found again
+    checked: CheckedCoefficients,  # which can be found again
     steps: int,
     safety_factor: float | None,
 ) -> CoefficientSet:

@@ -27,7 +27,7 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
         route = replace(route, flatten=False)
     at = len(shape) - 2 + route.dim  # in a stack, `Route.dim` counts from its matrices on
     size = shape[at]
-    splits = route.splits
+    splits = None if route.splits is None else tuple(route.splits)
     if splits is not None and sum(splits) != size:
         raise ValueError(
             f"params[{name!r}]: splits {splits} add up to {sum(splits)}, dimension {at} is {size} "
@@ -38,10 +38,10 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
         return matrices(shape, flatten=True, heads=(None,), splits=None, dim=0)
     parts = splits or (size,)
     heads: tuple[int | None, ...]
-    if isinstance(route.heads, tuple):
+    if isinstance(route.heads, Sequence):
         if len(route.heads) != len(parts):
             raise ValueError(f"params[{name!r}]: {len(route.heads)} heads for {len(parts)} splits")
-        heads = route.heads
+        heads = tuple(route.heads)
     else:
         heads = (route.heads,) * len(parts)
     for part, count in zip(parts, heads, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from .route_table import RouteTable
 from .routes import Decision, Route
 from .uses import is_window
 
-Routes = Mapping[str, Route] | Mapping[Key, Route]
+# The keys are `Key`s. A Mapping does not vary with its keys, so a dict of names and predicates, or
+# of predicates alone, would be no Mapping[Key, Route] to a type checker.
+Routes = Mapping[Any, Route]
 
 
 def decide_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Decision]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -70,8 +71,8 @@ class Route:
     lr_mul: float = _ONE
     wd_mul: float = _ONE
     flatten: bool = False
-    heads: int | tuple[int, ...] | None = None
-    splits: tuple[int, ...] | None = None
+    heads: int | Sequence[int] | None = None
+    splits: Sequence[int] | None = None
     dim: int = 0
     transposed: bool = False
     weight_decay_form: DecayForm | None = None

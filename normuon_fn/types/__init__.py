@@ -7,6 +7,7 @@ know of plans or of anything above.
 
 from .config import COMPUTE_DTYPES as COMPUTE_DTYPES
 from .config import FIXED_STEPS as FIXED_STEPS
+from .config import CheckedCoefficients as CheckedCoefficients
 from .config import Coefficients as Coefficients
 from .config import CoefficientsName as CoefficientsName
 from .config import Config as Config

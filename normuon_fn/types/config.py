@@ -20,7 +20,8 @@ CoefficientsName = Literal[
     "polar_express", "polar_express_cushioned", "quintic", "you", "cans", "aol", "deepseekv4",
     "cubic5", "simple",
 ]  # fmt: skip
-Coefficients = CoefficientsName | tuple[Row, ...]  # a name, or rows of your own
+Coefficients = CoefficientsName | Sequence[Sequence[float]]  # a name, or rows of your own
+CheckedCoefficients = CoefficientsName | tuple[Row, ...]
 MomentumForm = Literal["ema", "sum"]
 Precondition = Literal["none", "rows", "sign"]
 Reduction = Literal["rows", "short", "entries"]
@@ -230,7 +231,7 @@ def _check_together(config: Config) -> None:
 
 def check_coefficients(
     coefficients: object, steps: object, safety_factor: object, where: str = ""
-) -> Coefficients:
+) -> CheckedCoefficients:
     """``coefficients`` as a name, or as rows of floats.
 
     Raises TypeError or ValueError for malformed ones, or ``steps`` that a set does not have.

@@ -17,21 +17,13 @@ def run(name: str, *arguments: object) -> str:
     return scripts.run(EXAMPLES / name, *arguments).stdout
 
 
-def test_train_gpt_compares_both_optimizers_and_resumes_exactly(tmp_path: Path) -> None:
+def test_train_gpt_compares_both_optimizers(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"  # 4096 characters to validate on, not 110000
     text.write_text((EXAMPLES / "data" / "shakespeare.txt").read_text(encoding="utf-8")[:45000])
     six = ("train_gpt.py", "--steps", 6, "--no-compile", "--data", text, "--out", tmp_path)
     printed = run(*six)
     assert re.search(r"validation loss: \d\.\d+ normuon .*, \d\.\d+ adamw", printed)
     assert (tmp_path / "loss.png").stat().st_size > 1000
-    row = re.compile(r"^normuon lr .*?(\d\.\d+) +(\d\.\d+)", re.MULTILINE)
-    expected = row.search(printed)
-    saved = tmp_path / "run.safetensors"
-    run(*six, "--optimizer", "normuon", "--stop-at", 3, "--save", saved)
-    resumed = row.search(run(*six, "--optimizer", "normuon", "--resume", saved))
-    assert expected is not None
-    assert resumed is not None
-    assert resumed.groups() == expected.groups()
 
 
 def test_train_digits_reaches_93_percent_in_5_epochs() -> None:

@@ -82,6 +82,21 @@ def launch(
     ]
 
 
+def pretrain(world: int, folder: Path, *arguments: object) -> list[list[float]]:
+    """The rows of metrics.csv without tokens per second: step, loss, validation, lr, skipped."""
+    tiny = "--steps 8 --log-every 2 --save-every 4 --batch 4 --context 16 --width 16 --layers 1"
+    command = [ROOT / "examples" / "pretrain.py", *tiny.split(), "--heads", 2, "--sample", 3]
+    command += ["--out", folder, *arguments]
+    if world == 1:
+        scripts.run(*command, env=ON_THE_CPU)
+    else:
+        by_itself(world, command)
+    assert (folder / "loss.png").stat().st_size > 1000
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    rows = [[float(x) for x in line.split(",")] for line in lines[1:]]
+    return [[*row[:4], row[5]] for row in rows]
+
+
 def difference(one: Trace, other: Trace) -> float:
     assert one.keys() == other.keys()
     return max(abs(one[step] - other[step]) for step in one)
@@ -143,3 +158,17 @@ def test_as_many_ranks_go_on_exactly_and_skip_the_step_in_which_one_has_nan(
     assert before == {step: whole[step] for step in range(SAVED + 1, bad)}
     assert all(abs(loss - whole[step]) < 0.1 for step, loss in after(resumed, bad).items())
     assert difference(after(resumed, bad), after(whole, bad)) > RESUMED  # the step was missed
+
+
+def test_pretraining_goes_on_exactly_and_fsdp2_trains_as_one_process_does(tmp_path: Path) -> None:
+    whole = pretrain(1, tmp_path / "whole")
+    assert [row[0] for row in whole] == [2, 4, 6, 8] and whole[-1][2] < whole[0][2]
+    begun = pretrain(1, tmp_path / "parts", "--stop-at", 4)
+    assert begun == whole[:2] and pretrain(1, tmp_path / "parts", "--resume") == whole
+    pretrain(2, tmp_path / "ranks", "--stop-at", 4)  # under FSDP2, and then on one rank
+    both = pretrain(1, tmp_path / "ranks", "--resume")
+    assert torch.allclose(torch.tensor(both), torch.tensor(whole), atol=OTHER_RANKS)
+    again = scripts.run(
+        ROOT / "examples" / "pretrain.py", "--out", tmp_path / "whole", code=2, env=ON_THE_CPU
+    )
+    assert "--resume" in again.stderr and pretrain(1, tmp_path / "whole", "--resume") == whole

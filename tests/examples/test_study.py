@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.study import batch_skip, training
+from examples.study import batch_skip, tokens_per_parameter, training
 from examples.study.common import markdown, write_section
 from examples.study.corpus import Corpus
 from examples.study.runs import TINY, Job, Options, Result, run_all
@@ -227,7 +227,14 @@ def test_a_section_is_replaced_where_it_stands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["training", "batch_skip", "small_gradients", "soak --device cpu", "soak --device cuda"],
+    [
+        "training",
+        "batch_skip",
+        "small_gradients",
+        "tokens_per_parameter",
+        "soak --device cpu",
+        "soak --device cuda",
+    ],
     ids=str,
 )
 def test_every_table_is_made_again_from_its_files(
@@ -264,3 +271,42 @@ def test_every_table_is_made_again_from_its_files(
 def test_the_study_has_the_bits_that_it_says() -> None:
     about = json.loads((STUDY / "training.json").read_text())
     assert about["guard keeps the bits"] is True and about["steps"] == 1970
+
+
+def test_a_search_ends_with_its_best_rate_inside_and_every_seed_of_it() -> None:
+    ends = tokens_per_parameter
+    for optimizer, lowest in (("NorMuon", 3e-4), ("AdamW", 3e-2), ("Muon", 6e-3)):
+        results: dict[ends.Job, ends.Result] = {}
+        search = ends.search(20, optimizer)
+        wanted = next(search)
+        while True:
+            for job in wanted:  # AdamW's own rates move the minimum
+                off = abs(math.log(job.lr / lowest)) + abs(math.log(job.embed / 5))
+                loss = off + 0.5 * abs(math.log(job.lr * job.head / lowest))
+                curve = [(1, loss, loss + job.seed)]
+                results[job] = ends.Result(job, 1, 1, 1, curve, 1.0, 1, True, "nothing")
+            try:
+                wanted = search.send(results)
+            except StopIteration:
+                break
+        at = min(results, key=lambda job: results[job].choose + job.seed)
+        rates = [j.lr for j in results if (j.embed, j.head) == (at.embed, at.head)]
+        assert min(rates) < at.lr < max(rates)
+        assert {j.seed for j in results if dataclasses.replace(j, seed=0) == at} == {0, 1, 2}
+        assert (at.embed > 1.0) == (optimizer == "AdamW")
+
+
+def test_runs_at_once_have_the_bits_of_each_alone(corpus: Path, tmp_path: Path) -> None:
+    of = tokens_per_parameter
+    options = of.Options(corpus, tmp_path, of.TINY, at_once=2, steps=4, compiled=False)
+    try:
+        bench = of.Bench(of.TINY[0], "NorMuon", options)
+        jobs = [of.Job(20, "NorMuon", 2e-3, seed=0), of.Job(20, "NorMuon", 4e-3, seed=1)]
+        both = bench.run(jobs)
+        assert [bench.run([job])[0].curve for job in jobs] == [r.curve for r in both]
+        assert both[0].curve[-1] != both[1].curve[-1] and len(both[0].curve) == 2
+        bench.run(jobs[:1])
+        options.save(both[0].job.key, dataclasses.asdict(both[0]))
+        assert options.load(jobs[0]) == both[0]
+    finally:
+        torch.compiler.set_stance("default")

@@ -20,7 +20,7 @@ def test_floats_of_16_and_32_bits_on_cuda_take_kernels() -> None:
 
 
 def test_cuda_without_triton_is_an_error_and_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "triton", None)
+    monkeypatch.setattr(launch, "HAS_TRITON", False)
     with pytest.raises(ImportError, match=r"needs triton: pip install 'normuon_fn\[cuda\]'"):
         ops.kernels_for(CUDA, HALF)
     assert not ops.kernels_for(CUDA, [torch.float64])
