@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .persistence.converters import convert_state, names_in
     from .persistence.description import CheckpointError
     from .runtime.graphed import GraphedStep
+    from .runtime.offloading import offload_, reload_
 
 __version__ = VERSION
 __all__ = [
@@ -55,7 +56,9 @@ __all__ = [
     "load",
     "make_plan",
     "names_in",
+    "offload_",
     "orthogonalize",
+    "reload_",
     "routes_for",
     "save",
     "step",
@@ -80,6 +83,8 @@ _LATER = {
     "lightning_callback": "optim.callbacks",
     "load": "persistence.checkpoint",
     "names_in": "persistence.converters",
+    "offload_": "runtime.offloading",
+    "reload_": "runtime.offloading",
     "save": "persistence.checkpoint",
     "trainer_callback": "optim.callbacks",
 }

@@ -22,6 +22,7 @@ from . import groups as groups_of
 from . import hyper as hyper_of
 from . import saved as saved_of
 from . import state as state_of
+from .offloading import Offloading
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
@@ -30,11 +31,11 @@ from .scaled import forget_scale, unscaled
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
-    "_constructed", "_reports",
+    "_constructed", "_reports", "_offloaded",
 )  # fmt: skip
 
 
-class NorMuon(torch.optim.Optimizer):
+class NorMuon(Offloading, torch.optim.Optimizer):
     """NorMuon for matrices and AdamW for all other parameters, one compiled graph per step.
 
     >>> optimizer = nm.NorMuon(model, lr=0.02, weight_decay=0.1, guard="full")
@@ -72,9 +73,8 @@ class NorMuon(torch.optim.Optimizer):
     With betas (0.9, 0.95) that factor starts at 0.45 and stays below 1.1; with (0.9, 0.999) it
     starts at 3.2 and reaches 6.6: there, use a lower ``lr`` or a separate optimizer.
 
-    ``torch.amp.GradScaler`` works without a host sync: the step unscales the gradients in place.
-    ``torch.compile`` leaves its graph for the step, which is compiled already, and raises with
-    ``fullgraph=True``. ``plan`` and ``result`` belong to the last step; pass them to `check`.
+    ``torch.amp.GradScaler`` works without a host sync: the step unscales gradients in place. To
+    ``torch.compile`` it is a break in the graph. `check` takes the last step's ``result, plan``.
 
     Args:
         lr: as in `Hyper`: the update has RMS 0.2 before ``lr`` (see ``Config.scale``), so AdamW's
@@ -123,7 +123,7 @@ class NorMuon(torch.optim.Optimizer):
         self._mesh, self._guard_mesh = mesh, guard_mesh
         self._added: list[groups_of.AddedGroup] = []
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
-        self._constructed = False
+        self._constructed = self._offloaded = False
         self._planner: Planner | None = None
         self.plan: Plan | None = None  # of the last step
         self.result: StepResult | None = None  # of the last step
@@ -167,7 +167,7 @@ class NorMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_once(self) -> None:
         self._reports.before_step()
-        planner = self._settled()
+        planner = self._loaded()
         grads = [p.grad for p in planner.named.values()]
         if all(grad is None for grad in grads):
             self._reports.check_gradients(planner.named)
@@ -245,7 +245,7 @@ class NorMuon(torch.optim.Optimizer):
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:
             del self.state[p]
-        planner.prepare(self.state, self._begun)
+        planner.prepare(self.state, self._begun, self._offloaded)
         self._planner = planner
         return planner
 

@@ -84,9 +84,11 @@ class Planner:
         self._watch: RateWatch | None = None
         self._chosen: Chosen | None = None  # what the ranks have agreed on
         self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
+        self.offloaded = False  # whether state stays where it is: see offloading.py
 
-    def prepare(self, states: States, begun: set[str]) -> None:
+    def prepare(self, states: States, begun: set[str], offloaded: bool) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
+        self.offloaded = offloaded
         if self._config.master == "none":
             narrow = {name for name, p in self.named.items() if p.dtype.itemsize < 4} - begun
             self._watch = RateWatch(narrow) if narrow else None
@@ -235,7 +237,8 @@ class Planner:
         All planned steps have the same counters.
         """
         known: Any = next((step.state for step in self.steps.values()), {})
-        planned.state = collect(states, planned.plan, planned.params, known, begun)
+        stays = self.offloaded
+        planned.state = collect(states, planned.plan, planned.params, known, begun, stays=stays)
         planned.collected = [(p, [*states[p].items()]) for p in planned.params.values()]
 
     def release(self) -> None:

@@ -35,12 +35,15 @@ def collect(
     params: Mapping[str, Tensor],
     known: Mapping[str, Tensor],
     begun: set[str],
+    *,
+    stays: bool = False,
 ) -> dict[str, Tensor]:
     """The flat state of a plan, taken from ``optimizer.state``, which is made complete for it.
 
     Args:
         known: a flat state that was collected before, whose counters go on.
         begun: names of parameters that were stepped, whose state must therefore fit.
+        stays: state on another device than its parameter stays there.
 
     Raises:
         ValueError: a parameter that was stepped has a state of another shape, dtype or placement.
@@ -54,7 +57,8 @@ def collect(
         if name == "guard" and kind in COUNTERS:
             flat[key] = counters[kind]
         else:
-            flat[key] = _kept(states[params[name]], name, kind, spec, params[name], name in begun)
+            own, p = states[params[name]], params[name]
+            flat[key] = _kept(own, name, kind, spec, p, name in begun, stays)
     for name, p in params.items():
         for kind in _MASTERS:
             if f"{name}.{kind}" not in plan.state:  # the parameter was bfloat16 before
@@ -89,7 +93,13 @@ def _counter(states: States, kind: str, known: Tensor | None, device: torch.devi
 
 
 def _kept(
-    kinds: dict[str, Any], name: str, kind: str, spec: Spec, param: Tensor, begun: bool
+    kinds: dict[str, Any],
+    name: str,
+    kind: str,
+    spec: Spec,
+    param: Tensor,
+    begun: bool,
+    stays: bool,
 ) -> Tensor:
     """The tensor of one kind in ``kinds``, moved to the parameter's device, or a new one."""
     device = placements.local(param).device
@@ -98,7 +108,7 @@ def _kept(
         local = placements.local(own)
         fits = tuple(local.shape) == spec.shape and local.dtype == spec.dtype
         if fits and placements.has_layout(own, spec.sharded):
-            kinds[kind] = own if local.device == device else own.to(device)
+            kinds[kind] = own if stays or local.device == device else own.to(device)
             return kinds[kind]
         if begun:
             raise ValueError(
