@@ -39,8 +39,9 @@ def with_kernel(
     *,
     check: Operation,
     writes: Sequence[str] = (),
+    twin: Operation | None = None,
 ) -> Implementations:
-    """The implementations of ``name``: its twin is the function of that name in reference.py.
+    """The implementations of ``name``; without a ``twin``, that of this name in reference.py.
 
     Args:
         schema, fake, check, writes: see `register`.
@@ -48,7 +49,7 @@ def with_kernel(
 
     A twin with ``writes`` takes as its first argument how a stack is written back into its list.
     """
-    twin = getattr(reference, name)
+    twin = twin or getattr(reference, name)
     if not writes:
         body = _body(twin, kernel)
         pure, in_place = register(name, schema, body, fake, check=check)

@@ -19,7 +19,10 @@ except ImportError:
     INTERPRETED = False
 
 # int16 is the part of a float32 master that its bfloat16 parameter lacks: see rounding.py.
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16)
+# int8 and uint8 are momentum: see codes.py.
+KERNEL_DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int8, torch.uint8,
+)  # fmt: skip
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -130,6 +133,7 @@ _TRITON_DTYPES = (
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
         torch.int16: tl.int16,
+        torch.int8: tl.int8,
         torch.float64: tl.float64,  # of results alone: see `KERNEL_DTYPES`
     }
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import Measures
-from .momentum import keeps_momentum_finite
+from .momentum import SCALE, keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .orthogonalize import carry, iterate, to_norm
 from .weight_decay import rates
@@ -35,6 +35,7 @@ class Front(NamedTuple):
     stacks: list[Tensor] | None = (
         None  # the momentums as one stack per group, where `advance` has them anyway
     )
+    scales: list[Tensor] | None = None  # as ``momentums``, where these are codes: ops/codes.py
 
 
 class Update(NamedTuple):
@@ -106,21 +107,27 @@ class MatrixWork(Work):
         if not self.groups:
             return
         momentums, grads = self._read("momentum"), self._read("grad")
+        scales = self._read(SCALE.name) if self.context.stages.momentum.coded else None
         if self.context.holds_late:
             beta, lookahead = self.context.hyper.momentum, self.context.operators.lookahead
-            measures = lookahead(momentums, grads, beta, self.sizes, self._rule)
-            self.front = Front(self.groups, self.sizes, momentums, grads, measures)
+            measures = lookahead(momentums, grads, beta, self.sizes, self._rule, scales)
+            self.front = Front(self.groups, self.sizes, momentums, grads, measures, scales=scales)
         else:
-            self.front = self._advanced(momentums, grads)
+            self.front = self._advanced(momentums, grads, scales)
 
-    def _advanced(self, momentums: list[Tensor], grads: list[Tensor]) -> Front:
+    def _advanced(
+        self, momentums: list[Tensor], grads: list[Tensor], scales: list[Tensor] | None
+    ) -> Front:
         beta, advance = self.context.hyper.momentum, self.context.operators.advance
-        new, measures, stacks = advance(momentums, grads, beta, self.hold, self.sizes, self._rule)
+        found = advance(momentums, grads, beta, self.hold, self.sizes, self._rule, scales)
+        new, measures, stacks, of_new = found
         at = 0
         for group in self.groups:
             group.put("momentum", new[at : at + group.tensors])
+            if of_new is not None:
+                group.put(SCALE.name, of_new[at : at + group.tensors])
             at += group.tensors
-        return Front(self.groups, self.sizes, new, grads, measures, stacks)
+        return Front(self.groups, self.sizes, new, grads, measures, stacks, of_new)
 
     @property
     def _rule(self) -> ops.MomentumRule:
@@ -172,6 +179,7 @@ class MatrixWork(Work):
             dtype=self.stack.wide if own else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
+            scales=front.scales,
         )
 
     def iterated(self, stack: Tensor) -> Tensor:
@@ -208,7 +216,7 @@ class MatrixWork(Work):
 
     def apply(self) -> None:
         if self.front is not None and self.context.holds_late:
-            self._advanced(self.front.momentums, self.front.grads)
+            self._advanced(self.front.momentums, self.front.grads, self.front.scales)
         for update in self.updates:
             self._apply(update)
 

@@ -17,6 +17,7 @@ from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_each_writable
+from ..planning.momentum_codes import fitted
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..runtime.graphed import GraphedStep
@@ -202,17 +203,27 @@ class Planner:
 
         Returns the names of the parameters that were stepped, as far as that is known now.
         """
-        load(states, self.named, saved.states, lambda of: self.kinds(of, states, begun))
+        plans: dict[str, Plan] = {}
+        load(
+            states,
+            self.named,
+            saved.states,
+            lambda of: self.kinds(of, states, begun, plans),
+            lambda name, own: fitted(plans[name], name, own) if name in plans else own,
+        )
         states.update(saved.others)
         for planned in self.steps.values():
             self.collect(planned, states, begun)
         step = next((states[p]["step"] for p in self.named.values() if p in states), 0)
         return {name for name in (self.named if step > 0 else begun) if saved.states[name]}
 
-    def kinds(self, chosen: Chosen, states: States, begun: set[str]) -> dict[str, set[str]]:
+    def kinds(
+        self, chosen: Chosen, states: States, begun: set[str], plan_of: dict[str, Plan]
+    ) -> dict[str, set[str]]:
         """By name, the kinds of state that a step of the chosen parameters reads.
 
-        Their state is complete then. The guard's counters belong to every parameter.
+        Their state is complete then, and their plans are in ``plan_of``. The guard's counters
+        belong to every parameter.
         """
         plans = [planned.plan for planned in self.steps.values()]
         for planned in self.steps.values():
@@ -224,6 +235,7 @@ class Planner:
         )
         if any(rest):
             plans.append(self.plan(rest, states, begun).plan)
+        plan_of.update({p.name: plan for plan in plans for p in plan.parameters})
         found = {name: set(COUNTERS) for name in self.named}
         for key in [key for plan in plans for key in plan.state]:
             name, _, kind = key.rpartition(".")

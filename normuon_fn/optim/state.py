@@ -25,7 +25,9 @@ from ..planning.plan import Plan, Spec
 States = MutableMapping[Any, dict[str, Any]]  # optimizer.state; others may add keys of their own
 COUNTERS = ("step", "skipped", "consecutive")  # of the guard, shared by all parameters
 _MASTERS = ("mantissa", "master")
-_OWN = {"momentum", "variance", "exp_avg", "exp_avg_sq", *_MASTERS}  # kinds that nobody else adds
+_OWN = {  # kinds that nobody else adds
+    "momentum", "momentum_scale", "variance", "exp_avg", "exp_avg_sq", *_MASTERS,
+}  # fmt: skip
 
 
 @outside_inference_mode
@@ -138,6 +140,7 @@ def load(
     named: Mapping[str, Tensor],
     saved: Mapping[str, Mapping[str, Any]],  # of `saved.read`
     complete: Callable[[tuple[bool, ...]], Mapping[str, set[str]]],
+    fitted: Callable[[str, Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
     """Copies a saved state into the tensors of ``states``; removes what is not saved.
 
@@ -146,6 +149,7 @@ def load(
     Args:
         complete: makes the state of the chosen parameters complete in ``states``, and tells by name
             which kinds a step reads.
+        fitted: makes a momentum of floats one of codes, or the reverse, as the plan keeps it.
 
     Raises:
         ValueError: something does not fit. ``states`` has its tensors and their values then.
@@ -153,6 +157,7 @@ def load(
     before = {p: dict(kinds) for p, kinds in states.items() if isinstance(kinds, dict)}
     try:
         kinds = complete(tuple(bool(saved[name]) for name in named))
+        saved = {name: own and fitted(name, own) for name, own in saved.items()}
         present = {name: p for name, p in named.items() if saved[name]}
         copies = [_copies(name, states[p], kinds[name], saved[name]) for name, p in present.items()]
         added = [

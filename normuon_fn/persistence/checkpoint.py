@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..algorithm.momentum import MOMENTUM, SCALE
 from ..compat import address
 from ..distributed.dtensors import is_dtensor
 from ..planning.checks import check_tensors
 from ..planning.memory import check_writable
+from ..planning.momentum_codes import fitted
 from ..planning.plan import Plan
 from ..types import Config, Tensors
 from .description import CheckpointError
@@ -124,6 +126,7 @@ def load(
     meta, found = read(Path(path))
     if plan is not None:
         _check_meaning(path, meta, plan)
+        found = _fitted(found, plan)
         want = {f"params/{p.name}": (p.spec.shape, p.spec.dtype) for p in plan.parameters}
         want |= {f"state/{name}": (spec.shape, spec.dtype) for name, spec in plan.state.items()}
         own = {key: tensor for key, tensor in found.items() if not key.startswith("extra/")}
@@ -169,6 +172,24 @@ def _check_meaning(path: str | os.PathLike[str], meta: dict[str, Any], plan: Pla
     if differ:
         shown = "; ".join(differ.values())
         warnings.warn(f"{path} was saved with another configuration: {shown}", stacklevel=3)
+
+
+def _fitted(found: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """What the file has, with momentums as the plan keeps them: floats, or codes with scales."""
+    new, changed = dict(found), False
+    for p in plan.parameters:
+        keys = {kind: f"state/{p.name}.{kind}" for kind in (MOMENTUM.name, SCALE.name)}
+        own = {kind: found[key] for kind, key in keys.items() if key in found}
+        fits = fitted(plan, p.name, own)
+        if fits.keys() != own.keys():
+            changed = True
+            for kind in own:
+                del new[keys[kind]]
+            new |= {keys[kind]: x for kind, x in fits.items()}
+    if not changed:
+        return found
+    order = {f"state/{key}": k for k, key in enumerate(plan.state)}
+    return dict(sorted(new.items(), key=lambda item: order.get(item[0], -1)))
 
 
 def _check_specs(
