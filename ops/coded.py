@@ -136,7 +136,7 @@ def _launch_lookahead(
 
 
 def _launch_gather(codes: list[Tensor], scales: list[Tensor], *rest: Any) -> Tensor:
-    return launch_gather(codes, *rest, scales)
+    return launch_gather(codes, *rest, scales)  # type: ignore[call-arg]
 
 
 def _gather_fake(codes: list[Tensor], scales: list[Tensor], *rest: Any) -> Tensor:
