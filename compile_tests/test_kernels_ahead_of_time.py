@@ -184,8 +184,9 @@ def coded_cases(
         constexprs = {**fixed, **of_codes, **flags, **shape, **nothing}
         name = f"front-coded-{'write' if write else 'read'}-{architecture}"
         wide = advance.LOOP * (1 + write + 2)
-        yield name, case_of(
-            advance.front_kernel, architecture, signature, constexprs, options, wide=wide
+        yield (
+            name,
+            case_of(advance.front_kernel, architecture, signature, constexprs, options, wide=wide),
         )
     for architecture, tall in itertools.product((80, 90, 100), (False, True)):
         br, bc = (64, 64) if tall else launch.tile(768, 4096)

@@ -67,9 +67,8 @@ def test_what_is_restored_is_off_by_half_a_scale_at_most(shape: tuple[int, ...])
 
 def test_quantizing_what_was_restored_changes_nothing() -> None:
     first = codes.quantized(given((4, 200)))
-    restored = codes.restored(*first)
-    again = codes.quantized(restored)
-    assert torch.equal(codes.restored(*again), restored)
+    again = codes.quantized(codes.restored(*first))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("exponent", [-80, -1, 1, 40, 80])
