@@ -52,9 +52,9 @@ class Case(NamedTuple):
     signature: dict[str, str]  # by parameter: "*fp16!", "i32", "fp32"
     constexprs: dict[str, Any]
     options: dict[str, Any]
-    wide: int | bool = (
-        True  # all global loads and stores are of 16 bytes; or so many, those of the big tensors
-    )
+    # all global loads and stores are of 16 bytes; or so many, those of the big tensors; None: there
+    # are none but those of descriptors
+    wide: int | bool | None = True
     matrix_unit: bool = False
 
 
@@ -75,6 +75,9 @@ def product_cases() -> Iterator[tuple[str, Case]]:
         product_configs.WITHOUT_DESCRIPTORS[True],
     )
     yield "symmetric_matmul-bf16", product_case("symmetric_matmul", descriptors, 90, dtype="bf16")
+    for kind in ("symmetric_matmul", "symmetric_addmm"):
+        config = product_configs.CONFIGS[9][kind, True]
+        yield f"{kind}-equal-halves", product_case(kind, config, 90, mirror=False)
     yield (
         "symmetric_matmul-bf16-pointers",
         product_case("symmetric_matmul", pointers, 90, dtype="bf16"),
@@ -98,6 +101,7 @@ def product_case(
     transposed: bool = False,  # x is
     dtype: str = "fp16",
     even: bool = True,
+    mirror: bool = True,  # with ends
 ) -> Case:
     symmetric, has_c = kind != "addmm", kind != "symmetric_matmul"
     pointer, size = (f"*{dtype}!", "i32!") if even else (f"*{dtype}!", "i32")
@@ -133,6 +137,8 @@ def product_case(
         "EVEN_K": even,
         "B_TRANSPOSED": b_transposed,
         "PERSISTENT": config.variant == "persistent",
+        "ENDS": config.ends,
+        "MIRROR": mirror,
         "UPCAST": False,
         "BLOCK_M": m,
         "BLOCK_N": n,
@@ -147,9 +153,13 @@ def product_case(
         signature["b"] = (
             f"tensordesc<{dtype}[1,{n},{k}]>" if b_transposed else f"tensordesc<{dtype}[1,{k},{n}]>"
         )
+        if config.ends:
+            block = f"tensordesc<{dtype}[1,{m},{m if n == 2 * m else n}]>"
+            signature |= {"out": block, **({"c": block} if has_c else {})}
     return case_of(
-        kernel, architecture, signature, constexprs, options, wide=even, matrix_unit=True
-    )
+        kernel, architecture, signature, constexprs, options,
+        wide=None if config.ends else even, matrix_unit=True,
+    )  # fmt: skip
 
 
 def case_of(
@@ -493,8 +503,10 @@ def test_it_compiles_and_fits(name: str) -> None:
         ]
         assert instruction in ptx
     sizes = global_accesses(ptx)
-    assert sizes
-    if case.wide is True:
+    assert sizes or case.wide is None
+    if case.wide is None:
+        assert not sizes and "cp.async.bulk.tensor.3d.global.shared" in ptx
+    elif case.wide is True:
         assert set(sizes) == {16}
     elif case.wide:
         assert sizes.count(16) >= case.wide

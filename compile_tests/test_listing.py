@@ -55,14 +55,14 @@ unstack of 2
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
+stack of 1
+unstack of 1
+unstack of 1
+stack of 1
+unstack of 1
+unstack of 1
 bmm 1, baddbmm 2
 stack of 2
-stack of 1
-unstack of 1
-unstack of 1
-stack of 1
-unstack of 1
-unstack of 1
 stack of 2
 unstack of 2
 unstack of 2
@@ -165,14 +165,14 @@ unstack_ of 2
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
+stack of 1
+unstack_ of 1
+unstack_ of 1
 bmm 1, baddbmm 2
 stack of 2
-stack of 1
-unstack_ of 1
-unstack_ of 1
-stack of 1
-unstack_ of 1
-unstack_ of 1
 stack of 2
 unstack_ of 2
 unstack_ of 2
@@ -309,13 +309,13 @@ gather of 2
 bmm 1, baddbmm 2
 stack of 1
 stack of 1
+apply of 1
+unstack of 1
+apply of 1
+unstack of 1
 gather of 2
 bmm 1, baddbmm 2
 stack of 2
-apply of 1
-unstack of 1
-apply of 1
-unstack of 1
 apply of 2
 unstack of 2
 adamw of 2""",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .persistence.checkpoint import Checkpoint, load, save
     from .persistence.converters import convert_state, names_in
     from .persistence.description import CheckpointError
+    from .persistence.gathered import gather_state
     from .runtime.graphed import GraphedStep
     from .runtime.offloading import offload_, reload_
 
@@ -51,6 +52,7 @@ __all__ = [
     "convert_state",
     "for_trainer",
     "foreach_step_",
+    "gather_state",
     "init",
     "lightning_callback",
     "load",
@@ -80,6 +82,7 @@ _LATER = {
     "NorMuon": "optim.normuon",
     "convert_state": "persistence.converters",
     "for_trainer": "optim.trainer",
+    "gather_state": "persistence.gathered",
     "lightning_callback": "optim.callbacks",
     "load": "persistence.checkpoint",
     "names_in": "persistence.converters",

@@ -35,7 +35,8 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     as the parameter; with a momentum of int8 also ``"<name>.momentum_scale"`` (uint8), as the
     parameter with one column for 64; with `Config.master` also ``"<name>.mantissa"`` (int16) or
     ``"<name>.master"`` (float32), as the parameter; ``"guard.step"``, ``"guard.skipped"``,
-    ``"guard.consecutive"`` 0-d int32.
+    ``"guard.consecutive"`` 0-d int32. With ``Config(replicas="share")`` the state of what
+    other ranks own is not there.
 
     Ranks that share work compare their plans here: a collective. ``init(plan, params)``, the order
     of version 0.1, is accepted too.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from itertools import count, groupby
@@ -157,7 +157,7 @@ class Table:
         self.lists: dict[int, list[Tensor]] = {}
         self._read = read
         self._found: dict[str, list[Tensor]] = {}
-        self.facts: dict[int, tuple[object, Any]] = {}  # by the id of a list, which it keeps
+        self.facts: dict[Hashable, tuple[object, Any]] = {}  # of lists, which it keeps
 
     def find(self, text: str) -> list[Tensor]:
         """The tensors of a handle. The same text gives the same list."""
@@ -222,13 +222,14 @@ def input_for(kept: Tensor) -> Tensor:
 
 
 def remembered(tensors: Sequence[Tensor], fact: Callable[[Sequence[Tensor]], Any]) -> Any:
-    """``fact(tensors)``, which is asked once per list while a graph runs: always the same fact."""
+    """``fact(tensors)``, which is asked once per list while a graph runs."""
     table = getattr(_thread, "table", None)
     if table is None:
         return fact(tensors)
-    found = table.facts.get(id(tensors))
+    key = id(tensors), fact
+    found = table.facts.get(key)
     if found is None:
-        found = table.facts[id(tensors)] = tensors, fact(tensors)
+        found = table.facts[key] = tensors, fact(tensors)
     return found[1]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .handles import remembered
+
 try:
     import triton
     import triton.language as tl
@@ -54,7 +56,12 @@ def has_kernel(*lists: Sequence[Tensor]) -> bool:
     Raises:
         ImportError: the tensors would go to the kernels, but triton is not installed.
     """
-    return kernels_for(lists[0][0].device, {x.dtype for tensors in lists for x in tensors})
+    dtypes = set().union(*(remembered(tensors, _dtypes) for tensors in lists))
+    return kernels_for(lists[0][0].device, dtypes)
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
+    return {x.dtype for x in tensors}
 
 
 _compiled: dict[Hashable, Any] = {}
@@ -82,7 +89,8 @@ def launch(
     if INTERPRETED:
         kernel[(programs,)](*pointers, *constants, **options)
         return
-    device = next(x.device for x in pointers if isinstance(x, Tensor))
+    bases = (getattr(x, "base", x) for x in pointers)  # of descriptors
+    device = next(x.device for x in bases if isinstance(x, Tensor))
     key = (kernel, device, constants, *options.values(), *map(_variant, pointers))
     found = _compiled.get(key)
     if device.index != torch.cuda.current_device():  # Triton launches on the current device

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .handles import is_handle, joined
+from .handles import is_handle, joined, remembered
 from .registration import Lists, register
 
 
@@ -27,7 +27,7 @@ def count(x: Tensor) -> int:
 def total(tensors: Sequence[Any]) -> int:
     """How many matrices a list is."""
     real = tensors and isinstance(tensors[0], Tensor) and not torch.compiler.is_dynamo_compiling()
-    if real and _are_matrices(tensors):  # type: ignore[arg-type]
+    if real and _are_matrices(tensors):
         return len(tensors)
     return sum(map(count, tensors))
 
@@ -52,8 +52,12 @@ def cut(tensors: list[Tensor], k: int, low: int, high: int) -> list[Tensor]:
     return handle.cut(k, low, high) if is_handle(handle) else [tensors[k][low:high]]
 
 
-def _are_matrices(tensors: list[Tensor]) -> bool:
-    return max(map(Tensor.dim, tensors)) == 2  # no Python code runs per tensor
+def _are_matrices(tensors: Sequence[Tensor]) -> bool:
+    return remembered(tensors, _most_dimensions) == 2
+
+
+def _most_dimensions(tensors: Sequence[Tensor]) -> int:
+    return max(map(Tensor.dim, tensors))  # no Python code runs per tensor
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

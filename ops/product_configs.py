@@ -12,7 +12,8 @@ class TileConfig(NamedTuple):
     """How a kernel cuts a product. For a symmetric result, block_n is block_m or twice that.
 
     ``variant``: "pointers" loads from any strides; "tma" loads by tensor descriptors; "persistent"
-    does so too, in one program per SM.
+    does so too, in one program per SM. ``ends``: with these two, c is loaded and the result is
+    stored by descriptors too.
     """
 
     block_m: int
@@ -22,6 +23,7 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
     variant: Literal["pointers", "tma", "persistent"] = "pointers"
+    ends: bool = False
 
 
 _SMALL, _LARGE = False, True
@@ -45,18 +47,20 @@ CONFIGS: dict[int | str, Configs] = {
     9: {
         # 683 for 48 x 768 x 768 in bfloat16 (cuBLAS 649); 999 for 12 x 768 x 3072 in float16 (642)
         ("symmetric_matmul", _SMALL): TileConfig(128, 128, 64, 8, 8, 3, "tma"),
-        # 1164 for 96 x 2048 x 2048 in bfloat16 (794); 1203 for 24 x 2048 x 8192 in float16 (755)
-        ("symmetric_matmul", _LARGE): TileConfig(128, 256, 64, 8, 8, 3, "tma"),
+        # 1257 for 96 x 2048 x 2048 in bfloat16 (786); 1253 for 48 x 2048 x 8192 in float16 (H200,
+        # 2026-11-28, like the other two with ends; stored by pointers 1127 and 1191)
+        ("symmetric_matmul", _LARGE): TileConfig(128, 256, 64, 8, 8, 3, "persistent", ends=True),
         # 606 for 48 x 768 x 768 in bfloat16 (341); 645 for 12 of them in float16 (363).
         # With 8 warps 493 and 690.
         ("symmetric_addmm", _SMALL): TileConfig(128, 128, 64, 8, 4, 3, "tma"),
-        # 1004 for 96 x 2048 x 2048 in bfloat16 (597); 990 for 24 of them in float16 (517)
-        ("symmetric_addmm", _LARGE): TileConfig(128, 128, 64, 8, 8, 4, "persistent"),
+        # 1216 for 96 x 2048 x 2048 in bfloat16 (638); 1130 for 48 of them in float16. Without ends,
+        # in persistent programs, 1091 and 1046.
+        ("symmetric_addmm", _LARGE): TileConfig(128, 128, 64, 16, 4, 3, "tma", ends=True),
         # 484 for 48 x 768 x 768 in bfloat16 (316); 503 for 12 x 768 x 3072 in float16 (334)
         ("addmm", _SMALL): TileConfig(128, 256, 64, 8, 8, 4, "persistent"),
-        # 667 for 96 x 2048 x 2048 in bfloat16 (588); 641 for 24 x 2048 x 8192 in float16 (548).
-        # With "tma" 673 and 618.
-        ("addmm", _LARGE): TileConfig(128, 256, 64, 8, 8, 3, "persistent"),
+        # 696 for 96 x 2048 x 2048 in bfloat16 (630); 660 for 48 x 2048 x 8192 in float16. Without
+        # ends 688 and 586.
+        ("addmm", _LARGE): TileConfig(128, 256, 64, 16, 8, 3, "persistent", ends=True),
     },
     10: _for_all(
         TileConfig(128, 128, 64, 8, 8, 3, "tma"), TileConfig(128, 128, 64, 8, 8, 3, "tma")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 
 from .launch import jit, tl
+from .product_ends import end_of_tile
 
 
 @jit
@@ -190,8 +191,9 @@ def pointer_kernel(
 
 @jit
 def _descriptor_tile(
-    program, a, b, c, out, alpha, beta, rows, cols, depth, tiles, c_matrix, c_row, c_col,
-    SYMMETRIC: tl.constexpr, HAS_C: tl.constexpr, B_TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr,
+    program, a, b, c, out, alpha, beta, rows, cols, depth, tiles, total, c_matrix, c_row, c_col,
+    SYMMETRIC: tl.constexpr, HAS_C: tl.constexpr, B_TRANSPOSED: tl.constexpr, ENDS: tl.constexpr,
+    MIRROR: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, whose operands are loaded by tensor descriptors."""
@@ -208,21 +210,27 @@ def _descriptor_tile(
             left = left.to(tl.float32)
             right = right.to(tl.float32)
         acc = tl.dot(left, right, acc)
-    wide = matrix.to(tl.int64)
-    c += wide * c_matrix
-    out += wide * rows * cols
-    _store(
-        acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col,
-        SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    if ENDS:
+        end_of_tile(
+            acc, c, out, alpha, beta, matrix, i0, j0, total // tiles,
+            SYMMETRIC, HAS_C, MIRROR, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        wide = matrix.to(tl.int64)
+        c += wide * c_matrix
+        out += wide * rows * cols
+        _store(
+            acc, c, out, alpha, beta, i0, j0, rows, cols, c_row, c_col,
+            SYMMETRIC, HAS_C, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @functools.partial(jit, do_not_specialize=["tiles", "total"])
 def descriptor_kernel(
     a,  # descriptor of [n, rows, depth]
     b,  # of [n, depth, cols], or of [n, cols, depth] when B_TRANSPOSED
-    c,  # a pointer to [n, rows, cols], not read without HAS_C
-    out,  # a pointer to [n, rows, cols], contiguous
+    c,  # [n, rows, cols], not read without HAS_C: with ENDS a descriptor, otherwise a pointer
+    out,  # [n, rows, cols], contiguous: the same
     alpha,
     beta,
     rows,
@@ -237,6 +245,8 @@ def descriptor_kernel(
     HAS_C: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    ENDS: tl.constexpr,
+    MIRROR: tl.constexpr,  # with ENDS: see `end_of_tile`
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -246,13 +256,13 @@ def descriptor_kernel(
     if PERSISTENT:
         for program in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True):
             _descriptor_tile(
-                program, a, b, c, out, alpha, beta, rows, cols, depth, tiles,
-                c_matrix, c_row, c_col,
-                SYMMETRIC, HAS_C, B_TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                program, a, b, c, out, alpha, beta, rows, cols, depth, tiles, total,
+                c_matrix, c_row, c_col, SYMMETRIC, HAS_C, B_TRANSPOSED, ENDS, MIRROR, UPCAST,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
             )  # fmt: skip
     else:
         _descriptor_tile(
-            tl.program_id(0), a, b, c, out, alpha, beta, rows, cols, depth, tiles,
-            c_matrix, c_row, c_col,
-            SYMMETRIC, HAS_C, B_TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+            tl.program_id(0), a, b, c, out, alpha, beta, rows, cols, depth, tiles, total,
+            c_matrix, c_row, c_col, SYMMETRIC, HAS_C, B_TRANSPOSED, ENDS, MIRROR, UPCAST,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
         )  # fmt: skip

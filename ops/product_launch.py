@@ -39,7 +39,9 @@ class _Static(NamedTuple):
     programs: int
     constants: tuple[Any, ...]
     options: dict[str, Any]
-    descriptors: tuple[_Descriptor, ...]  # of a and b; none for pointers
+    descriptors: tuple[
+        _Descriptor | None, ...
+    ]  # of a, b, c and out, as far as they are loaded by one
 
 
 class _Layout(NamedTuple):
@@ -50,6 +52,8 @@ class _Layout(NamedTuple):
     symmetric: bool
     has_c: bool
     aligned: bool  # the addresses of a and b are multiples of 16 bytes
+    ends_aligned: bool  # those of c and the result are
+    same: bool  # the product is x x^T
     shape: tuple[int, ...]  # of a: [n, rows, depth]
     cols: int
     a_strides: tuple[int, ...]
@@ -104,16 +108,18 @@ def prepare(
     """The launch that writes the `product` to ``out``."""
     c_or_a = a if c is None else c  # without c, the kernel gets a pointer that it does not read
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0
+    ends_aligned = (c_or_a.data_ptr() | out.data_ptr()) % 16 == 0
+    same = a.data_ptr() == b.data_ptr() and a.stride() == b.mT.stride()
     layout = _Layout(
-        a.device, a.dtype, symmetric, c is not None, aligned,
+        a.device, a.dtype, symmetric, c is not None, aligned, ends_aligned, same,
         a.shape, b.shape[2], a.stride(), b.stride(), c_or_a.stride(),
     )  # fmt: skip
     kernel, programs, constants, options, descriptors = _static(layout, config)
-    left: Any = a
-    right: Any = b
-    if descriptors:
-        left, right = (TensorDescriptor(x, *d) for x, d in zip((a, b), descriptors, strict=True))
-    return Launch(kernel, programs, (left, right, c_or_a, out, alpha, beta), constants, options)
+    given: list[Any] = [a, b, c_or_a, out]
+    for k, descriptor in enumerate(descriptors):
+        if descriptor is not None:
+            given[k] = TensorDescriptor(given[k], *descriptor)
+    return Launch(kernel, programs, (*given, alpha, beta), constants, options)
 
 
 @functools.lru_cache(4096)
@@ -129,15 +135,23 @@ def _static(layout: _Layout, config: TileConfig | None) -> _Static:
         and _fits_descriptor(list(layout.a_strides), layout.dtype)
         and _fits_descriptor(b_strides, layout.dtype)
     )
+    out_strides = [layout.shape[1] * layout.cols, layout.cols, 1]
+    ends_fit = (
+        layout.ends_aligned
+        and _fits_descriptor(out_strides, layout.dtype)
+        and (not layout.has_c or _fits_descriptor(list(layout.c_strides), layout.dtype))
+    )
     if config is None:
         rows = layout.shape[1]
         config = config_for(layout.device, layout.symmetric, layout.has_c, rows, fits)
+        config = config._replace(ends=config.ends and ends_fit)
     if config.variant == "pointers":
         return _with_pointers(layout, config)
-    if not fits:
+    if not fits or (config.ends and not ends_fit):
         raise ValueError(
             f"config: {config.variant!r} needs tensor descriptors, which take addresses and "
-            f"strides that are multiples of 16 bytes and a last stride of 1; got strides "
+            f"strides that are multiples of 16 bytes and a last stride of 1 (with ends, of c and "
+            f"the result too); got strides "
             f"{layout.a_strides} and {layout.b_strides}. Use variant 'pointers'"
         )
     return _with_descriptors(layout, config, transposed, b_strides)
@@ -167,16 +181,22 @@ def _with_descriptors(
         b_shape, b_block = [n, layout.cols, depth], [1, block_n, block_k]
     else:
         b_shape, b_block = [n, depth, layout.cols], [1, block_k, block_n]
-    descriptors = (
+    descriptors: list[_Descriptor | None] = [
         _Descriptor(list(layout.shape), list(layout.a_strides), [1, block_m, block_k]),
         _Descriptor(b_shape, b_strides, b_block),
-    )
+    ]
+    if config.ends:  # see `end_of_tile`
+        shape, out_strides = [n, rows, layout.cols], [rows * layout.cols, layout.cols, 1]
+        block = [1, block_m, block_m if block_n == 2 * block_m else block_n]
+        c = _Descriptor(shape, list(layout.c_strides), block) if layout.has_c else None
+        descriptors += [c, _Descriptor(shape, out_strides, block)]
     constants = (
         rows, layout.cols, depth, tiles, total, *layout.c_strides,
-        layout.symmetric, layout.has_c, transposed, persistent, INTERPRETED, *_blocks(config),
+        layout.symmetric, layout.has_c, transposed, persistent, config.ends,
+        config.ends and (INTERPRETED or not layout.same), INTERPRETED, *_blocks(config),
     )  # fmt: skip
     programs = min(total, _programs(layout.device)) if persistent else total
-    return _Static(descriptor_kernel, programs, constants, options_of(config), descriptors)
+    return _Static(descriptor_kernel, programs, constants, options_of(config), tuple(descriptors))
 
 
 def _blocks(config: TileConfig) -> tuple[int, ...]:

@@ -10,6 +10,9 @@
     hsdp     [Replicate, Shard(0)], 8 ranks a shard group, one node each
     ddp      replicated, every rank orthogonalizes its share
 
+Between nodes as many replicas share a bucket as the plan decides, by the same rates as here
+(normuon_fn/distributed/cost.py): with other rates it would decide otherwise.
+
 Counted: the step runs on tensors without values under a fake process group, and every collective
 that it calls is caught with the sizes it has for every other rank. A count is of one rank; of
 several (those that own most, in all and of a shape, or least, the first and the last) the largest
@@ -212,11 +215,13 @@ def arguments(plan: nm.Plan, params: dict[str, Tensor]) -> tuple[Any, ...]:
 
 
 def owned(plan: nm.Plan, rank: int) -> tuple[int, float]:
-    """Matrices, and the FLOP of their products."""
+    """Matrices, and the FLOP of their products. By a plan of a rank of the same block of replicas:
+    others own none there, and do the same by plans of their own.
+    """
     matrices, flop = 0, 0.0
     for bucket in plan.buckets:
         n = sum(
-            group.ownership.by_rank[rank] if group.ownership else group.count
+            group.ownership.by_rank.get(rank, 0) if group.ownership else group.count
             for group in bucket.groups
         )
         form, rows = bucket.form, list(bucket.coefficients.rows)
@@ -249,7 +254,7 @@ def counts(shapes: Shapes, layout: str, world: int) -> tuple[list[Rank], int]:
     groups = [group for bucket in plan.buckets for group in bucket.groups]
     ownerships = [group.ownership for group in groups if group.ownership]
     of_each = {
-        max(range(world), key=lambda rank: by_rank[rank])
+        max(range(world), key=lambda rank: by_rank.get(rank, 0))
         for by_rank in (s.by_rank for s in ownerships)
     }
     others = sorted({most_flop, most, least, world - 1, *of_each} - {0})

@@ -8,6 +8,8 @@
     # the rows whose name has one of these
     python examples/benchmarks/step.py --only Muon,graph --no-first-step
     python examples/benchmarks/step.py --device cpu --workload cpu            # ratios
+    # shapes that nobody chose
+    python examples/benchmarks/step.py --workload random:7 --only graph --guard off --no-first-step
     python examples/benchmarks/step.py --bars                 # every bar of the project: Markdown
     # or ddp; rank 0's times
     torchrun --nproc-per-node 2 examples/benchmarks/step.py --workload 1.3b --layout fsdp2
@@ -46,6 +48,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import statistics
@@ -931,17 +934,41 @@ def bars_table(found: list[Bar], results: dict[str, list[Row]], header: dict[str
 # --- the command
 
 
+RANDOM_SHAPES, RANDOM_ENTRIES = 8, 6e8  # 6e8: 2.2 GiB in float32
+
+
+def random_shapes(seed: int) -> Shapes:
+    """Eight shapes that nobody chose, the same for the same seed.
+
+    The shorter side is between 256 and 14336, evenly by its logarithm, and a multiple of 8; the
+    longer one is up to 8 times as long, and no longer than 14336. Of each there are 1 to 96, but of
+    large ones no more than have 75 million entries together, or one.
+    """
+    rng = random.Random(seed)
+    found = []
+    for _ in range(RANDOM_SHAPES):
+        short = 8 * round(256 * 56 ** rng.random() / 8)
+        long = 8 * round(min(14336.0, short * 8 ** rng.random()) / 8)
+        sides = (short, long) if rng.random() < 0.5 else (long, short)
+        most = max(1, min(96, int(RANDOM_ENTRIES / RANDOM_SHAPES / (short * long))))
+        found.append((rng.randint(1, most), *sides))
+    return found
+
+
 def shapes_of(spec: str) -> Shapes:
-    """A name of `WORKLOADS`, or 12x768x768,4x3072x768."""
+    """A name of `WORKLOADS`, random:SEED, or 12x768x768,4x3072x768."""
     if spec in WORKLOADS:
         return WORKLOADS[spec]
+    kind, _, seed = spec.partition(":")
+    if kind == "random" and seed.isdecimal():
+        return random_shapes(int(seed))
     try:
         found = [tuple(map(int, part.split("x"))) for part in spec.split(",")]
     except ValueError:
         found = []
     if not found or any(len(part) != 3 or min(part) < 1 for part in found):
         raise argparse.ArgumentTypeError(
-            f"expected one of {sorted(WORKLOADS)} or COUNTxROWSxCOLS,..., got {spec!r}"
+            f"expected one of {sorted(WORKLOADS)}, random:SEED or COUNTxROWSxCOLS,..., got {spec!r}"
         )
     return found  # type: ignore[return-value]
 
@@ -968,7 +995,7 @@ def main() -> None:
         "--workload",
         type=workload_name,
         default="gpt2" if cuda else "cpu",
-        help="gpt2, 1.3b, tiny or NxRxC,...",
+        help="gpt2, 1.3b, tiny, random:SEED or NxRxC,...",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")

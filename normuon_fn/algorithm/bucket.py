@@ -9,6 +9,7 @@ Read `MatrixWork` from top to bottom. What matrices that ranks share need: distr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,25 @@ class Front(NamedTuple):
     stacks: list[Tensor] | None = (
         None  # the momentums as one stack per group, where `advance` has them anyway
     )
+    matrices: slice = slice(None)  # which of the bucket's these are
     scales: list[Tensor] | None = None  # as ``momentums``, where these are codes: ops/codes.py
+
+    def part(self, groups: slice) -> Front:
+        """The same of some groups."""
+        start = sum([group.count for group in self.groups[: groups.start]])
+        end = start + sum([group.count for group in self.groups[groups]])
+        first = sum(self.sizes[: groups.start])
+        last = first + sum(self.sizes[groups])
+        return Front(
+            self.groups[groups],
+            self.sizes[groups],
+            self.momentums[first:last],
+            self.grads[first:last],
+            Measures(*(x[start:end] for x in self.measures)),
+            None if self.stacks is None else self.stacks[groups],
+            slice(start, end),
+            None if self.scales is None else self.scales[first:last],
+        )
 
 
 class Update(NamedTuple):
@@ -53,12 +72,19 @@ class MatrixWork(Work):
     """A bucket whose matrices are whole on this rank, and nobody else's work."""
 
     def __init__(
-        self, stack: Stack, groups: list[Members[MatrixKind]], runs: Runs, context: Context
+        self,
+        stack: Stack,
+        groups: list[Members[MatrixKind]],
+        runs: Runs,
+        context: Context,
+        chunks: Sequence[int] = (),  # how many groups are orthogonalized at a time; (): all
     ) -> None:
         self.stack, self.groups, self.runs, self.context = stack, groups, runs, context
+        self.chunks = chunks
         self.sizes = [group.tensors for group in groups]
         self.front: Front | None = None
         self.updates: list[Update] = []
+        self.applied: list[Tensor] = []  # whether they were finite: [n] bool of each
 
     # ------------------------------------------------------------------------------- for the guard
 
@@ -70,7 +96,7 @@ class MatrixWork(Work):
         return self._bad_by(largest).expand(2, -1)
 
     def bad_updates(self) -> Tensor:
-        finite = [update.finite & self.fits(update) for update in self.updates]
+        finite = [*self.applied, *(u.finite & self.fits(u) for u in self.updates)]
         bad = ~torch.cat(finite) if finite else None
         return self.with_gradients(complete(bad, self.runs, self.context))
 
@@ -127,7 +153,7 @@ class MatrixWork(Work):
             if of_new is not None:
                 group.put(SCALE.name, of_new[at : at + group.tensors])
             at += group.tensors
-        return Front(self.groups, self.sizes, new, grads, measures, stacks, of_new)
+        return Front(self.groups, self.sizes, new, grads, measures, stacks, scales=of_new)
 
     @property
     def _rule(self) -> ops.MomentumRule:
@@ -141,19 +167,29 @@ class MatrixWork(Work):
     # ------------------------------------------------------------------------------- orthogonalize
 
     def orthogonalize(self) -> None:
-        """As one stack [n, rows <= cols]; cut into groups again, and tall ones transposed back."""
+        """As one stack [n, rows <= cols], or in chunks; what may enter at once is applied here."""
         if self.front is None:
             return
-        parts = self.iterated(self.to_norm_1(self.front)).split(
-            [g.count for g in self.front.groups]
-        )
-        for group, part in zip(self.front.groups, parts, strict=True):
+        if len(self.chunks) < 2:
+            self._orthogonalize(self.front)
+            return
+        start = 0
+        for count in self.chunks:
+            self._orthogonalize(self.front.part(slice(start, start + count)))
+            start += count
+
+    def _orthogonalize(self, front: Front) -> None:
+        """One stack; cut into groups again, and tall ones transposed back."""
+        parts = self.iterated(self.to_norm_1(front)).split([g.count for g in front.groups])
+        for group, part in zip(front.groups, parts, strict=True):
             update = part.mT if group.kind.tall else part
             old = tuple(ops.stack(group.read(s.name)) for s in self.context.stages.normalize.states)
             found = self.normalized(group, update, old)
             self.updates.append(
                 Update(group, update, found.factor, old, found.states, found.finite)
             )
+        if self.context.at_once:
+            self._apply_updates()
 
     def to_norm_1(self, front: Front) -> Tensor:
         """[n, rows <= cols], times `carry`."""
@@ -167,10 +203,13 @@ class MatrixWork(Work):
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
         context, own = self.context, self.context.config.orthogonalizer is not None
+        beta = context.hyper.momentum
+        if front.matrices != slice(None):
+            beta = ops.part_of(beta, front.matrices)
         return context.operators.gather(
             front.momentums,
             front.grads,
-            context.hyper.momentum,
+            beta,
             power,
             inverse,
             front.sizes,
@@ -217,8 +256,13 @@ class MatrixWork(Work):
     def apply(self) -> None:
         if self.front is not None and self.context.holds_late:
             self._advanced(self.front.momentums, self.front.grads, self.front.scales)
+        self._apply_updates()
+
+    def _apply_updates(self) -> None:
         for update in self.updates:
             self._apply(update)
+            self.applied.append(update.finite)
+        self.updates = []  # their memory is free from here on
 
     def _apply(self, update: Update) -> None:
         if update.group.local:

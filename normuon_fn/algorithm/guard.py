@@ -94,6 +94,7 @@ class Agreement:
         decides = rule.mode == "full" or (joint and self.found is not None)
         self.early = decides and rule.early  # agreed on before anything is written
         self.holds_late = decides and not rule.early  # momentums are written after the agreement
+        self.at_once = rule.mode == "off"  # no update decides whether it, or another, enters
         self._joint = joint
         self.flags: Tensor | None = (
             None  # [2, n_params] int32, of the parameters that this rank knows
@@ -108,6 +109,9 @@ class Agreement:
             self._add([work.bad_gradients() for work in works])
         if not self.holds_late:
             self._decide_holds(works)
+        if self.at_once:
+            for work in works:
+                work.skip = self.found
 
     def after(self, works: Sequence[Guarded]) -> None:
         """Decides about everything else, and about momentums that nobody decided about yet."""

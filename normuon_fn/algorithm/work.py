@@ -120,6 +120,7 @@ class Context(NamedTuple):
     adamw_step: Tensor
     early: bool  # the guard agrees about gradients before anything is written
     holds_late: bool  # only the agreement at the end of the step tells if momentums keep their bits
+    at_once: bool  # what the updates are decides nothing: each may enter as soon as it is there
 
 
 # Of the matrices of a bucket, in order: whether they take part in this step here, and how many.

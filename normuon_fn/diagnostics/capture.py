@@ -149,6 +149,8 @@ def _inputs(
             grad = grads[block.name]
             if not any(flags[block.name]) or grad is None:
                 continue
+            if f"{block.name}.momentum" in plan.owned.elsewhere:
+                continue  # another rank orthogonalized it, and captures it
             part = "" if block.param.length is None else f".{block.param.start}"
             key = f"{block.name}.input{part}"
             read = block.param.read(grad)

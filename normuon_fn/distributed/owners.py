@@ -27,6 +27,8 @@ class Ownership:
     ranks: tuple[tuple[int, ...], ...]  # [replicas, shards]: the rank in the process group
     rects: tuple[Rect, ...]  # by shard: its part of every matrix
     counts: tuple[tuple[int, ...], ...] = ()  # [replicas, shards]: matrices owned, in order
+    # There are more replicas than these, which do the same work by themselves: see sharing.py.
+    narrowed: bool = False
 
     @staticmethod
     def of(
@@ -81,6 +83,18 @@ class Ownership:
         }
 
 
+def with_owners(
+    ownership: Ownership,
+    owners: Sequence[int],  # of replicas of whole matrices: by block, in order, its owner's number
+    matrices: Sequence[int],  # in each block
+) -> Ownership:
+    """The ownership where whole blocks are given to the replicas, in the order of these."""
+    counts = [0] * ownership.replicas.size
+    for owner, n in zip(owners, matrices, strict=True):
+        counts[owner] += n
+    return replace(ownership, counts=tuple((n,) for n in counts))
+
+
 class Shared(NamedTuple):
     """The matrices of one group that ranks share, as `balance` knows them."""
 
@@ -103,12 +117,14 @@ def balance(groups: Sequence[Shared]) -> list[Ownership]:
     the least work so far; groups of the most expensive matrices come first.
     """
     found = [group.ownership for group in groups]
-    load: dict[str, list[float]] = {}
+    load: dict[tuple[str, frozenset[int]], dict[int, float]] = {}
     for k in sorted(range(len(groups)), key=lambda k: groups[k].cost, reverse=True):
         ownership, matrices, _, _ = group = groups[k]
         # Alternately from all replicas, so that the remainder is divided among them too.
         ranks = [rank for of_shard in zip(*ownership.ranks, strict=True) for rank in of_shard]
-        busy = load.setdefault(ownership.group, [0.0] * len(ranks))
+        # Blocks of replicas that work by themselves must all divide their work in the same way.
+        among = ownership.group, frozenset(ranks)
+        busy = load.setdefault(among, dict.fromkeys(ranks, 0.0))
         base, rest = divmod(matrices, len(ranks))
         extra = set(sorted(ranks, key=lambda rank: busy[rank])[:rest])
         counts = tuple(

@@ -66,7 +66,8 @@ class SharedWork(MatrixWork):
             stacks = None if front.stacks is None else [front.stacks[local][share]]
             of = front.scales
             scales = None if of is None else picked(of[tensor:end], share)
-            own = Front([group], [len(momentums)], momentums, grads, measures, stacks, scales)
+            sizes = [len(momentums)]
+            own = Front([group], sizes, momentums, grads, measures, stacks, scales=scales)
             shares.append(own if momentums else None)
             tensor, matrix, local = end, matrix + group.count, local + 1
         return shares

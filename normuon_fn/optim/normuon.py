@@ -5,7 +5,7 @@ param_groups -> names, routes, a Hyper -> a plan for what has gradients -> step_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,22 +20,22 @@ from ..runtime.compiled import step_
 from ..types import Config, Guard, StepResult
 from . import groups as groups_of
 from . import hyper as hyper_of
-from . import saved as saved_of
 from . import state as state_of
 from .offloading import Offloading
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
+from .saving import SavedOptimizer
 from .scaled import forget_scale, unscaled
 
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
-    "_constructed", "_reports", "_offloaded",
+    "_constructed", "_reports", "_owners", "_offloaded",
 )  # fmt: skip
 
 
-class NorMuon(Offloading, torch.optim.Optimizer):
+class NorMuon(Offloading, SavedOptimizer):
     """NorMuon for matrices and AdamW for all other parameters, one compiled graph per step.
 
     >>> optimizer = nm.NorMuon(model, lr=0.02, weight_decay=0.1, guard="full")
@@ -73,8 +73,9 @@ class NorMuon(Offloading, torch.optim.Optimizer):
     With betas (0.9, 0.95) that factor starts at 0.45 and stays below 1.1; with (0.9, 0.999) it
     starts at 3.2 and reaches 6.6: there, use a lower ``lr`` or a separate optimizer.
 
-    ``torch.amp.GradScaler`` works without a host sync: the step unscales gradients in place. To
-    ``torch.compile`` it is a break in the graph. `check` takes the last step's ``result, plan``.
+    ``torch.amp.GradScaler`` works without a host sync: the step unscales the gradients in place.
+    ``torch.compile`` leaves its graph for the step, which is compiled already, and raises with
+    ``fullgraph=True``. ``plan`` and ``result`` belong to the last step; pass them to `check`.
 
     Args:
         lr: as in `Hyper`: the update has RMS 0.2 before ``lr`` (see ``Config.scale``), so AdamW's
@@ -122,6 +123,7 @@ class NorMuon(Offloading, torch.optim.Optimizer):
         self._reports = Reports(self.config, on_skip, max_consecutive)
         self._mesh, self._guard_mesh = mesh, guard_mesh
         self._added: list[groups_of.AddedGroup] = []
+        self._owners: dict[str, int] = {}  # with Config(replicas="share")
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
         self._constructed = self._offloaded = False
         self._planner: Planner | None = None
@@ -241,7 +243,8 @@ class NorMuon(Offloading, torch.optim.Optimizer):
         named = groups_of.named_again(self.param_groups, self._added)
         self._added = decide_new(named, self._routes)
         self._reports.remember_models(self._added, self._routes)
-        planner = Planner(self.param_groups, self._added, self.config, self._mesh, self._guard_mesh)
+        ranks = self._mesh, self._guard_mesh, self._owners
+        planner = Planner(self.param_groups, self._added, self.config, *ranks)
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:
             del self.state[p]
@@ -254,43 +257,6 @@ class NorMuon(Offloading, torch.optim.Optimizer):
         if self._planner is not None:
             self._planner.release()
         self._planner = self.plan = self.result = None
-
-    # --- saving and loading
-
-    @outside_graphs()
-    def state_dict(self) -> dict[str, Any]:
-        """As for every optimizer, with hyperparameters as plain numbers and no tensor twice."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        self._settled()
-        packed = saved_of.pack(self.param_groups, self.state)
-        for after in self._optimizer_state_dict_post_hooks.values():
-            packed = after(self, packed) or packed
-        return packed
-
-    @outside_graphs()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copies a `state_dict` into this optimizer's tensors, whose dtypes stay.
-
-        Parameters are found by name (but for wrappers' prefixes) if both sides have names, and by
-        order otherwise. A group takes the values that its parameters had. A parameter without
-        saved state, because it was frozen, starts anew. What others added to ``optimizer.state``
-        comes back too. Nothing is written if anything does not fit.
-
-        Raises:
-            ValueError, TypeError: other names, groups, algorithms or values, or a state of another
-                kind or shape; naming the parameter or the group.
-        """
-        saved: Any = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            saved = hook(self, saved) or saved
-        planner = self._settled()
-        found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
-        write_values = hyper_of.loading(self.param_groups, found.groups)
-        self._begun = planner.load(self.state, self._begun, found)
-        write_values()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _SAVED}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithm.momentum import MOMENTUM, SCALE
 from ..compat import Ranks, outside_inference_mode
+from ..compat.collection import without_collection
 from ..distributed import placements
+from ..persistence.gathered import gather_state
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.make_plan import plan_of
@@ -68,7 +71,9 @@ class Planner:
         config: Config,
         mesh: Ranks | Alone | None,
         guard_mesh: Ranks | None,
+        owners: dict[str, int],  # see planning/replicas.py; planners of one optimizer go on with it
     ) -> None:
+        self.owners = owners
         self.fingerprint = fingerprint_of(groups)
         self.named, self.group_of = names_of(added)
         self._decisions = {
@@ -87,6 +92,7 @@ class Planner:
         self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
         self.offloaded = False  # whether state stays where it is: see offloading.py
 
+    @without_collection
     def prepare(self, states: States, begun: set[str], offloaded: bool) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
         self.offloaded = offloaded
@@ -190,6 +196,7 @@ class Planner:
             self._guard_mesh,
             self.group_of if self.hyper.several else None,
             self._alike,
+            self.owners,
         )
         self._alike = plan.guard.alike
         for ranks in plan.shared_by:
@@ -203,19 +210,45 @@ class Planner:
 
         Returns the names of the parameters that were stepped, as far as that is known now.
         """
-        plans: dict[str, Plan] = {}
-        load(
-            states,
-            self.named,
-            saved.states,
-            lambda of: self.kinds(of, states, begun, plans),
-            lambda name, own: fitted(plans[name], name, own) if name in plans else own,
-        )
+        away, plans = self._elsewhere, dict[str, Plan]()
+        ends, every = f".{MOMENTUM.name}", saved.states.items()
+        away |= {f"{k.removesuffix(ends)}.{SCALE.name}" for k in away if k.endswith(ends)}
+        given = {n: {k: x for k, x in own.items() if f"{n}.{k}" not in away} for n, own in every}
+
+        def fit(name: str, own: Mapping[str, Any]) -> Mapping[str, Any]:
+            return fitted(plans[name], name, own) if name in plans else own
+
+        load(states, self.named, given, lambda of: self.kinds(of, states, begun, plans), fit)
         states.update(saved.others)
         for planned in self.steps.values():
             self.collect(planned, states, begun)
         step = next((states[p]["step"] for p in self.named.values() if p in states), 0)
         return {name for name in (self.named if step > 0 else begun) if saved.states[name]}
+
+    @property
+    def _elsewhere(self) -> set[str]:
+        """The state that this rank lacks, because replicas share it."""
+        return {key for step in self.steps.values() for key in step.plan.owned.elsewhere}
+
+    @torch.no_grad()
+    def gathered(self, states: States) -> dict[Any, dict[str, Any]]:
+        """``optimizer.state`` with copies of what other ranks own: a collective of the replicas."""
+        found = {p: dict(kinds) for p, kinds in states.items()}
+        done: set[str] = set()
+        for planned in self.steps.values():
+            plan, new = planned.plan, [name for name in planned.params if name not in done]
+            if plan.owned.group is not None and new:
+                own = dict(planned.state)
+                for name, p in planned.params.items():
+                    own |= {
+                        key: x for kind, x in states[p].items() if (key := f"{name}.{kind}") in own
+                    }
+                whole = gather_state(own, plan)
+                for name in [name for name in new if name in plan.owned.owners]:
+                    kept = {kind: whole[f"{name}.{kind}"] for kind in plan.owned.kinds}
+                    found[planned.params[name]].update(kept)
+            done.update(new)
+        return found
 
     def kinds(
         self, chosen: Chosen, states: States, begun: set[str], plan_of: dict[str, Plan]

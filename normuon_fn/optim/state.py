@@ -195,7 +195,7 @@ def _copies(
     if not kinds <= saved.keys() or _OWN & saved.keys() - kinds:
         raise ValueError(
             f"state_dict: expected {sorted(kinds)} for {name!r}, got {sorted(map(str, saved))}; "
-            "was it saved with another config?"
+            f"{_hint(kinds, saved)}"
         )
     for kind in sorted(kinds):
         value, into = saved[kind], own[kind]
@@ -210,6 +210,15 @@ def _copies(
                 f"{kind}, got {type(value).__name__}{shape}"
             )
     return [(own[kind], saved[kind]) for kind in kinds]
+
+
+def _hint(kinds: set[str], saved: Mapping[str, Any]) -> str:
+    if kinds - saved.keys() and not _OWN & saved.keys():
+        return (
+            "was it saved by one rank of Config(replicas='share')? Save gathered_state_dict(), or "
+            "with torch.distributed.checkpoint"
+        )
+    return "was it saved with another config?"
 
 
 def _added(saved: Mapping[str, Any], kinds: set[str], device: torch.device) -> dict[str, Any]:

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algorithm.momentum import MOMENTUM, SCALE
 from ..compat import address
 from ..distributed.dtensors import is_dtensor
 from ..planning.checks import check_tensors
 from ..planning.memory import check_writable
-from ..planning.momentum_codes import fitted
+from ..planning.momentum_codes import fitted_file
 from ..planning.plan import Plan
 from ..types import Config, Tensors
 from .description import CheckpointError
@@ -59,7 +58,8 @@ def save(
     it on one.
 
     Args:
-        params, state: of the plan; on any device.
+        params, state: of the plan; on any device. With ``Config(replicas="share")`` the state of
+            all ranks: ``nm.gather_state(state, plan)``.
         extra: tensors and JSON values by name, for example a step number or a generator's state.
 
     Raises:
@@ -72,7 +72,7 @@ def save(
             a full disk. An old file is as it was.
     """
     require_safetensors()
-    _check_run(plan, params, state)
+    _check_run(plan, params, state, whole=True)
     extra = {} if extra is None else extra
     if not isinstance(extra, Mapping):
         raise TypeError(
@@ -98,6 +98,8 @@ def load(
     state: dict[str, Tensor] | None = None,
 ) -> Checkpoint:
     """What `save` wrote, with the keys in the order in which `save` received them.
+
+    Of a state that replicas share (``Config(replicas="share")``) each rank gets what it owns.
 
     With ``plan``, the file is checked against the plan and its tensors are on the plan's device.
     Without, the tensors are on the CPU as they were saved. Nothing is ever unpickled. An option
@@ -126,11 +128,15 @@ def load(
     meta, found = read(Path(path))
     if plan is not None:
         _check_meaning(path, meta, plan)
-        found = _fitted(found, plan)
+        found = fitted_file(found, plan)
         want = {f"params/{p.name}": (p.spec.shape, p.spec.dtype) for p in plan.parameters}
-        want |= {f"state/{name}": (spec.shape, spec.dtype) for name, spec in plan.state.items()}
+        whole = plan.whole_state.items()
+        want |= {f"state/{name}": (spec.shape, spec.dtype) for name, spec in whole}
         own = {key: tensor for key, tensor in found.items() if not key.startswith("extra/")}
         _check_specs(path, own, want)
+        found = {
+            k: x for k, x in found.items() if k.removeprefix("state/") not in plan.owned.elsewhere
+        }
 
     parts: dict[str, dict[str, Any]] = {"params": {}, "state": {}, "extra": dict(meta["extra"])}
     targets = {"params": params, "state": state}
@@ -174,24 +180,6 @@ def _check_meaning(path: str | os.PathLike[str], meta: dict[str, Any], plan: Pla
         warnings.warn(f"{path} was saved with another configuration: {shown}", stacklevel=3)
 
 
-def _fitted(found: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """What the file has, with momentums as the plan keeps them: floats, or codes with scales."""
-    new, changed = dict(found), False
-    for p in plan.parameters:
-        keys = {kind: f"state/{p.name}.{kind}" for kind in (MOMENTUM.name, SCALE.name)}
-        own = {kind: found[key] for kind, key in keys.items() if key in found}
-        fits = fitted(plan, p.name, own)
-        if fits.keys() != own.keys():
-            changed = True
-            for kind in own:
-                del new[keys[kind]]
-            new |= {keys[kind]: x for kind, x in fits.items()}
-    if not changed:
-        return found
-    order = {f"state/{key}": k for k, key in enumerate(plan.state)}
-    return dict(sorted(new.items(), key=lambda item: order.get(item[0], -1)))
-
-
 def _check_specs(
     path: str | os.PathLike[str],
     found: Mapping[str, Tensor],
@@ -212,7 +200,9 @@ def _check_specs(
             )
 
 
-def _check_run(plan: Plan, params: Tensors | None, state: Tensors | None) -> None:
+def _check_run(
+    plan: Plan, params: Tensors | None, state: Tensors | None, *, whole: bool = False
+) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     if plan.sharded:
@@ -224,7 +214,19 @@ def _check_run(plan: Plan, params: Tensors | None, state: Tensors | None) -> Non
         specs = {p.name: p.spec for p in plan.parameters}
         check_tensors(plan, "params", params, specs, anywhere=True)
     if state is not None:
-        check_tensors(plan, "state", state, plan.state, anywhere=True)
+        if whole and plan.owned.elsewhere and isinstance(state, Mapping):
+            _check_gathered(plan, state)
+        specs = plan.whole_state if whole else plan.state
+        check_tensors(plan, "state", state, specs, anywhere=True)
+
+
+def _check_gathered(plan: Plan, state: Tensors) -> None:
+    lacking = sorted(plan.owned.elsewhere - state.keys())
+    if lacking:
+        raise ValueError(
+            f"state: lacks {lacking[:8]}, which other ranks own with Config(replicas='share'); "
+            "call whole = nm.gather_state(state, plan) on all ranks and pass whole"
+        )
 
 
 def _check_targets(given: Mapping[str, Tensors]) -> None:

@@ -226,7 +226,7 @@ def _as(tensor: Tensor, plan: Plan, name: str, suffix: str, factor: float = 1.0)
         raise ValueError(
             f"source: {name!r}: expected a tensor as {suffix}, got {type(tensor).__name__}"
         )
-    spec = plan.state[f"{name}.{suffix}"]
+    spec = plan.whole_state[f"{name}.{suffix}"]
     wide = torch.promote_types(spec.dtype, torch.float32)
     dtype = spec.dtype if spec.dtype.is_floating_point else wide  # codes are made of floats
     moved = tensor.detach().to(plan.device)
@@ -243,7 +243,7 @@ def _variance(parameter: Parameter, variance: Tensor, plan: Plan) -> Tensor:
     For a convolution that is one variance per row of every kernel; their mean is the variance of
     the row of the flattened matrix.
     """
-    name, spec = parameter.name, plan.state[f"{parameter.name}.variance"]
+    name, spec = parameter.name, plan.whole_state[f"{parameter.name}.variance"]
     if parameter.route.flatten and variance.ndim > 2 and spec.shape == (variance.shape[0], 1):
         variance = variance.flatten(1).float().mean(1, keepdim=True)
     if spec.sharded is None and tuple(variance.shape) != spec.shape:

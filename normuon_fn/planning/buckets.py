@@ -16,9 +16,11 @@ from ..algorithm.adamw import AdamWWork
 from ..algorithm.bucket import MatrixWork
 from ..algorithm.work import Kind, MatrixKind, Members, Own, Stack, Work
 from ..distributed.messages import Exchange
+from ..distributed.owned import OwnedWork
 from ..distributed.owners import Ownership
 from ..distributed.shared import SharedWork
 from ..types import Config
+from .chunks import CHUNK, chunks
 from .layout import Block
 from .tensors import StepTensors
 
@@ -31,6 +33,8 @@ class Group(MatrixKind):
     # Of all parameters that belong to it, also those of which nothing is on this rank.
     names: tuple[str, ...]
     ownership: Ownership | None = None  # where ranks share the matrices: who owns which
+    # Where replicas share the state too: by block, in their order, the replica that owns it.
+    owners: tuple[int, ...] = ()
     # one for every block; groups that ranks share have only one
     own: tuple[Own, ...]
 
@@ -42,6 +46,14 @@ class Group(MatrixKind):
     @property
     def count(self) -> int:
         return sum(block.count for block in self.blocks)
+
+    @property
+    def owned(self) -> tuple[Block, ...]:
+        """The blocks whose state this rank keeps, where replicas share it."""
+        assert self.ownership is not None
+        here = self.ownership.replicas.number
+        pairs = zip(self.blocks, self.owners, strict=True)
+        return tuple(block for block, owner in pairs if owner == here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,11 @@ class Bucket(Stack):
         """The process group of the ranks that share its work."""
         return None
 
+    @property
+    def heard_by(self) -> str | None:
+        """The process group whose ranks all hear of its updates in its messages."""
+        return None
+
     def how(self, config: Config) -> str:
         """How its matrices are orthogonalized, for the table of the plan."""
         if config.orthogonalizer is not None:
@@ -84,15 +101,25 @@ class Bucket(Stack):
         own = next((own for group in self.groups for own in group.own), Own())
         at = self.rates_at
         rates = tensors.rates(own) if at is None else tensors.own_rates(at, runs)
+        graded = [
+            [block for block in group.blocks if tensors.has_gradient(block.name)]
+            for group in self.groups
+        ]
+        parts = chunks(graded, self._at_a_time(tensors.config))
         groups: list[Members[MatrixKind]] = []
         start = 0
-        for group in self.groups:
-            blocks = [block for block in group.blocks if tensors.has_gradient(block.name)]
+        for k, blocks in (part for chunk in parts for part in chunk):
             end = start + sum(block.count for block in blocks)
-            if blocks:
-                groups.append(tensors.members(group, blocks, rates.part(slice(start, end))))
+            groups.append(tensors.members(self.groups[k], blocks, rates.part(slice(start, end))))
             start = end
-        return MatrixWork(self, groups, runs, tensors.context(rates.hyper, self.kernels))
+        context = tensors.context(rates.hyper, self.kernels)
+        return MatrixWork(self, groups, runs, context, [len(chunk) for chunk in parts])
+
+    def _at_a_time(self, config: Config) -> int:
+        """How many matrices; a caller's own orthogonalizer gets all of them as one stack."""
+        if config.orthogonalizer is not None:
+            return sum(group.count for group in self.groups) or 1
+        return max(1, CHUNK // (self.rows * self.cols * self.form.dtype.itemsize or 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +132,12 @@ class SharedBucket(Bucket):
     def shared_by(self) -> str | None:
         return self.exchange.group
 
+    @property
+    def heard_by(self) -> str | None:
+        ownerships = [group.ownership for group in self.groups]
+        narrowed = any(ownership is None or ownership.narrowed for ownership in ownerships)
+        return None if narrowed else self.exchange.group
+
     def how(self, config: Config) -> str:
         ranks = self.exchange.shards.size * self.exchange.replicas.size
         return f"{super().how(config)}, shared by {ranks} ranks"
@@ -116,6 +149,12 @@ class SharedBucket(Bucket):
         ]
         runs = [(group.local, group.count) for group in self.groups]
         context = tensors.context(groups[0].rates.hyper, self.kernels)
+        if self.groups[0].owners:
+            owned: list[Members[MatrixKind]] = [
+                tensors.members(group, group.owned, tensors.rates(group.own[0]))
+                for group in self.groups
+            ]
+            return OwnedWork(self, groups, owned, context, self.exchange)
         return SharedWork(self, groups, runs, context, self.exchange)
 
 

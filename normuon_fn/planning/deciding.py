@@ -75,7 +75,7 @@ def guard_rule(
         members=members_of(buckets, names, device),
         group=group,
         alike=alike,
-        early=group is None or (wide and all(bucket.shared_by == group for bucket in stacks)),
+        early=group is None or (wide and all(bucket.heard_by == group for bucket in stacks)),
     )
 
 

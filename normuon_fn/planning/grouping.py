@@ -60,11 +60,14 @@ def groups_of(decided: Sequence[Decided], config: Config) -> list[tuple[torch.dt
             alike.setdefault(key, []).append((piece, own))
     found = []
     for (rows, cols, dtype, ownership, master, transposed, *apart), pairs in alike.items():
+        pairs.sort(key=lambda pair: pair[0].owner or 0)
+        owners = [piece.owner for piece, _ in pairs if piece.block.count]
         local = [(piece.block, own) for piece, own in pairs if piece.block.count]
         group = Group(
             rows=rows, cols=cols, master=master, transposed=transposed,
             blocks=tuple(block for block, _ in local),
             names=tuple(piece.name for piece, _ in pairs), ownership=ownership,
+            owners=tuple(owner for owner in owners if owner is not None),
             own=tuple(apart) if ownership is not None else tuple(own for _, own in local),
         )  # fmt: skip
         found.append((dtype, group))

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..algorithm.coefficients import resolve
+from ..algorithm.coefficients import CoefficientSet, resolve
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
 from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
 from ..algorithm.work import Own
 from ..compat import Ranks, is_subclass, overlaps
+from ..compat.collection import without_collection
 from ..compat.graphs import prepare_inductor
 from ..distributed.messages import Exchange
-from ..distributed.owners import GroupShards, Ownership, Shared, balance
+from ..distributed.owners import GroupShards, Ownership, Shared, balance, with_owners
 from ..routing.doubts import warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, decide_routes
@@ -35,8 +36,11 @@ from .common import common_of
 from .deciding import Alone, alone_doubt, checked_ranks, guard_rule
 from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
+from .order import in_order, with_cut
 from .parameters import Decided, decide
-from .plan import Plan, Spec
+from .plan import OwnedState, Plan, Spec
+from .replicas import with_owned_state
+from .sharing import with_sharing
 
 
 def make_plan(
@@ -61,10 +65,11 @@ def make_plan(
             vectors AdamW, by names and shapes; what these cannot tell for certain is said in one
             warning. Or the table of `routes_for`, which has an entry for every parameter.
         mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
-            orthogonalizes a share. ``"alone"``: no other rank has them, so that this rank decides
-            alone what its guard skips, unless there is a ``guard_mesh``. ``None`` beside a guard
-            is taken for that with a warning, where there are other ranks. DTensors bring their own
-            mesh.
+            orthogonalizes a share. Replicas on several nodes share in blocks where that is
+            predicted to be faster, which ``str(plan)`` says: with them, this is a collective.
+            ``"alone"``: no other rank has them, so that this rank decides alone what its guard
+            skips, unless there is a ``guard_mesh``. ``None`` beside a guard is taken for that with
+            a warning, where there are other ranks. DTensors bring their own mesh.
         guard_mesh: the ranks that skip a step together, for example the stages of a pipeline, which
             may have other parameters; all of them need the same guard. With it, this is a
             collective. Plain tensors of the same names and shapes on all of them, without
@@ -94,6 +99,7 @@ def make_plan(
     return plan
 
 
+@without_collection
 def plan_of(
     params: Mapping[str, Tensor],
     decisions: Mapping[str, Decision],
@@ -102,11 +108,13 @@ def plan_of(
     guard_mesh: Ranks | None = None,
     hyper_of: Mapping[str, int] | None = None,
     alike: bool | None = None,
+    owners: dict[str, int] | None = None,
 ) -> Plan:
     """The plan of a step over parameters whose routes are decided. See `make_plan`.
 
     ``alike``: whether the ranks of ``guard_mesh`` have the same parameters; ``None``: they ask each
-    other.
+    other. ``owners``: with ``replicas="share"`` the owners that parameters have already; new ones
+    are added.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
@@ -129,7 +137,13 @@ def plan_of(
             "another name"
         )
     table: list[Own] = []  # of buckets whose matrices are updated by rates of their own
-    buckets = _matrix_buckets(decided, config, stages, device, table)
+    chosen = resolve(config.coefficients, config.steps, config.safety_factor)
+    if config.replicas == "share":
+        decided, owned = with_owned_state(decided, stages, {} if owners is None else owners)
+        notes = owned.notes
+    else:
+        (decided, notes), owned = with_sharing(decided, chosen, config, device), OwnedState()
+    buckets = _matrix_buckets(decided, chosen, config, stages, device, table)
     adamw = _adamw_buckets(decided, config, table)
     parameters = tuple(each.parameter for each in decided)
     rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
@@ -141,7 +155,9 @@ def plan_of(
         parameters=parameters,
         buckets=buckets,
         adamw=adamw,
-        state=state,
+        state={key: spec for key, spec in state.items() if key not in owned.elsewhere},
+        whole_state=state,
+        owned=owned,
         guard=rule,
         sharded=any(placement is not None for placement in placements.values()),
         one_storage=one_storage,
@@ -149,6 +165,7 @@ def plan_of(
         hypers=hypers,
         own_rates=rate_tensors(table, device),
         common=common_of(placements, copies, rule, guard_mesh),
+        notes=notes,
     )
 
 
@@ -157,12 +174,12 @@ def plan_of(
 
 def _matrix_buckets(
     decided: Sequence[Decided],
+    chosen: CoefficientSet,
     config: Config,
     stages: Stages,
     device: torch.device,
     table: list[Own],
 ) -> tuple[Bucket, ...]:
-    chosen = resolve(config.coefficients, config.steps, config.safety_factor)
     stacks: dict[tuple[Any, ...], list[Group]] = {}
     for dtype, group in groups_of(decided, config):
         short, long = sorted((group.rows, group.cols))
@@ -178,9 +195,10 @@ def _matrix_buckets(
             key = (*key, group.own[0].hyper)
         stacks.setdefault(key, []).append(group)
 
-    owners = _owners([group for groups in stacks.values() for group in groups])
+    cut = with_cut(stacks, chosen.rows, config)
+    owners = _owners([group for _, groups in cut for group in groups])
     found: list[Bucket] = []
-    for (short, long, form, own, ranks, kernels, exact, *_), groups in stacks.items():
+    for (short, long, form, own, ranks, kernels, exact, *_), groups in cut:
         groups = [replace(group, ownership=owners.get(id(group))) for group in groups]
         wide = torch.float64 if own == torch.float64 else torch.float32
         safe = secured(chosen, form.dtype)
@@ -205,19 +223,23 @@ def _matrix_buckets(
         shards = _group_shards(groups, config, stages)
         exchange = Exchange(shards, dtype, numbers, device, overlaps(ranks[0], device))
         found.append(SharedBucket(**common, exchange=exchange))
-    # Those of one device are orthogonalized while the messages of the others travel.
-    return tuple(sorted(found, key=lambda bucket: bucket.shared_by is not None))
+    return in_order(found)
 
 
 def _owners(groups: Sequence[Group]) -> dict[int, Ownership]:
     """Who owns which matrices, by the id of each group that ranks share."""
+    given = {
+        id(group): with_owners(group.ownership, group.owners, [b.count for b in group.blocks])
+        for group in groups
+        if group.ownership is not None and group.owners
+    }
     shared = [
         (id(group), Shared(group.ownership, group.count, group.rows, group.cols))
         for group in groups
-        if group.ownership is not None
+        if group.ownership is not None and not group.owners
     ]
     found = balance([group for _, group in shared])
-    return {key: ownership for (key, _), ownership in zip(shared, found, strict=True)}
+    return given | {key: ownership for (key, _), ownership in zip(shared, found, strict=True)}
 
 
 def _group_shards(groups: Sequence[Group], config: Config, stages: Stages) -> list[GroupShards]:

@@ -24,8 +24,8 @@ def fitted(plan: Plan, name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: scales that are not those of the parameter, or sharded in another way.
     """
-    own = dict(kinds)
-    spec, coded = plan.state.get(f"{name}.{MOMENTUM.name}"), f"{name}.{SCALE.name}" in plan.state
+    own, specs = dict(kinds), plan.whole_state
+    spec, coded = specs.get(f"{name}.{MOMENTUM.name}"), f"{name}.{SCALE.name}" in specs
     momentum, scales = own.get(MOMENTUM.name), own.get(SCALE.name)
     if spec is None or not isinstance(momentum, Tensor) or not _is_shaped(momentum, spec):
         return own
@@ -33,7 +33,7 @@ def fitted(plan: Plan, name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     if coded and scales is None and momentum.is_floating_point():
         codes, of_codes = as_codes(_placed(momentum, spec), blocks)
         own[MOMENTUM.name] = to_dtensor(codes, spec.sharded)
-        own[SCALE.name] = to_dtensor(of_codes, plan.state[f"{name}.{SCALE.name}"].sharded)
+        own[SCALE.name] = to_dtensor(of_codes, specs[f"{name}.{SCALE.name}"].sharded)
     elif not coded and isinstance(scales, Tensor) and momentum.dtype == torch.int8:
         del own[SCALE.name]
         codes, of_codes = _placed(momentum, spec), local(scales)
@@ -45,6 +45,28 @@ def fitted(plan: Plan, name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
             )
         own[MOMENTUM.name] = to_dtensor(as_floats(codes, of_codes, blocks, spec), spec.sharded)
     return own
+
+
+def fitted_file(found: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The same of all parameters, from tensors that are named ``"state/<name>.<kind>"``.
+
+    Raises:
+        ValueError: as `fitted`.
+    """
+    new, changed = dict(found), False
+    for p in plan.parameters:
+        keys = {kind: f"state/{p.name}.{kind}" for kind in (MOMENTUM.name, SCALE.name)}
+        own = {kind: found[key] for kind, key in keys.items() if key in found}
+        fits = fitted(plan, p.name, own)
+        if fits.keys() != own.keys():
+            changed = True
+            for kind in own:
+                del new[keys[kind]]
+            new |= {keys[kind]: x for kind, x in fits.items()}
+    if not changed:
+        return found
+    order = {f"state/{key}": k for k, key in enumerate(plan.state)}
+    return dict(sorted(new.items(), key=lambda item: order.get(item[0], -1)))
 
 
 def as_codes(

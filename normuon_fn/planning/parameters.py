@@ -43,6 +43,7 @@ class Piece(NamedTuple):
     rows: int
     cols: int
     ownership: Ownership | None
+    owner: int | None = None  # the replica that owns all of its parameter: see replicas.py
 
 
 @dataclass(frozen=True)

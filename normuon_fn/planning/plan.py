@@ -29,6 +29,17 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class OwnedState:
+    """Which rank keeps the state of which parameter, where replicas share it: see replicas.py."""
+
+    group: str | None = None  # the process group of the replicas; None: nobody shares
+    owners: dict[str, int] = field(default_factory=dict)  # by parameter, in the group
+    kinds: tuple[str, ...] = ()  # of state that only owners keep
+    elsewhere: frozenset[str] = frozenset()  # the state that this rank lacks
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One parameter: what it gets and why."""
 
@@ -69,6 +80,9 @@ class Plan:
     own_rates: OwnRates | None = None
     # By process group: the parameters that its ranks have parts or copies of. See common.py.
     common: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    whole_state: dict[str, Spec] = field(default_factory=dict)  # of all ranks that share a state
+    owned: OwnedState = field(default_factory=OwnedState)  # who keeps which of it
+    notes: tuple[str, ...] = ()  # what was decided beyond the parameters, in lines
 
     @property
     def all_buckets(self) -> tuple[AnyBucket, ...]:
@@ -131,7 +145,8 @@ class Plan:
             rows.append((p.name, shape, short_name(p.spec.dtype), route, read, p.reason))
         matrices = sum(group.count for bucket in self.buckets for group in bucket.groups)
         guard = f"guard={self.config.guard!r} per {self.config.guard_scope}"
-        return (
-            f"{render(rows)}\n{len(self.parameters)} parameters, {matrices} matrices in "
+        about = (
+            f"{len(self.parameters)} parameters, {matrices} matrices in "
             f"{len(self.buckets)} buckets; {guard}"
         )
+        return "\n".join([render(rows), about, *self.notes])

@@ -179,6 +179,7 @@ class StepTensors:
             adamw_step=count,
             early=self.agreement.early,
             holds_late=self.agreement.holds_late,
+            at_once=self.agreement.at_once,
         )
 
     def has_gradient(self, name: str) -> bool:

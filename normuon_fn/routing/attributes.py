@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from torch import nn
 
 def get(source: Any, name: str) -> Any:
     """The attribute, or ``None`` where there is none or a property fails."""
-    kind = type(source)
-    if getattr(kind, "__getattr__", None) is nn.Module.__getattr__ and not hasattr(kind, name):
+    if _only_instances_have(type(source), name):  # type: ignore[arg-type]
         # As `nn.Module` looks it up, without an exception for what is not there: most is not.
         own = source.__dict__
         for found in (own, own["_parameters"], own["_buffers"], own["_modules"]):
@@ -23,6 +23,13 @@ def get(source: Any, name: str) -> Any:
         return getattr(source, name, None)
     except Exception:
         return None
+
+
+@lru_cache(maxsize=4096)
+def _only_instances_have(kind: Hashable, name: str) -> bool:
+    """Whether the class is a plain kind of module, and has no such attribute itself."""
+    plain = getattr(kind, "__getattr__", None) is nn.Module.__getattr__
+    return plain and not hasattr(kind, name)
 
 
 def first(sources: Iterable[Any], names: Sequence[str]) -> int | None:
@@ -50,8 +57,13 @@ def sources_of(owners: Iterable[nn.Module]) -> list[Any]:
 
 def kind_of(module: nn.Module) -> str:
     """The class's name; of a scripted or parametrized module, the name of what it was made from."""
-    name = get(module, "original_name") if isinstance(module, torch.jit.ScriptModule) else None
-    return str(name or type(module).__name__).removeprefix("Parametrized").removeprefix("FSDP")
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return _kind_named((scripted and get(module, "original_name")) or type(module).__name__)
+
+
+@lru_cache(maxsize=4096)
+def _kind_named(name: str) -> str:
+    return name.removeprefix("Parametrized").removeprefix("FSDP")
 
 
 def is_a(module: nn.Module, *types: type[nn.Module]) -> bool:

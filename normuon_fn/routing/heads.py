@@ -48,13 +48,18 @@ class Heads:
         self._said_by_the_models()
         self._by_name()
         self._by_vocabulary()
+        self._asked: dict[int, bool] = {}  # by the id of a module
 
     def reason(self, module: nn.Module, leaf: str) -> str | None:
         """Why a module's weight gets AdamW as an output head."""
         return self._found.get(id(module)) if leaf.startswith(("weight", "original")) else None
 
     def is_head(self, module: nn.Module) -> bool:
-        return any(id(layer) in self._found for layer in _layers_behind(module))
+        known = self._asked.get(id(module))
+        if known is None:
+            known = any(id(layer) in self._found for layer in _layers_behind(module))
+            self._asked[id(module)] = known
+        return known
 
     def _mark(self, module: nn.Module, reason: str) -> None:
         for layer in _layers_behind(module):

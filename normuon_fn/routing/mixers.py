@@ -19,6 +19,12 @@ _STATE = ("ssm_state_size", "d_state", "state_size", "mamba_d_state", "ssm_state
 _GROUPS = ("n_groups", "ngroups", "mamba_n_groups", "num_groups")
 _SSM_HEADS = ("num_heads", "nheads", "n_mamba_heads", "mamba_num_heads", "mamba_n_heads", "n_heads")
 _DT_RANK = ("time_step_rank", "dt_rank", "mamba_dt_rank")
+_MAMBA = ("in_proj", "x_proj", "in_x", "in_proj_states")
+_GATED_DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkvzba")
+_LATENT_DOWN = ("kv_a_proj_with_mqa", "wkv_a", "kv_a_proj", "kv_a", "fused_qkv_a_proj_with_mqa")
+_LATENT_UP = (
+    "kv_b_proj", "wkv_b", "kv_b", "q_b_proj", "wq_b", "q_b", "kv_up_proj", "q_up_proj",
+)  # fmt: skip
 _SSM = re.compile(r"mamba|ssm|ssd|s6|state_?space", re.I)
 
 
@@ -34,17 +40,14 @@ def mixer(
     own: str, owners: Sequence[nn.Module], outputs: int, inputs: int, *, per_head: bool
 ) -> Cut | None:
     """How a projection of one of these mixers falls into parts; ``None``: it is none of them."""
-    sources = sources_of(owners)
-    if re.match(r"^(in_proj|x_proj|in_x|in_proj_states)$", own):
-        found = _mamba(own, owners, sources, outputs)
-        if found is not None:
-            return found
-    if re.match(r"^in_proj_(qkvz|ba|qkvzba)$", own):
-        return _gated_delta(own, sources, outputs, per_head)
-    if own in ("kv_a_proj_with_mqa", "wkv_a", "kv_a_proj", "kv_a", "fused_qkv_a_proj_with_mqa"):
-        return _latent_down(sources, outputs)
-    if own in ("kv_b_proj", "wkv_b", "kv_b", "q_b_proj", "wq_b", "q_b", "kv_up_proj", "q_up_proj"):
-        return _latent_up(own, sources, outputs, per_head)
+    if own in _MAMBA:
+        return _mamba(own, owners, sources_of(owners), outputs)
+    if own in _GATED_DELTA:
+        return _gated_delta(own, sources_of(owners), outputs, per_head)
+    if own in _LATENT_DOWN:
+        return _latent_down(sources_of(owners), outputs)
+    if own in _LATENT_UP:
+        return _latent_up(own, sources_of(owners), outputs, per_head)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -54,7 +55,7 @@ class Use:
     owners: tuple[nn.Module, ...]  # the modules around the tensor, the nearest first
     buffer: bool = False
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
         """The nearest module that is more than a container of tensors."""
         return next(
@@ -62,7 +63,7 @@ class Use:
             self.owners[0],
         )
 
-    @property
+    @cached_property
     def leaf(self) -> str:
         """What its module calls the tensor."""
         found = _PARAMETRIZED.search(self.name)
@@ -70,13 +71,13 @@ class Use:
         older = _REPARAMETRIZED.match(leaf)
         return older[1] if older and hasattr(self.module, f"{older[1]}_g") else leaf
 
-    @property
+    @cached_property
     def own(self) -> str:
         """The projection's name: its module's, where the tensor is the module's ``weight``."""
         parts = unwrapped(self.name)
         return parts[-1].removesuffix("_weight") if parts else self.leaf
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 

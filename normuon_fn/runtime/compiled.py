@@ -208,6 +208,7 @@ def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
     """Starts a thread that compiles the Triton kernels of a step while dynamo traces it.
 
     It runs a step of one parameter of each kind, on zeros: the first step then finds its kernels.
+    Where matrices have rates of their own it takes two, because kernels for one are others.
     """
     if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
         return
@@ -218,19 +219,27 @@ def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
 
 
 def _step_on_zeros(plan: Plan, function: StepFunction) -> None:
-    kinds = {
-        (p.spec, p.route.algorithm, tuple((b.count, b.param) for b in p.blocks)): p
-        for p in plan.parameters
-    }
+    kinds: dict[Any, dict[Any, Any]] = {}
+    for p in plan.parameters:
+        kind = p.spec, p.route.algorithm, tuple((b.count, b.param) for b in p.blocks)
+        alike, rates = kinds.setdefault(kind, {}), (p.hyper, p.route.lr_mul, p.route.wd_mul)
+        if len(alike) < (1 if plan.own_rates is None else 2):
+            alike.setdefault(rates, p)
+    some = [p for alike in kinds.values() for p in alike.values()]
     with (
         contextlib.suppress(Exception),  # the step itself will raise it
         torch.cuda.device(plan.device),
         torch.cuda.stream(streams.beside(plan.device)),
     ):
         params = {
-            p.name: torch.zeros(p.spec.shape, dtype=p.spec.dtype, device=plan.device)
-            for p in kinds.values()
+            p.name: torch.zeros(p.spec.shape, dtype=p.spec.dtype, device=plan.device) for p in some
         }
-        decisions = {p.name: Decision(p.route, p.reason) for p in kinds.values()}
-        few = plan_of(params, decisions, plan.config)
-        function(params, params, init(params, few), Hyper.of(params, lr=0.0), few)
+        decisions = {p.name: Decision(p.route, p.reason) for p in some}
+        hyper, hyper_of = Hyper.of(params, lr=0.0), None
+        if plan.hypers:
+            hyper, hyper_of = (
+                Hyper.stack([hyper] * len(some)),
+                {p.name: k for k, p in enumerate(some)},
+            )
+        few = plan_of(params, decisions, plan.config, hyper_of=hyper_of)
+        function(params, params, init(params, few), hyper, few)

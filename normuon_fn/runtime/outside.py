@@ -45,7 +45,7 @@ class OutsideDicts:
 
     def __init__(
         self,
-        orders: Sequence[Tensor],  # one per bucket
+        orders: Sequence[Tensor],  # one per bucket, or one for all: see `Graph`
         plan: Plan,
         grads: Mapping[str, torch.dtype],
         state: Tensors,
@@ -54,7 +54,8 @@ class OutsideDicts:
     ) -> None:
         self.grads, self.state, self.in_place = grads, state, in_place
         entries = itertools.count()
-        self.graphs = [ops.Graph(order, entries) for order in orders]
+        graphs = [ops.Graph(order, entries) for order in orders]
+        self.graphs = graphs * len(plan.all_buckets) if len(graphs) == 1 else graphs
         self.graph: ops.Graph | None = None
         self.device = plan.device
         self.specs = {**{p.name: p.spec for p in plan.parameters}, **plan.state}
@@ -110,7 +111,10 @@ class Graph:
     def __init__(self, plan: Plan, grads: Mapping[str, torch.dtype], *, in_place: bool) -> None:
         self.plan, self.grads, self.in_place = weakref.ref(plan), grads, in_place
         kind: Any = {"dtype": torch.uint8, "device": plan.device}
-        self.orders = [torch.zeros((), **kind) for _ in plan.all_buckets]
+        # Without a guard an update enters as soon as it is there. One order for all makes sure that
+        # its memory is free before the next bucket asks for some.
+        in_turn = plan.guard.mode == "off" and not plan.sends
+        self.orders = [torch.zeros((), **kind) for _ in plan.all_buckets[: 1 if in_turn else None]]
         self.kept = plan.tensors
         # Known once traced: what is read, by entry of the table; what is written, by handle.
         self.reads: dict[int, Entries] = {}

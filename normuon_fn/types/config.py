@@ -29,6 +29,7 @@ Method = Literal["auto", "standard", "gram"]
 Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
 MissingGrads = Literal["skip", "zeros"]
+Replicas = Literal["each", "share"]
 Master = Literal["none", "mantissa", "fp32", "stochastic"]
 Preset = Literal["paper", "author", "dion", "modded_nanogpt", "emerging_optimizers"]
 Orthogonalizer = Callable[[Tensor], Tensor]
@@ -79,6 +80,10 @@ class Config:
     - ``missing_grads``: ``"skip"``: a gradient of ``None`` keeps its parameter as it is. Ranks that
       share parameters must lack the same ones, and none of a matrix that they orthogonalize
       together. ``"zeros"``: it counts as zeros, so ranks may differ.
+    - ``replicas``: of plain tensors that the ranks of ``mesh=`` have copies of. ``"each"``: every
+      rank keeps momentum and variance of all matrices. ``"share"``: the owner of a matrix alone,
+      1/n of them on each of n ranks; the state of a rank lacks what other ranks own, and a rank
+      reads the gradients of what it owns. `gather_state` brings all together.
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.
@@ -109,6 +114,7 @@ class Config:
     guard: Guard = "off"
     guard_scope: GuardScope = "step"
     missing_grads: MissingGrads = "skip"
+    replicas: Replicas = "each"
     master: Master = "none"
     seed: int = 0
 

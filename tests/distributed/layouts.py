@@ -7,14 +7,17 @@ single-device result itself, cuts from it what should lie here, and writes how f
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -68,13 +71,16 @@ COUNTERS = ("guard.step", "guard.skipped", "guard.consecutive")
 GUARDS = ("off", "output", "full")
 ON = [("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
 STAGES = ("gradient", "momentum", "variance")
-FAULTED = {1: (), 2: ("Shard(0)", "Shard(1)"), 4: ("HSDP", "strided")}
-COMPILED = {1: (), 2: ("ddp", "Shard(0)", "Shard(1)"), 4: ()}
+FAULTED = {1: (), 2: ("owned", "Shard(0)", "Shard(1)"), 4: ("HSDP", "strided")}
+COMPILED = {1: (), 2: ("ddp", "owned", "Shard(0)", "Shard(1)"), 4: ()}
 SMALL = ("uneven",)  # what is compiled: a compiler's time is by the parameter
 EVEN = ("square",)  # shards alike: the ranks share what Inductor compiles
 MISSING = ("ddp", "Shard(0)", "Shard(1)", "Replicate")
 SAVED = ("Shard(0)", "Shard(1)", "HSDP")
 LOADED = ("Shard(0)", "Shard(1)")
+CUT = ("ddp", "HSDP", "Shard(0)")
+# Of four ranks: a layout, and how many of its replicas share the matrices of a bucket.
+NARROWED = (("ddp", 2), ("ddp", 1), ("HSDP", 1))
 
 
 def own(x: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ LONG = {
 LONG |= {("HSDP", "standard", "full"), ("strided", "standard", "off"), ("0 and 0", "dion", "full")}
 
 
-WITHOUT_FOUR = ("ddp", "group", "Shard(0)", "Shard(1)", "Replicate")
+WITHOUT_FOUR = ("ddp", "group", "owned", "Shard(0)", "Shard(1)", "Replicate")
 ON_FOUR = ("HSDP", "2-D", "0 and 0", "strided")  # these need four ranks
 
 
@@ -206,6 +212,7 @@ class Layout(NamedTuple):
         Any, ...
     ] = ()  # of experts and heads, where the default would cut matrices and the stack of them
     given: Any = None  # make_plan's mesh=
+    replicas: str = "each"  # Config's
 
     def placements(self, name: str) -> tuple[Any, ...] | None:
         if self.default is None:
@@ -235,6 +242,7 @@ class Layout(NamedTuple):
         )
 
     def plan(self, params: Mapping[str, Tensor], config: nm.Config) -> nm.Plan:
+        config = dataclasses.replace(config, replicas=self.replicas)  # type: ignore[arg-type]
         return nm.make_plan(params, config, routes=routes_of(params), mesh=self.given)
 
 
@@ -244,6 +252,7 @@ def layouts(world: int) -> dict[str, Layout]:
     found = {
         "ddp": Layout(mesh, None, given=mesh),
         "group": Layout(mesh, None, given=dist.group.WORLD),
+        "owned": Layout(mesh, None, given=mesh, replicas="share"),
         "Shard(0)": Layout(mesh, (Shard(0),)),
         "Shard(1)": Layout(mesh, (Shard(1),)),
         "Replicate": Layout(mesh, (Replicate(),)),
@@ -354,6 +363,8 @@ class _Rank:
         parts = [self.matrix, self.conv, self.lies, self.missing, self.checkpoints, self.captured]
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
+            parts += [self.narrowed, self.cut]
+        parts += [self.owned]
         return {part.__name__: part() for part in parts}
 
     def matrix(self) -> Seen:
@@ -391,6 +402,10 @@ class _Rank:
             params, state, _, _ = nm.update(
                 params, layout.place(tensors(1 + step, names)), state, hyper_of(params), plan
             )
+        if layout.replicas == "share":
+            whole = nm.gather_state(state, plan)
+            assert all(torch.equal(x.cpu(), whole[key]) for key, x in state.items())
+            state = {key: x.to(self.device) for key, x in whole.items()}
         return {**params, **state}
 
     def compare(
@@ -512,6 +527,8 @@ class _Rank:
                 for n in MAIN
                 if n != "frozen" and n + kind in given and local(given[n + kind]).numel()
             ]
+            if stage == "gradient":  # an owner alone reads it
+                names = [n for n in names if plan.owned.owners.get(n, rank) == rank]
             victim = names[turn % len(names)]
             local(given[victim + kind]).view(-1)[-1] = float("nan") if turn % 2 else float("inf")
         before = {**{k: self.copy(v) for k, v in {**params, **state}.items()}}
@@ -525,6 +542,101 @@ class _Rank:
             "kept": self.kept(before, result),
             "finite": finite,
         }
+
+    def narrowed(self) -> Seen:
+        """Where not all replicas share the work: a run, and steps with a fault on one rank."""
+        seen: Seen = {}
+        for kind, replicas in NARROWED if self.world == 4 else ():
+            layout, key = self.layouts[kind], f"{kind} {replicas}"
+            with mock.patch.object(
+                import_module("normuon_fn.planning.sharing"),
+                "replicas_to_share",
+                lambda load, replicas=replicas: replicas,
+            ):
+                run = self.run(layout, config("standard"), 3)
+                seen[key] = self.compare(layout, run, alone("standard", 3))
+                params = layout.place(tensors(0))
+                plan = layout.plan(params, config("standard", guard="full"))
+            seen[key]["table"] = str(plan)
+            warm = nm.update(
+                params, layout.place(tensors(1)), nm.init(plan, params), hyper_of(params), plan
+            )
+            for stage in STAGES:
+                for rank in range(self.world):
+                    seen[f"{key} {stage} {rank}"] = self.fault(layout, plan, warm, stage, rank)
+        return seen
+
+    def owned(self) -> Seen:
+        """Saved after three steps by ranks that share the state, loaded by others, three more."""
+        layout, folder, seen = self.layouts["owned"], Path(self.folder), Seen()
+
+        def started() -> tuple[dict[str, Tensor], nm.Plan, dict[str, Tensor]]:
+            params = layout.place({k: torch.full_like(x, 7.0) for k, x in tensors(0).items()})
+            plan = layout.plan(params, config("standard", guard="full"))
+            return params, plan, nm.init(plan, params)
+
+        def went_on(params: dict[str, Tensor], plan: nm.Plan, state: dict[str, Tensor]) -> Seen:
+            for step in range(3, 6):
+                grads = layout.place(tensors(1 + step))
+                params, state, _, _ = nm.update(params, grads, state, hyper_of(params), plan)
+            whole = {k: x.to(self.device) for k, x in nm.gather_state(state, plan).items()}
+            return self.compare(layout, {**params, **whole}, alone("standard", 6))
+
+        params, plan, state = started()
+        own = {key.rpartition(".")[0] for key in state if key.endswith(".momentum")}
+        seen["owned"] = sorted(own)
+        params = layout.place(tensors(0))
+        for step in range(3):
+            grads = layout.place(tensors(1 + step))
+            params, state, _, _ = nm.update(params, grads, state, hyper_of(params), plan)
+        dcp.save({"run": {**params, **state}}, checkpoint_id=folder / f"owned-{self.world}")
+        whole = nm.gather_state(state, plan)
+        one = folder / f"owned-{self.world}.safetensors"
+        if self.rank == 0:
+            nm.save(one, params, whole, plan)
+        if self.rank == 0 and self.world > 1:
+            try:
+                nm.save(folder / "never", params, state, plan)
+            except ValueError as error:
+                seen["error"] = str(error)
+        dist.barrier()
+        # What one rank saves: the same names, and all of them.
+        if self.rank == 0:
+            dcp.save({"run": {**params, **whole}}, checkpoint_id=folder / "owned-one", no_dist=True)
+        dist.barrier()
+        for saved in ("owned-4", f"owned-{self.world}", "owned-one"):
+            params, plan, state = started()
+            run = {**params, **state}
+            dcp.load({"run": run}, checkpoint_id=folder / saved)
+            params, state = {k: run[k] for k in params}, {k: run[k] for k in state}
+            seen[saved.replace(str(self.world), "same")] = went_on(params, plan, state)
+        for saved in ("owned-4.safetensors", one.name):
+            params, plan, state = started()
+            loaded = nm.load(folder / saved, plan, params=params)
+            assert loaded.state.keys() == state.keys()
+            seen[saved.replace(str(self.world), "same")] = went_on(params, plan, loaded.state)
+        grads, hyper = layout.place(tensors(6)), hyper_of(params)
+        grads["uneven"][0, 0] = float("nan")
+        result = nm.update(params, grads, loaded.state, hyper, plan)
+        file = nm.capture(
+            result, grads, plan, folder / f"owned-{self.world}-{self.rank}", hyper=hyper
+        )
+        seen["captured"] = sorted(load_file(file.with_suffix(".safetensors")))
+        return seen
+
+    def cut(self) -> Seen:
+        """Where the matrices of one shape are two buckets."""
+        seen: Seen = {}
+        order = import_module("normuon_fn.planning.order")
+        for kind in CUT if self.world == 4 else ():
+            layout = self.layouts[kind]
+            with mock.patch.multiple(order, _GAIN=float("-inf"), _OWNED=0):
+                run = self.run(layout, config("standard", guard="full"), 3)
+                plan = layout.plan(layout.place(tensors(0)), config("standard"))
+            before = layout.plan(layout.place(tensors(0)), config("standard"))
+            seen[kind] = self.compare(layout, run, alone("standard", 3))
+            seen[kind]["buckets"] = [len(before.buckets), len(plan.buckets)]
+        return seen
 
     def kept(self, before: Mapping[str, Tensor], result: nm.StepResult) -> dict[str, bool]:
         """Whether a tensor kept its bits, for all of which something lies here."""

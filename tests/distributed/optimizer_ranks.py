@@ -5,6 +5,7 @@ device. gloo on CPU, eagerly.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -160,6 +162,70 @@ def ddp(last: bool) -> dict[str, Any]:
     }
 
 
+def owned(last: bool) -> dict[str, Any]:
+    """As `ddp`, where each matrix's state is on its owner alone."""
+
+    def made(seed: int, lr: float = 0.02) -> tuple[nn.Module, nm.NorMuon]:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = model_of(seed)
+        config = dataclasses.replace(EXACT, replicas="share")
+        return model, nm.NorMuon(groups(model, lr), guard="full", config=config, mesh=mesh)
+
+    model, optimizer = made(0)
+    skipped = train(model, optimizer, range(STEPS), bad=True)  # DDP averages: all have it
+    params = whole(model)
+    keys = {
+        name: sorted(kinds)
+        for name, kinds in dcp.get_optimizer_state_dict(model, optimizer)["state"].items()
+    }
+    gathered = copy.deepcopy(optimizer.gathered_state_dict())
+    part = copy.deepcopy(optimizer.state_dict())
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, 0)
+    saved = {"optimizer": dcp.get_optimizer_state_dict(model, optimizer)}
+    checkpoint.save(saved, checkpoint_id=folder[0])
+
+    def resumed(load: Callable[[nn.Module, nm.NorMuon], None], one: bool = False) -> nn.Module:
+        other, again = made(1, 0.5)
+        if one:  # of a single device, which keeps all
+            again = nm.NorMuon(groups(other, 0.5), guard="full", config=EXACT, mesh="alone")
+        other.load_state_dict(copy.deepcopy(params))
+        load(other, again)
+        train(other, again, range(STEPS, STEPS + 2))
+        return other
+
+    def from_checkpoint(other: nn.Module, again: nm.NorMuon) -> None:
+        into = {"optimizer": dcp.get_optimizer_state_dict(other, again)}
+        checkpoint.load(into, checkpoint_id=folder[0])
+        dcp.set_optimizer_state_dict(other, again, into["optimizer"])
+
+    others = {
+        "checkpoint": resumed(from_checkpoint),
+        "checkpoint, one": resumed(from_checkpoint, one=True),
+        "own part": resumed(lambda _, again: again.load_state_dict(part)),
+        "gathered": resumed(lambda _, again: again.load_state_dict(gathered)),
+        "gathered, one": resumed(lambda _, again: again.load_state_dict(gathered), one=True),
+    }
+    error = ""
+    try:
+        made(1)[1].load_state_dict(parts[0 if last else -1])
+    except ValueError as raised:
+        error = str(raised)
+    train(model, optimizer, range(STEPS, STEPS + 2))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return {
+        "skipped": skipped,
+        "off": off(params, alone()),
+        "keys": keys,
+        "resumed": {how: off(whole(other), whole(model)) for how, other in others.items()},
+        "error": error,
+    }
+
+
 def unlike(last: bool) -> dict[str, Any]:
     """Ranks whose optimizers are not alike."""
     try:
@@ -187,6 +253,7 @@ CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "fsdp2": fsdp2,
     "reordered": reordered,
     "ddp": ddp,
+    "owned": owned,
     "unlike": unlike,
 }
 

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from tests.distributed.layouts import (
     COMPILED,
     COUNTERS,
+    CUT,
     FAULTED,
     FORMS,
     LOADED,
     MAIN,
+    NARROWED,
     ON,
     ON_FOUR,
     SAVED,
@@ -108,7 +110,7 @@ def test_the_state_lies_as_its_parameter_and_whole_where_its_dimension_is_one(ra
             for form in ("standard", "modded_nanogpt"):
                 lies = seen["lies"][f"{kind} {form}"]
                 assert lies["wrong"] == [], kind
-                assert (lies["sharded"] > 0) == (kind not in ("ddp", "group"))
+                assert (lies["sharded"] > 0) == (kind not in ("ddp", "group", "owned"))
         assert seen["lies"]["Shard(0)"]["as torch"] and seen["lies"]["Shard(1)"]["as torch"]
 
 
@@ -171,6 +173,41 @@ def test_a_fault_in_one_shard_skips_alike_on_all_ranks(
     ]
 
 
+@pytest.mark.parametrize(("kind", "replicas"), NARROWED)
+def test_replicas_that_share_among_few_give_what_one_device_gives(
+    worlds: dict[int, Ranks], kind: str, replicas: int
+) -> None:
+    cases = [seen["narrowed"][f"{kind} {replicas}"] for seen in worlds[4]]
+    assert not far(cases), far(cases)
+    every = {"ddp": 4, "HSDP": 2}[kind]
+    who = f"each of {every} replicas does" if replicas == 1 else f"{replicas} of {every} replicas"
+    assert all(who in seen["table"] for seen in cases)
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_matrices_of_one_shape_in_two_buckets_give_what_one_device_gives(
+    worlds: dict[int, Ranks], kind: str
+) -> None:
+    cases = [seen["cut"][kind] for seen in worlds[4]]
+    assert not far(cases), far(cases)
+    assert all(seen["buckets"][1] == seen["buckets"][0] + 1 for seen in cases)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("kind", "replicas"), NARROWED)
+def test_replicas_that_do_not_share_skip_together(
+    worlds: dict[int, Ranks], kind: str, replicas: int, stage: str
+) -> None:
+    for faulty in range(4):
+        cases = [seen["narrowed"][f"{kind} {replicas} {stage} {faulty}"] for seen in worlds[4]]
+        assert all(seen["skipped"] and seen["counters"] == [2, 1, 1] for seen in cases)
+        assert len({str(seen["flags"]) for seen in cases}) == 1
+        for seen in cases:
+            moved = {name for name, keeps in seen["kept"].items() if not keeps}
+            held = stage == "gradient"  # else the momentum takes the gradient, which was good
+            assert not {name for name in moved if held or not name.endswith(".momentum")}
+
+
 def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_or_none(
     ranks: Ranks,
 ) -> None:
@@ -179,7 +216,7 @@ def test_a_bucket_takes_two_exchanges_three_with_copies_one_with_copies_alone_or
     guard = {"allreduce_": 1, "all_reduce": 1}
     for seen in ranks:
         for kind in kinds_of(len(ranks)):
-            ways = {"ddp": 1, "group": 1, "Replicate": 1, "HSDP": 3}.get(kind, 2)
+            ways = {"ddp": 1, "group": 1, "owned": 1, "Replicate": 1, "HSDP": 3}.get(kind, 2)
             local = ("Shard(0)", "HSDP", "2-D", "0 and 0", "strided")
             buckets = {"one bucket": 1, "two buckets": 2, "adamw": 0, "qkv": 2}
             if kind in local:
@@ -236,6 +273,35 @@ def test_a_checkpoint_of_four_ranks_goes_on_at_two_and_at_one_as_if_nothing_had_
             assert not far(cases), (saved, kind, far(cases))
             if len(ranks) < 4:
                 assert all(seen["counters"] == [6, 0, 0] for seen in cases) and len(COUNTERS) == 3
+
+
+def test_each_rank_keeps_a_share_of_the_state_and_all_of_it_is_somewhere_once(
+    ranks: Ranks,
+) -> None:
+    owned = [set(seen["owned"]["owned"]) for seen in ranks]
+    matrices = {name for name in MAIN if name not in ("embed.weight", "bias", "gain", "frozen")}
+    assert set.union(*owned) == matrices and sum(map(len, owned)) == len(matrices)
+    assert all(owned)
+
+
+def test_a_state_that_replicas_share_goes_on_on_any_number_of_ranks(ranks: Ranks) -> None:
+    for saved in ("owned-4", "owned-same", "owned-one", "owned-4.safetensors"):
+        cases = [seen["owned"].get(saved, seen["owned"]["owned-same"]) for seen in ranks]
+        assert not far(cases), (saved, far(cases))
+        if not torch.cuda.is_available():
+            assert not [case["other bits"] for case in cases if case["other bits"]], saved
+
+
+def test_of_a_state_that_replicas_share_the_owner_captures_what_failed(ranks: Ranks) -> None:
+    of_owner = ["uneven.grad", "uneven.input", "uneven.momentum", "uneven.variance"]
+    for seen in ranks:
+        owns = "uneven" in seen["owned"]["owned"]
+        assert seen["owned"]["captured"] == (of_owner if owns else of_owner[:1])
+
+
+def test_a_part_of_a_state_is_not_saved_as_all_of_it(ranks: Ranks) -> None:
+    if len(ranks) > 1:
+        assert "nm.gather_state(state, plan)" in ranks[0]["owned"]["error"]
 
 
 def test_a_module_of_fsdp_and_tensor_parallelism_is_stepped_as_on_one_device(

@@ -25,7 +25,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(main, WORLD, tmp_path_factory.mktemp("optimizer"), eagerly=True)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp", "owned"])
 def test_two_ranks_step_as_one_device_and_skip_together(
     ranks: list[dict[str, Any]], kind: str
 ) -> None:
@@ -36,6 +36,20 @@ def test_two_ranks_step_as_one_device_and_skip_together(
 
 def test_replicated_parameters_have_the_same_bits_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
     assert [seen["ddp"]["from the first rank"] for seen in ranks] == [0.0] * WORLD
+
+
+def test_a_state_on_its_owners_alone_goes_on_from_every_kind_of_checkpoint(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for seen in ranks:
+        for how, error in seen["owned"]["resumed"].items():
+            # Of one device as in the test of its steps above; 3e-8 seen.
+            assert error <= (1e-6 if "one" in how else 0.0), (how, error)
+        assert "gathered_state_dict()" in seen["owned"]["error"]
+    kinds = [seen["owned"]["keys"] for seen in ranks]
+    for name in ("0.weight", "2.weight"):
+        assert sorted("momentum" in keys[name] for keys in kinds) == [False, True]
+    assert all("exp_avg" in keys["0.bias"] for keys in kinds)
 
 
 def test_sharded_state_has_the_same_keys_on_all_ranks_before_the_first_step(

@@ -150,3 +150,23 @@ def test_the_first_step_is_timed_in_its_own_process_part(benchmark, monkeypatch,
 def test_a_workload_that_cannot_be_read_is_refused(benchmark, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         run(benchmark, monkeypatch, capsys, "--workload", "12x768")
+
+
+def test_a_random_workload_is_decided_by_its_seed_alone(benchmark, monkeypatch, capsys) -> None:
+    """Eight shapes, 256 to 14336, from square to 8:1, wide and tall, 1 to 96 of each."""
+    drawn = [benchmark.shapes_of(f"random:{seed}") for seed in range(50)]
+    assert drawn == [benchmark.shapes_of(f"random:{seed}") for seed in range(50)]
+    assert len({tuple(shapes) for shapes in drawn}) == 50
+    every = [shape for shapes in drawn for shape in shapes]
+    assert len(every) == 8 * 50
+    for count, *sides in every:
+        short, long = sorted(sides)
+        assert 1 <= count <= 96
+        assert 256 <= short <= long <= min(14336, 8.1 * short)
+    assert any(rows > 2 * cols for _, rows, cols in every)
+    assert any(cols > 6 * rows for _, rows, cols in every)
+    assert max(count for count, *_ in every) > 60
+    assert max(max(sides) for _, *sides in every) > 10000
+    for spec in ("random", "random:", "random:x"):
+        with pytest.raises(SystemExit):
+            run(benchmark, monkeypatch, capsys, "--workload", spec)

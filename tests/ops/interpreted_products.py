@@ -155,6 +155,19 @@ def check_choice() -> None:
     with pytest.raises(ValueError, match="descriptor"):
         product(odd, r, r, 1.0, 1.0, True, DESCRIPTORS[0])
 
+    def ends(rows: int, misaligned: bool = False) -> bool:
+        """Whether a symmetric result of so many rows is stored by descriptors."""
+        x = torch.zeros(1, rows, 16, dtype=torch.float16)
+        c = torch.zeros(rows * rows + 1, dtype=torch.float16)[misaligned:][: rows * rows]
+        c = c.view(1, rows, rows)
+        given = x, x.mT, c, torch.empty_like(c, memory_format=torch.contiguous_format)
+        return hasattr(product_launch.prepare(*given, 1.0, 1.0, True, None).pointers[3], "base")
+
+    assert ends(1032) and not (ends(1030) or ends(64) or ends(1032, misaligned=True))
+    with pytest.raises(ValueError, match="result"):
+        product(*(torch.zeros(1, 20, 24).half(), torch.zeros(1, 24, 20).half(), None), 1.0, 0.0,
+                True, DESCRIPTORS[0]._replace(ends=True))  # fmt: skip
+
 
 def check_operators() -> None:
     """The public functions take the interpreter, traced and under vmap too."""
@@ -190,8 +203,10 @@ def test_the_interpreted_kernels_hold_the_same_claims() -> None:
     for k, v in itertools.product(range(len(ALIGNED)), (0, 1)):  # dtypes and transposed in turn
         config = DESCRIPTORS[2 * (ALIGNED[k][1] > 40) + v]
         check(*ALIGNED[k], PRODUCT_DTYPES[(k + v) % 2], config, (k // 2 + v) % 2 == 0)
+        check(*ALIGNED[k], PRODUCT_DTYPES[(k + v) % 2], config._replace(ends=True), False)
     for k, config in enumerate(REAL):
-        check(1, 208 - 48 * (k % 2), 72, PRODUCT_DTYPES[k % 2], config, transposed=k % 3 == 0)
+        transposed = k % 3 == 0 and not config.ends
+        check(1, 208 - 48 * (k % 2), 72, PRODUCT_DTYPES[k % 2], config, transposed)
     check_choice()
     for k, config in enumerate((SMALL[1], *DESCRIPTORS[2:])):  # one of every variant
         check_gaussian_is_symmetric(config)

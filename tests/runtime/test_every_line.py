@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import normuon_fn as nm
 from normuon_fn.compat.graphs import compile_whole
@@ -21,6 +22,8 @@ from tests.runtime.lines import Line, failing_at, lines_of
 SHAPES = {"a": (8, 16), "b": (6, 4), "bias": (8,)}
 # An operator counts before its body reads its arguments, and a graph before it begins.
 SAYS_EARLY = ("registration.py", "lists.py", "adamw.py", "adamw_reference.py")
+# What torch 2.11 generates has a line between the two (seen on 2.11.0 on a GPU machine).
+OLD_GRAPHS = TorchVersion(torch.__version__) < (2, 12)
 
 
 class Step(NamedTuple):
@@ -131,7 +134,8 @@ def check_every_line(step: Step, stride: int = 1) -> list[Line]:
             assert line[0].endswith(("registration.py", "eager.py")), line
         elif says_half_written(error):
             said.append(line)
-            assert not same(written, before) or line[0].endswith(SAYS_EARLY), line
+            early = line[0].endswith(SAYS_EARLY) or (OLD_GRAPHS and "inductor" in line[0])
+            assert not same(written, before) or early, line
         else:  # the step had not begun to write, or it had ended
             assert same(written, before) or same(written, after), line
         if not same(written, before):

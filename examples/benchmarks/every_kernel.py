@@ -1,0 +1,147 @@
+"""Every kernel once or more, on small and ragged shapes: what to run under compute-sanitizer.
+
+    compute-sanitizer --kernel-name kns=_kernel python examples/benchmarks/every_kernel.py
+
+Steps run operation by operation, so that only kernels of this package and of the library run. The
+last line names the kernels that were launched, and those of the package that were not.
+"""
+
+import argparse
+import importlib
+import itertools
+import pkgutil
+from collections import Counter
+from typing import Any
+
+import torch
+
+import normuon_fn as nm
+from normuon_fn import ops
+from normuon_fn.ops.product_configs import TileConfig
+from normuon_fn.ops.product_launch import product
+
+SHAPES = {
+    "square": (96, 96), "wide": (100, 300), "tall": (257, 64), "odd": (17, 33), "row": (1, 40),
+    "large": (1040, 1088), "stack": (3, 48, 80), "conv": (24, 8, 3, 3), "vector": (100,),
+    "table": (130, 24), "none": (0, 16),
+}  # fmt: skip
+ROUTES = {
+    "table": nm.Route("adamw"), "conv": nm.Route(flatten=True), "wide": nm.Route(heads=4),
+    "vector": nm.Route("adamw"), "none": nm.Route("frozen"), "*": nm.Route("normuon"),
+}  # fmt: skip
+
+
+def launched_by(call: Any) -> Counter[str]:
+    """How often the call launches each kernel of ops."""
+    names: Counter[str] = Counter()
+    modules = [
+        importlib.import_module(f"{ops.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(ops.__path__)
+    ]
+    real = importlib.import_module(f"{ops.__name__}.launch").launch
+
+    def counting(kernel: Any, *args: Any, **options: Any) -> None:
+        names[kernel.fn.__name__] += 1
+        real(kernel, *args, **options)
+
+    users = [module for module in modules if getattr(module, "launch", None) is real]
+    for module in users:
+        module.launch = counting  # type: ignore[attr-defined]
+    try:
+        call()
+    finally:
+        for module in users:
+            module.launch = real  # type: ignore[attr-defined]
+    return names
+
+
+def all_kernels() -> set[str]:
+    """The names of the kernels of ops: functions that Triton compiles and a launch names."""
+    found = set()
+    for m in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"{ops.__name__}.{m.name}")
+        found |= {
+            name
+            for name, x in vars(module).items()
+            if name.endswith("_kernel") and hasattr(x, "fn")
+        }
+    return found
+
+
+def steps(device: torch.device, dtype: torch.dtype, config: nm.Config) -> None:
+    """Three steps: one as it is, one with a non-finite gradient, one with a non-contiguous one."""
+    torch.manual_seed(0)
+    params = {name: torch.randn(shape, device=device).to(dtype) for name, shape in SHAPES.items()}
+    plan = nm.make_plan(params, config, routes=ROUTES)
+    state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.01, weight_decay=0.1)
+    for k in range(3):
+        grads = {name: torch.randn_like(p) for name, p in params.items()}
+        if k == 1:
+            grads["wide"][3, 5] = float("nan")
+        if k == 2:
+            grads["square"], grads["odd"] = (
+                grads["square"].T,
+                torch.randn(33, 17, device=device).T.to(dtype),
+            )
+        nm.step_(params, grads, state, hyper, plan)
+
+
+def products(device: torch.device) -> None:
+    """The three products in every variant of their kernels, with ragged tiles and odd strides."""
+    sizes = itertools.product((96, 200, 333), ("pointers", "tma", "persistent"), (64, 128))
+    for rows, variant, block in sizes:
+        if variant != "pointers" and rows % 8:  # no descriptor takes such strides
+            continue
+        torch.manual_seed(0)
+        x = torch.randn(3, rows, 264, device=device).to(torch.bfloat16)
+        a = torch.randn(3, rows, rows, device=device).to(torch.bfloat16)
+        a = a + a.mT
+        tiles = TileConfig(block, block, 32, 8, 4, 3, variant)  # type: ignore[arg-type]
+        product(x, x.mT, None, 1.0, 0.0, True, tiles)
+        product(a, a, a, 0.5, 2.0, True, tiles)
+        product(a, x, x, 1.0, 2.0, False, tiles)
+
+
+def settings() -> list[tuple[torch.dtype, nm.Config]]:
+    """What the steps are run with."""
+    wide, half = torch.float32, torch.bfloat16
+    found = [
+        (dtype, nm.Config(guard=guard, nesterov=guard == "full"))  # type: ignore[arg-type]
+        for dtype, guard in itertools.product((wide, half), ("full", "off"))
+    ]
+    masters = ("mantissa", "fp32", "stochastic")
+    found += [(half, nm.Config(guard="output", master=master)) for master in masters]  # type: ignore[arg-type]
+    return [
+        *found,
+        (torch.float16, nm.Config(master="fp32", weight_decay_form="cautious")),
+        (wide, nm.Config(method="gram", momentum_dtype=half)),
+        (wide, nm.Config.preset("modded_nanogpt", guard="full")),
+    ]
+
+
+def everything(device: torch.device) -> None:
+    if device.type == "cuda":
+        products(device)
+        torch.cuda.synchronize(device)
+        print("products done", flush=True)
+    with torch.compiler.set_stance("force_eager"):
+        for k, (dtype, config) in enumerate(settings()):
+            steps(device, dtype, config)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            print(f"setting {k + 1} done", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(parser.parse_args().device)
+    names = launched_by(lambda: everything(device))
+    print(f"launched: {dict(sorted(names.items()))}")
+    print(f"not launched: {sorted(all_kernels() - set(names))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""How an optimizer is saved and loaded: the methods of `NorMuon` that say ``state_dict``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..compat.graphs import outside_graphs
+from . import hyper as hyper_of
+from . import saved as saved_of
+from .planned import Planner
+from .state import States
+
+
+class SavedOptimizer(torch.optim.Optimizer):
+    """What `NorMuon` inherits: it has the groups and the state, and this reads and writes them."""
+
+    _begun: set[str]
+
+    def _settled(self) -> Planner:
+        raise NotImplementedError
+
+    @outside_graphs()
+    def state_dict(self) -> dict[str, Any]:
+        """As for every optimizer, with hyperparameters as plain numbers and no tensor twice.
+
+        With ``Config(replicas="share")`` it has what this rank owns: see `gathered_state_dict`.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._settled()
+        return self._packed(self.state)
+
+    @outside_graphs()
+    def gathered_state_dict(self) -> dict[str, Any]:
+        """A `state_dict` of all ranks, with ``Config(replicas="share")``: all of them call it."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        return self._packed(self._settled().gathered(self.state))
+
+    def _packed(self, states: States) -> dict[str, Any]:
+        packed = saved_of.pack(self.param_groups, states)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = after(self, packed) or packed
+        return packed
+
+    @outside_graphs()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copies a `state_dict` into this optimizer's tensors, whose dtypes stay.
+
+        Parameters are found by name (but for wrappers' prefixes) if both sides have names, and by
+        order otherwise. A group takes the values that its parameters had. A parameter without
+        saved state, because it was frozen, starts anew. What others added to ``optimizer.state``
+        comes back too. Nothing is written if anything does not fit.
+
+        Raises:
+            ValueError, TypeError: other names, groups, algorithms or values, or a state of another
+                kind or shape; naming the parameter or the group.
+        """
+        saved: Any = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = hook(self, saved) or saved
+        planner = self._settled()
+        found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
+        write_values = hyper_of.loading(self.param_groups, found.groups)
+        self._begun = planner.load(self.state, self._begun, found)
+        write_values()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
