@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import normuon_fn as nm
 from normuon_fn.ops.codes import quantized, restored
+from normuon_fn.planning import buckets
 from normuon_fn.step import local_update_ as step_
 from tests.optim.test_optimizer import Net, states, three, train, weights
 from tests.runtime.test_graphed import Rehearsed
@@ -200,6 +201,25 @@ def test_all_state_of_a_large_matrix_takes_no_more_than_2_1_bytes_an_entry() -> 
     plan = nm.make_plan(params, nm.Config(momentum_dtype="int8"), routes={"w": nm.Route()})
     state = nm.init(params, plan)
     assert sum(x.nbytes for k, x in state.items() if k.startswith("w.")) / (256 * 1024) <= 1.05
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_a_bucket_in_chunks_has_the_same_codes(
+    at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {f"w{k}": x for k, x in enumerate(torch.randn(5, 6, 70, generator=torch.Generator()))}
+    config, routes = nm.Config(momentum_dtype="int8", nesterov=True), {"*": nm.Route()}
+    found = []
+    for size in (1000, at_a_time):
+        monkeypatch.setattr(buckets, "CHUNK", size * 6 * 70 * 4)
+        plan, own = nm.make_plan(params, config, routes=routes), clones(params)
+        state, hyper = nm.init(own, plan), nm.Hyper.of(own, lr=0.02)
+        for held in (0.0, 1.0, 0.0):  # with found_inf, momentums are written late
+            result = step_(own, params, state, hyper, plan, found_inf=torch.tensor(held))
+            assert bool(result.skipped) == bool(held)
+        step_(own, params, state, hyper, plan)
+        found.append({**own, **state})
+    assert same(*found)
 
 
 # --- saved and loaded
