@@ -71,7 +71,7 @@ class Config:
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
       ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (a scale, see
-      ops/codes.py); loses changes below 1/254 of the largest of those entries.
+      ops/codes.py); loses changes below 1/128 of the largest of those entries.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
       not finite, or ten times what it can be; ``"full"``: momentum too, if a gradient is not.
     - ``guard_scope``: ``"step"``: one bad matrix skips all, and with guard ``"full"`` the run goes
