@@ -181,6 +181,35 @@ def case_of(
     return Case(kernel, architecture, signature, constexprs, options, **claims)
 
 
+def coded_cases(
+    shared: dict[str, str], fixed: dict[str, Any], options: dict[str, Any]
+) -> Iterator[tuple[str, Case]]:
+    """The same kernels over momentums in one byte an entry, of bfloat16 gradients."""
+    of_codes = {"M": triton.language.int8, "G": triton.language.bfloat16, "CODED": 64}
+    signature = {**shared, "scales": "*i64!", "largest_ptr": "*i32!", "squares_ptr": "*fp64!"}
+    fixed = {name: value for name, value in fixed.items() if name != "scales"}
+    for architecture, write in itertools.product((80, 90, 100), (False, True)):
+        br, bc = launch.tile(768, advance.TILE)
+        flags = {"GRAD": True, "WRITE": write, "NESTEROV": True, "KEEP": write}
+        shape = {"LOOP": advance.LOOP, "BR": br, "BC": bc}
+        nothing = {} if write else {"keep_ptr": None}
+        constexprs = {**fixed, **of_codes, **flags, **shape, **nothing}
+        name = f"front-coded-{'write' if write else 'read'}-{architecture}"
+        wide = advance.LOOP * (1 + write + 2)
+        yield (
+            name,
+            case_of(advance.front_kernel, architecture, signature, constexprs, options, wide=wide),
+        )
+    for architecture, tall in itertools.product((80, 90, 100), (False, True)):
+        br, bc = (64, 64) if tall else launch.tile(768, 4096)
+        flags = {"AHEAD": True, "NESTEROV": True, "TRANSPOSE": tall, "BR": br, "BC": bc}
+        given = {**signature, "out_ptr": "*bf16!"}
+        yield f"gather-coded-{'tall' if tall else 'wide'}-{architecture}", case_of(
+            gather.gather_kernel, architecture, given, {**fixed, **of_codes, **flags}, options,
+            wide=2 + 4 + 4,
+        )  # fmt: skip
+
+
 def list_cases() -> Iterator[tuple[str, Case]]:
     """The kernels over lists: fp32 and bf16 tensors, aligned and contiguous, of even sizes."""
     tables = dict.fromkeys(("table", "addresses", "chunks"), "*i64!")
@@ -214,8 +243,10 @@ def list_cases() -> Iterator[tuple[str, Case]]:
     floats = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}
     both = (False, True)
     fixed = {"UNIT": True, "ALIGNED": True, "EVEN": True, "EMA": True, "stride_c": 1}
-    fixed |= {"NORMS": False, "norms_ptr": None}  # those with norms: `measured_cases`
+    # Those with norms and those of codes: `measured_cases`, `coded_cases`.
+    fixed |= {"NORMS": False, "norms_ptr": None, "CODED": 0, "scales": None}
     options = {"num_warps": 4, "enable_fp_fusion": False}
+    yield from coded_cases(shared, fixed, options)
     for (dtype, kind), architecture in itertools.product(floats.items(), (80, 90, 100)):
         for grad, write, cols in ((True, True, 768), (True, False, 768), (False, False, 3072)):
             (br, bc), loop = launch.tile(cols, advance.TILE), advance.LOOP

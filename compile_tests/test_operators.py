@@ -23,7 +23,7 @@ PRODUCTS = {"symmetric_matmul", "symmetric_addmm", "addmm"}  # on stacks: tests/
 REGISTERED = sorted(graphs.registered_ops() - PRODUCTS)
 BY_HANDLE = [name for name in REGISTERED if name.endswith("_by_handle")]
 NAMES = [name for name in REGISTERED if name not in BY_HANDLE]
-SKIPS = ("advance", "apply", "apply_wide", "adamw", "adamw_wide")
+SKIPS = ("advance", "advance_coded", "apply", "apply_wide", "adamw", "adamw_wide")
 BASE = [name for name in NAMES if not name.endswith("_members")]
 
 
@@ -59,6 +59,10 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
     sizes = [1, len(first) - 1]
     rests = [(100 * x).to(torch.int16, memory_format=torch.preserve_format) for x in matrices(kind)]
     ones = torch.ones(3)
+    codes = [
+        (30 * x).to(torch.int8, memory_format=torch.preserve_format).clamp(-100, 100) for x in first
+    ]
+    scales = [torch.full((*x.shape[:-1], 1), 130, dtype=torch.uint8) for x in first]
     given: dict[str, tuple[Any, ...]] = {
         "advance": (first, grads, rate, skip, sizes, "ema", False),
         "lookahead": (first, grads, rate, sizes, "sum", True),
@@ -66,6 +70,22 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "largest": (grads, sizes),
         "gather": (
             first,
+            grads,
+            rate,
+            ones,
+            0.5 * ones,
+            sizes,
+            "ema",
+            True,
+            True,
+            torch.float16,
+            [False] * len(sizes),
+        ),
+        "advance_coded": (codes, scales, grads, rate, skip, sizes, "ema", True),
+        "lookahead_coded": (codes, scales, grads, rate, sizes, "sum", True),
+        "gather_coded": (
+            codes,
+            scales,
             grads,
             rate,
             ones,

@@ -342,7 +342,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guard", choices=("off", "output", "full"), default="off")
     parser.add_argument(
         "--momentum-dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "int8"),
         default="float32",
         help="of NorMuon's momentum",
     )

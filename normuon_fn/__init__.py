@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .persistence.description import CheckpointError
     from .persistence.gathered import gather_state
     from .runtime.graphed import GraphedStep
+    from .runtime.offloading import offload_, reload_
 
 __version__ = VERSION
 __all__ = [
@@ -66,9 +67,11 @@ __all__ = [
     "load",
     "make_plan",
     "names_in",
+    "offload_",
     "orthogonalize",
     "qk_clip",
     "qk_clip_",
+    "reload_",
     "report_metrics",
     "routes_for",
     "save",
@@ -96,6 +99,8 @@ _LATER = {
     "lightning_callback": "optim.callbacks",
     "load": "persistence.checkpoint",
     "names_in": "persistence.converters",
+    "offload_": "runtime.offloading",
+    "reload_": "runtime.offloading",
     "report_metrics": "diagnostics.metrics",
     "save": "persistence.checkpoint",
     "trainer_callback": "optim.callbacks",

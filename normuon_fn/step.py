@@ -33,9 +33,10 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
 
     Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one
     number per row; heads and splits have their own), with ``Config(reduction="entries")`` as the
-    parameter; ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; with `Config.master`
-    also ``"<name>.mantissa"`` (int16) or ``"<name>.master"`` (float32), as the parameter;
-    ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d int32. With
+    parameter; ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; with a momentum of
+    int8 also ``"<name>.momentum_scale"`` (uint8), as the parameter with one column for 64; with
+    `Config.master` also ``"<name>.mantissa"`` (int16) or ``"<name>.master"`` (float32), as the
+    parameter; ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d int32. With
     ``Config(replicas="share")`` the state of what other ranks own is not there.
 
     Ranks that share work compare their plans here: a collective. ``init(plan, params)``, the order

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, codes_kernels, reference
+from .codes import BLOCK
 from .implementations import with_kernel
 from .launch import at, dtype_of, jit, launch, stride_of, tile, tl
 from .lists import part_of_list, total
@@ -27,16 +28,18 @@ TILE, LOOP = 2048, 4  # entries of a tile, and tiles of a strip
 
 @jit
 def front_kernel(
-    table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, norms_ptr,
+    table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, norms_ptr, scales,
     rows, cols, across, strips, beta_stride,
     M: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
     GRAD: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, EMA: tl.constexpr,
     NESTEROV: tl.constexpr, NORMS: tl.constexpr,
-    LOOP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    LOOP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """One strip of LOOP tiles, one below the other.
 
-    Table: the momentum, the new momentum's place (WRITE), the gradient (GRAD).
+    Table: the momentum, the new momentum's place (WRITE), the gradient (GRAD). Where momentums are
+    codes, CODED is how many columns of a tile have one scale (otherwise 0), and ``scales`` is a
+    table of the scales and the new scales' place (WRITE).
     """
     pid = tl.program_id(0)
     matrix, strip = pid // strips, pid % strips
@@ -51,20 +54,42 @@ def front_kernel(
         total_new = tl.zeros([BR, BC], tl.float64)
     if GRAD:
         beta = tl.load(beta_ptr + matrix * beta_stride)
+    if CODED:
+        scale_entry = scales + matrix.to(tl.int64) * (3 + 3 * WRITE)
+        b = (strip % across) * (BC // CODED) + tl.arange(0, BC // CODED)
+        blocks = (cols + CODED - 1) // CODED
     for k in tl.static_range(LOOP):
         r = top + k * BR + tl.arange(0, BR)
         mask = (r < rows)[:, None] & (c < cols)[None, :]
-        old = tl.load(at(entry, r, c, M, UNIT, ALIGNED), mask, other=0.0)
+        old = tl.load(at(entry, r, c, M, UNIT, ALIGNED), mask, other=0)
+        if CODED:
+            of_block = (r < rows)[:, None] & (b < blocks)[None, :]
+            scale = tl.load(at(scale_entry, r, b, tl.uint8, False, False), of_block, other=0)
+            before = codes_kernels.restored(old, scale, BR, BC, CODED)
+        else:
+            before = old.to(tl.float32)
         if GRAD:
             grad = tl.load(at(entry + 3 + 3 * WRITE, r, c, G, UNIT, ALIGNED), mask, other=0.0)
             grad = grad.to(tl.float32)
             share = grad * (1 - beta) if EMA else grad
-            new = (old.to(tl.float32) * beta + share).to(M)
+            after = before * beta + share
+            if CODED:
+                new, new_scale = codes_kernels.quantized(after, BR, BC, CODED)
+            else:
+                new = after.to(M)
             if KEEP:  # before it is measured: a norm belongs to what is orthogonalized
                 new = tl.where(tl.load(keep_ptr), old, new)
+                if CODED:
+                    new_scale = tl.where(tl.load(keep_ptr), scale, new_scale)
             if WRITE:
                 tl.store(at(entry + 3, r, c, M, UNIT, ALIGNED), new, mask)
-            x = new.to(tl.float32)
+                if CODED:
+                    into = at(scale_entry + 3, r, b, tl.uint8, False, False)
+                    tl.store(into, new_scale, of_block)
+            if CODED:
+                x = codes_kernels.restored(new, new_scale, BR, BC, CODED)
+            else:
+                x = new.to(tl.float32)
             if NORMS:
                 total_grad += grad.to(tl.float64) * grad.to(tl.float64)
                 total_new += x.to(tl.float64) * x.to(tl.float64)
@@ -72,7 +97,7 @@ def front_kernel(
                 x = x * beta + share
             most_grad = tl.maximum(most_grad, grad.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         else:
-            x = old.to(tl.float32)
+            x = before
         # As integers, absolute floats keep their order, with inf above them and NaN above inf: no
         # inf and no NaN is lost.
         most = tl.maximum(most, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
@@ -110,7 +135,7 @@ def combine_kernel(largest_ptr, squares_ptr, out_ptr, n, strips, BLOCK: tl.const
     tl.store(out_ptr + 2 * n + matrix, (tl.sum(total, 0) * wide * wide).to(tl.float32))
 
 
-def _launch(
+def launch_front(
     lists: Sequence[list[Tensor]],  # momentums; with write, the new ones; with grad, gradients
     sizes: list[int],
     *,
@@ -121,6 +146,7 @@ def _launch(
     form: str = "",
     nesterov: bool = False,
     norms: bool = False,
+    scales: Sequence[list[Tensor]] = (),  # of momentums that are codes; with write, the new ones
 ) -> Tensor:
     """[3, n]: the measures; with ``norms`` [5, n]: see measured.py.
 
@@ -129,15 +155,16 @@ def _launch(
     found = []
     for part, matrices in reference.runs(sizes, lists[0]):
         # In place, the same list is passed twice. It stays one list, so that its key is made once.
-        parts = {id(tensors): part_of_list(tensors, part) for tensors in lists}
-        run = [parts[id(tensors)] for tensors in lists]
+        parts = {id(tensors): part_of_list(tensors, part) for tensors in (*lists, *scales)}
+        run, of_run = ([parts[id(tensors)] for tensors in each] for each in (lists, scales))
         own = None if beta is None else reference.part_of(beta, matrices)
-        found.append(_launch_run(run, grad, write, own, keep, form, nesterov, norms))
+        found.append(_launch_run(run, of_run, grad, write, own, keep, form, nesterov, norms))
     return reference.joined(found, 1)
 
 
 def _launch_run(
     lists: Sequence[list[Tensor]],
+    scales: Sequence[list[Tensor]],
     grad: bool,
     write: bool,
     beta: Tensor | None,
@@ -153,6 +180,7 @@ def _launch_run(
         found = torch.stack(reference.measures(nothing, nothing))
         return torch.cat([found, found.new_zeros(2, n)]) if norms else found
     table = matrix_table(*lists)
+    of_scales = matrix_table(*scales).entries if scales else None
     high, wide = tile(cols, TILE)
     across = -(-cols // wide)
     strips = across * -(-rows // (high * LOOP))
@@ -162,12 +190,13 @@ def _launch_run(
     sums = first.new_empty((n, strips, 2), dtype=torch.float64) if norms else None
     # No fusion of products and sums: every variant of the kernel has the same bits.
     launch(
-        front_kernel, n * strips, (table.entries, beta, keep, largest, squares, sums),
+        front_kernel, n * strips, (table.entries, beta, keep, largest, squares, sums, of_scales),
         (
             rows, cols, across, strips, stride_of(beta),
             dtype_of(first), dtype_of(lists[-1][0]),
             table.unit, table.aligned,
             grad, write, keep is not None, form == "ema", nesterov, norms, LOOP, high, wide,
+            min(BLOCK, wide) if scales else 0,
         ),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -189,7 +218,9 @@ def _launch_advance(
     nesterov: bool,
 ) -> Tensor:
     lists = (momentums, into[0], grads)
-    return _launch(lists, sizes, write=True, beta=beta, keep=keep, form=form, nesterov=nesterov)
+    return launch_front(
+        lists, sizes, write=True, beta=beta, keep=keep, form=form, nesterov=nesterov
+    )
 
 
 def launch_measured(
@@ -204,7 +235,7 @@ def launch_measured(
 ) -> Tensor:
     """[5, n]: see measured.py."""
     how: dict[str, Any] = {"beta": beta, "keep": keep, "form": form, "nesterov": nesterov}
-    return _launch((momentums, into[0], grads), sizes, write=True, norms=True, **how)
+    return launch_front((momentums, into[0], grads), sizes, write=True, norms=True, **how)
 
 
 def _launch_lookahead(
@@ -215,18 +246,18 @@ def _launch_lookahead(
     form: str,
     nesterov: bool,
 ) -> Tensor:
-    return _launch((momentums, grads), sizes, beta=beta, form=form, nesterov=nesterov)
+    return launch_front((momentums, grads), sizes, beta=beta, form=form, nesterov=nesterov)
 
 
 def _launch_measure(tensors: list[Tensor], sizes: list[int]) -> Tensor:
-    return _launch((tensors,), sizes, grad=False)
+    return launch_front((tensors,), sizes, grad=False)
 
 
 def _launch_largest(tensors: list[Tensor], sizes: list[int]) -> Tensor:
     return _launch_measure(tensors, sizes)[0].clone()
 
 
-def _measure_fake(tensors: list[Tensor], *rest: Any) -> Tensor:
+def measure_fake(tensors: list[Tensor], *rest: Any) -> Tensor:
     shape = (3, total(tensors))
     return tensors[0].new_empty(shape, dtype=compute_dtype(tensors[0].dtype))
 
@@ -241,7 +272,7 @@ advance = with_kernel(
     "(Tensor[] momentums, Tensor[] grads, Tensor beta, Tensor? keep, int[] sizes, str form, "
     "bool nesterov) -> (Tensor[], Tensor)",
     _launch_advance,
-    _measure_fake,
+    measure_fake,
     check=checks.advance,
     writes=("momentums",),
 )
@@ -250,14 +281,14 @@ lookahead = with_kernel(
     "(Tensor[] momentums, Tensor[] grads, Tensor beta, int[] sizes, str form, bool nesterov) "
     "-> Tensor",
     _launch_lookahead,
-    _measure_fake,
+    measure_fake,
     check=checks.lookahead,
 )
 measure = with_kernel(
     "measure",
     "(Tensor[] tensors, int[] sizes) -> Tensor",
     _launch_measure,
-    _measure_fake,
+    measure_fake,
     check=checks.measured,
 )
 largest = with_kernel(

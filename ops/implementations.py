@@ -41,7 +41,7 @@ def with_kernel(
     writes: Sequence[str] = (),
     twin: Operation | None = None,
 ) -> Implementations:
-    """The implementations of ``name``: its twin is the function of that name in reference.py.
+    """The implementations of ``name``; without a ``twin``, that of this name in reference.py.
 
     Args:
         schema, fake, check, writes: see `register`.

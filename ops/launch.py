@@ -12,7 +12,10 @@ from .handles import remembered
 from .lazy import HAS_TRITON, INTERPRETED, jit, loaded, tl
 
 # int16 is the part of a float32 master that its bfloat16 parameter lacks: see rounding.py.
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16)
+# int8 and uint8 are momentum: see codes.py.
+KERNEL_DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int8, torch.uint8,
+)  # fmt: skip
 
 
 def kernels_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
@@ -122,6 +125,7 @@ _TRITON_DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.int16: "int16",
+    torch.int8: "int8",
     torch.float64: "float64",  # of results alone: see `KERNEL_DTYPES`
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import adamw as _adamw
 from . import advance as _advance
 from . import apply as _apply
+from . import coded as _coded
 from . import gather as _gather
 from . import lists, reference
 from .launch import has_kernel
@@ -38,6 +39,7 @@ class Advanced(NamedTuple):
     momentums: list[Tensor]  # the new ones, as the list
     measures: Measures
     stacks: list[Tensor] | None  # one stack per size, where the twin made them: for `gather`
+    scales: list[Tensor] | None = None  # the new ones, where the momentums are codes
 
 
 class AdamWRates(NamedTuple):
@@ -68,8 +70,13 @@ class Operators(NamedTuple):
         keep: Tensor | None,  # 0-d bool: whether the momentums keep their bits
         sizes: list[int],
         rule: MomentumRule,
+        scales: list[Tensor] | None = None,  # of momentums that are codes: see codes.py
     ) -> Advanced:
         """The new momentums, and the measures of the update that follows from them."""
+        if scales is not None:
+            run = _coded.advance_coded.choose(self.kernels, self.in_place)
+            new, of_new, measures, *stacks = run(momentums, scales, grads, beta, keep, sizes, *rule)
+            return Advanced(new, _measures(measures), stacks[0] if stacks else None, of_new)
         run = _advance.advance.choose(self.kernels, self.in_place)
         new, measures, *stacks = run(momentums, grads, beta, keep, sizes, *rule)
         return Advanced(new, _measures(measures), stacks[0] if stacks else None)
@@ -81,8 +88,12 @@ class Operators(NamedTuple):
         beta: Tensor,  # 0-d or [n] fp32
         sizes: list[int],
         rule: MomentumRule,
+        scales: list[Tensor] | None = None,  # as for `advance`
     ) -> Measures:
         """The measures that `advance` would return; nothing is written."""
+        if scales is not None:
+            run = _coded.lookahead_coded.choose(self.kernels)
+            return _measures(run(momentums, scales, grads, beta, sizes, *rule))
         run = _advance.lookahead.choose(self.kernels)
         return _measures(run(momentums, grads, beta, sizes, *rule))
 
@@ -108,11 +119,14 @@ class Operators(NamedTuple):
         dtype: torch.dtype,
         transpose: list[bool],  # one per size
         stacks: list[Tensor] | None = None,  # from `advance`, in the place of the momentums
+        scales: list[Tensor] | None = None,  # as for `advance`
     ) -> Tensor:
         """[n, rows, cols] in ``dtype``, contiguous: ``(update * power) * inverse``, transposed."""
         arguments = momentums, grads, beta, power, inverse, sizes, *rule, ahead, dtype, transpose
         if stacks is not None:
             return reference.gather(*arguments, stacks=stacks)
+        if scales is not None:
+            return _coded.gather_coded.choose(self.kernels)(momentums, scales, *arguments[1:])
         return _gather.gather.choose(self.kernels)(*arguments)
 
     def apply(

@@ -31,6 +31,12 @@ ROUTES = {
 }  # fmt: skip
 
 
+def _name_of(kernel: Any) -> str:
+    """Of a kernel, also of one that Triton has not seen yet."""
+    function = getattr(kernel, "function", None) or kernel.fn
+    return str(function.__name__)
+
+
 def launched_by(call: Any) -> Counter[str]:
     """How often the call launches each kernel of ops."""
     names: Counter[str] = Counter()
@@ -41,7 +47,7 @@ def launched_by(call: Any) -> Counter[str]:
     real = importlib.import_module(f"{ops.__name__}.launch").launch
 
     def counting(kernel: Any, *args: Any, **options: Any) -> None:
-        names[kernel.fn.__name__] += 1
+        names[_name_of(kernel)] += 1
         real(kernel, *args, **options)
 
     users = [module for module in modules if getattr(module, "launch", None) is real]
@@ -63,7 +69,7 @@ def all_kernels() -> set[str]:
         found |= {
             name
             for name, x in vars(module).items()
-            if name.endswith("_kernel") and hasattr(x, "fn")
+            if name.endswith("_kernel") and (hasattr(x, "fn") or hasattr(x, "function"))
         }
     return found
 

@@ -3,6 +3,8 @@
     python examples/benchmarks/step.py                        # the matrices of GPT-2 124M
     python examples/benchmarks/step.py --workload 1.3b --guard off,full --plot step.png
     python examples/benchmarks/step.py --workload 12x768x768,4x3072x768 --dtype bfloat16 --json
+    python examples/benchmarks/step.py --workload 1.3b --dtype bfloat16 --guard full --no-peers \
+        --no-first-step --momentum-dtype float32,bfloat16,int8 --only momentum
     # the rows whose name has one of these
     python examples/benchmarks/step.py --only Muon,graph --no-first-step
     python examples/benchmarks/step.py --device cpu --workload cpu            # ratios
@@ -348,11 +350,12 @@ class Workload:
         if bad or still:
             raise RuntimeError(f"not finite: {bad[:3]}; unchanged: {still[:3]}")
 
-    def ours(self, guard: str, graph: bool, row: Row) -> Entry:
+    def ours(self, guard: str, graph: bool, row: Row, momentum: str = "") -> Entry:
         device = self.device
         device.clear()
         before = device.allocated()
-        config = nm.Config(guard=guard)  # type: ignore[arg-type]
+        dtype = getattr(torch, momentum) if momentum else None
+        config = nm.Config(guard=guard, momentum_dtype=dtype)  # type: ignore[arg-type]
         plan = nm.make_plan(self.params, config, routes=MATRICES, mesh=self.mesh)
         state, hyper = nm.init(plan, self.params), nm.Hyper.of(self.params, lr=1e-4)
         own = sum(
@@ -443,6 +446,7 @@ def importable(module: str) -> bool:
 class Options:
     dtype: torch.dtype = torch.float32
     guards: tuple[str, ...] = GUARDS
+    momentums: tuple[str, ...] = ()  # dtypes, of rows of their own
     graph: bool = True
     peers: bool = True
     first_step: bool = True
@@ -463,6 +467,10 @@ def rows_of(device: Device, spec: str, options: Options) -> list[Row]:
     for guard in options.guards[:1] if options.graph else options.guards:
         wanted[f"normuon_fn step_, guard {guard}"] = functools.partial(
             Workload.ours, guard=guard, graph=False
+        )
+    for momentum in options.momentums:
+        wanted[f"normuon_fn momentum {momentum}"] = functools.partial(
+            Workload.ours, guard=options.guards[0], graph=options.graph, momentum=momentum
         )
     if options.peers:
         for name, (module, build) in PEERS.items():
@@ -1013,6 +1021,12 @@ def main() -> None:
         default=True,
         help="measure it, in a process with empty caches",
     )
+    parser.add_argument(
+        "--momentum-dtype",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="a row for each: float32, bfloat16, int8",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"blocks of {BLOCK} calls a row")
     parser.add_argument(
         "--only",
@@ -1047,6 +1061,7 @@ def main() -> None:
     options = Options(
         dtype,
         args.guard,
+        args.momentum_dtype,
         args.graph and device.cuda,
         args.peers,
         args.first_step,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from . import finishing
-from .momentum import keeps_momentum_finite
+from .momentum import SCALE, keeps_momentum_finite
 from .normalize import Normalized, normalize
 from .norms import Norms
 from .orthogonalize import carry, iterate, to_norm
@@ -92,26 +92,31 @@ class MatrixWork(Work):
         if not self.groups:
             return
         momentums, grads = self._read("momentum"), self._read("grad")
+        scales = self._read(SCALE.name) if self.context.stages.momentum.coded else None
         if self.context.holds_late:
             beta, lookahead = self.context.hyper.momentum, self.context.operators.lookahead
-            measures = lookahead(momentums, grads, beta, self.sizes, self._rule)
-            self.front = Front(self.groups, self.sizes, momentums, grads, measures)
+            measures = lookahead(momentums, grads, beta, self.sizes, self._rule, scales)
+            self.front = Front(self.groups, self.sizes, momentums, grads, measures, scales=scales)
         else:
-            self.front = self._advanced(momentums, grads)
+            self.front = self._advanced(momentums, grads, scales)
 
-    def _advanced(self, momentums: list[Tensor], grads: list[Tensor]) -> Front:
+    def _advanced(
+        self, momentums: list[Tensor], grads: list[Tensor], scales: list[Tensor] | None
+    ) -> Front:
         context = self.context
         given = momentums, grads, context.hyper.momentum, self.hold, self.sizes, self._rule
         if context.config.metrics:
             found, self.norms.front = ops.measured.advance(context.operators, *given)
         else:
-            found = context.operators.advance(*given)
-        new, measures, stacks = found
+            found = context.operators.advance(*given, scales)
+        new, measures, stacks, of_new = found
         at = 0
         for group in self.groups:
             group.put("momentum", new[at : at + group.tensors])
+            if of_new is not None:
+                group.put(SCALE.name, of_new[at : at + group.tensors])
             at += group.tensors
-        return Front(self.groups, self.sizes, new, grads, measures, stacks)
+        return Front(self.groups, self.sizes, new, grads, measures, stacks, scales=of_new)
 
     @property
     def _rule(self) -> ops.MomentumRule:
@@ -151,18 +156,11 @@ class MatrixWork(Work):
 
     def finished(self, updates: list[Update]) -> list[Update]:
         """With what needs numbers of whole matrices; mostly nothing does. See finishing.py."""
-        config = self.context.config
-        begun: dict[int, finishing.Begun] = {}
-        for k, update in enumerate(updates):
-            needs = finishing.needs_of(update.group.kind, config)
-            if any(needs) and update.group.local:
-                beta2 = ops.per_matrix(update.group.rates.hyper.beta2)
-                begun[k] = finishing.begin(update, needs, beta2, config)
+        begun, config = finishing.begun(updates, self.context.config), self.context.config
         totals, found = self.over_shards(begun), list(updates)
         for k, each in begun.items():
-            needs = finishing.needs_of(each.update.group.kind, config)
             lr, _ = self._rates(each.update)
-            found[k] = finishing.end(each, totals[k], needs, lr, config)
+            found[k] = finishing.end(each, totals[k], lr, config)
         return found
 
     def over_shards(self, begun: dict[int, finishing.Begun]) -> dict[int, dict[str, Tensor]]:
@@ -214,6 +212,7 @@ class MatrixWork(Work):
             dtype=self.stack.wide if wide else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
+            scales=front.scales,
         )
 
     def iterated(self, stack: Tensor) -> Tensor:
@@ -249,7 +248,7 @@ class MatrixWork(Work):
 
     def apply(self) -> None:
         if self.front is not None and self.context.holds_late:
-            self._advanced(self.front.momentums, self.front.grads)
+            self._advanced(self.front.momentums, self.front.grads, self.front.scales)
         self._apply_updates()
 
     def _apply_updates(self) -> None:

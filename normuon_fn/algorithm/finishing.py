@@ -11,6 +11,7 @@ the ranks add these up in one message for all of a bucket, and each ends with th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,16 @@ def sums_of(needs: Needs, config: Config, outputs: int) -> dict[str, int]:
     return found | ({"along": 1} if needs.hyperball else {})
 
 
+def begun(updates: Sequence[Update], config: Config) -> dict[int, Begun]:
+    """Those that need it and have a part on this rank, by their place."""
+    found: dict[int, Begun] = {}
+    for k, update in enumerate(updates):
+        needs = needs_of(update.group.kind, config)
+        if any(needs) and update.group.local:
+            found[k] = begin(update, needs, ops.per_matrix(update.group.rates.hyper.beta2), config)
+    return found
+
+
 def begin(update: Update, needs: Needs, beta2: Tensor, config: Config) -> Begun:
     group, wide = update.group, update.factor.dtype
     direction, states = update.update.to(wide) * update.factor, update.new
@@ -83,11 +94,10 @@ def begin(update: Update, needs: Needs, beta2: Tensor, config: Config) -> Begun:
     return Begun(update, direction, states, sums)
 
 
-def end(
-    begun: Begun, totals: dict[str, Tensor], needs: Needs, lr: Tensor, config: Config
-) -> Update:
+def end(begun: Begun, totals: dict[str, Tensor], lr: Tensor, config: Config) -> Update:
     """The update that enters the step: ``-lr * factor * update``, and a decay of its own."""
     update, kind = begun.update, begun.update.group.kind
+    needs = needs_of(kind, config)
     finite = update.finite
     for each in totals.values():
         finite = finite & each.isfinite().all(1)

@@ -13,13 +13,17 @@ where G - M would overflow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..types import Config, MomentumForm
 from .state import State
+
+MOMENTUM = State("momentum", "entry", "momentum")
+# Beside a momentum of one byte an entry: ops/codes.py.
+SCALE = State("momentum_scale", "block", torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,16 @@ class Momentum:
     # beta -> the largest gradient that is safe, as a share of the largest momentum.
     headroom: Callable[[Tensor], Tensor | float]
     source: str
-    states: tuple[State, ...] = (State("momentum", "entry", "momentum"),)
+    states: tuple[State, ...] = (MOMENTUM,)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the momentum is one byte an entry, and has scales beside it."""
+        return SCALE in self.states
+
+    def as_codes(self) -> Momentum:
+        """The same with a momentum of one byte an entry."""
+        return replace(self, states=(*self.states, SCALE))
 
 
 MOMENTA: dict[MomentumForm, Momentum] = {
@@ -49,6 +62,7 @@ def keeps_momentum_finite(
     """[n] bool: whether such gradients keep the momentum finite. Non-finite, it would stay so."""
     if config.momentum_dtype is None and config.momentum_form == "ema":
         return largest.isfinite()
-    dtypes = (config.momentum_dtype or largest.dtype, largest.dtype)
+    own = MOMENTUM.dtype_for(config, largest.dtype)
+    dtypes = (torch.float32 if own == torch.int8 else own, largest.dtype)
     limit = min(torch.finfo(dtype).max for dtype in dtypes)
     return largest <= limit * MOMENTA[config.momentum_form].headroom(beta.to(largest.dtype))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from ..types import Config
 from .momentum import MOMENTA, Momentum
 from .normalize import NORMALIZERS, Normalizer, normalizer_of
@@ -45,8 +47,9 @@ class Stages(NamedTuple):
 
 def stages_of(config: Config) -> Stages:
     """The stages that ``config`` names."""
+    momentum = MOMENTA[config.momentum_form]
     return Stages(
-        MOMENTA[config.momentum_form],
+        momentum.as_codes() if config.momentum_dtype == torch.int8 else momentum,
         PRECONDITIONERS[config.precondition],
         NORMALIZERS[normalizer_of(config)],
         WEIGHT_DECAYS[config.weight_decay_form],

@@ -13,8 +13,9 @@ class State(NamedTuple):
     """One tensor of the flat state per parameter, named ``"<parameter>.<name>"``."""
 
     name: str
-    # Shaped as the parameter; or one number per row, or per column: see `per_row`.
-    per: Literal["entry", "line"]
+    # Shaped as the parameter; or one number per row, or per column: see `per_row`; or one per block
+    # of columns of every row: see ops/codes.py.
+    per: Literal["entry", "line", "block"]
     dtype: Literal["wide", "momentum"] | torch.dtype = (
         "wide"  # "wide": float32, of float64 parameters float64
     )
@@ -25,6 +26,7 @@ class State(NamedTuple):
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
         chosen = config.momentum_dtype if self.dtype == "momentum" else None
+        assert not isinstance(chosen, str)  # Config has made a dtype of it
         return chosen or (torch.float64 if parameter == torch.float64 else torch.float32)
 
 

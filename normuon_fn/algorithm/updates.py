@@ -25,6 +25,7 @@ class Front(NamedTuple):
         None  # the momentums as one stack per group, where `advance` has them anyway
     )
     matrices: slice = slice(None)  # which of the bucket's these are
+    scales: list[Tensor] | None = None  # as ``momentums``, where these are codes: ops/codes.py
 
     def part(self, groups: slice) -> Front:
         """The same of some groups."""
@@ -40,6 +41,7 @@ class Front(NamedTuple):
             Measures(*(x[start:end] for x in self.measures)),
             None if self.stacks is None else self.stacks[groups],
             slice(start, end),
+            None if self.scales is None else self.scales[first:last],
         )
 
 

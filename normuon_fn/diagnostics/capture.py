@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithm.momentum import SCALE
 from ..compat import VERSION
 from ..distributed.placements import full_tensor, rank_and_world_size
 from ..ops import reference
+from ..ops.codes import quantized, restored
 from ..planning.buckets import Bucket, Group
 from ..planning.make_plan import plan_of
+from ..planning.momentum_codes import read_codes
 from ..planning.plan import Plan
 from ..routing.routes import Decision
 from ..types import Grads, Hyper, StepResult
@@ -151,7 +154,12 @@ def _inputs(
             part = "" if block.param.length is None else f".{block.param.start}"
             key = f"{block.name}.input{part}"
             read = block.param.read(grad)
-            momentum = block.param.read(result.state[f"{block.name}.momentum"])
+            momentum = result.state[f"{block.name}.momentum"]
+            scales = result.state.get(f"{block.name}.{SCALE.name}")
+            if scales is None:
+                momentum = block.param.read(momentum)
+            else:
+                momentum = read_codes(momentum, scales, block)
             tensors[key] = _input(read, momentum, plan, beta, kept)
             form = {"method": bucket.form.method, "dtype": str(bucket.form.dtype)}
             blocks.append({"tensor": key, "parameter": block.name, **form})
@@ -190,6 +198,8 @@ def _input(grad: Tensor, momentum: Tensor, plan: Plan, beta: Tensor, kept: bool)
     config = plan.config
     if kept:
         momentum = reference.advanced(momentum, grad, beta, config.momentum_form)
+        if config.momentum_dtype == torch.int8:
+            momentum = restored(*quantized(momentum))
     update = reference.update_of(momentum, grad, beta, config.momentum_form, config.nesterov)
     return update if update.ndim == 3 else update.unsqueeze(0)
 

@@ -81,10 +81,7 @@ def sharded_layout(name: str, tensor: Tensor) -> ShardedLayout | None:
                 "redistribute it"
             )
     group = process_group(mesh)
-    coordinates = dict(
-        zip(mesh.mesh.flatten().tolist(), product(*map(range, mesh.mesh.shape)), strict=True)
-    )
-    by_rank = [coordinates[dist.get_global_rank(group, k)] for k in range(group.size())]
+    by_rank = _coordinates(mesh)
     parts = _parts(tuple(tensor.shape), placements, tuple(mesh.mesh.shape), tuple(by_rank))
     replicas = [k for k, p in enumerate(placements) if p.is_replicate()]
     shards = [k for k in range(len(placements)) if k not in replicas]
@@ -104,6 +101,14 @@ def sharded_layout(name: str, tensor: Tensor) -> ShardedLayout | None:
     return ShardedLayout(
         tuple(tensor.shape), mesh, placements, group.group_name, rank, parts, *groups, ranks
     )
+
+
+def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
+    """Of every rank of the mesh, by its number in the process group of all of them."""
+    group = process_group(mesh)
+    places = product(*map(range, mesh.mesh.shape))
+    of = dict(zip(mesh.mesh.flatten().tolist(), places, strict=True))
+    return [of[dist.get_global_rank(group, k)] for k in range(group.size())]
 
 
 def _along(mesh: DeviceMesh, dims: Sequence[int]) -> list[dict[int, int]]:
@@ -245,6 +250,12 @@ def per_row_layout(layout: ShardedLayout | None, shape: tuple[int, ...]) -> Shar
         for part in layout.parts
     )
     return replace(layout, shape=shape, placements=placements, parts=parts)
+
+
+def block_layout(layout: ShardedLayout, shape: tuple[int, ...]) -> ShardedLayout:
+    """The layout of a state of ``shape`` with fewer columns, placed as its parameter is."""
+    sizes, by_rank = tuple(layout.mesh.mesh.shape), tuple(_coordinates(layout.mesh))
+    return replace(layout, shape=shape, parts=_parts(shape, layout.placements, sizes, by_rank))
 
 
 def covering(layouts: Sequence[ShardedLayout | None]) -> str | None:

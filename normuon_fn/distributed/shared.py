@@ -68,7 +68,10 @@ class SharedWork(MatrixWork):
             grads = picked(front.grads[tensor:end], share)
             measures = ops.Measures(*(x[matrix:][share] for x in front.measures))
             stacks = None if front.stacks is None else [front.stacks[local][share]]
-            own = Front([group], [len(momentums)], momentums, grads, measures, stacks)
+            of = front.scales
+            scales = None if of is None else picked(of[tensor:end], share)
+            sizes = [len(momentums)]
+            own = Front([group], sizes, momentums, grads, measures, stacks, scales=scales)
             shares.append(own if momentums else None)
             tensor, matrix, local = end, matrix + group.count, local + 1
         return shares

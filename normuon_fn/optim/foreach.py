@@ -90,6 +90,12 @@ def foreach_step_(
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
+    if config.momentum_dtype == torch.int8:
+        raise ValueError(
+            "config: expected a momentum of floats, got momentum_dtype='int8', whose scales none "
+            "of the lists holds; write momentum_dtype=torch.bfloat16, or use step_ or NorMuon, "
+            "which keep them in their state"
+        )
     lists = {"params": params, "grads": grads, "momentums": momentums, "variances": variances}
     for what, tensors in lists.items():
         optional = what == "variances" and not config.normalize

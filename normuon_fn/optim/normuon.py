@@ -22,6 +22,7 @@ from . import groups as groups_of
 from . import hyper as hyper_of
 from . import state as state_of
 from .metrics import metrics_of
+from .offloading import Offloading
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
@@ -31,11 +32,11 @@ from .scaled import forget_scale, unscaled
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
-    "_constructed", "_reports", "_owners",
+    "_constructed", "_reports", "_owners", "_offloaded",
 )  # fmt: skip
 
 
-class NorMuon(SavedOptimizer):
+class NorMuon(Offloading, SavedOptimizer):
     """NorMuon for matrices and AdamW for all other parameters, one compiled graph per step.
 
     >>> optimizer = nm.NorMuon(model, lr=0.02, weight_decay=0.1, guard="full")
@@ -124,7 +125,7 @@ class NorMuon(SavedOptimizer):
         self._added: list[groups_of.AddedGroup] = []
         self._owners: dict[str, int] = {}  # with Config(replicas="share")
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
-        self._constructed = False
+        self._constructed = self._offloaded = False
         self._planner: Planner | None = None
         self.plan: Plan | None = None  # of the last step
         self.result: StepResult | None = None  # of the last step
@@ -170,7 +171,7 @@ class NorMuon(SavedOptimizer):
     @torch.no_grad()
     def _step_once(self) -> None:
         self._reports.before_step()
-        planner = self._settled()
+        planner = self._loaded()
         grads = [p.grad for p in planner.named.values()]
         if all(grad is None for grad in grads):
             self._reports.check_gradients(planner.named)
@@ -249,7 +250,7 @@ class NorMuon(SavedOptimizer):
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:
             del self.state[p]
-        planner.prepare(self.state, self._begun)
+        planner.prepare(self.state, self._begun, self._offloaded)
         self._planner = planner
         return planner
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithm.momentum import MOMENTUM, SCALE
 from ..compat import Ranks, outside_inference_mode
 from ..compat.collection import without_collection
 from ..distributed import placements
@@ -20,6 +21,7 @@ from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.hyperball import check_sizes
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_each_writable
+from ..planning.momentum_codes import fitted
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..runtime.graphed import GraphedStep
@@ -89,10 +91,12 @@ class Planner:
         self._watch: RateWatch | None = None
         self._chosen: Chosen | None = None  # what the ranks have agreed on
         self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
+        self.offloaded = False  # whether state stays where it is: see offloading.py
 
     @without_collection
-    def prepare(self, states: States, begun: set[str]) -> None:
+    def prepare(self, states: States, begun: set[str], offloaded: bool) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
+        self.offloaded = offloaded
         if self._config.master == "none":
             narrow = {name for name, p in self.named.items() if p.dtype.itemsize < 4} - begun
             self._watch = RateWatch(narrow) if narrow else None
@@ -126,13 +130,12 @@ class Planner:
             ValueError: as `agree_on_gradients`.
         """
         if chosen != self._chosen:
-            lacking = {name for name, is_in in zip(self.named, chosen, strict=True) if not is_in}
-            before = None
-            if self._chosen is not None:
-                had = zip(self.named, self._chosen, strict=True)
-                before = {name for name, is_in in had if not is_in}
-            agree_on_gradients(self.common, lacking, before)
+            before = None if self._chosen is None else self._lacking(self._chosen)
+            agree_on_gradients(self.common, self._lacking(chosen), before)
             self._chosen = chosen
+
+    def _lacking(self, chosen: Chosen) -> set[str]:
+        return {name for name, is_in in zip(self.named, chosen, strict=True) if not is_in}
 
     @cached_property
     def common(self) -> dict[str, tuple[str, ...]]:
@@ -208,11 +211,15 @@ class Planner:
 
         Returns the names of the parameters that were stepped, as far as that is known now.
         """
-        given = {
-            name: {kind: x for kind, x in kinds.items() if f"{name}.{kind}" not in self._elsewhere}
-            for name, kinds in saved.states.items()
-        }
-        load(states, self.named, given, lambda of: self.kinds(of, states, begun))
+        away, plans = self._elsewhere, dict[str, Plan]()
+        ends, every = f".{MOMENTUM.name}", saved.states.items()
+        away |= {f"{k.removesuffix(ends)}.{SCALE.name}" for k in away if k.endswith(ends)}
+        given = {n: {k: x for k, x in own.items() if f"{n}.{k}" not in away} for n, own in every}
+
+        def fit(name: str, own: Mapping[str, Any]) -> Mapping[str, Any]:
+            return fitted(plans[name], name, own) if name in plans else own
+
+        load(states, self.named, given, lambda of: self.kinds(of, states, begun, plans), fit)
         states.update(saved.others)
         for planned in self.steps.values():
             self.collect(planned, states, begun)
@@ -244,10 +251,13 @@ class Planner:
             done.update(new)
         return found
 
-    def kinds(self, chosen: Chosen, states: States, begun: set[str]) -> dict[str, set[str]]:
+    def kinds(
+        self, chosen: Chosen, states: States, begun: set[str], plan_of: dict[str, Plan]
+    ) -> dict[str, set[str]]:
         """By name, the kinds of state that a step of the chosen parameters reads.
 
-        Their state is complete then. The guard's counters belong to every parameter.
+        Their state is complete then, and their plans are in ``plan_of``. The guard's counters
+        belong to every parameter.
         """
         plans = [planned.plan for planned in self.steps.values()]
         for planned in self.steps.values():
@@ -259,6 +269,7 @@ class Planner:
         )
         if any(rest):
             plans.append(self.plan(rest, states, begun).plan)
+        plan_of.update({p.name: plan for plan in plans for p in plan.parameters})
         found = {name: set(COUNTERS) for name in self.named}
         for key in [key for plan in plans for key in plan.state]:
             name, _, kind = key.rpartition(".")
@@ -272,7 +283,8 @@ class Planner:
         All planned steps have the same counters.
         """
         known: Any = next((step.state for step in self.steps.values()), {})
-        planned.state = collect(states, planned.plan, planned.params, known, begun)
+        stays = self.offloaded
+        planned.state = collect(states, planned.plan, planned.params, known, begun, stays=stays)
         planned.collected = [(p, [*states[p].items()]) for p in planned.params.values()]
 
     def release(self) -> None:

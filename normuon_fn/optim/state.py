@@ -25,7 +25,9 @@ from ..planning.plan import Plan, Spec
 States = MutableMapping[Any, dict[str, Any]]  # optimizer.state; others may add keys of their own
 COUNTERS = ("step", "skipped", "consecutive")  # of the guard, shared by all parameters
 _MASTERS = ("mantissa", "master")
-_OWN = {"momentum", "variance", "exp_avg", "exp_avg_sq", *_MASTERS}  # kinds that nobody else adds
+_OWN = {  # kinds that nobody else adds
+    "momentum", "momentum_scale", "variance", "exp_avg", "exp_avg_sq", *_MASTERS,
+}  # fmt: skip
 
 
 @outside_inference_mode
@@ -35,12 +37,15 @@ def collect(
     params: Mapping[str, Tensor],
     known: Mapping[str, Tensor],
     begun: set[str],
+    *,
+    stays: bool = False,
 ) -> dict[str, Tensor]:
     """The flat state of a plan, taken from ``optimizer.state``, which is made complete for it.
 
     Args:
         known: a flat state that was collected before, whose counters go on.
         begun: names of parameters that were stepped, whose state must therefore fit.
+        stays: state on another device than its parameter stays there.
 
     Raises:
         ValueError: a parameter that was stepped has a state of another shape, dtype or placement.
@@ -54,7 +59,8 @@ def collect(
         if name == "guard" and kind in COUNTERS:
             flat[key] = counters[kind]
         else:
-            flat[key] = _kept(states[params[name]], name, kind, spec, params[name], name in begun)
+            own, p = states[params[name]], params[name]
+            flat[key] = _kept(own, name, kind, spec, p, name in begun, stays)
     for name, p in params.items():
         for kind in _MASTERS:
             if f"{name}.{kind}" not in plan.state:  # the parameter was bfloat16 before
@@ -89,7 +95,13 @@ def _counter(states: States, kind: str, known: Tensor | None, device: torch.devi
 
 
 def _kept(
-    kinds: dict[str, Any], name: str, kind: str, spec: Spec, param: Tensor, begun: bool
+    kinds: dict[str, Any],
+    name: str,
+    kind: str,
+    spec: Spec,
+    param: Tensor,
+    begun: bool,
+    stays: bool,
 ) -> Tensor:
     """The tensor of one kind in ``kinds``, moved to the parameter's device, or a new one."""
     device = placements.local(param).device
@@ -98,7 +110,7 @@ def _kept(
         local = placements.local(own)
         fits = tuple(local.shape) == spec.shape and local.dtype == spec.dtype
         if fits and placements.has_layout(own, spec.sharded):
-            kinds[kind] = own if local.device == device else own.to(device)
+            kinds[kind] = own if stays or local.device == device else own.to(device)
             return kinds[kind]
         if begun:
             raise ValueError(
@@ -128,6 +140,7 @@ def load(
     named: Mapping[str, Tensor],
     saved: Mapping[str, Mapping[str, Any]],  # of `saved.read`
     complete: Callable[[tuple[bool, ...]], Mapping[str, set[str]]],
+    fitted: Callable[[str, Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
     """Copies a saved state into the tensors of ``states``; removes what is not saved.
 
@@ -136,6 +149,7 @@ def load(
     Args:
         complete: makes the state of the chosen parameters complete in ``states``, and tells by name
             which kinds a step reads.
+        fitted: makes a momentum of floats one of codes, or the reverse, as the plan keeps it.
 
     Raises:
         ValueError: something does not fit. ``states`` has its tensors and their values then.
@@ -143,6 +157,7 @@ def load(
     before = {p: dict(kinds) for p, kinds in states.items() if isinstance(kinds, dict)}
     try:
         kinds = complete(tuple(bool(saved[name]) for name in named))
+        saved = {name: own and fitted(name, own) for name, own in saved.items()}
         present = {name: p for name, p in named.items() if saved[name]}
         copies = [_copies(name, states[p], kinds[name], saved[name]) for name, p in present.items()]
         added = [

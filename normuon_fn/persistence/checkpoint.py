@@ -23,6 +23,7 @@ from ..compat import address
 from ..distributed.dtensors import is_dtensor
 from ..planning.checks import check_tensors
 from ..planning.memory import check_writable
+from ..planning.momentum_codes import fitted_file
 from ..planning.plan import Plan
 from ..types import Config, Tensors
 from .description import CheckpointError
@@ -127,6 +128,7 @@ def load(
     meta, found = read(Path(path))
     if plan is not None:
         _check_meaning(path, meta, plan)
+        found = fitted_file(found, plan)
         want = {f"params/{p.name}": (p.spec.shape, p.spec.dtype) for p in plan.parameters}
         whole = plan.whole_state.items()
         want |= {f"state/{name}": (spec.shape, spec.dtype) for name, spec in whole}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..distributed.placements import to_dtensor
 from ..planning.checks import check_tensors
+from ..planning.momentum_codes import fitted
 from ..planning.plan import Parameter, Plan, Spec
 from ..types import MomentumForm
 from .other_optimizers import Found, SourceVariance, StateDict, entries, unscaled
@@ -211,7 +212,8 @@ def _state_of(
                 f"{found.form!r} to {plan.config.momentum_form!r}, got {found.beta!r}"
             )
         factor = 1.0 - found.beta if found.form == "sum" else 1.0 / (1.0 - found.beta)
-    own = {f"{name}.momentum": _as(found.first, plan, name, "momentum", factor)}
+    momentum = {"momentum": _as(found.first, plan, name, "momentum", factor)}
+    own = {f"{name}.{kind}": x for kind, x in fitted(plan, name, momentum).items()}
     if plan.config.normalize and found.unusable:
         raise LookupError(found.unusable)
     if found.second is not None and plan.config.normalize:
@@ -228,12 +230,13 @@ def _as(tensor: Tensor, plan: Plan, name: str, suffix: str, factor: float = 1.0)
         )
     spec = plan.whole_state[f"{name}.{suffix}"]
     wide = torch.promote_types(spec.dtype, torch.float32)
+    dtype = spec.dtype if spec.dtype.is_floating_point else wide  # codes are made of floats
     moved = tensor.detach().to(plan.device)
     if spec.sharded is None and tuple(moved.shape) != spec.shape:
         raise ValueError(
             f"source: {name!r}: expected {suffix} of shape {spec.shape}, got {tuple(moved.shape)}"
         )
-    return (moved.to(wide) * factor).to(spec.dtype, memory_format=torch.contiguous_format).clone()
+    return (moved.to(wide) * factor).to(dtype, memory_format=torch.contiguous_format).clone()
 
 
 def _variance(parameter: Parameter, variance: Tensor, plan: Plan) -> Tensor:

@@ -124,8 +124,10 @@ def check_tensors(
                 f"{what}[{name!r}]: expected dense {spec.dtype}, got {tensor.dtype} {tensor.layout}"
             )
         if tensor.device != plan.device and not anywhere:
+            offloaded = what == "state" and tensor.device.type == "cpu"
+            hint = "; if it was offloaded, write nm.reload_(state, plan)" if offloaded else ""
             raise ValueError(
-                f"{what}[{name!r}]: expected device {plan.device}, got {tensor.device}"
+                f"{what}[{name!r}]: expected device {plan.device}, got {tensor.device}{hint}"
             )
 
 

@@ -75,6 +75,7 @@ class Block:
     count: int
     param: View
     line: View  # of a state with one number per row (or column) of every matrix
+    scale: View  # of a state with one number per block of columns of every row: ops/codes.py
     salts: tuple[int, ...] = ()  # one per matrix, where parameters are rounded by chance
 
 

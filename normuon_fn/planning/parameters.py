@@ -16,12 +16,19 @@ from ..algorithm.stages import Stages
 from ..algorithm.state import MASTERS, State
 from ..compat import Ranks
 from ..distributed.owners import Ownership
-from ..distributed.placements import ShardedLayout, per_row_layout, sharded_layout
+from ..distributed.placements import (
+    ShardedLayout,
+    block_layout,
+    per_row_layout,
+    sharded_layout,
+)
+from ..distributed.shards import Rect
+from ..ops.codes import BLOCK
 from ..routing.routes import Route
 from ..types import Config
 from .layout import Block, View, part_of
 from .plan import Parameter, Spec
-from .reading import line_views, read_as_matrices
+from .reading import line_views, read_as_matrices, scale_views
 
 Read = tuple[
     View, int, int, int
@@ -91,10 +98,9 @@ def decide(
         _check_hyperball(name, tensor.dtype, config, master)
     entries = [state for state in stages.states if state.per == "entry"]
     found = _entry_states(parameter, [*states, *entries], config)
-    pieces, lines = _matrices(parameter, tensor, config, mesh, chance, bool(stages.line_states))
-    for state in stages.line_states:
-        assert lines is not None
-        found[f"{name}.{state.name}"] = replace(lines, dtype=state.dtype_for(config, tensor.dtype))
+    pieces, specs = _matrices(parameter, tensor, config, mesh, chance, stages)
+    for state, spec in specs:
+        found[f"{name}.{state.name}"] = replace(spec, dtype=state.dtype_for(config, tensor.dtype))
     blocks = tuple(piece.block for piece in pieces if piece.block.count)
     return Decided(replace(parameter, blocks=blocks), found, master, chance, pieces)
 
@@ -149,26 +155,31 @@ def _matrices(
     config: Config,
     mesh: Ranks | None,
     chance: bool,
-    lines: bool,
-) -> tuple[tuple[Piece, ...], Spec | None]:
-    """The blocks of a parameter, and the spec of a state with one number per row (or column)."""
+    stages: Stages,
+) -> tuple[tuple[Piece, ...], list[tuple[State, Spec]]]:
+    """The blocks of a parameter; states with a number per row, column or block, and their specs."""
     name, route, placed = parameter.name, parameter.route, parameter.spec.sharded
     read = read_as_matrices(name, tensor, route)
     by_row = [per_row(config, rows, cols, route.transposed) for _, _, rows, cols in read]
     local, ownerships = _local(name, read, placed, mesh)
     shape, views = line_views(local, by_row)
+    of_scales, scale_of = scale_views(local)
     where = () if placed is None else placed.local_part
     pieces = []
-    for (_, _, rows, cols), (view, n, _, _), line, ownership in zip(
-        read, local, views, ownerships, strict=True
+    for (_, _, rows, cols), (view, n, _, _), line, scale, ownership in zip(
+        read, local, views, scale_of, ownerships, strict=True
     ):
         salts = _salts(config.seed, name, (where, view.start), n if chance else 0)
-        pieces.append(Piece(name, Block(name, n, view, line, salts), rows, cols, ownership))
-    spec = None
-    if lines:
-        whole_shape = line_views(read, by_row)[0]
-        spec = Spec(shape, torch.float32, _line_placement(name, whole_shape, shape, placed))
-    return tuple(pieces), spec
+        pieces.append(Piece(name, Block(name, n, view, line, scale, salts), rows, cols, ownership))
+    specs = []
+    for state in stages.states:
+        if state.per == "line":
+            placement = _line_placement(name, line_views(read, by_row)[0], shape, placed)
+            specs.append((state, Spec(shape, torch.float32, placement)))
+        elif state.per == "block":
+            placement = _scale_placement(name, read, of_scales, placed)
+            specs.append((state, Spec(of_scales, torch.uint8, placement)))
+    return tuple(pieces), specs
 
 
 def _local(
@@ -216,6 +227,39 @@ def _line_placement(
             "per row or column of every matrix; shard by whole heads"
         )
     return found
+
+
+def _scale_placement(
+    name: str, read: Sequence[Read], local: tuple[int, ...], placed: ShardedLayout | None
+) -> ShardedLayout | None:
+    """How the scales of a momentum in one byte an entry are placed: as their parameter is.
+
+    Raises:
+        ValueError: a shard has a part of a block of columns.
+    """
+    if placed is None:
+        return None
+    found = block_layout(placed, scale_views(read)[0])
+    for part, own in zip(placed.parts, found.parts, strict=True):
+        views = [part_of(view, count, rows, cols, part) for view, count, rows, cols in read]
+        shape = scale_views([(view, n, *_extent(rect)) for view, n, rect in views])[0]
+        whole = all(
+            rect.col % BLOCK == 0 and (rect.cols % BLOCK == 0 or rect.col + rect.cols == cols)
+            for (_, n, rect), (_, _, _, cols) in zip(views, read, strict=True)
+            if n * rect.size
+        )
+        if not whole or tuple(length for _, length in own) != shape:
+            raise ValueError(
+                f"params[{name!r}]: {placed.placements}: Config.momentum_dtype='int8' has a scale "
+                f"for {BLOCK} columns of a row, which this sharding cuts; shard by rows, by whole "
+                f"heads or by multiples of {BLOCK} columns, or write momentum_dtype=torch.bfloat16"
+            )
+    assert tuple(length for _, length in found.local_part) == local
+    return found
+
+
+def _extent(rect: Rect) -> tuple[int, int]:
+    return rect.rows, rect.cols
 
 
 def _salts(seed: int, name: str, where: object, count: int) -> tuple[int, ...]:

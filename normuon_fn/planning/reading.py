@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..ops.codes import blocks_of
 from ..routing.routes import Route
 from .layout import View, size_of
 
@@ -109,8 +110,22 @@ def _split_stack(
     return blocks
 
 
+def scale_views(
+    blocks: Sequence[tuple[View, int, int, int]],
+) -> tuple[tuple[int, ...], list[View]]:
+    """The shape of a state with one number per block of columns of every row (ops/codes.py), and
+    the view of it that belongs to each block of the parameter.
+
+    It is the parameter's shape with so many columns as there are blocks; every head or split has
+    its own.
+    """
+    return line_views(blocks, [True] * len(blocks), [blocks_of(cols) for *_, cols in blocks])
+
+
 def line_views(
-    blocks: Sequence[tuple[View, int, int, int]], per_row: Sequence[bool]
+    blocks: Sequence[tuple[View, int, int, int]],
+    per_row: Sequence[bool],
+    each: Sequence[int] | None = None,  # numbers of a row or column of each block; None: one
 ) -> tuple[tuple[int, ...], list[View]]:
     """The shape of a parameter's variance in the state, and the view of it that belongs to each
     block.
@@ -119,6 +134,7 @@ def line_views(
     can be said; blocks of one parameter that reduce different axes lie one behind the other in a
     vector.
     """
+    each = [1] * len(blocks) if each is None else each
     first, count, rows, cols = blocks[0]
     parts = (
         len(blocks) > 1
@@ -128,11 +144,11 @@ def line_views(
     )
     if not parts:
         lead = () if len(first.base) == 2 or len(first.shape) == 2 else first.base[:-2]
-        across = (rows, 1) if per_row[0] else (1, cols)
+        across = (rows, each[0]) if per_row[0] else (1, cols)
         base = (*lead, *across)
         return base, [View(base, (count, *across) if len(first.shape) == 3 else across)]
     if len(first.base) > 2 and len(set(per_row)) == 1:
-        return _stack_line_views(blocks, per_row[0])
+        return _stack_line_views(blocks, per_row[0], each)
     if not any(per_row) and first.dim == 1:  # one a column, and the columns are what is split
         base = (1, first.base[1])
         return base, [
@@ -154,25 +170,27 @@ def line_views(
             )
         return base, views
     dim = first.dim
-    base = (first.base[0], 1) if dim == 0 else (first.base[0], sum(n for _, n, _, _ in blocks))
+    along = sum(n * own for (_, n, _, _), own in zip(blocks, each, strict=True))
+    base = (first.base[0], each[0] if dim == 0 else along)
     views, start = [], 0
-    for view, n, r, _ in blocks:
-        length = n * r if dim == 0 else n
-        shape = (length, 1) if len(view.shape) == 2 else (n, r, 1) if dim == 0 else (r, n, 1)
+    for (view, n, r, _), own in zip(blocks, each, strict=True):
+        length = n * r if dim == 0 else n * own
+        shape = (length, own) if len(view.shape) == 2 else (n, r, own) if dim == 0 else (r, n, own)
         if dim == 1 and len(view.shape) == 2:
-            shape = (r, 1)
+            shape = (r, own)
         views.append(View(base, shape, dim, start, length, swap=view.swap))
         start += length
     return base, views
 
 
 def _stack_line_views(
-    blocks: Sequence[tuple[View, int, int, int]], per_row: bool
+    blocks: Sequence[tuple[View, int, int, int]], per_row: bool, each: Sequence[int]
 ) -> tuple[tuple[int, ...], list[View]]:
     """Of a stack with splits: the stack's shape with the reduced axis 1, or one for every split."""
     first = blocks[0][0]
     lead, along = first.base[:-2], first.dim - len(first.base) + 2  # the dimension that is split
-    lengths = [(r, 1) if per_row else (1, c) for _, _, r, c in blocks]
+    sized = zip(blocks, each, strict=True)
+    lengths = [(r, own) if per_row else (1, c) for (_, _, r, c), own in sized]
     total = sum(across[along] for across in lengths)
     base = (*lead, total, lengths[0][1]) if along == 0 else (*lead, lengths[0][0], total)
     views, start = [], 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..algorithm.guard import Agreement
+from ..algorithm.momentum import SCALE
 from ..algorithm.stages import Stages
 from ..algorithm.work import Context, Kind, Members, Own, OwnRates, Rates, Runs
 from ..types import Config, Grads, Hyper, Tensors
@@ -191,13 +192,19 @@ class StepTensors:
         blocks = [block for block in blocks if self.has_gradient(block.name)]
 
         def entries(what: str) -> Entries:
-            views = tuple(block.line if what in self.lines else block.param for block in blocks)
+            views = tuple(self._view(block, what) for block in blocks)
             keys = tuple(_key(block.name, what) for block in blocks)
             return Entries(what, keys, None if all(view.is_whole for view in views) else views)
 
         count = sum(block.count for block in blocks)
         salts = [salt for block in blocks for salt in block.salts]
         return self._members(kind, count, len(blocks), entries, salts, rates, local)
+
+    def _view(self, block: Block, what: str) -> View:
+        """How a state's entry is read for the matrices of a block."""
+        if what == SCALE.name:
+            return block.scale
+        return block.line if what in self.lines else block.param
 
     def whole_members(
         self, kind: K, names: Sequence[str], salts: Sequence[int], rates: Rates

@@ -85,6 +85,8 @@ class Config:
       [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape; see `check_stage`.
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
+      ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (a scale, see
+      ops/codes.py); loses changes below 1/128 of the largest of those entries.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
       not finite, or ten times what it can be; ``"full"``: momentum too, if a gradient is not.
     - ``guard_scope``: ``"step"``: one bad matrix skips all, and with guard ``"full"`` the run goes
@@ -132,7 +134,7 @@ class Config:
     method: Method = "auto"
     orthogonalize_dtype: torch.dtype | None = None
     orthogonalizer: Orthogonalizer | None = None
-    momentum_dtype: torch.dtype | None = None
+    momentum_dtype: torch.dtype | Literal["int8"] | None = None
     guard: Guard = "off"
     guard_scope: GuardScope = "step"
     missing_grads: MissingGrads = "skip"
@@ -158,11 +160,13 @@ class Config:
             raise ValueError("Config.rms: expected a number > 0, got 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"Config.seed: expected an int, got {self.seed!r}")
-        for field in ("orthogonalize_dtype", "momentum_dtype"):
-            value = getattr(self, field)
-            if value not in (None, *COMPUTE_DTYPES):
+        if self.momentum_dtype == "int8":
+            object.__setattr__(self, "momentum_dtype", torch.int8)
+        for field, more in (("orthogonalize_dtype", ()), ("momentum_dtype", (torch.int8,))):
+            value, choices = getattr(self, field), (*COMPUTE_DTYPES, *more)
+            if value not in (None, *choices):
                 raise ValueError(
-                    f"Config.{field}: expected None or one of {COMPUTE_DTYPES}, got {value!r}"
+                    f"Config.{field}: expected None or one of {choices}, got {value!r}"
                 )
         if self.momentum_dtype == torch.float16:
             raise ValueError(
@@ -210,6 +214,11 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "Config.cautious_update: every rank looks at its gradients, of which "
             "replicas='share' reads those of owned matrices alone; write replicas='each'"
+        )
+    if config.metrics and config.momentum_dtype == torch.int8:
+        raise ValueError(
+            "Config.metrics: the pass over codes of int8 returns no norms; write "
+            "momentum_dtype=torch.bfloat16 or metrics=False"
         )
     if config.metrics and config.other == "lion":
         raise ValueError(

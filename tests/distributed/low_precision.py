@@ -32,7 +32,17 @@ CONFIGS = {
     "own in float64": {"orthogonalizer": lambda x: (x / 4).double()},
     "own in bfloat16": {"orthogonalizer": lambda x: x.bfloat16(), "momentum_dtype": torch.float64},
     "muon in float64": {"orthogonalize_dtype": torch.float64, "normalize": False},
-}
+    # In float32, so that products of one matrix and of several have the same bits.
+    "int8 momentum": {"momentum_dtype": "int8", "orthogonalize_dtype": torch.float32},
+    "int8 momentum, agreed late": {
+        "momentum_dtype": "int8", "orthogonalize_dtype": torch.float32, "guard": "full",
+    },
+    "int8 momentum of owners": {
+        "momentum_dtype": "int8", "orthogonalize_dtype": torch.float32, "replicas": "share",
+    },
+}  # fmt: skip
+# Of Shard(1): two blocks of columns, and a shard that cuts one.
+COLUMNS = {"blocks": (5, 128), "tall": (130, 128), "stack": (3, 4, 200)}
 LAYOUTS = {"Shard(0)": Shard(0), "Replicate": Replicate(), "Shard(1)": Shard(1)}
 
 
@@ -151,6 +161,8 @@ def _overflow_is_agreed(mesh: DeviceMesh, kind: str) -> bool:
 def _as_on_one_device(mesh: DeviceMesh, kind: str, which: str) -> bool:
     """Whether two steps of DTensors or replicas have the bits and dtypes of whole tensors."""
     config = nm.Config(**CONFIGS[which])
+    if kind == "Shard(1)" and config.momentum_dtype == torch.int8:
+        return _codes_by_columns(mesh, config)
     params = _tensors(0, torch.bfloat16, mesh, kind)
     routes = {name: route for name, route in ROUTES.items() if name in params}
     wholes, grads = _whole(params), [_tensors(k, torch.bfloat16, mesh, kind) for k in (1, 2)]
@@ -162,6 +174,37 @@ def _as_on_one_device(mesh: DeviceMesh, kind: str, which: str) -> bool:
             local_update_(given, own, state, hyper, plan)
         results.append(_whole(given | state))
     return all(torch.equal(x, results[1][k]) for k, x in results[0].items())
+
+
+def _codes_by_columns(mesh: DeviceMesh, config: nm.Config) -> bool:
+    """Whether shards of whole blocks have the codes of whole tensors, and others are refused."""
+    generator = torch.Generator().manual_seed(0)
+    routes, results = {name: nm.Route() for name in COLUMNS}, []
+    made = [
+        {k: torch.randn(x, generator=generator).bfloat16() for k, x in COLUMNS.items()}
+        for _ in range(3)
+    ]
+    for sharded in (True, False):
+        params, *grads = (
+            {
+                k: distribute_tensor(x.clone(), mesh, [Shard(1)]) if sharded else x.clone()
+                for k, x in each.items()
+            }
+            for each in made
+        )
+        plan = nm.make_plan(params, config, routes=routes)
+        state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.01)
+        for own in grads:
+            local_update_(params, own, state, hyper, plan)
+        results.append(_whole(params | state))
+    alike = all(torch.equal(x, results[1][k]) for k, x in results[0].items())
+    cut = {"w": distribute_tensor(torch.zeros(4, 130), mesh, [Shard(1)])}
+    try:
+        nm.make_plan(cut, config, routes={"w": nm.Route()})
+    except ValueError as error:
+        named = "params['w']" in str(error) and "multiples of 64 columns" in str(error)
+        return alike and named
+    return False
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,6 +244,8 @@ def _layout(mesh: DeviceMesh, kind: str) -> dict[str, Any]:
         torch.equal(_local(params[name]), _local(again[name])) for name in params
     )
     seen["an overflow of float16 is agreed"] = _overflow_is_agreed(mesh, kind)
-    seen |= {f"{c}: as on one device": _as_on_one_device(mesh, kind, c) for c in CONFIGS}
+    for which, options in CONFIGS.items():
+        if kind == "plain" or "replicas" not in options:
+            seen[f"{which}: as on one device"] = _as_on_one_device(mesh, kind, which)
     seen["bits"] = {name: _local(x).view(torch.int16).tolist() for name, x in params.items()}
     return seen

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normuon_fn import ops
-from normuon_fn.ops import adamw_reference, launch, lists, reference
+from normuon_fn.ops import adamw_reference, coded, codes, launch, lists, reference
 
 orient = importlib.import_module("normuon_fn.ops.orient")  # the package names the function the same
 
@@ -84,11 +84,13 @@ def close(a: Any, b: Any, dtype: torch.dtype) -> None:
 
 def both(name: str, dtype: torch.dtype, *arguments: Any, writes: int = 0) -> Any:
     """The operator, pure and in place, against the twin; the pure result."""
-    adamw = name.startswith("adamw")
-    function = getattr(adamw_reference if adamw else reference, name)
+    whole = name.startswith("adamw")
+    function = getattr(adamw_reference if whole else reference, name, None)
+    if function is None:
+        whole, function = True, getattr(coded, name).twin
     found = getattr(torch.ops.normuon_fn, name)(*arguments)
     expected = packed(
-        function(*((lists.unstack,) if writes and not adamw else ()), *arguments),
+        function(*((lists.unstack,) if writes and not whole else ()), *arguments),
         writes,
     )
     if not writes:
@@ -154,6 +156,69 @@ def test_advance(kind: str, dtype: torch.dtype) -> None:
         both("lookahead", torch.float32, momentums, grads, scalar(0.9), sizes, form, nesterov)
     both("measure", torch.float32, grads, sizes)
     both("largest", torch.float32, grads, [len(grads)])
+
+
+def as_codes(momentums: list[Tensor], lie: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Codes that lie in memory as the momentums do, and their scales."""
+    found = [codes.quantized(x) for x in momentums]
+    laid = [torch.empty_like(x, dtype=torch.int8) for x in momentums]
+    if lie == "views":
+        laid = [
+            torch.empty(x.shape[0], 3 * x.shape[1], dtype=torch.int8, device=DEVICE)[
+                :, x.shape[1] : 2 * x.shape[1]
+            ]
+            for x in momentums
+        ]
+    for into, (new, _) in zip(laid, found, strict=True):
+        into.copy_(new)
+    return laid, [scales for _, scales in found]
+
+
+@here
+@pytest.mark.parametrize("kind", [*KINDS, "long"])
+def test_codes_are_advanced_and_gathered_with_the_bits_of_the_twin(kind: str) -> None:
+    lie = KINDS[kind][2] if kind in KINDS else "plain"
+    shapes = KINDS if kind in KINDS else {"long": (3, 1100, "plain")}
+    generator = torch.Generator().manual_seed(2)
+    spread = 2.0 ** torch.randint(-9, 9, shapes[kind][1:2], generator=generator).to(DEVICE)
+    if kind in KINDS:
+        momentums = [x * spread for x in tensors(kind, torch.float32, 0)]
+        grads = tensors(kind, torch.bfloat16, 1)
+    else:
+        momentums = [torch.randn(shapes[kind][:2], generator=generator).to(DEVICE) * spread] * 3
+        grads = [x.bfloat16() for x in momentums]
+    of_codes, scales = as_codes(momentums, lie)
+    sizes, n = [1, len(grads) - 1], sum(map(lists.count, grads))
+    forms = (("ema", False, None), ("sum", True, False), ("ema", True, True))
+    for form, nesterov, keep in turns(kind if kind in KINDS else "ragged", forms):
+        given = (of_codes, scales, grads, scalar(0.9))
+        how = (sizes, form, nesterov)
+        new, of_new, _ = both("advance_coded", torch.float32, *given, flag(keep), *how, writes=2)
+        wanted = coded.advance_coded.twin(*given, flag(keep), *how)
+        same = zip([*new, *of_new], [*wanted[0], *wanted[1]], strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
+        if keep:
+            held = zip([*new, *of_new], [*of_codes, *scales], strict=True)
+            assert all(torch.equal(a, b) for a, b in held)
+        both("lookahead_coded", torch.float32, *given, *how)
+        power, inverse = torch.full((n,), 0.5, device=DEVICE), torch.ones(n, device=DEVICE)
+        for ahead, turn in ((False, True), (True, False)):
+            rest = (power, inverse, *how, ahead, torch.float32, [turn] * 2)
+            both("gather_coded", torch.float32, *given, *rest)
+
+
+@here
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is numpy
+def test_codes_of_special_values_have_the_bits_of_the_twin() -> None:
+    x = torch.zeros(6, 70, device=DEVICE)
+    x[0, 3], x[1, 66], x[2, 0] = float("nan"), float("inf"), 3.4e38
+    x[3, 5], x[4, 64], x[5, 1] = 1e-42, 127.0, 127.1
+    given = [torch.zeros_like(x, dtype=torch.int8)], [torch.zeros(6, 2, dtype=torch.uint8)]
+    given = given[0], [given[1][0].to(DEVICE)]
+    how = (scalar(0.0), None, [1], "sum", False)
+    found = torch.ops.normuon_fn.advance_coded(*given, [x], *how)
+    for new, wanted in zip((found[0][0], found[1][0]), codes.quantized(x), strict=True):
+        assert torch.equal(new, wanted)
 
 
 @here
