@@ -60,10 +60,7 @@ class PlannedStep:
 
 
 class Planner:
-    """The parameters of the groups as they are now, by name, and the steps planned for them.
-
-    A change of the groups or of their parameters makes another planner.
-    """
+    """The parameters of the groups by name, and their planned steps; a change makes another."""
 
     def __init__(
         self,
