@@ -50,6 +50,23 @@ def functional(model: nn.Module, loss_fn: Callable[..., Tensor], batches: list[T
     graphed.release()
 
 
+def watched(
+    model: nn.Module,
+    params: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    measured: nm.MeasuredResult,
+) -> None:
+    plan = nm.make_plan(model, nm.Config(metrics=True))
+    state, peak = nm.init(params, plan), nm.Hyper.of(params, lr=0.02)
+    schedule = nm.Schedule(total=100, warmup=10, final=0.1, shape="linear")
+    hyper = peak.scaled(schedule(state["guard.step"]))
+    numbers: dict[str, float] = nm.report_metrics(nm.step(params, grads, state, hyper, plan), plan)
+    print(numbers, measured.metrics, nm.NorMuon(model).metrics())
+    torch.optim.lr_scheduler.LambdaLR(nm.NorMuon(model, lr=0.02), schedule)
+    nm.qk_clip_(params, {"attn": torch.zeros(4)}, plan, 100.0, state=state)
+    params, state = nm.qk_clip(params, {"attn": torch.zeros(4)}, plan, 100.0, state=state)
+
+
 def hypers(params: dict[str, Tensor]) -> None:
     plan = nm.make_plan(params, hyper_of={"head.*": 1, "*": 0})
     one, two = nm.Hyper.of(params, lr=0.01), nm.Hyper.of(params, lr=0.02)
