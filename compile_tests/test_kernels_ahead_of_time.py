@@ -244,6 +244,7 @@ def list_cases() -> Iterator[tuple[str, Case]]:
         "UNIT": True, "ALIGNED": True, "EVEN": True, "EMA": True, "stride_c": 1, "CODED": 0,
         "scales": None,
     }  # fmt: skip
+    fixed |= {"NORMS": False, "norms_ptr": None}  # those with norms: `measured_cases`
     options = {"num_warps": 4, "enable_fp_fusion": False}
     yield from coded_cases(shared, fixed, options)
     for (dtype, kind), architecture in itertools.product(floats.items(), (80, 90, 100)):
@@ -396,6 +397,20 @@ def low_precision_cases() -> Iterator[tuple[str, Case]]:
             yield f"{base}-chance", case._replace(constexprs=chance, signature=signature, wide=wide)
 
 
+def measured_cases() -> Iterator[tuple[str, Case]]:
+    """Those passes that also return norms: the same loads and stores, and the sums of a program."""
+    for name, case in [*list_cases(), *low_precision_cases()]:
+        if name.startswith(("front-grad-write", "apply-place-row-True", "adamw-step-True")) and (
+            case.architecture == 90
+        ):
+            constexprs = {k: x for k, x in case.constexprs.items() if k != "norms_ptr"}
+            signature = {**case.signature, "norms_ptr": "*fp64!"}
+            yield (
+                f"{name}-measured",
+                case._replace(signature=signature, constexprs={**constexprs, "NORMS": True}),
+            )
+
+
 def repack_cases() -> Iterator[tuple[str, Case]]:
     for architecture, (name, row, even), bits in itertools.product(
         (80, 90, 100),
@@ -452,6 +467,7 @@ CASES = {
     **dict(product_cases()),
     **dict(list_cases()),
     **dict(low_precision_cases()),
+    **dict(measured_cases()),
     **dict(repack_cases()),
     **dict(orient_cases()),
 }

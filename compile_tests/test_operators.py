@@ -114,6 +114,8 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "reinterpret": (first[0], torch.int32),
         "adamw_flags": (first, second, grads, *betas),
         "adamw": (params, first, second, grads, rate, rate, *betas, skip),
+        "lion": (params, first, grads, rate, rate, *betas[:2], skip),
+        "lion_wide": (params, rests, first, grads, rate, rate, *betas[:2], skip),
         "adamw_wide": (params, rests, first, second, grads, rate, rate, *betas, skip),
     }
     return given[name.removesuffix("_members").removesuffix("_")]

@@ -7,6 +7,7 @@ from .algorithm.coefficients import COEFFICIENTS
 from .compat import VERSION
 from .distributed.orthogonalize import orthogonalize
 from .optim.foreach import ForeachResult, foreach_step_
+from .optim.qk_clip import qk_clip, qk_clip_
 from .planning.make_plan import make_plan
 from .planning.plan import Plan
 from .routing.modules import routes_for
@@ -14,11 +15,13 @@ from .routing.route_table import RouteTable
 from .routing.routes import Route
 from .runtime.compiled import step, step_
 from .step import init, update
-from .types import Config, Hyper, StepResult
+from .types import Config, Hyper, MeasuredResult, Schedule, StepResult
 
 if TYPE_CHECKING:
     from .diagnostics.capture import capture
+    from .diagnostics.metrics import report_metrics
     from .diagnostics.monitor import Skip, SkipMonitor
+    from .diagnostics.own_stage import check_stage
     from .diagnostics.skips import NonFiniteStepError, check
     from .optim.callbacks import lightning_callback, trainer_callback
     from .optim.normuon import NorMuon
@@ -39,16 +42,19 @@ __all__ = [
     "ForeachResult",
     "GraphedStep",
     "Hyper",
+    "MeasuredResult",
     "NonFiniteStepError",
     "NorMuon",
     "Plan",
     "Route",
     "RouteTable",
+    "Schedule",
     "Skip",
     "SkipMonitor",
     "StepResult",
     "capture",
     "check",
+    "check_stage",
     "convert_state",
     "for_trainer",
     "foreach_step_",
@@ -60,7 +66,10 @@ __all__ = [
     "names_in",
     "offload_",
     "orthogonalize",
+    "qk_clip",
+    "qk_clip_",
     "reload_",
+    "report_metrics",
     "routes_for",
     "save",
     "step",
@@ -79,6 +88,7 @@ _LATER = {
     "SkipMonitor": "diagnostics.monitor",
     "capture": "diagnostics.capture",
     "check": "diagnostics.skips",
+    "check_stage": "diagnostics.own_stage",
     "NorMuon": "optim.normuon",
     "convert_state": "persistence.converters",
     "for_trainer": "optim.trainer",
@@ -88,6 +98,7 @@ _LATER = {
     "names_in": "persistence.converters",
     "offload_": "runtime.offloading",
     "reload_": "runtime.offloading",
+    "report_metrics": "diagnostics.metrics",
     "save": "persistence.checkpoint",
     "trainer_callback": "optim.callbacks",
 }

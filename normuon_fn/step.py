@@ -17,11 +17,12 @@ from .compat.graphs import is_functionalized, is_traced
 from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
 from .planning.common import agree_on_step
+from .planning.hyperball import check_sizes
 from .planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from .planning.memory import check_writable
 from .planning.plan import Plan
 from .planning.tensors import CallersDicts, Dicts, StepTensors
-from .types import Grads, Hyper, StepResult, Tensors
+from .types import Grads, Hyper, StepResult, Tensors, result_of
 
 
 @outside_inference_mode
@@ -31,19 +32,21 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     Everything begins as zeros, except a float32 master, which begins as its parameter.
 
     Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one
-    number per row; heads and splits have their own); ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"``
-    as the parameter; with a momentum of int8 also ``"<name>.momentum_scale"`` (uint8), as the
-    parameter with one column for 64; with `Config.master` also ``"<name>.mantissa"`` (int16) or
-    ``"<name>.master"`` (float32), as the parameter; ``"guard.step"``, ``"guard.skipped"``,
-    ``"guard.consecutive"`` 0-d int32. With ``Config(replicas="share")`` the state of what
-    other ranks own is not there.
+    number per row; heads and splits have their own), with ``Config(reduction="entries")`` as the
+    parameter; ``"<name>.exp_avg"``, ``"<name>.exp_avg_sq"`` as the parameter; with a
+    momentum of int8 also ``"<name>.momentum_scale"`` (uint8), as the parameter with one column for
+    64; with `Config.master` also ``"<name>.mantissa"`` (int16) or ``"<name>.master"`` (float32), as
+    the parameter;
+    ``"guard.step"``, ``"guard.skipped"``, ``"guard.consecutive"`` 0-d int32. With
+    ``Config(replicas="share")`` the state of what other ranks own is not there.
 
     Ranks that share work compare their plans here: a collective. ``init(plan, params)``, the order
     of version 0.1, is accepted too.
 
     Raises:
         TypeError: ``plan`` is not a Plan.
-        ValueError: ``params`` are not those of the plan, or another rank has another plan.
+        ValueError: ``params`` are not those of the plan, another rank has another plan, or a matrix
+            that is to keep its norm is zero.
     """
     if isinstance(params, Plan):
         params, plan = plan, params
@@ -52,6 +55,7 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     check_tensors(plan, "params", params, {p.name: p.spec for p in plan.parameters})
     for group in plan.shared_by:
         check_alike(plan.summary, group)
+    check_sizes(plan, params)
     state = {}
     for key, spec in plan.state.items():
         tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device)
@@ -142,14 +146,14 @@ def _checked_step(
         if plan.config.missing_grads == "zeros":
             grads = zeros_for_none(params, grads)
         dicts = CallersDicts(params, grads, state, in_place=in_place)
-        flags, skipped = step_of(dicts, hyper, plan, found_inf)
-        return StepResult(*dicts.after(), flags, skipped)
+        flags, skipped, metrics = step_of(dicts, hyper, plan, found_inf)
+        return result_of(*dicts.after(), flags, skipped, metrics)
 
 
 def step_of(
     dicts: Dicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``(flags, skipped)`` of a step whose tensors are read from ``dicts`` and written there.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(flags, skipped, metrics)`` of a step whose tensors are read from ``dicts``, and written.
 
     Every bucket goes through the same stages; some leave some out. See algorithm/work.py.
     """
@@ -173,7 +177,8 @@ def step_of(
         work.apply()  # weight decay and update, or every bit as it was
     assert agreement.flags is not None
     dicts.count(_counted(dicts.state, agreement.skipped))
-    return agreement.flags, agreement.skipped
+    metrics = None if plan.metrics is None else plan.metrics.of(works)
+    return agreement.flags, agreement.skipped, metrics
 
 
 def _counted(state: Tensors, skipped: Tensor) -> Tensors:

@@ -12,8 +12,10 @@ A device, a dtype and memory are all that an operator knows: nothing of names, p
 
 from __future__ import annotations
 
+from . import measured
 from .handles import Graph, Handle, Like, Table, input_for, inputs, lists_outside
 from .launch import kernels_for
+from .lion import lion, lion_, lion_wide, lion_wide_
 from .lists import all_finite, chained, cut, stack
 from .operators import (
     AdamWRates,
@@ -26,9 +28,10 @@ from .operators import (
 )
 from .orient import orient, orientation
 from .products import LIBRARY, SYMMETRIC, Products
-from .reference import part_of, per_matrix
+from .reference import part_of, per_matrix, power_of_two
 from .reinterpret import reinterpret
 from .repack import repack
+from .rounding import joined_with
 
 __all__ = [
     "LIBRARY",
@@ -48,13 +51,20 @@ __all__ = [
     "cut",
     "input_for",
     "inputs",
+    "joined_with",
     "kernels_for",
+    "lion",
+    "lion_",
+    "lion_wide",
+    "lion_wide_",
     "lists_outside",
     "measure",
+    "measured",
     "orient",
     "orientation",
     "part_of",
     "per_matrix",
+    "power_of_two",
     "reinterpret",
     "repack",
     "scale_and_cast",

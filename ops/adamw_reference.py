@@ -16,7 +16,7 @@ def adamw_flags(
     grads: list[Tensor],
     *rates: Tensor,
 ) -> Tensor:
-    updates, _, seconds = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    updates, _, seconds = update_of(exp_avgs, exp_avg_sqs, grads, *rates)
     bad_updates = [
         ~(update.isfinite() & second.isfinite()).all()
         for update, second in zip(updates, seconds, strict=True)
@@ -43,24 +43,14 @@ def adamw(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """With ``step`` and ``salts`` (one per tensor), parameters are rounded by chance."""
     rates = (beta1, beta2, eps, correction1, correction2)
-    updates, first, second = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    updates, first, second = update_of(exp_avgs, exp_avg_sqs, grads, *rates)
     olds = [param.to(x.dtype) for param, x in zip(params, first, strict=True)]
-    news = _moved(olds, updates, lr, decay)
-    if step is not None:
-        each_salt = torch.tensor(salts, dtype=torch.int64, device=step.device).unbind(0)
-        drawn = [
-            noise(salt, places(x.shape, x.device), step)
-            for salt, x in zip(each_salt, news, strict=True)
-        ]
-        news = [
-            rounded_by_chance(x, old.dtype, bits)
-            for x, old, bits in zip(news, params, drawn, strict=True)
-        ]
-    news = [x.to(param.dtype) for x, param in zip(news, params, strict=True)]
+    news = moved(olds, updates, lr, decay)
+    news = narrowed(params, news, step, salts)
     return (
-        _kept(skip, params, news),
-        _kept(skip, exp_avgs, first),
-        _kept(skip, exp_avg_sqs, second),
+        kept(skip, params, news),
+        kept(skip, exp_avgs, first),
+        kept(skip, exp_avg_sqs, second),
     )
 
 
@@ -81,22 +71,22 @@ def adamw_wide(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """`adamw` of parameters with float32 masters: see rounding.py."""
     rates = (beta1, beta2, eps, correction1, correction2)
-    updates, first, second = _update(exp_avgs, exp_avg_sqs, grads, *rates)
+    updates, first, second = update_of(exp_avgs, exp_avg_sqs, grads, *rates)
     olds = [joined_with(param, rest) for param, rest in zip(params, rests, strict=True)]
-    masters = _moved(olds, updates, lr, decay)
+    masters = moved(olds, updates, lr, decay)
     new = [
         parted(x, param.dtype, rest.dtype)
         for x, param, rest in zip(masters, params, rests, strict=True)
     ]
     return (
-        _kept(skip, params, [param for param, _ in new]),
-        _kept(skip, rests, [rest for _, rest in new]),
-        _kept(skip, exp_avgs, first),
-        _kept(skip, exp_avg_sqs, second),
+        kept(skip, params, [param for param, _ in new]),
+        kept(skip, rests, [rest for _, rest in new]),
+        kept(skip, exp_avgs, first),
+        kept(skip, exp_avg_sqs, second),
     )
 
 
-def _update(
+def update_of(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     grads: list[Tensor],
@@ -106,34 +96,51 @@ def _update(
     dtype = exp_avgs[0].dtype
     beta1, beta2, eps, correction1, correction2 = (x.to(dtype) for x in rates)
     news = [grad.to(dtype) for grad in grads]
-    first = torch._foreach_mul(exp_avgs, _each(beta1))
-    second = torch._foreach_mul(exp_avg_sqs, _each(beta2))
-    torch._foreach_add_(first, torch._foreach_mul(news, _each(1 - beta1)))
+    first = torch._foreach_mul(exp_avgs, each(beta1))
+    second = torch._foreach_mul(exp_avg_sqs, each(beta2))
+    torch._foreach_add_(first, torch._foreach_mul(news, each(1 - beta1)))
     squares = torch._foreach_mul(news, news)
-    torch._foreach_mul_(squares, _each(1 - beta2))
+    torch._foreach_mul_(squares, each(1 - beta2))
     torch._foreach_add_(second, squares)
-    root = torch._foreach_div(second, _each(correction2))
+    root = torch._foreach_div(second, each(correction2))
     torch._foreach_sqrt_(root)
     # as one scalar it would be read on the host
     torch._foreach_add_(root, list(eps.expand(len(root)).unbind()))
-    updates = torch._foreach_div(first, _each(correction1))
+    updates = torch._foreach_div(first, each(correction1))
     torch._foreach_div_(updates, root)
     return list(updates), list(first), list(second)
 
 
-def _each(rate: Tensor) -> Tensor | list[Tensor]:
+def narrowed(
+    params: list[Tensor], news: list[Tensor], step: Tensor | None, salts: Sequence[int]
+) -> list[Tensor]:
+    """``news`` in the dtypes of the parameters; with ``step``, rounded by chance."""
+    if step is not None:
+        own_salts = torch.tensor(salts, dtype=torch.int64, device=step.device).unbind(0)
+        drawn = [
+            noise(salt, places(x.shape, x.device), step)
+            for salt, x in zip(own_salts, news, strict=True)
+        ]
+        news = [
+            rounded_by_chance(x, old.dtype, bits)
+            for x, old, bits in zip(news, params, drawn, strict=True)
+        ]
+    return [x.to(param.dtype) for x, param in zip(news, params, strict=True)]
+
+
+def each(rate: Tensor) -> Tensor | list[Tensor]:
     """One for all tensors, or each its own."""
     return rate if rate.ndim == 0 else list(rate.unbind())
 
 
-def _moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor) -> list[Tensor]:
+def moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor) -> list[Tensor]:
     """New tensors; ``updates`` are overwritten."""
-    torch._foreach_mul_(updates, _each(lr))
-    torch._foreach_add_(updates, torch._foreach_mul(olds, _each(decay)))
+    torch._foreach_mul_(updates, each(lr))
+    torch._foreach_add_(updates, torch._foreach_mul(olds, each(decay)))
     return list(torch._foreach_sub(olds, updates))
 
 
-def _kept(skip: Tensor | None, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
+def kept(skip: Tensor | None, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
     if skip is None:
         return news
     return [torch.where(skip, old, new) for old, new in zip(olds, news, strict=True)]

@@ -28,12 +28,12 @@ TILE, LOOP = 2048, 4  # entries of a tile, and tiles of a strip
 
 @jit
 def front_kernel(
-    table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, scales,
+    table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, norms_ptr, scales,
     rows, cols, across, strips, beta_stride,
     M: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
     GRAD: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, EMA: tl.constexpr,
-    NESTEROV: tl.constexpr, LOOP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    CODED: tl.constexpr,
+    NESTEROV: tl.constexpr, NORMS: tl.constexpr,
+    LOOP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """One strip of LOOP tiles, one below the other.
 
@@ -49,6 +49,9 @@ def front_kernel(
     most_grad = tl.zeros([BR, BC], tl.int32)
     most = tl.zeros([BR, BC], tl.int32)
     total = tl.zeros([BR, BC], tl.float64)
+    if NORMS:
+        total_grad = tl.zeros([BR, BC], tl.float64)
+        total_new = tl.zeros([BR, BC], tl.float64)
     if GRAD:
         beta = tl.load(beta_ptr + matrix * beta_stride)
     if CODED:
@@ -87,6 +90,9 @@ def front_kernel(
                 x = codes_kernels.restored(new, new_scale, BR, BC, CODED)
             else:
                 x = new.to(tl.float32)
+            if NORMS:
+                total_grad += grad.to(tl.float64) * grad.to(tl.float64)
+                total_new += x.to(tl.float64) * x.to(tl.float64)
             if NESTEROV:
                 x = x * beta + share
             most_grad = tl.maximum(most_grad, grad.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
@@ -102,6 +108,9 @@ def front_kernel(
     tl.store(largest_ptr + 2 * pid, tl.max(tl.max(most_grad, 1), 0))
     tl.store(largest_ptr + 2 * pid + 1, tl.max(tl.max(most, 1), 0))
     tl.store(squares_ptr + pid, tl.sum(tl.sum(total, 1), 0))
+    if NORMS:
+        tl.store(norms_ptr + 2 * pid, tl.sum(tl.sum(total_grad, 1), 0))
+        tl.store(norms_ptr + 2 * pid + 1, tl.sum(tl.sum(total_new, 1), 0))
 
 
 @jit
@@ -136,16 +145,20 @@ def launch_front(
     keep: Tensor | None = None,
     form: str = "",
     nesterov: bool = False,
+    norms: bool = False,
     scales: Sequence[list[Tensor]] = (),  # of momentums that are codes; with write, the new ones
 ) -> Tensor:
-    """[3, n]: the measures. With ``write``, the new momentums are written."""
+    """[3, n]: the measures; with ``norms`` [5, n]: see measured.py.
+
+    With ``write``, the new momentums are written.
+    """
     found = []
     for part, matrices in reference.runs(sizes, lists[0]):
         # In place, the same list is passed twice. It stays one list, so that its key is made once.
         parts = {id(tensors): part_of_list(tensors, part) for tensors in (*lists, *scales)}
         run, of_run = ([parts[id(tensors)] for tensors in each] for each in (lists, scales))
         own = None if beta is None else reference.part_of(beta, matrices)
-        found.append(_launch_run(run, of_run, grad, write, own, keep, form, nesterov))
+        found.append(_launch_run(run, of_run, grad, write, own, keep, form, nesterov, norms))
     return reference.joined(found, 1)
 
 
@@ -158,12 +171,14 @@ def _launch_run(
     keep: Tensor | None,
     form: str,
     nesterov: bool,
+    norms: bool,
 ) -> Tensor:
     first = lists[0][0]
     n, rows, cols = total(lists[0]), *first.shape[-2:]
     if n * rows * cols == 0:
         nothing = reference.stack(lists[0]).float()
-        return torch.stack(reference.measures(nothing, nothing))
+        found = torch.stack(reference.measures(nothing, nothing))
+        return torch.cat([found, found.new_zeros(2, n)]) if norms else found
     table = matrix_table(*lists)
     of_scales = matrix_table(*scales).entries if scales else None
     high, wide = tile(cols, TILE)
@@ -172,14 +187,15 @@ def _launch_run(
     largest = first.new_empty((n * strips, 2), dtype=torch.int32)
     squares = first.new_empty(n * strips, dtype=torch.float64)
     out = first.new_empty((3, n), dtype=torch.float32)
+    sums = first.new_empty((n, strips, 2), dtype=torch.float64) if norms else None
     # No fusion of products and sums: every variant of the kernel has the same bits.
     launch(
-        front_kernel, n * strips, (table.entries, beta, keep, largest, squares, of_scales),
+        front_kernel, n * strips, (table.entries, beta, keep, largest, squares, sums, of_scales),
         (
             rows, cols, across, strips, stride_of(beta),
             dtype_of(first), dtype_of(lists[-1][0]),
             table.unit, table.aligned,
-            grad, write, keep is not None, form == "ema", nesterov, LOOP, high, wide,
+            grad, write, keep is not None, form == "ema", nesterov, norms, LOOP, high, wide,
             min(BLOCK, wide) if scales else 0,
         ),
         num_warps=4, enable_fp_fusion=False,
@@ -188,7 +204,7 @@ def _launch_run(
         combine_kernel, n, (largest, squares, out), (n, strips, 256),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+    return out if sums is None else torch.cat([out, sums.sum(1).sqrt().T.to(out.dtype)])
 
 
 def _launch_advance(
@@ -205,6 +221,21 @@ def _launch_advance(
     return launch_front(
         lists, sizes, write=True, beta=beta, keep=keep, form=form, nesterov=nesterov
     )
+
+
+def launch_measured(
+    into: Lists,
+    momentums: list[Tensor],
+    grads: list[Tensor],
+    beta: Tensor,
+    keep: Tensor | None,
+    sizes: list[int],
+    form: str,
+    nesterov: bool,
+) -> Tensor:
+    """[5, n]: see measured.py."""
+    how: dict[str, Any] = {"beta": beta, "keep": keep, "form": form, "nesterov": nesterov}
+    return launch_front((momentums, into[0], grads), sizes, write=True, norms=True, **how)
 
 
 def _launch_lookahead(

@@ -133,6 +133,15 @@ def adamw_wide(params: list[Tensor], rests: list[Tensor], *moments: Any) -> None
     _rests("adamw_wide", params, rests)
 
 
+def lion(params: list[Tensor], exp_avgs: list[Tensor], grads: list[Tensor], *_: Any) -> None:
+    alike("lion", params=params, exp_avgs=exp_avgs, grads=grads)
+
+
+def lion_wide(params: list[Tensor], rests: list[Tensor], *moments: Any) -> None:
+    lion(params, *moments)
+    _rests("lion_wide", params, rests)
+
+
 def adamw_flags(
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], *_: Any
 ) -> None:

@@ -46,6 +46,7 @@ def with_kernel(
     Args:
         schema, fake, check, writes: see `register`.
         kernel: the operator's body for tensors that `has_kernel` accepts.
+        twin: if it is not the function of that name in reference.py.
 
     A twin with ``writes`` takes as its first argument how a stack is written back into its list.
     """

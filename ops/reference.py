@@ -9,7 +9,7 @@ adamw_reference.py for AdamW.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +117,11 @@ def together(found: list[Measures]) -> Measures:
     return Measures(*(joined(list(parts), 0) for parts in zip(*found, strict=True)))
 
 
+def norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n] in ``dtype``: the Frobenius norm of every matrix of a stack."""
+    return x.double().square().sum((-2, -1)).sqrt().to(dtype)
+
+
 # --- the front pass ---
 
 
@@ -149,22 +154,29 @@ def advance(
     sizes: list[int],
     form: str,
     nesterov: bool,
-) -> tuple[list[Tensor], Measures, list[Tensor]]:
+    *,
+    norms: bool = False,
+) -> tuple[list[Tensor], tuple[Tensor, ...], list[Tensor]]:
     """The new momentums, the measures, and the new momentums as one stack per run.
 
-    Where ``keep`` is true, new momentums are the old ones, for the measures too.
+    Where ``keep`` is true, new momentums are the old ones, for the measures too. With ``norms``,
+    those of gradients and new momentums follow the measures.
     `gather` takes the stacks, so that it need not make them again.
     """
     written, found, stacks = [], [], []
+    rest: list[tuple[Tensor, Tensor]] = []
     for part, matrices in runs(sizes, momentums):
         old, grad, own = stack(momentums[part]), stack(grads[part]), part_of(beta, matrices)
         new = advanced(old, grad, own, form)
         if keep is not None:  # before it is measured: a norm belongs to what is orthogonalized
             new = torch.where(keep, old, new)
         found.append(measures(grad, update_of(new, grad, own, form, nesterov)))
+        if norms:
+            rest.append((norm(grad, found[-1].squares.dtype), norm(new, found[-1].squares.dtype)))
         stacks.append(new)
         written.append(write(momentums[part], new))
-    return chained(written), together(found), stacks
+    more = [joined(list(parts), 0) for parts in zip(*rest, strict=True)]
+    return chained(written), (*together(found), *more) if norms else together(found), stacks
 
 
 def lookahead(
@@ -223,16 +235,23 @@ def apply(
     cautious: bool,
     step: Tensor | None = None,
     salts: Sequence[int] = (),
-) -> tuple[list[Tensor]]:
-    """With ``step`` and ``salts`` (one per matrix), parameters are rounded by chance."""
+    *,
+    norms: bool = False,
+) -> tuple[Any, ...]:
+    """The new parameters; with ``norms``, also those of the old ones and of their updates.
+
+    With ``step`` and ``salts`` (one per matrix), parameters are rounded by chance.
+    """
     olds = stack(params)
-    new = _moved(olds.to(compute_dtype(olds.dtype)), update, factor, decay, cautious)
+    wide = olds.to(compute_dtype(olds.dtype))
+    new = _moved(wide, update, factor, decay, cautious)
     if step is not None:
         salt = torch.tensor(salts, dtype=torch.int64, device=olds.device)[:, None, None]
         bits = noise(salt, places(olds.shape[1:], olds.device), step)
         new = rounded_by_chance(new, olds.dtype, bits)
     new = new.to(olds.dtype)
-    return (write(params, new if skip is None else torch.where(skip, olds, new)),)
+    written = write(params, new if skip is None else torch.where(skip, olds, new))
+    return (written, _norms(wide, update, factor)) if norms else (written,)
 
 
 def apply_wide(
@@ -244,14 +263,23 @@ def apply_wide(
     decay: Tensor,
     skip: Tensor | None,
     cautious: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+    *,
+    norms: bool = False,
+) -> tuple[Any, ...]:
     """`apply` to parameters with float32 masters: see rounding.py."""
     olds, old_rests = stack(params), stack(rests)
-    new = _moved(joined_with(olds, old_rests), update, factor, decay, cautious)
+    wide = joined_with(olds, old_rests)
+    new = _moved(wide, update, factor, decay, cautious)
     news, new_rests = parted(new, olds.dtype, old_rests.dtype)
     if skip is not None:
         news, new_rests = torch.where(skip, olds, news), torch.where(skip, old_rests, new_rests)
-    return write(params, news), write(rests, new_rests)
+    written = write(params, news), write(rests, new_rests)
+    return (*written, _norms(wide, update, factor)) if norms else written
+
+
+def _norms(old: Tensor, update: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = factor.dtype
+    return norm(old, dtype), norm(update.to(dtype) * factor, dtype)
 
 
 def _moved(old: Tensor, update: Tensor, factor: Tensor, decay: Tensor, cautious: bool) -> Tensor:

@@ -185,8 +185,13 @@ class Rule:
     rms: float = 0.2
     eps: float = 0.0
     eps_form: str = "add"
+    precondition: str = "none"
+    snap: bool = False
     weight_decay_form: str = "decoupled"
     weight_decay_lr_power: int = 1
+    cautious_update: bool = False
+    update_floor: float = 0.0
+    update_floor_per: str = "row"
     rows: list[Row] = field(default_factory=lambda: schedule("polar_express", 5))
     norm_factor: float = 1.0
     orthogonalize: Callable[[Matrix], Matrix] | None = None
@@ -201,11 +206,28 @@ def momentum_step(rule: Rule, momentum: Matrix, grad: Matrix, beta: float) -> tu
     return momentum, grad + beta * momentum if rule.nesterov else momentum
 
 
+def preconditioned(rule: Rule, x: Matrix) -> Matrix:
+    if rule.precondition == "sign":
+        return np.sign(x)
+    if rule.precondition == "rows":
+        norms = np.linalg.norm(x, axis=1, keepdims=True)
+        return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
+    return x
+
+
 def normalize(rule: Rule, o: Matrix, variance: Matrix, beta2: float) -> tuple[Matrix, Matrix]:
     """-> (new variance, O divided by its root): one number per row, or per column of a wide matrix
     by "short".
     """
     m, n = o.shape
+    if rule.reduction == "entries":
+        variance = beta2 * variance + (1 - beta2) * o**2
+        roots = (
+            np.sqrt(variance) + rule.eps
+            if rule.eps_form == "add"
+            else np.sqrt(np.maximum(variance, rule.eps))
+        )
+        return variance, np.divide(o, roots, out=np.zeros_like(o), where=roots > 0)
     over_columns = rule.reduction == "rows" or m >= n
     variance = beta2 * variance + (1 - beta2) * (o**2).mean(
         axis=1 if over_columns else 0, keepdims=True
@@ -244,6 +266,8 @@ def scaled(rule: Rule, o: Matrix, divided: Matrix) -> Matrix:
 
 def decayed(rule: Rule, w: Matrix, update: Matrix, lr: float, weight_decay: float) -> Matrix:
     rate = lr**rule.weight_decay_lr_power * weight_decay
+    if rule.weight_decay_form == "hyperball":
+        return w
     if rule.weight_decay_form == "cautious":
         return w * (1 - rate * (update * w >= 0))
     return w * (1 - rate)
@@ -264,12 +288,35 @@ def normuon_matrix(
     """One NorMuon step of one matrix -> (w, momentum, variance)."""
     momentum, direction = momentum_step(rule, momentum, grad, beta)
     orthogonalize = rule.orthogonalize or (lambda x: newton_schulz(x, rule.rows, rule.norm_factor))
-    o = orthogonalize(direction)
+    o = orthogonalize(preconditioned(rule, direction))
+    if rule.snap and np.linalg.norm(o) > 0:
+        o = o * (math.sqrt(min(o.shape)) / np.linalg.norm(o))
     divided = o
     if rule.normalize:
         variance, divided = normalize(rule, o, variance, beta2)
     update = scaled(rule, o, divided)
-    return decayed(rule, w, update, lr, weight_decay) - lr * update, momentum, variance
+    if rule.cautious_update:  # arXiv 2411.16085, Algorithm 2
+        mask = update * grad >= 0
+        update = update * mask * (update.size / (mask.sum() + 1))
+    if rule.update_floor:
+        axis = 1 if rule.update_floor_per == "row" else None
+        size = np.linalg.norm(update, axis=axis, keepdims=True)
+        least = rule.update_floor * np.linalg.norm(w, axis=axis, keepdims=True)
+        update = update * np.where((size > 0) & (size < least), least / np.maximum(size, 1e-300), 1)
+    if rule.weight_decay_form == "hyperball":
+        new = on_the_sphere(w, update, lr)
+    else:
+        new = decayed(rule, w, update, lr, weight_decay) - lr * update
+    return new, momentum, variance
+
+
+def on_the_sphere(w: Matrix, update: Matrix, lr: float) -> Matrix:
+    """R norm(W - lr R norm(U)) with R = |W|: arXiv 2606.16899."""
+    radius, size = np.linalg.norm(w), np.linalg.norm(update)
+    if radius == 0 or size == 0:
+        return w
+    new = w - lr * radius / size * update
+    return new * (radius / np.linalg.norm(new))
 
 
 def adamw(
@@ -290,6 +337,12 @@ def adamw(
     unbiased_m = m / (1 - beta1**step)
     unbiased_v = v / (1 - beta2**step)
     return w * (1 - lr * weight_decay) - lr * unbiased_m / (np.sqrt(unbiased_v) + eps), m, v
+
+
+def lion(w, grad, m, *, lr, beta1, beta2, weight_decay):
+    """arXiv 2302.06675, Algorithm 2 -> (w, m)."""
+    update = np.sign(beta1 * m + (1 - beta1) * grad)
+    return w - lr * (update + weight_decay * w), beta2 * m + (1 - beta2) * grad
 
 
 # --- the published variants, each from its own code's formulas (nothing shared with Rule) ---
@@ -346,12 +399,60 @@ def peer_emerging_optimizers(w, g, m, v, lr, beta, beta2, wd, eps=1e-8):
     return w - lr * max(w.shape) ** 0.5 * o_hat, m, v
 
 
+def peer_muon(w, g, m, v, lr, beta, beta2, wd):
+    m = m + (1 - beta) * (g - m)
+    o = newton_schulz(g + beta * (m - g), SIMPLE * 5)
+    return w * (1 - lr * wd) - lr * max(1.0, w.shape[0] / w.shape[1]) ** 0.5 * o, m, v
+
+
+def peer_muoneq(w, g, m, v, lr, beta, beta2, wd):
+    m = m + (1 - beta) * (g - m)
+    x = g + beta * (m - g)
+    sizes = np.linalg.norm(x, axis=1, keepdims=True)
+    o = newton_schulz(x / np.where(sizes > 0, sizes, 1.0), SIMPLE * 5)
+    return w * (1 - lr * wd) - lr * 0.2 * max(w.shape) ** 0.5 * o, m, v
+
+
+def peer_nanochat(w, g, m, v, lr, beta, beta2, wd, eps=1e-10):
+    m = m + (1 - beta) * (g - m)
+    x = g + beta * (m - g)
+    sizes = np.linalg.norm(x, axis=1, keepdims=True)
+    x = x * (np.linalg.norm(x) / x.shape[0] ** 0.5 / np.where(sizes > 0, sizes, 1.0))
+    o = newton_schulz(x, POLAR_EXPRESS_CUSHIONED, norm_factor=1.02)
+    if np.linalg.norm(o) > 0:
+        o = _scale_to(o, min(o.shape) ** 0.5)
+    axis = 1 if o.shape[0] >= o.shape[1] else 0
+    v = v + (1 - beta2) * ((o * o).mean(axis, keepdims=True) - v)
+    o_hat = _scale_to(o * np.maximum(v, eps) ** -0.5, float(np.linalg.norm(o)), floor=1e-10)
+    u = max(1.0, w.shape[0] / w.shape[1]) ** 0.5 * o_hat
+    return w - lr * wd * w * (u * w >= 0) - lr * u, m, v
+
+
+def peer_adamuon(w, g, m, v, lr, beta, beta2, wd, eps=1e-8):
+    m = m + (1 - beta) * (g - m)
+    o = newton_schulz(np.sign(g + beta * (m - g)), SIMPLE * 5)
+    v = beta2 * v + (1 - beta2) * o * o
+    o_hat = o / (np.sqrt(v) + eps)
+    return w * (1 - lr * wd) - lr * _scale_to(o_hat, 0.2 * o.size**0.5, floor=1e-300), m, v
+
+
+def peer_hyperball(w, g, m, v, lr, beta, beta2, wd):
+    m = m + (1 - beta) * (g - m)
+    o = newton_schulz(g + beta * (m - g), SIMPLE * 5)
+    return on_the_sphere(w, o, lr), m, v
+
+
 PEERS = {
     "paper": peer_paper,
     "author": peer_author,
     "dion": peer_dion,
     "modded_nanogpt": peer_modded_nanogpt,
     "emerging_optimizers": peer_emerging_optimizers,
+    "muon": peer_muon,
+    "muoneq": peer_muoneq,
+    "nanochat": peer_nanochat,
+    "adamuon": peer_adamuon,
+    "hyperball": peer_hyperball,
 }
 
 # --- the guard (DESIGN.md section 4) ---

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .. import ops
 from .guard import Decision
+from .metrics import SUMS
+from .norms import completed, matrix_sums
 from .state import State
 from .weight_decay import rates
 from .work import Context, Kind, Members, Runs, Work, complete
@@ -23,9 +25,12 @@ STATES = (State("exp_avg", "entry"), State("exp_avg_sq", "entry"))
 class AdamWWork(Work):
     """Parameters of one learning rate, of any shapes, updated when the guard has decided."""
 
+    states: tuple[State, ...] = STATES
+
     def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
         self.members, self.runs, self.context = members, runs, context
         self.moments: Sequence[list[Tensor]] = ()  # exp_avgs, exp_avg_sqs, grads
+        self.norms: Tensor | None = None  # with Config(metrics=True), after `apply`: see metrics.py
         self.bad: Tensor | None = None  # [2, n] bool: non-finite update, non-finite gradient
         if members.tensors:
             first, second = (members.read(state.name) for state in STATES)
@@ -41,8 +46,7 @@ class AdamWWork(Work):
                 found = ops.AdamWRates(*(x.expand(count).contiguous() for x in found))
             self.rates, self.lr, self.decay = found, lr, decay
             self.bad = context.operators.adamw_flags(first, second, self.moments[2], self.rates)
-            if context.config.guard != "off" and members.read("param")[0].dtype == torch.float16:
-                self.bad = self._with_overflow(self.bad)
+            self.look_at_float16()
 
     def bad_gradients(self) -> Tensor:
         """Updates included: they are known by now."""
@@ -57,10 +61,14 @@ class AdamWWork(Work):
     def apply(self) -> None:
         if not self.moments:
             return
-        names = ["param", *(state.name for state in STATES)]
+        names = ["param", *(state.name for state in self.states)]
         if self.members.kind.master:
             names.insert(1, self.members.kind.master)
-        new = self._new(self.context.operators, self.skip)
+        new = (
+            self._measured()
+            if self.context.config.metrics
+            else self._new(self.context.operators, self.skip)
+        )
         for name, tensors in zip(names, new, strict=True):
             self.members.put(name, tensors)
 
@@ -74,7 +82,27 @@ class AdamWWork(Work):
         chance = (context.step, members.salts) if members.salts else ()
         return operators.adamw(params, *how, *chance)
 
-    def _with_overflow(self, bad: Tensor) -> Tensor:
-        """``bad``, and updates that float16 cannot hold: one more pass, for no other dtype."""
+    def _measured(self) -> Sequence[list[Tensor]]:
+        """The same, and the norms that it finds on its way."""
+        members, master, context = self.members, self.members.kind.master, self.context
+        chance = (context.step, members.salts) if members.salts else ()
+        new, self.norms = ops.measured.adamw(
+            context.operators, members.read("param"), members.read(master) if master else None,
+            self.moments, self.lr, self.decay, self.rates, self.skip, *chance,
+        )  # fmt: skip
+        return new
+
+    def sums(self) -> Tensor:
+        found = None
+        if self.norms is not None:
+            none = self.norms.new_zeros((3, self.norms.shape[1]), dtype=torch.float64)
+            found = matrix_sums(self.norms[:2], self.norms[2:], none)
+        return completed(found, len(SUMS), self.runs, self.context)
+
+    def look_at_float16(self) -> None:
+        """Behind a guard, updates that float16 cannot hold are bad too: one more pass for them."""
+        bad, param = self.bad, self.members.read("param")[0]
+        if bad is None or self.context.config.guard == "off" or param.dtype != torch.float16:
+            return
         params = self._new(ops.Operators(self.context.operators.kernels, False), None)[0]
-        return torch.stack([bad[0] | ~ops.all_finite(params), bad[1]])
+        self.bad = torch.stack([bad[0] | ~ops.all_finite(params), bad[1]])

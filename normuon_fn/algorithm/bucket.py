@@ -10,62 +10,20 @@ Read `MatrixWork` from top to bottom. What matrices that ranks share need: distr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import Measures
+from . import finishing
 from .momentum import SCALE, keeps_momentum_finite
 from .normalize import Normalized, normalize
+from .norms import Norms
 from .orthogonalize import carry, iterate, to_norm
-from .weight_decay import rates
+from .precondition import PRECONDITIONERS, gathered_wide, preconditioned
+from .updates import Front, Scales, Update
+from .weight_decay import WEIGHT_DECAYS, rates
 from .work import Context, MatrixKind, Members, Runs, Stack, Work, complete
-
-
-class Front(NamedTuple):
-    """What is to be orthogonalized, and what it takes to bring it to norm 1."""
-
-    groups: list[Members[MatrixKind]]
-    sizes: list[int]  # how many tensors each group has
-    # Of all groups in order: the new ones; with `Context.holds_late` still the old ones.
-    momentums: list[Tensor]
-    grads: list[Tensor]
-    measures: Measures  # see ops/advance.py
-    stacks: list[Tensor] | None = (
-        None  # the momentums as one stack per group, where `advance` has them anyway
-    )
-    matrices: slice = slice(None)  # which of the bucket's these are
-    scales: list[Tensor] | None = None  # as ``momentums``, where these are codes: ops/codes.py
-
-    def part(self, groups: slice) -> Front:
-        """The same of some groups."""
-        start = sum([group.count for group in self.groups[: groups.start]])
-        end = start + sum([group.count for group in self.groups[groups]])
-        first = sum(self.sizes[: groups.start])
-        last = first + sum(self.sizes[groups])
-        return Front(
-            self.groups[groups],
-            self.sizes[groups],
-            self.momentums[first:last],
-            self.grads[first:last],
-            Measures(*(x[start:end] for x in self.measures)),
-            None if self.stacks is None else self.stacks[groups],
-            slice(start, end),
-            None if self.scales is None else self.scales[first:last],
-        )
-
-
-class Update(NamedTuple):
-    """One group before the guard decides: its parameters change by ``-lr * factor * update``."""
-
-    group: Members[MatrixKind]
-    update: Tensor  # [n, rows, cols], orthogonalized
-    factor: Tensor  # [n, rows, 1] or [n, 1, cols]
-    old: tuple[Tensor, ...]  # states of the normalize stage
-    new: tuple[Tensor, ...]
-    finite: Tensor  # [n] bool
 
 
 class MatrixWork(Work):
@@ -84,6 +42,7 @@ class MatrixWork(Work):
         self.sizes = [group.tensors for group in groups]
         self.front: Front | None = None
         self.updates: list[Update] = []
+        self.norms = Norms()  # with Config(metrics=True)
         self.applied: list[Tensor] = []  # whether they were finite: [n] bool of each
 
     # ------------------------------------------------------------------------------- for the guard
@@ -141,13 +100,13 @@ class MatrixWork(Work):
         else:
             self.front = self._advanced(momentums, grads, scales)
 
-    def _advanced(
-        self, momentums: list[Tensor], grads: list[Tensor], scales: list[Tensor] | None
-    ) -> Front:
-        beta, advance = self.context.hyper.momentum, self.context.operators.advance
-        found = advance(momentums, grads, beta, self.hold, self.sizes, self._rule, scales)
-        new, measures, stacks, of_new = found
-        at = 0
+    def _advanced(self, momentums: list[Tensor], grads: list[Tensor], scales: Scales) -> Front:
+        context = self.context
+        given = momentums, grads, context.hyper.momentum, self.hold, self.sizes, self._rule
+        found = None if context.config.metrics else context.operators.advance(*given, scales)
+        if found is None:  # Config refuses codes with metrics
+            found, self.norms.front = ops.measured.advance(context.operators, *given)
+        (new, measures, stacks, of_new), at = found, 0
         for group in self.groups:
             group.put("momentum", new[at : at + group.tensors])
             if of_new is not None:
@@ -181,28 +140,66 @@ class MatrixWork(Work):
     def _orthogonalize(self, front: Front) -> None:
         """One stack; cut into groups again, and tall ones transposed back."""
         parts = self.iterated(self.to_norm_1(front)).split([g.count for g in front.groups])
+        updates = []
         for group, part in zip(front.groups, parts, strict=True):
             update = part.mT if group.kind.tall else part
             old = tuple(ops.stack(group.read(s.name)) for s in self.context.stages.normalize.states)
             found = self.normalized(group, update, old)
-            self.updates.append(
-                Update(group, update, found.factor, old, found.states, found.finite)
-            )
+            updates.append(Update(group, update, found.factor, old, found.states, found.finite))
+        self.updates += self.finished(updates)
         if self.context.at_once:
             self._apply_updates()
 
+    def finished(self, updates: list[Update]) -> list[Update]:
+        """With what needs numbers of whole matrices; mostly nothing does. See finishing.py."""
+        config = self.context.config
+        begun: dict[int, finishing.Begun] = {}
+        for k, update in enumerate(updates):
+            needs = finishing.needs_of(update.group.kind, config)
+            if any(needs) and update.group.local:
+                beta2 = ops.per_matrix(update.group.rates.hyper.beta2)
+                begun[k] = finishing.begin(update, needs, beta2, config)
+        totals, found = self.over_shards(begun), list(updates)
+        for k, each in begun.items():
+            needs = finishing.needs_of(each.update.group.kind, config)
+            lr, _ = self._rates(each.update)
+            found[k] = finishing.end(each, totals[k], needs, lr, config)
+        return found
+
+    def over_shards(self, begun: dict[int, finishing.Begun]) -> dict[int, dict[str, Tensor]]:
+        """The sums over whole matrices, by the place of an update."""
+        return {k: each.sums for k, each in begun.items()}
+
     def to_norm_1(self, front: Front) -> Tensor:
-        """[n, rows <= cols], times `carry`."""
+        """[n, rows <= cols], preconditioned, times `carry`."""
         _, power, squares = front.measures
-        if self.context.config.orthogonalizer is not None:
+        config = self.context.config
+        if PRECONDITIONERS[config.precondition].function is not None:
+            stack = self.gathered(front, power, torch.ones_like(power))
+            parts = stack.split([g.count for g in front.groups]) if front.groups[1:] else [stack]
+            kinds = [group.kind for group in front.groups]
+            found = [self.preconditioned(*each) for each in zip(kinds, parts, strict=True)]
+            return torch.cat(found) if len(found) > 1 else found[0]
+        if config.orthogonalizer is not None:
             power = inverse = torch.ones_like(power)
         else:
             inverse = to_norm(squares, self.stack.coefficients, self.stack.form.dtype)
         return self.gathered(front, power, inverse)
 
+    def preconditioned(self, kind: MatrixKind, stack: Tensor) -> Tensor:
+        """The matrices of one group, rows <= cols, whose largest entries are in [2, 4)."""
+        own, form = self.context.config.orthogonalizer is not None, self.stack.form
+        return preconditioned(
+            stack,
+            self.context.config,
+            along=-1 if kind.transposed == kind.tall else -2,
+            norm=1.0 if own else carry(form.dtype) / self.stack.coefficients.norm_factor,
+            dtype=self.stack.wide if own else form.dtype,
+        )
+
     def gathered(self, front: Front, power: Tensor, inverse: Tensor) -> Tensor:
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
-        context, own = self.context, self.context.config.orthogonalizer is not None
+        context, wide = self.context, gathered_wide(self.context.config)
         beta = context.hyper.momentum
         if front.matrices != slice(None):
             beta = ops.part_of(beta, front.matrices)
@@ -215,7 +212,7 @@ class MatrixWork(Work):
             front.sizes,
             rule=self._rule,
             ahead=context.holds_late,
-            dtype=self.stack.wide if own else self.stack.form.dtype,
+            dtype=self.stack.wide if wide else self.stack.form.dtype,
             transpose=[group.kind.tall for group in front.groups],
             stacks=front.stacks,
             scales=front.scales,
@@ -224,7 +221,6 @@ class MatrixWork(Work):
     def iterated(self, stack: Tensor) -> Tensor:
         """Orthogonalized, by Newton-Schulz or the caller's own function."""
         own, rows, cols = self.context.config.orthogonalizer, self.stack.rows, self.stack.cols
-        stack = self.context.stages.precondition.function(stack)
         if own is None:
             whole = iterate(stack, self.stack.coefficients, self.stack.form)
         else:
@@ -270,15 +266,21 @@ class MatrixWork(Work):
         stages, operators = self.context.stages, self.context.operators
         for state, old, new in zip(stages.normalize.states, update.old, update.new, strict=True):
             kept = new if self.skip is None else torch.where(self.skip, old, new)
+            if self.context.config.metrics and update.group.local:
+                self.norms.add_lines(state, kept, update.group.kind, update.update, self.context)
             stored = operators.unstack(update.group.read(state.name), kept)
             update.group.put(state.name, stored)
 
     def _apply_to_parameters(self, update: Update) -> None:
         context, group, kind = self.context, update.group, update.group.kind
         lr, decay = self._rates(update)
-        cautious = context.stages.weight_decay.cautious
+        decay = decay if update.decay is None else update.decay
+        cautious = WEIGHT_DECAYS[kind.decay].cautious
         how = (update.update, update.factor * ops.per_matrix(lr), decay, self.skip)
         params, operators = group.read("param"), context.operators
+        if context.config.metrics:
+            self.norms.apply(context, group, how)
+            return
         if kind.master:
             masters = group.read(kind.master)
             params, masters = operators.apply_wide(params, masters, *how, cautious=cautious)
@@ -287,6 +289,9 @@ class MatrixWork(Work):
             chance = (context.step, group.salts) if group.salts else ()
             params = operators.apply(params, *how, *chance, cautious=cautious)
         group.put("param", params)
+
+    def sums(self) -> Tensor:
+        return self.norms.sums(self.runs, self.context)
 
     def _rates(self, update: Update) -> tuple[Tensor, Tensor]:
         """``(lr, decay)`` of the matrices of one group: 0-d or [n]."""

@@ -40,6 +40,7 @@ class Normalizer:
     divide: Callable[[Tensor, States, Tensor, Config], tuple[Tensor, States]] | None
     source: str
     states: tuple[State, ...] = ()
+    of_entries: bool = False  # divided entry by entry: see finishing.py
 
 
 def normalize(
@@ -64,26 +65,51 @@ def normalize(
     moment = update.to(compute).square().mean(axis, keepdim=True) * carried**-2
     count = update.shape[axis]
     norm = (moment.sum((-2, -1), keepdim=True) * count).sqrt()
+    carried_norm = norm  # which the guard looks at
+    if config.snap:
+        to_whole = _divided(min(rows, cols) ** 0.5, norm)
+        moment, norm = moment * to_whole.square(), norm * to_whole
 
-    divide = NORMALIZERS["neuron" if config.normalize else "none"].divide
-    if divide is None:
+    normalizer = NORMALIZERS[normalizer_of(config)]
+    if normalizer.divide is None:
         divisor, normalized = torch.ones_like(moment), norm
     else:
-        divisor, states = divide(moment, states, beta2, config)
+        divisor, states = normalizer.divide(moment, states, beta2, config)
         normalized = ((moment * divisor.square()).sum((-2, -1), keepdim=True) * count).sqrt()
 
-    if config.scale == "paper":
-        divisor = divisor * _divided(config.rms * (rows * cols) ** 0.5, normalized)
-    else:
-        outputs, inputs = (cols, rows) if transposed else (rows, cols)
-        divisor = divisor * SCALES[config.scale](config, outputs, inputs)
-        if config.renormalize:
-            divisor = divisor * _divided(norm, normalized)
-    finite = (norm < most) & normalized.isfinite()
+    if not normalizer.of_entries:
+        divisor = scaled(divisor, norm, normalized, config, rows, cols, transposed)
+    if config.snap:
+        divisor = divisor * to_whole
+    finite = (carried_norm < most) & normalized.isfinite()
     for state in states:  # 1 / sqrt(inf) is a finite 0: such a neuron would be dead for good
         finite = finite & state.isfinite().all((-2, -1), keepdim=True)
     factor = (divisor * (1.0 / carried)).to(wide)
     return Normalized(factor, tuple(state.to(wide) for state in states), finite.flatten())
+
+
+def scaled(
+    divisor: Tensor,  # [n, rows, 1], [n, 1, cols] or [n, 1, 1]
+    norm: Tensor,  # [n, 1, 1], of the orthogonalized matrix
+    normalized: Tensor,  # [n, 1, 1], of the same after the division
+    config: Config,
+    rows: int,  # of the whole matrix
+    cols: int,
+    transposed: bool,
+) -> Tensor:
+    """``divisor`` times what gives the update the length that ``config.scale`` asks for."""
+    if config.scale == "paper":
+        return divisor * _divided(config.rms * (rows * cols) ** 0.5, normalized)
+    outputs, inputs = (cols, rows) if transposed else (rows, cols)
+    divisor = divisor * SCALES[config.scale](config, outputs, inputs)
+    return divisor * _divided(norm, normalized) if config.renormalize else divisor
+
+
+def normalizer_of(config: Config) -> str:
+    """The entry of `NORMALIZERS` that ``config`` names."""
+    if not config.normalize:
+        return "none"
+    return "entry" if config.reduction == "entries" else "neuron"
 
 
 def per_row(config: Config, rows: int, cols: int, transposed: bool = False) -> bool:
@@ -102,6 +128,8 @@ REDUCTIONS: dict[Reduction, Callable[[int, int, bool], bool]] = {
     # Over the shorter axis, per output where both are as long: KellerJordan/modded-nanogpt,
     # Emerging-Optimizers.
     "short": lambda rows, cols, transposed: rows > cols or (rows == cols and not transposed),
+    # There is no mean; of the factors there is one per output.
+    "entries": lambda rows, cols, transposed: not transposed,
 }
 
 # (config, outputs, inputs) -> what multiplies the update. "paper" fixes its RMS instead, which
@@ -129,6 +157,9 @@ def _neuron(moment: Tensor, states: States, beta2: Tensor, config: Config) -> tu
 
 NORMALIZERS: dict[str, Normalizer] = {
     "neuron": Normalizer(_neuron, "arXiv 2510.05491, Algorithm 1", (State("variance", "line"),)),
+    "entry": Normalizer(
+        None, "AdaMuon, arXiv 2507.11005, Algorithm 1", (State("variance", "entry"),), True
+    ),
     "none": Normalizer(None, "Keller Jordan, Muon (2024)"),
 }
 

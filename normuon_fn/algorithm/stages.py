@@ -16,7 +16,7 @@ import torch
 
 from ..types import Config
 from .momentum import MOMENTA, Momentum
-from .normalize import NORMALIZERS, Normalizer
+from .normalize import NORMALIZERS, Normalizer, normalizer_of
 from .precondition import PRECONDITIONERS, Preconditioner
 from .state import State
 from .weight_decay import WEIGHT_DECAYS, WeightDecay
@@ -50,7 +50,7 @@ def stages_of(config: Config) -> Stages:
     momentum = MOMENTA[config.momentum_form]
     return Stages(
         momentum.as_codes() if config.momentum_dtype == torch.int8 else momentum,
-        PRECONDITIONERS["none"],
-        NORMALIZERS["neuron" if config.normalize else "none"],
+        PRECONDITIONERS[config.precondition],
+        NORMALIZERS[normalizer_of(config)],
         WEIGHT_DECAYS[config.weight_decay_form],
     )

@@ -2,6 +2,8 @@
 
     decoupled   W <- (1 - lr wd) W - lr U
     cautious    the same, but only in entries where U W >= 0: decay never works against the update
+    hyperball   none: every matrix keeps its Frobenius norm. With R = |W|, the step is
+                W <- R (W - lr R U / |U|) / |W - lr R U / |U||, so lr is relative to the matrix
 
 One pass over memory does it together with the update: the operators ``apply`` and ``apply_wide`` of
 ops/.
@@ -28,6 +30,7 @@ class WeightDecay:
 WEIGHT_DECAYS: dict[DecayForm, WeightDecay] = {
     "decoupled": WeightDecay(False, "arXiv 1711.05101 (AdamW); arXiv 2510.05491, Algorithm 1"),
     "cautious": WeightDecay(True, "KellerJordan/modded-nanogpt train_gpt.py, f411b3d3"),
+    "hyperball": WeightDecay(False, "arXiv 2606.16899; Emerging-Optimizers muon_hyperball.py"),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..types import Config, Hyper
+from ..types import Config, DecayForm, Hyper
 from .coefficients import CoefficientSet
 from .guard import Decision
 from .orthogonalize import Form
@@ -68,6 +68,8 @@ class MatrixKind(Kind):
     rows: int
     cols: int
     transposed: bool = False  # the outputs are the columns
+    decay: DecayForm = "decoupled"
+    cautious_update: bool = False  # entries against the sign of the gradient do not move
 
     @property
     def tall(self) -> bool:
@@ -128,15 +130,16 @@ Runs = Sequence[tuple[bool, int]]
 
 
 def complete(
-    flags: Tensor | None,  # [..., n] bool, of the matrices that take part; None: none does
+    flags: Tensor | None,  # [..., n], of the matrices that take part; None: none does
     runs: Runs,
     context: Context,
 ) -> Tensor:
-    """[..., n_matrices]: False for the matrices that take no part in this step on this rank."""
+    """[..., n_matrices]: False, or 0, for matrices that take no part in this step on this rank."""
     if flags is not None and all(here for here, _ in runs):
         return flags
     lead, device = () if flags is None else flags.shape[:-1], context.step.device
-    found, at = [torch.zeros((*lead, 0), dtype=torch.bool, device=device)], 0
+    dtype = torch.bool if flags is None else flags.dtype
+    found, at = [torch.zeros((*lead, 0), dtype=dtype, device=device)], 0
     neighbors: list[tuple[bool, int]] = []
     for here, count in runs:
         if neighbors and neighbors[-1][0] == here:
@@ -147,7 +150,7 @@ def complete(
             found.append(flags[..., at : at + count])
             at += count
         else:
-            found.append(torch.zeros((*lead, count), dtype=torch.bool, device=device))
+            found.append(torch.zeros((*lead, count), dtype=dtype, device=device))
     return torch.cat(found, -1)
 
 
@@ -179,3 +182,7 @@ class Work:
 
     def apply(self) -> None:
         """New parameters, or the old ones."""
+
+    def sums(self) -> Tensor:
+        """See `metrics.Measured`: with ``Config(metrics=True)``, after `apply`."""
+        raise NotImplementedError

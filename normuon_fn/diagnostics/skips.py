@@ -19,7 +19,7 @@ from ..compat import group_named
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..routing.table import render
-from ..types import Grads, Hyper, StepResult
+from ..types import Grads, Hyper, MeasuredResult, StepResult
 from .capture import can_gather, capture
 
 logger = logging.getLogger("normuon_fn")
@@ -132,7 +132,7 @@ def check_max_consecutive(max_consecutive: int | None) -> None:
 
 def check_result(result: StepResult, plan: Plan) -> None:
     check_plan(plan)
-    if not isinstance(result, StepResult):
+    if not isinstance(result, (StepResult, MeasuredResult)):
         raise TypeError(
             f"result: expected a StepResult, got {type(result).__name__}; an optimizer has it as "
             ".result after its first step"

@@ -43,6 +43,7 @@ from .owners import GroupShards
 GATHER = "the all_to_all that gathers matrices at their owners"
 SCATTER = "the all_to_all that scatters the updates"
 RELAY = "the all_gather of the updates"
+TOTALS = "the all_gather of sums over the matrices"
 
 
 class Part(NamedTuple):

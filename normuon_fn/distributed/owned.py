@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from ..algorithm.bucket import Front, MatrixWork, Update
+from ..algorithm.bucket import MatrixWork
+from ..algorithm.updates import Front, Update
 from ..algorithm.work import Context, MatrixKind, Members, Stack
 from ..compat import group_named
 from .messages import Exchange
@@ -99,24 +100,30 @@ class OwnedWork(SharedWork):
 
     def receive(self) -> None:
         assert self.sent is not None
-        finite = []
         for k, part in enumerate(self.exchange.receive_back(self.sent)):
             group, dim, wide = self.all_groups[k], self._line_dim(k), self.stack.wide
             update = part.x.mT if group.kind.tall else part.x
             factor = part.factor.unsqueeze(dim).to(wide)
             self.updates.append(Update(group, update, factor, (), (), part.finite))
-            finite.append(part.finite & self.fits(self.updates[-1]))
             new = (state[self.places[k]].unsqueeze(dim).to(wide) for state in part.states)
             self.new_lines.append(tuple(new) if self.owned[k].count else ())
-        self.finite = torch.cat(finite)
+        self.updates = self.finished(self.updates)
+        self.finite = torch.cat([update.finite & self.fits(update) for update in self.updates])
 
     def apply(self) -> None:
         super().apply()
-        names = [state.name for state in self.context.stages.line_states]
+        states = self.context.stages.line_states
         for each, lines, news in zip(self.owned, self.lines, self.new_lines, strict=True):
-            for name, old, new in zip(names, lines, news, strict=False):
+            for state, old, new in zip(states, lines, news, strict=False):
                 kept = new if self.skip is None else torch.where(self.skip, old, new)
-                each.put(name, self.context.operators.unstack(each.read(name), kept))
+                if self.context.config.metrics and each.count:
+                    whole = ops.stack(each.read("param"))
+                    self.norms.add_lines(state, kept, each.kind, whole, self.context)
+                stored = self.context.operators.unstack(each.read(state.name), kept)
+                each.put(state.name, stored)
 
     def _apply(self, update: Update) -> None:
         self._apply_to_parameters(update)
+
+    def sums(self) -> Tensor:
+        return self.norms.sums_of_owner(self.runs, self.context, self.exchange.replicas.size)

@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..algorithm.bucket import Front, MatrixWork, Update
+from ..algorithm import finishing
+from ..algorithm.bucket import MatrixWork
 from ..algorithm.orthogonalize import to_norm
+from ..algorithm.precondition import PRECONDITIONERS
+from ..algorithm.updates import Front, Update
 from ..algorithm.work import Context, MatrixKind, Members, Runs, Stack
+from ..compat import all_gather, wait
 from . import messages
-from .messages import Exchange
+from .messages import TOTALS, Exchange
 
 
 class SharedWork(MatrixWork):
@@ -120,11 +124,15 @@ class SharedWork(MatrixWork):
                 for k, share in enumerate(self._shares())
             ]
         return [
-            (None, ()) if whole is None else (self._whole_to_norm_1(whole), whole.states)
-            for whole in self.exchange.receive(self.sent)
+            (None, ())
+            if whole is None
+            else (self._whole_to_norm_1(group.kind, whole), whole.states)
+            for group, whole in zip(self.all_groups, self.exchange.receive(self.sent), strict=True)
         ]
 
-    def _whole_to_norm_1(self, whole: messages.Whole) -> Tensor:
+    def _whole_to_norm_1(self, kind: MatrixKind, whole: messages.Whole) -> Tensor:
+        if PRECONDITIONERS[self.context.config.precondition].function is not None:
+            return self.preconditioned(kind, (whole.x * whole.shift).to(self.stack.wide))
         if self.context.config.orthogonalizer is not None:
             return (whole.x * (whole.shift / whole.power[:, None, None])).to(self.stack.wide)
         inverse = to_norm(whole.squares, self.stack.coefficients, self.stack.form.dtype)
@@ -136,7 +144,9 @@ class SharedWork(MatrixWork):
         update = part.mT if group.kind.tall else part
         found = self.normalized(group, update, tuple(state.unsqueeze(dim) for state in states))
         new = tuple(state.flatten(1) for state in found.states)
-        return messages.Update(part, found.factor.flatten(1), new, found.finite)
+        return messages.Update(
+            part.to(self.exchange.dtype), found.factor.flatten(1), new, found.finite
+        )
 
     def _line_dim(self, k: int) -> int:
         """The dimension that a line state lacks: [n, rows] of [n, rows, 1]."""
@@ -166,20 +176,62 @@ class SharedWork(MatrixWork):
 
     def receive(self) -> None:
         assert self.sent is not None
-        finite = []
+        finite, places = [], []
         for k, part in enumerate(self.exchange.receive_back(self.sent)):
             group, dim = self.all_groups[k], self._line_dim(k)
             finite.append(part.finite)
-            if not group.local and not part.factor.shape[1]:
+            if not group.local and not (self.lines[k] and part.factor.shape[1]):
                 continue  # nothing of it is local, not even a line state
             wide = self.stack.wide
             new = tuple(state.unsqueeze(dim).to(wide) for state in part.states)
             update = part.x.mT if group.kind.tall else part.x
             factor = part.factor.unsqueeze(dim).to(wide)
-            self.updates.append(Update(group, update, factor, self.lines[k], new, part.finite))
-            if group.local:
-                finite[k] = part.finite & self.fits(self.updates[-1])
+            old = self.lines[k]
+            if group.local and not old:  # states that no message carries
+                states = self.context.stages.normalize.states
+                old = tuple(ops.stack(group.read(state.name)) for state in states)
+            self.updates.append(Update(group, update, factor, old, new, part.finite))
+            places.append(k)
+        self.updates = self.finished(self.updates)
+        for k, found in zip(places, self.updates, strict=True):
+            if found.group.local:
+                finite[k] = found.finite & self.fits(found)
         self.finite = torch.cat(finite)
+
+    def over_shards(self, begun: dict[int, finishing.Begun]) -> dict[int, dict[str, Tensor]]:
+        """One message for all groups of the bucket: every shard has the same totals."""
+        config, exchange = self.context.config, self.exchange
+        kinds = [group.kind for group in self.all_groups]
+        needs = [finishing.needs_of(kind, config) for kind in kinds]
+        if not exchange.sharded or not any(map(any, needs)):
+            return super().over_shards(begun)
+        own = {id(each.update.group): k for k, each in begun.items()}
+        parts: list[Tensor] = []
+        slots: list[tuple[int, int, str, slice]] = []
+        for group, needed, shards in zip(self.all_groups, needs, exchange.groups, strict=True):
+            kind, rect = group.kind, shards.ownership.local_rect
+            outputs = kind.cols if kind.transposed else kind.rows
+            first, count = (rect.col, rect.cols) if kind.transposed else (rect.row, rect.rows)
+            k = own.get(id(group))
+            for name, width in finishing.sums_of(needed, config, outputs).items():
+                if k is None:
+                    x = torch.zeros(
+                        group.count, width, dtype=self.stack.wide, device=exchange.device
+                    )
+                else:
+                    x = begun[k].sums[name]
+                    if x.shape[1] < width:
+                        x = torch.nn.functional.pad(x, (first, outputs - first - count))
+                    lines = slice(first, first + count) if width > 1 else slice(None)
+                    slots.append((len(parts), k, name, lines))
+                parts.append(x)
+        flat = torch.cat([x.flatten() for x in parts])
+        gathered = wait(all_gather(flat, exchange.shards.size, exchange.shards.group), TOTALS)
+        totals = gathered.view(exchange.shards.size, -1).sum(0).split([x.numel() for x in parts])
+        found: dict[int, dict[str, Tensor]] = {k: {} for k in begun}
+        for place, k, name, lines in slots:
+            found[k][name] = totals[place].view(parts[place].shape)[:, lines]
+        return found
 
     def bad_updates(self) -> Tensor:
         assert self.finite is not None

@@ -6,7 +6,7 @@ lists -> the plan for their shapes (list_plans.py) -> step_
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,19 @@ class ForeachResult(NamedTuple):
 
     flags: Tensor  # [2, n_params] int32: non-finite update, non-finite gradient
     skipped: Tensor  # 0-d bool: at least one parameter was not updated
+
+    @property
+    def metrics(self) -> Tensor | None:
+        """None: with ``Config(metrics=True)`` it is a `MeasuredForeachResult`."""
+        return None
+
+
+class MeasuredForeachResult(NamedTuple):
+    """The `ForeachResult` of a step with ``Config(metrics=True)``."""
+
+    flags: Tensor
+    skipped: Tensor
+    metrics: Tensor  # [6, n_params] float32: see `report_metrics`
 
 
 @with_config_hints
@@ -122,7 +135,10 @@ def foreach_step_(
     named, gradients = ({str(k): x for k, x in enumerate(tensors)} for tensors in (params, grads))
     function = step_ if compiled or torch.compiler.is_dynamo_compiling() else eager_step_
     result: StepResult = function(named, gradients, state, hyper, plan, found_inf=found_inf)
-    return ForeachResult(result.flags, result.skipped)
+    if result.metrics is None:
+        return ForeachResult(result.flags, result.skipped)
+    measured = MeasuredForeachResult(result.flags, result.skipped, result.metrics)
+    return cast(ForeachResult, measured)
 
 
 def _check_step(step: Tensor | None, config: Config, params: Sequence[Tensor]) -> None:

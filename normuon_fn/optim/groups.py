@@ -154,6 +154,11 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"param_group: {key}={value!r} cannot be set per group; {ELSEWHERE[key]}"
             )
+        if key in (*OF_ROUTES, "weight_decay_form", "cautious_update"):
+            raise TypeError(
+                f"param_group: {key!r} is of single parameters; "
+                f"write routes={{...: Route({key}=...)}} into the group"
+            )
         if key in CONFIG_FIELDS:
             raise TypeError(
                 f"param_group: {key!r} is the same for all groups; "
@@ -163,11 +168,6 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"param_group: {key!r} is the same for all groups; "
                 f"write NorMuon({RENAMED.get(key, key)}=...)"
-            )
-        if key in OF_ROUTES:
-            raise TypeError(
-                f"param_group: {key!r} is of single parameters; "
-                f"write routes={{...: Route({key}=...)}} into the group"
             )
         known = (*defaults, BASE, "params", "param_names", "routes")
         meant = None if key in known or key in ELSEWHERE else alike(key, known)

@@ -21,6 +21,7 @@ from ..types import Config, Guard, StepResult
 from . import groups as groups_of
 from . import hyper as hyper_of
 from . import state as state_of
+from .metrics import metrics_of
 from .offloading import Offloading
 from .planned import Planner
 from .reports import OnSkip, Reports
@@ -51,9 +52,8 @@ class NorMuon(Offloading, SavedOptimizer):
 
     **Groups.** All groups are one graph with one decision of the guard: a bad matrix in one group
     skips the step of all groups (``guard_scope="step"``), or that of the matrices of its shape in
-    its group (``"bucket"``). Matrices of different groups are not one stack, so prefer few groups.
-    A hyperparameter is a float or a tensor of one element, which several groups may share.
-    Schedulers change them without a recompilation.
+    its group (``"bucket"``). A hyperparameter is a float or a tensor of one element, which several
+    groups may share. Schedulers change them without a recompilation.
 
     **Gradients.** A step is planned for the parameters that have a gradient: at the first step, and
     whenever the set of these parameters is new. Each set is compiled once (and captured once). A
@@ -75,7 +75,7 @@ class NorMuon(Offloading, SavedOptimizer):
 
     ``torch.amp.GradScaler`` works without a host sync: the step unscales the gradients in place.
     ``torch.compile`` leaves its graph for the step, which is compiled already, and raises with
-    ``fullgraph=True``. ``plan`` and ``result`` belong to the last step; pass them to `check`.
+    ``fullgraph=True``. ``plan`` and ``result`` are of the last step; pass them to `check`.
 
     Args:
         lr: as in `Hyper`: the update has RMS 0.2 before ``lr`` (see ``Config.scale``), so AdamW's
@@ -140,6 +140,8 @@ class NorMuon(Offloading, SavedOptimizer):
         self._settle().warn_if_alone()
         groups_of.check_used(self.defaults, self._added)
 
+    metrics = metrics_of
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """True for a GradScaler, which then leaves `grad_scale` and `found_inf` to the step.
@@ -163,8 +165,8 @@ class NorMuon(Offloading, SavedOptimizer):
         return loss
 
     @outside_graphs(
-        "NorMuon.step is one compiled graph already: call it outside of torch.compile, or "
-        "without fullgraph=True. For a graph of your own there is normuon_fn.update"
+        "NorMuon.step is one compiled graph already: call it outside of torch.compile, or without "
+        "fullgraph=True. For a graph of your own there is normuon_fn.update"
     )
     @torch.no_grad()
     def _step_once(self) -> None:

@@ -31,7 +31,7 @@ from .file_format import DTYPES, read, require_safetensors, write
 
 # The options that decide what the state means, or how a state of the same shape is laid out.
 # A run does not continue from a state that was saved with another value of one of them.
-_CONFIG_OF_STATE = ("momentum_form", "reduction")
+_CONFIG_OF_STATE = ("momentum_form", "reduction", "other")
 _ROUTE_OF_STATE = ("algorithm", "flatten", "heads", "splits", "dim", "transposed")
 
 
@@ -276,7 +276,7 @@ def _check_extra_tensor(what: str, tensor: Tensor, depth: int) -> None:
 
 
 def _config_fields() -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(Config) if f.name != "orthogonalizer"]
+    return [f for f in dataclasses.fields(Config) if f.name not in ("orthogonalizer", "metrics")]
 
 
 def _config(config: Config) -> dict[str, str]:

@@ -197,6 +197,8 @@ def _state_of(
         raise LookupError(f"the source has that of {optimizer}, the plan routes it to {algorithm}")
     if algorithm == "adamw":
         assert found.second is not None
+        if plan.config.other != "adamw":
+            raise LookupError(f"the source has that of Adam, the plan has {plan.config.other}")
         moments = {"exp_avg": found.first, "exp_avg_sq": found.second}
         return {
             f"{name}.{suffix}": _as(tensor, plan, name, suffix)

@@ -122,7 +122,8 @@ def _of_dion(
     algorithm = group.get("algorithm")
     if algorithm == "lion":
         raise ValueError(
-            f"source: {name!r} has the state of Lion, which has no counterpart; leave it out"
+            f"source: {name!r} has the state of Lion, which is not converted; leave it out, "
+            "and missing='zeros' starts it anew"
         )
     if algorithm in _ERROR_FEEDBACK or "Q" in own:
         optimizer = _ERROR_FEEDBACK.get(str(algorithm), "Dion")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algorithm.adamw import AdamWWork
 from ..algorithm.bucket import MatrixWork
+from ..algorithm.lion import OTHERS
 from ..algorithm.work import Kind, MatrixKind, Members, Own, Stack, Work
 from ..distributed.messages import Exchange
 from ..distributed.owned import OwnedWork
@@ -175,7 +175,7 @@ class AdamWBucket(Kind):
         at, own = self.rates_at, self.own[0] if self.own else Own()
         rates = tensors.rates(own) if at is None else tensors.own_rates(at, runs)
         members = tensors.whole_members(self, self.columns, self.salts, rates)
-        return AdamWWork(members, runs, tensors.context(rates.hyper))
+        return OTHERS[tensors.config.other].work(members, runs, tensors.context(rates.hyper))
 
 
 AnyBucket = Bucket | AdamWBucket

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..algorithm.finishing import needs_of
 from ..algorithm.guard import Rule
 from ..compat import Ranks, gather_objects, process_group
 from ..distributed.placements import covering, rank_and_world_size, ranks_of
@@ -68,6 +69,8 @@ def guard_rule(
     # hold a parameter only the ranks know that have a part of it.
     wide = all(p.spec.dtype != torch.float16 for p in parameters)
     stacks = [bucket for bucket in buckets if isinstance(bucket, Bucket)]
+    # And of what ends a step by itself, shards alone know whether their part is finite.
+    ends = any(any(needs_of(group, config)) for bucket in stacks for group in bucket.groups)
     return Rule(
         mode=config.guard,
         scope=config.guard_scope,
@@ -75,7 +78,8 @@ def guard_rule(
         members=members_of(buckets, names, device),
         group=group,
         alike=alike,
-        early=group is None or (wide and all(bucket.heard_by == group for bucket in stacks)),
+        early=group is None
+        or (wide and not ends and all(bucket.heard_by == group for bucket in stacks)),
     )
 
 

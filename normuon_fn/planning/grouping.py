@@ -52,19 +52,31 @@ def groups_of(decided: Sequence[Decided], config: Config) -> list[tuple[torch.dt
         p, route = each.parameter, each.parameter.route
         for piece in each.pieces:
             key: tuple[Any, ...] = (
-                piece.rows, piece.cols, p.spec.dtype, piece.ownership, each.master, route.transposed
+                piece.rows, piece.cols, p.spec.dtype, piece.ownership, each.master,
+                route.transposed, *route.of_matrices(config),
             )  # fmt: skip
             own = own_of(each)
             if stays_apart(piece.ownership is not None, config):
                 key = (*key, own)
             alike.setdefault(key, []).append((piece, own))
     found = []
-    for (rows, cols, dtype, ownership, master, transposed, *apart), pairs in alike.items():
+    for (
+        rows,
+        cols,
+        dtype,
+        ownership,
+        master,
+        transposed,
+        decay,
+        cautious,
+        *apart,
+    ), pairs in alike.items():
         pairs.sort(key=lambda pair: pair[0].owner or 0)
         owners = [piece.owner for piece, _ in pairs if piece.block.count]
         local = [(piece.block, own) for piece, own in pairs if piece.block.count]
         group = Group(
             rows=rows, cols=cols, master=master, transposed=transposed,
+            decay=decay, cautious_update=cautious,
             blocks=tuple(block for block, _ in local),
             names=tuple(piece.name for piece, _ in pairs), ownership=ownership,
             owners=tuple(owner for owner in owners if owner is not None),

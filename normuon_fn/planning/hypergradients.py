@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..algorithm.stages import stages_of
 from ..algorithm.weight_decay import rates
 from ..compat.observers import is_differentiated, may_differentiate
 from ..types import Grads, Hyper, StepResult, Tensors
@@ -85,6 +84,13 @@ def with_derivative(
             f"hyper: torch is to differentiate by it, and {_HAS} only of plain tensors, not of "
             "DTensors; pass detached ones"
         )
+    for p in plan.parameters:
+        sphere = p.route.of_matrices(plan.config)[0] == "hyperball"
+        if p.route.algorithm == "normuon" and (sphere or plan.config.update_floor > 0):
+            raise ValueError(
+                f"hyper: torch is to differentiate by it, and the update of {p.name!r} depends on "
+                "its own size (weight_decay_form='hyperball' or update_floor); pass detached ones"
+            )
     constant = Hyper(*(x.detach() for x in hyper))
     one, none = torch.ones_like(constant.lr), torch.zeros_like(constant.lr)
     unit = constant._replace(lr=one, weight_decay=none, adamw_lr=one, adamw_weight_decay=none)
@@ -125,7 +131,7 @@ def _change(
     old, moved = old.to(wide), moved.to(wide)
     power = plan.config.weight_decay_lr_power if matrix else 1
     _, share = rates(lr, decay, p.route.lr_mul, p.route.wd_mul, wide, power)
-    if matrix and stages_of(plan.config).weight_decay.cautious:
+    if matrix and p.route.of_matrices(plan.config)[0] == "cautious":
         old = torch.where(moved * old <= 0, old, 0.0)
     holds = skipped & (moved == 0).all()  # the guard kept its bits
     return torch.where(holds, 0.0, lr.to(wide) * moved - share * old)

@@ -16,6 +16,7 @@ from .. import ops
 from ..algorithm.coefficients import CoefficientSet, resolve
 from ..algorithm.normalize import per_row
 from ..algorithm.orthogonalize import choose
+from ..algorithm.precondition import gathered_wide
 from ..algorithm.rounding_safety import absurd, secured
 from ..algorithm.stages import Stages, stages_of
 from ..algorithm.work import Own
@@ -36,6 +37,7 @@ from .common import common_of
 from .deciding import Alone, alone_doubt, checked_ranks, guard_rule
 from .grouping import added, groups_of, own_of, rate_tensors, stays_apart
 from .hyper_of import checked_hyper_of
+from .metrics import metrics_rule
 from .order import in_order, with_cut
 from .parameters import Decided, decide
 from .plan import OwnedState, Plan, Spec
@@ -159,6 +161,7 @@ def plan_of(
         whole_state=state,
         owned=owned,
         guard=rule,
+        metrics=metrics_rule(parameters, rule, owned, device) if config.metrics else None,
         sharded=any(placement is not None for placement in placements.values()),
         one_storage=one_storage,
         subclasses=any(map(is_subclass, params.values())),
@@ -217,7 +220,7 @@ def _matrix_buckets(
             ]
             found.append(Bucket(**common, rates_at=added(table, each)))
             continue
-        dtype = wide if config.orthogonalizer is not None else form.dtype
+        dtype = wide if gathered_wide(config) else form.dtype
         # The powers of two of float64 momentums reach further than those of float32.
         numbers = torch.float64 if exact else wide
         shards = _group_shards(groups, config, stages)

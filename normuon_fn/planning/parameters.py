@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..algorithm import adamw
+from ..algorithm.lion import OTHERS
 from ..algorithm.normalize import per_row
 from ..algorithm.stages import Stages
 from ..algorithm.state import MASTERS, State
@@ -86,9 +86,16 @@ def decide(
     master, chance = _master(name, tensor.dtype, config)
     states = [MASTERS[config.master]] if master else []
     if route.algorithm == "adamw":
-        found = _entry_states(parameter, [*states, *adamw.STATES], config)
+        found = _entry_states(parameter, [*states, *OTHERS[config.other].states], config)
         salts = _salts(config.seed, name, () if placed is None else placed.local_part, int(chance))
         return Decided(parameter, found, master, chance, salts=salts)
+    if route.of_matrices(config)[1] and config.replicas == "share":
+        raise ValueError(
+            f"params[{name!r}]: Route(cautious_update=True) looks at gradients on every rank, of "
+            "which replicas='share' reads those of owned matrices alone; write replicas='each'"
+        )
+    if route.of_matrices(config)[0] == "hyperball":
+        _check_hyperball(name, tensor.dtype, config, master)
     entries = [state for state in stages.states if state.per == "entry"]
     found = _entry_states(parameter, [*states, *entries], config)
     pieces, specs = _matrices(parameter, tensor, config, mesh, chance, stages)
@@ -125,6 +132,21 @@ def _master(name: str, dtype: torch.dtype, config: Config) -> tuple[str, bool]:
             "make it a float32, whose exponents reach further; use 'fp32'"
         )
     return ("", True) if config.master == "stochastic" else (MASTERS["mantissa"].name, False)
+
+
+def _check_hyperball(name: str, dtype: torch.dtype, config: Config, master: str) -> None:
+    if config.update_floor > 0:
+        raise ValueError(
+            f"params[{name!r}]: Config.update_floor is for matrices that are not kept on a "
+            "hyperball, whose updates are as long as they are; write update_floor=0, or "
+            "Route(weight_decay_form='decoupled')"
+        )
+    if dtype.itemsize < 4 and not master:
+        raise ValueError(
+            f"params[{name!r}]: weight_decay_form='hyperball' keeps the norm of float32 numbers, "
+            f"and rounding to {dtype} makes it grow from step to step; write "
+            f"Config(master={'mantissa' if dtype == torch.bfloat16 else 'fp32'!r})"
+        )
 
 
 def _matrices(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from ..algorithm.guard import Rule
+from ..algorithm.metrics import MetricsRule
 from ..algorithm.stages import Stages
 from ..algorithm.work import OwnRates
 from ..distributed.placements import ShardedLayout
@@ -71,6 +72,7 @@ class Plan:
     adamw: tuple[AdamWBucket, ...]
     state: dict[str, Spec]
     guard: Rule
+    metrics: MetricsRule | None = None
     sharded: bool = False  # any parameter is a DTensor
     one_storage: bool = False  # some parameters are parts of one storage
     subclasses: bool = False  # some parameters are of a subclass of Tensor
@@ -102,6 +104,7 @@ class Plan:
             self.guard.parameter_of,
             self.guard.members,
             *(self.own_rates or ()),
+            *(self.metrics.tensors if self.metrics else ()),
             *(tensor for bucket in shared for tensor in bucket.exchange.tensors),
         ]
 
@@ -139,7 +142,8 @@ class Plan:
         rows = [("parameter", "shape", "dtype", "route", "matrices", "why")]
         for p in self.parameters:
             rates = (("lr*", p.route.lr_mul), ("wd*", p.route.wd_mul))
-            route = p.route.algorithm + "".join(f" {k}={v:g}" for k, v in rates if v != 1.0)
+            rule = self.config.other if p.route.algorithm == "adamw" else p.route.algorithm
+            route = rule + "".join(f" {k}={v:g}" for k, v in rates if v != 1.0)
             shape = "x".join(map(str, p.spec.shape)) or "scalar"
             read = "; ".join(how.get(p.name, ["-"]))
             rows.append((p.name, shape, short_name(p.spec.dtype), route, read, p.reason))

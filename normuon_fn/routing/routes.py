@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from ..types import Config, DecayForm
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 Certainty = Literal["certain", "likely", "untold"]
 _RULES, _MULTIPLIERS = get_args(Algorithm), ("lr_mul", "wd_mul")
+_OPTIONS = ("weight_decay_form", "cautious_update")  # of matrices
 
 
 class _DefaultWord(str):
@@ -31,12 +34,12 @@ _NORMUON, _ONE = cast(Algorithm, _DefaultWord("normuon")), _DefaultNumber(1.0)
 class Route:
     """What one parameter gets.
 
-    ``Route(lr_mul=0.5)``, with ``lr_mul``, ``wd_mul`` or both and nothing else, changes multipliers
-    alone: the parameter keeps the rule, the splits and the heads that it has without this route,
-    and a multiplier that is not written. What is written replaces the multiplier that was there;
-    it does not multiply it. Any other route, ``Route()`` and ``Route("normuon", lr_mul=0.5)`` too,
-    decides all. A list of routes (`foreach_step_`) has no other rule: multipliers alone mean
-    NorMuon there.
+    ``Route(lr_mul=0.5)``, with ``lr_mul``, ``wd_mul``, ``weight_decay_form`` or
+    ``cautious_update`` and nothing else, changes these alone: the parameter keeps the rule, the
+    splits and the heads that it has without this route, and what is not written. What is written
+    replaces what was there; it does not multiply it. Any other route, ``Route()`` and
+    ``Route("normuon", lr_mul=0.5)`` too, decides all. A list of routes (`foreach_step_`) has no
+    other rule: multipliers alone mean NorMuon there.
 
     Args:
         algorithm: ``"normuon"`` (the default), ``"adamw"``, or ``"frozen"`` (never changed, no
@@ -53,6 +56,8 @@ class Route:
         transposed: the rows are the inputs and the columns the outputs, as in the Conv1D of GPT-2:
             wherever the rule tells them apart (variance, scale), they change places. ``dim`` counts
             as the tensor is stored.
+        weight_decay_form, cautious_update: as in `Config`, for these matrices; ``None``: the
+            Config's. They say nothing about a parameter that AdamW updates.
         unfrozen: for ``"frozen"``: the route in a plan of a tensor that requires a gradient. Routes
             that differ in it alone are equal.
 
@@ -69,6 +74,8 @@ class Route:
     splits: tuple[int, ...] | None = None
     dim: int = 0
     transposed: bool = False
+    weight_decay_form: DecayForm | None = None
+    cautious_update: bool | None = None
     unfrozen: Route | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +106,7 @@ class Route:
             raise ValueError(
                 f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}"
             )
+        self._check_options()
         if self.flatten and (self.heads is not None or self.splits is not None):
             raise ValueError("Route: flatten cannot be combined with heads or splits")
         if self.unfrozen is not None and (
@@ -109,12 +117,32 @@ class Route:
                 f"{self.unfrozen!r} for {self.algorithm!r}"
             )
         parts = self.flatten, self.heads, self.splits, self.dim, self.transposed
-        if (
-            not isinstance(self.algorithm, _DefaultWord)
-            or any(parts)
-            or not self._written_multipliers()
-        ):
+        if not isinstance(self.algorithm, _DefaultWord) or any(parts) or not self._written():
             self._decide()
+
+    def _check_options(self) -> None:
+        if self.weight_decay_form not in (None, *get_args(DecayForm)):
+            raise ValueError(
+                f"Route.weight_decay_form: expected None or one of {get_args(DecayForm)}, got "
+                f"{self.weight_decay_form!r}"
+            )
+        if self.cautious_update not in (None, True, False):
+            raise TypeError(
+                f"Route.cautious_update: expected None or a bool, got {self.cautious_update!r}"
+            )
+        if self.algorithm != "normuon" and any(getattr(self, x) is not None for x in _OPTIONS):
+            raise ValueError(
+                f"Route: {' and '.join(_OPTIONS)} are for matrices ('normuon'), not for "
+                f"{self.algorithm!r}; leave them out"
+            )
+
+    def of_matrices(self, config: Config) -> tuple[DecayForm, bool]:
+        """The weight decay form of these matrices, and whether their updates are cautious."""
+        decay, cautious = self.weight_decay_form, self.cautious_update
+        return (
+            config.weight_decay_form if decay is None else decay,
+            config.cautious_update if cautious is None else cautious,
+        )
 
     def _decide(self) -> None:
         """From here on nothing tells a default from what was written."""
@@ -123,9 +151,12 @@ class Route:
             if isinstance(getattr(self, name), _DefaultNumber):
                 object.__setattr__(self, name, 1.0)
 
-    def _written_multipliers(self) -> dict[str, float]:
-        found = {name: getattr(self, name) for name in _MULTIPLIERS}
-        return {name: x for name, x in found.items() if not isinstance(x, _DefaultNumber)}
+    def _written(self) -> dict[str, Any]:
+        """The multipliers and options that are written."""
+        found = {name: getattr(self, name) for name in (*_MULTIPLIERS, *_OPTIONS)}
+        return {
+            k: x for k, x in found.items() if x is not None and not isinstance(x, _DefaultNumber)
+        }
 
     @property
     def decides(self) -> bool:
@@ -142,8 +173,10 @@ class Route:
         if base.algorithm == "frozen":
             later = base.unfrozen
             return base if later is None else replace(base, unfrozen=self.over(later))
-        written = self._written_multipliers()
-        return replace(base, **written)  # type: ignore[arg-type]
+        written = self._written()
+        if base.algorithm != "normuon":
+            written = {name: x for name, x in written.items() if name not in _OPTIONS}
+        return replace(base, **written)
 
     def __str__(self) -> str:
         """In few words, for a table."""
@@ -156,6 +189,9 @@ class Route:
         words += [
             word for word, on in (("flatten", self.flatten), ("transposed", self.transposed)) if on
         ]
+        words += [] if self.weight_decay_form is None else [f"decay {self.weight_decay_form}"]
+        if self.cautious_update is not None:
+            words.append("cautious" if self.cautious_update else "not cautious")
         along = "rows" if self.dim == 0 else "columns"
         if self.splits is not None:
             words.append(f"splits {'+'.join(map(str, self.splits))} of {along}")

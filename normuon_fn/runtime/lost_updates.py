@@ -24,7 +24,8 @@ from ..types.hyper import Hyper, peaks_of
 from . import streams
 
 _SAMPLE = 1024  # entries per parameter: the share of them is right within 3 %
-ADAMW_RMS = 0.4  # of an update per unit of lr; usually 0.2 to 0.4: arXiv 2502.16982, section 2.2
+# Of an update per unit of lr; AdamW's is usually 0.2 to 0.4 (arXiv 2502.16982, section 2.2).
+OTHER_RMS = {"adamw": 0.4, "lion": 1.0}
 
 
 class Kind(NamedTuple):
@@ -93,7 +94,9 @@ def coarseness_of(
     rms, found, at = _rms_of_matrices(plan), dict[int, Coarseness](), 0
     for p, whole, sample in zip(chosen, flat, samples, strict=True):
         of_adamw, kind = p.route.algorithm == "adamw", torch.finfo(p.spec.dtype)
-        per_lr = (ADAMW_RMS if of_adamw else rms.get(p.name, plan.config.rms)) * p.route.lr_mul
+        per_lr = (
+            OTHER_RMS[plan.config.other] if of_adamw else rms.get(p.name, plan.config.rms)
+        ) * p.route.lr_mul
         each = found.setdefault(p.hyper, Coarseness(Counter(), set()))
         each.dtypes.add(p.spec.dtype)
         for exponent, count in Counter(exponents[at : at + len(sample)]).items():

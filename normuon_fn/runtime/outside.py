@@ -28,16 +28,14 @@ from ..planning.layout import View
 from ..planning.plan import Plan
 from ..planning.tensors import CallersDicts, Entries
 from ..step import local_update, local_update_, step_of
-from ..types import Grads, Hyper, StepResult, Tensors
+from ..types import Grads, Hyper, StepResult, Tensors, result_of
 from .eager import NotCompiled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 COUNTERS = ("guard.step", "guard.skipped", "guard.consecutive")
 Dtypes = tuple[torch.dtype, ...]
 # of a gradient and its parameter
-GRADIENTS = {(dtype, dtype) for dtype in (*FLOATS, torch.float64)} | {
-    (torch.float32, dtype) for dtype in FLOATS
-}
+GRADIENTS = {(x, x) for x in (*FLOATS, torch.float64)} | {(torch.float32, x) for x in FLOATS}
 
 
 class OutsideDicts:
@@ -129,7 +127,7 @@ class Graph:
         self.compiled = compile_whole(run, overlap=plan.sends)
 
     def _traced(self, *flat: Tensor) -> list[Tensor]:
-        """The step on fake tensors: flags, whether it was skipped and, if pure, new counters."""
+        """The step on fake tensors: flags, whether it was skipped, if pure counters, metrics."""
         plan = self.plan()
         assert plan is not None
         given = iter(flat)
@@ -139,11 +137,11 @@ class Graph:
         state = {key: next(given) for key in COUNTERS}
         dicts = OutsideDicts(orders, plan, self.grads, state, in_place=self.in_place)
         with ops.inputs(kept):
-            flags, skipped = step_of(dicts, hyper, plan, next(given, None))
+            flags, skipped, metrics = step_of(dicts, hyper, plan, next(given, None))
         self.reads = {handle.places[0].entry: entries for entries, handle in dicts.read_at.items()}
         self.writes = dicts.written
         new = () if self.in_place else dicts.counters.values()
-        return [flags, skipped, *new]
+        return [flags, skipped, *new] if metrics is None else [flags, skipped, *new, metrics]
 
     def __call__(
         self, dicts: CallersDicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
@@ -158,8 +156,9 @@ class Graph:
         for entries, text in self.writes:
             dicts.put(entries, table.find(text))
         if not self.in_place:
-            dicts.count(dict(zip(COUNTERS, new, strict=True)))
-        return StepResult(*dicts.after(), flags, skipped)
+            dicts.count(dict(zip(COUNTERS, new, strict=False)))
+        metrics = None if plan.metrics is None else new[-1]
+        return result_of(*dicts.after(), flags, skipped, metrics)
 
 
 class Looks(NamedTuple):

@@ -1,7 +1,8 @@
 """What callers pass and get back: what is static, what changes, what comes out.
 
-In the order of reading: `config` (`Config`, `StepResult`), `hyper` (`Hyper`), `other_names` (hints
-for arguments that other optimizers call otherwise). It must not know of plans or of anything above.
+In the order of reading: `config` (`Config`), `hyper` (`Hyper`), `result` (`StepResult`),
+`schedule` (`Schedule`), `presets`, `other_names` (hints for arguments that other optimizers call
+otherwise). It must not know of plans or of anything above.
 """
 
 from .config import COMPUTE_DTYPES as COMPUTE_DTYPES
@@ -19,14 +20,19 @@ from .config import Method as Method
 from .config import MissingGrads as MissingGrads
 from .config import MomentumForm as MomentumForm
 from .config import Orthogonalizer as Orthogonalizer
-from .config import Preset as Preset
+from .config import Other as Other
+from .config import Precondition as Precondition
 from .config import Reduction as Reduction
 from .config import Row as Row
 from .config import Scale as Scale
-from .config import StepResult as StepResult
 from .config import Tensors as Tensors
 from .config import check_coefficients as check_coefficients
 from .hyper import LARGEST as LARGEST
 from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper
 from .hyper import check_number as check_number
+from .presets import Preset as Preset
+from .result import MeasuredResult as MeasuredResult
+from .result import StepResult as StepResult
+from .result import result_of as result_of
+from .schedule import Schedule as Schedule

@@ -1,4 +1,4 @@
-"""What is static (`Config`), and what a step gives back (`StepResult`)."""
+"""What is static: `Config`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .hyper import check_number
 from .other_names import with_hints
+from .presets import PRESETS, Preset
 
 Row = tuple[float, float, float]
 CoefficientsName = Literal[
@@ -21,17 +22,18 @@ CoefficientsName = Literal[
 ]  # fmt: skip
 Coefficients = CoefficientsName | tuple[Row, ...]  # a name, or rows of your own
 MomentumForm = Literal["ema", "sum"]
-Reduction = Literal["rows", "short"]
+Precondition = Literal["none", "rows", "sign"]
+Reduction = Literal["rows", "short", "entries"]
 Scale = Literal["paper", "spectral", "rms", "muon", "none"]
 EpsForm = Literal["add", "floor"]
-DecayForm = Literal["decoupled", "cautious"]
+DecayForm = Literal["decoupled", "cautious", "hyperball"]
 Method = Literal["auto", "standard", "gram"]
 Guard = Literal["off", "output", "full"]
 GuardScope = Literal["step", "bucket"]
 MissingGrads = Literal["skip", "zeros"]
 Replicas = Literal["each", "share"]
 Master = Literal["none", "mantissa", "fp32", "stochastic"]
-Preset = Literal["paper", "author", "dion", "modded_nanogpt", "emerging_optimizers"]
+Other = Literal["adamw", "lion"]
 Orthogonalizer = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 Grads = Mapping[str, Tensor | None]
@@ -49,8 +51,14 @@ class Config:
 
     - ``momentum_form``: ``"ema"``, M <- b M + (1-b) G; ``"sum"``, M <- b M + G (dion).
     - ``nesterov``: orthogonalizes b M + (1-b) G (``"sum"``: b M + G) in the place of M.
+    - ``precondition``: before it is orthogonalized, M is left as it is (``"none"``), has its rows
+      (outputs) brought to one norm (``"rows"``: MuonEq, nanochat), or is sign(M) (``"sign"``:
+      AdaMuon).
     - ``reduction``: ``"rows"``, one v per row, the mean of O^2 over its columns; ``"short"``, over
-      the shorter axis: per row if m >= n, else per column (modded-nanogpt).
+      the shorter axis: per row if m >= n, else per column (modded-nanogpt); ``"entries"``, one v
+      per entry of O (AdaMuon).
+    - ``snap``: brings O to the Frobenius norm sqrt(min(m, n)) of an orthogonal matrix before v sees
+      it (Muon+).
     - ``normalize``: divides by sqrt(v). ``False`` is Muon, without variance and its state.
     - ``eps``, ``eps_form``: ``"add"``, O / (sqrt(v) + eps); ``"floor"``, O / sqrt(max(v, eps)). 0
       divides where v > 0 and gives 0 elsewhere. Neither O nor eps depends on the gradient's scale.
@@ -58,7 +66,13 @@ class Config:
     - ``scale``: ``"paper"``, the RMS of the update is ``rms``; ``"spectral"``, sqrt(m/n);
       ``"rms"``, rms sqrt(max(m, n)); ``"muon"``, sqrt(max(1, m/n)); ``"none"``, 1.
     - ``weight_decay_form``: ``"decoupled"``, W <- (1 - lr wd) W - lr U; ``"cautious"`` decays only
-      entries with U W >= 0. ``weight_decay_lr_power`` 2: lr^2 wd in the place of lr wd.
+      entries with U W >= 0; ``"hyperball"``: W keeps its Frobenius norm, U is as long as W, so lr
+      is relative, and nothing decays. ``weight_decay_lr_power`` 2: lr^2 wd in the place of lr wd.
+    - ``cautious_update``: entries with U G < 0 do not move, and the others move as much further
+      (arXiv 2411.16085).
+    - ``update_floor``: U is made longer where it is shorter than this share of W, per output row
+      or ``"matrix"`` (``update_floor_per``; modded-nanogpt#328, #274).
+    - A `Route` can give its parameters another ``weight_decay_form`` and ``cautious_update``.
     - ``coefficients``: a name in ``normuon_fn.COEFFICIENTS``, or your own (a, b, c) rows.
       ``steps``: of Newton-Schulz. ``safety_factor``: p(x / sf) in the place of p(x); ``None``: the
       set's own (Polar Express 1.05).
@@ -67,7 +81,7 @@ class Config:
     - ``orthogonalize_dtype``: ``None``: on CUDA float16 (Gram) and bfloat16 (standard), on CPUs
       with bfloat16 matrix units bfloat16, elsewhere float32; float64 for float64 parameters.
     - ``orthogonalizer``: your own function in the place of Newton-Schulz, traced into the graph:
-      [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape.
+      [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape; see `check_stage`.
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
       ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (a scale, see
@@ -80,6 +94,8 @@ class Config:
     - ``missing_grads``: ``"skip"``: a gradient of ``None`` keeps its parameter as it is. Ranks that
       share parameters must lack the same ones, and none of a matrix that they orthogonalize
       together. ``"zeros"``: it counts as zeros, so ranks may differ.
+    - ``other``: what updates the parameters that routes give to AdamW: ``"adamw"``, or ``"lion"``
+      with AdamW's rates and betas (arXiv 2302.06675).
     - ``replicas``: of plain tensors that the ranks of ``mesh=`` have copies of. ``"each"``: every
       rank keeps momentum and variance of all matrices. ``"share"``: the owner of a matrix alone,
       1/n of them on each of n ranks; the state of a rank lacks what other ranks own, and a rank
@@ -87,6 +103,8 @@ class Config:
     - ``master``: what keeps updates below the last bit of bfloat16 parameters. ``"mantissa"``: 16
       more bits each, which make them an exact float32; ``"fp32"``: a float32 of their own (float16
       too); ``"stochastic"``: they are rounded by chance, without bias. Others get none.
+    - ``metrics``: also returns six numbers per parameter, with the same bits of the step: see
+      `report_metrics`.
     - ``seed``: of the chances of ``"stochastic"``, which also depend on the number of steps (see
       ``guard_scope``), the parameter's name, the entry's place, and on a mesh its sharding.
 
@@ -95,6 +113,8 @@ class Config:
 
     momentum_form: MomentumForm = "ema"
     nesterov: bool = False
+    precondition: Precondition = "none"
+    snap: bool = False
     reduction: Reduction = "rows"
     normalize: bool = True
     renormalize: bool = True
@@ -104,6 +124,9 @@ class Config:
     eps_form: EpsForm = "add"
     weight_decay_form: DecayForm = "decoupled"
     weight_decay_lr_power: Literal[1, 2] = 1
+    cautious_update: bool = False
+    update_floor: float = 0.0
+    update_floor_per: Literal["row", "matrix"] = "row"
     coefficients: Coefficients = "polar_express"
     safety_factor: float | None = None
     steps: int = 5
@@ -114,20 +137,24 @@ class Config:
     guard: Guard = "off"
     guard_scope: GuardScope = "step"
     missing_grads: MissingGrads = "skip"
+    other: Other = "adamw"
     replicas: Replicas = "each"
     master: Master = "none"
     seed: int = 0
+    metrics: bool = False
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"Config.{field}: expected one of {choices}, got {value!r}")
-        for field in ("nesterov", "normalize", "renormalize"):
+        for field in ("nesterov", "snap", "normalize", "renormalize", "cautious_update", "metrics"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
         check_number("Config.rms", self.rms)
         check_number("Config.eps", self.eps)
+        check_number("Config.update_floor", self.update_floor)
+        _check_together(self)
         if self.rms == 0.0:
             raise ValueError("Config.rms: expected a number > 0, got 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -140,6 +167,11 @@ class Config:
                 raise ValueError(
                     f"Config.{field}: expected None or one of {choices}, got {value!r}"
                 )
+        if self.momentum_dtype == torch.int8 and self.metrics:
+            raise ValueError(
+                "Config.metrics: expected False with momentum_dtype='int8', whose codes the pass "
+                "that measures norms does not read; leave metrics out, or write torch.bfloat16"
+            )
         if self.momentum_dtype == torch.float16:
             raise ValueError(
                 "Config.momentum_dtype: small gradients vanish in float16; write torch.bfloat16"
@@ -158,50 +190,52 @@ class Config:
         make small gradients vanish. ``"emerging_optimizers"`` follows the axis of its code, and not
         that of its comment. An unknown name or field is a ValueError or a TypeError.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(_PRESETS)}, got {name!r}")
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
         unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(Config)})
         if unknown:
             raise TypeError(f"preset: unknown Config fields {unknown}")
-        return Config(**{**_PRESETS[name], **overrides})
+        return Config(**{**PRESETS[name], **overrides})
 
 
 # A dataclass writes its own __init__: it has hints for the names of other optimizers too.
 Config.__init__ = with_hints(Config.__init__)  # type: ignore[method-assign]
 _CHOICES = {k: get_args(v) for k, v in get_type_hints(Config).items() if get_origin(v) is Literal}
-_CUSHIONED: dict[str, Any] = {"coefficients": "polar_express_cushioned"}
-_FLOOR: dict[str, Any] = {"reduction": "short", "eps_form": "floor"}
-_PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2510.05491, Algorithm 1: Newton-Schulz with Keller Jordan's five steps.
-    "paper": {"coefficients": "simple"},
-    # zichongli5/NorMuon normuon.py, d45c9a4.
-    "author": {"coefficients": "simple", "nesterov": True, "scale": "muon", "eps": 1e-10},
-    # microsoft/dion normuon.py, muon.py, 0a059a4.
-    "dion": {**_CUSHIONED, "momentum_form": "sum", "scale": "spectral", "eps": 1e-8},
-    # KellerJordan/modded-nanogpt train_gpt.py, f411b3d3.
-    "modded_nanogpt": {
-        **_CUSHIONED, **_FLOOR, "nesterov": True, "scale": "muon", "eps": 1e-10,
-        "weight_decay_form": "cautious", "weight_decay_lr_power": 2,
-    },
-    # NVIDIA-NeMo/Emerging-Optimizers adaptive_muon.py (`normuon`), fd77292: sqrt(max(m, n)) * 1.
-    "emerging_optimizers": {
-        **_FLOOR, "coefficients": "quintic", "scale": "rms", "rms": 1.0, "eps": 1e-8,
-    },
-}  # fmt: skip
 
 
-class StepResult(NamedTuple):
-    """``params`` and ``state`` have the keys of what was given, in the same order.
-
-    What a step does not update (frozen, or without a gradient) comes back as the tensor that was
-    given, which a later `step_` writes: clone() what is to stay. Others have the strides of theirs.
-    """
-
-    params: dict[str, Tensor]
-    state: dict[str, Tensor]
-    # [2, n_params] int32, in the order of plan.names: non-finite update, non-finite gradient
-    flags: Tensor
-    skipped: Tensor  # 0-d bool: something kept its bits
+def _check_together(config: Config) -> None:
+    if config.reduction == "entries" and not config.normalize:
+        raise ValueError(
+            "Config.reduction: 'entries' keeps variances, and normalize=False leaves them out; "
+            "write reduction='rows' with normalize=False"
+        )
+    if config.replicas == "share" and config.reduction == "entries":
+        raise ValueError(
+            "Config.replicas: 'share' leaves variances to the owners of matrices, and with "
+            "reduction='entries' every rank divides by them; write replicas='each'"
+        )
+    if config.replicas == "share" and config.cautious_update:
+        raise ValueError(
+            "Config.cautious_update: every rank looks at its gradients, of which "
+            "replicas='share' reads those of owned matrices alone; write replicas='each'"
+        )
+    if config.metrics and config.other == "lion":
+        raise ValueError(
+            "Config.metrics: Lion's pass returns no norms; write other='adamw', or leave metrics "
+            "out"
+        )
+    if config.weight_decay_form != "hyperball":
+        return
+    if config.update_floor > 0:
+        raise ValueError(
+            "Config.update_floor: weight_decay_form='hyperball' makes every update as long as its "
+            "matrix, so no floor is reached; write update_floor=0"
+        )
+    if config.weight_decay_lr_power != 1:
+        raise ValueError(
+            "Config.weight_decay_lr_power: nothing decays with weight_decay_form='hyperball'; "
+            "leave it out"
+        )
 
 
 def check_coefficients(

@@ -71,7 +71,13 @@ COUNTERS = ("guard.step", "guard.skipped", "guard.consecutive")
 GUARDS = ("off", "output", "full")
 ON = [("output", "step"), ("output", "bucket"), ("full", "step"), ("full", "bucket")]
 STAGES = ("gradient", "momentum", "variance")
-FAULTED = {1: (), 2: ("owned", "Shard(0)", "Shard(1)"), 4: ("HSDP", "strided")}
+STATES = ("momentum", "variance", "exp_avg", "exp_avg_sq", "master")
+# Layouts, some with one of `VARIANTS`, of which shards alone know whether their part is finite.
+FAULTED = {
+    1: (),
+    2: ("owned", "Shard(0)", "Shard(1)", "Shard(1) adamuon"),
+    4: ("HSDP", "strided", "HSDP adamuon"),
+}
 COMPILED = {1: (), 2: ("ddp", "owned", "Shard(0)", "Shard(1)"), 4: ()}
 SMALL = ("uneven",)  # what is compiled: a compiler's time is by the parameter
 EVEN = ("square",)  # shards alike: the ranks share what Inductor compiles
@@ -97,6 +103,8 @@ def config(form: str, **overrides: Any) -> nm.Config:
         return nm.Config(method=form, **overrides)
     if form in ("dion", "modded_nanogpt"):
         return nm.Config.preset(form, **overrides)
+    if form in VARIANTS:
+        return nm.Config.preset(**{"name": "paper", **VARIANTS[form], **overrides})
     if form == "own":
         return nm.Config(orthogonalizer=own, **overrides)
     if form == "muon":
@@ -105,7 +113,14 @@ def config(form: str, **overrides: Any) -> nm.Config:
     return nm.Config(method="standard", **{**overrides, "orthogonalize_dtype": torch.bfloat16})
 
 
-FORMS = ("standard", "gram", "dion", "modded_nanogpt", "own", "muon", "bfloat16")
+# What is decided by numbers of whole matrices, of which a shard has a part.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nanochat": {"name": "nanochat"},
+    "adamuon": {"name": "adamuon", "cautious_update": True},
+    "hyperball": {"weight_decay_form": "hyperball", "master": "fp32"},
+    "floor": {"update_floor": 0.5, "reduction": "short", "cautious_update": True},
+}
+FORMS = ("standard", "gram", "dion", "modded_nanogpt", "own", "muon", "bfloat16", *VARIANTS)
 LONG = {
     ("Shard(0)", "standard", "full"),
     ("Shard(1)", "gram", "full"),
@@ -129,7 +144,9 @@ def forms_of(layout: str, world: int) -> tuple[str, ...]:
     other form has a turn on one or two of the layouts of four.
     """
     if world < 4 or layout == "HSDP":
-        return FORMS
+        without = layout in ("group", "Replicate")  # for `VARIANTS` they are as ddp
+        refused = ("adamuon", "floor") if layout == "owned" else ()  # they read more than owners do
+        return tuple(x for x in FORMS if x not in (VARIANTS if without else refused))
     return (FORMS[0], *(FORMS[ON_FOUR.index(layout) :: 3] if layout in ON_FOUR else ()))
 
 
@@ -185,6 +202,15 @@ def alone(form: str, steps: int, names: tuple[str, ...] = MAIN) -> dict[str, Ten
             params, tensors(1 + step, names), state, hyper_of(params), plan
         )
     return {**params, **state}
+
+
+@functools.cache
+def alone_metrics(form: str) -> Tensor:
+    """The metrics of a first step on one device."""
+    params = dict(tensors(0))
+    plan = nm.make_plan(params, config(form, guard="full", metrics=True), routes=routes_of(params))
+    result: Any = nm.update(params, tensors(1), nm.init(plan, params), hyper_of(params), plan)
+    return result.metrics
 
 
 # --------------------------------------------------------------------------------------- placements
@@ -275,11 +301,7 @@ def local(x: Tensor) -> Tensor:
 def owner(name: str) -> str:
     """The parameter that a state tensor belongs to."""
     return next(
-        (
-            p
-            for p in SHAPES
-            if name in (p, *(f"{p}.{k}" for k in ("momentum", "variance", "exp_avg", "exp_avg_sq")))
-        ),
+        (p for p in SHAPES if name in (p, *(f"{p}.{k}" for k in STATES))),
         "",
     )
 
@@ -361,6 +383,7 @@ class _Rank:
 
     def everything(self) -> dict[str, Seen]:
         parts = [self.matrix, self.conv, self.lies, self.missing, self.checkpoints, self.captured]
+        parts += [self.metrics, self.clip]
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
             parts += [self.narrowed, self.cut]
@@ -375,6 +398,62 @@ class _Rank:
                     steps = steps_of(kind, form, guard)
                     run = self.run(layout, config(form, guard=guard), steps)
                     seen[f"{kind} {form} {guard}"] = self.compare(layout, run, alone(form, steps))
+        return seen
+
+    def metrics(self) -> Seen:
+        """How far off the metrics are from those of one device, and whether they change a bit."""
+        seen: Seen = {}
+        cases: list[tuple[str, Layout, dict[str, Any]]] = [
+            *((kind, layout, {}) for kind, layout in self.layouts.items()),
+            ("ddp, state divided", self.layouts["ddp"], {"replicas": "share"}),
+        ]
+        for kind, layout, options in cases:
+            params = layout.place(tensors(0))
+            results = []
+            for metrics in (False, True):
+                options = {**options, "guard": "full", "metrics": metrics}
+                plan = layout.plan(params, config("standard", **options))
+                with Collectives() as found:
+                    results.append(
+                        nm.update(
+                            params, layout.place(tensors(1)), nm.init(plan, params),
+                            hyper_of(params), plan,
+                        )
+                    )  # fmt: skip
+                results[-1] = (results[-1], found.counts)
+            (plain, few), (measured, more) = results
+            expected = alone_metrics("standard")
+            off = (measured.metrics - expected).abs() / expected.abs().clamp(min=1e-30)
+            pairs = [*zip(plain.params.values(), measured.params.values(), strict=True)]
+            pairs += zip(plain.state.values(), measured.state.values(), strict=True)
+            seen[kind] = {
+                "off": off.nan_to_num(0.0).max().item(),
+                "other nan": (measured.metrics.isnan() != expected.isnan()).sum().item(),
+                "same bits": all(torch.equal(local(a), local(b)) for a, b in pairs),
+                "more": dict(more - few),
+            }
+        return seen
+
+    def clip(self) -> Seen:
+        """By layout, which parameters QK-clip gives other bits than on one device."""
+        whole = dict(tensors(0))
+        maxima = {"a": torch.tensor([400.0, 1.0, 150.0, float("nan")], device=self.device)}
+        names = {"a": {"q": "square", "k": "layers.0"}}
+        plan = nm.make_plan(whole, routes=routes_of(whole))
+        expected, _ = nm.qk_clip(whole, maxima, plan, projections=names)
+        assert not torch.equal(expected["square"], whole["square"])
+        seen: Seen = {}
+        for kind, layout in self.layouts.items():
+            params = layout.place(whole)
+            plan = layout.plan(params, config("standard"))
+            pure, _ = nm.qk_clip(params, maxima, plan, projections=names)
+            nm.qk_clip_(params, maxima, plan, projections=names)
+            seen[kind] = [
+                name
+                for name, x in expected.items()
+                if not torch.equal(local(params[name]), layout.cut(name, x))
+                or not torch.equal(local(pure[name]), local(params[name]))
+            ]
         return seen
 
     def conv(self) -> Seen:
@@ -486,10 +565,12 @@ class _Rank:
     def faults(self) -> Seen:
         seen = {}
         for kind in FAULTED[self.world]:
-            layout = self.layouts[kind]
+            place, _, form = kind.partition(" ")
+            layout = self.layouts[place]
             for guard, scope in ON:
                 params = layout.place(tensors(0))
-                plan = layout.plan(params, config("standard", guard=guard, guard_scope=scope))
+                own = config(form or "standard", guard=guard, guard_scope=scope)
+                plan = layout.plan(params, own)
                 warm = nm.update(
                     params, layout.place(tensors(1)), nm.init(plan, params), hyper_of(params), plan
                 )

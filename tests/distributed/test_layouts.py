@@ -104,6 +104,22 @@ def test_a_flattened_convolution_gives_what_one_device_gives(ranks: Ranks, form:
         assert not far(cases), (kind, far(cases))
 
 
+def test_metrics_are_those_of_whole_parameters_on_every_rank_by_one_collective_more(
+    ranks: Ranks,
+) -> None:
+    for rank in ranks:
+        for kind, seen in rank["metrics"].items():
+            assert seen["same bits"] and not seen["other nan"], (kind, seen)
+            assert seen["off"] < 1e-5, (kind, seen)  # 1e-6 was seen, in a spread
+            sharded = len(ranks) > 1 and kind not in ("ddp", "group", "Replicate")
+            assert sum(seen["more"].values()) == int(sharded), (kind, seen)
+
+
+def test_qk_clip_scales_on_every_rank_the_rows_that_it_has(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank["clip"] and not any(rank["clip"].values()), rank["clip"]
+
+
 def test_the_state_lies_as_its_parameter_and_whole_where_its_dimension_is_one(ranks: Ranks) -> None:
     for seen in ranks:
         for kind in kinds_of(len(ranks)):

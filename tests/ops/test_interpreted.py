@@ -16,7 +16,11 @@ from tests.processes import ROOT
 
 # The lists and the messages run on a CUDA device where there is one. Products in tiles of every
 # size are tried here alone.
-HERE = [] if torch.cuda.is_available() else ["test_list_kernels.py", "test_repack.py"]
+HERE = (
+    []
+    if torch.cuda.is_available()
+    else ["test_list_kernels.py", "test_measured_kernels.py", "test_repack.py"]
+)
 
 
 def test_the_kernels_hold_their_claims_in_the_interpreter() -> None:

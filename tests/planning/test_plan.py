@@ -320,7 +320,7 @@ def test_config_options_are_checked(options: dict, error: type, message: str) ->
 
 def test_presets_are_checked() -> None:
     with pytest.raises(ValueError, match="preset: expected one of"):
-        nm.Config.preset("muon")  # type: ignore[arg-type]
+        nm.Config.preset("mouon")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"preset: unknown Config fields \['lr'\]"):
         nm.Config.preset("dion", lr=0.1)
     assert nm.Config.preset("dion", guard="full").guard == "full"

@@ -239,6 +239,7 @@ def test_a_zero_gradient_only_decays(name: str) -> None:
     zeros = {k: torch.zeros_like(p) for k, p in params.items()}
     result = nm.update(params, zeros, nm.init(plan, params), hyper, plan)
     rate = 0.125**2 * 0.5 if name == "modded_nanogpt" else 0.125 * 0.5
+    rate = 0.0 if name == "hyperball" else rate
     for k, p in params.items():
         torch.testing.assert_close(result.params[k], p * (1 - rate), rtol=1e-15, atol=0)
 
@@ -270,6 +271,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "scale": "muon",
     },
     "lr squared": {"weight_decay_lr_power": 2},
+    "variances of entries": {"reduction": "entries"},
+    "variances of entries, not renormalized": {
+        "reduction": "entries",
+        "scale": "none",
+        "renormalize": False,
+        "eps": 0.002,
+        "eps_form": "floor",
+    },
+    "variances of entries, muon scale": {"reduction": "entries", "scale": "muon", "nesterov": True},
+    "cautious update": {"cautious_update": True},
+    "cautious update of entries": {"cautious_update": True, "reduction": "entries"},
+    "cautious update and decay": {"cautious_update": True, "weight_decay_form": "cautious"},
+    "floor per row": {"update_floor": 0.5},
+    "floor per row of short variances": {"update_floor": 0.5, "reduction": "short"},
+    "floor per matrix": {"update_floor": 0.5, "update_floor_per": "matrix", "scale": "none"},
+    "hyperball": {"weight_decay_form": "hyperball"},
+    "hyperball, cautious, entries": {
+        "weight_decay_form": "hyperball",
+        "cautious_update": True,
+        "reduction": "entries",
+    },
+    "equal rows": {"precondition": "rows"},
+    "equal rows, nesterov": {"precondition": "rows", "nesterov": True, "scale": "muon"},
+    "signs": {"precondition": "sign"},
+    "snapped": {"snap": True, "scale": "none"},
+    "snapped, not renormalized": {"snap": True, "scale": "none", "renormalize": False},
 }
 
 

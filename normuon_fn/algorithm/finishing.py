@@ -1,0 +1,135 @@
+"""The end of an update, for options that need numbers of whole matrices; each costs nothing if off.
+
+    entries     every entry is divided by the root of a variance of its own (AdaMuon)
+    cautious    entries whose sign is against the gradient's are left out
+    floor       a row, or the matrix, moves by no less than a share of its own size
+    hyperball   the matrix keeps its Frobenius norm
+
+A shard has a part of a matrix only. So each of them begins with sums over what is local (`begin`),
+the ranks add these up in one message for all of a bucket, and each ends with the totals (`end`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..types import Config
+from .normalize import INVERSE_ROOTS, NORMALIZERS, normalizer_of, scaled
+from .updates import Update, wide_parameters
+from .work import MatrixKind
+
+
+class Needs(NamedTuple):
+    """Which of these options the matrices of a group have: static."""
+
+    entries: bool
+    cautious: bool
+    floor: bool
+    hyperball: bool
+
+
+class Begun(NamedTuple):
+    """An update of which the local part is known, and sums over it."""
+
+    update: Update
+    direction: Tensor  # [n, rows, cols], of which the update will be a multiple
+    states: tuple[Tensor, ...]
+    sums: dict[str, Tensor]  # each [n, 1], or [n, outputs] where the floor is per row
+
+
+def needs_of(kind: MatrixKind, config: Config) -> Needs:
+    entries = NORMALIZERS[normalizer_of(config)].of_entries
+    return Needs(entries, kind.cautious_update, config.update_floor > 0, kind.decay == "hyperball")
+
+
+def sums_of(needs: Needs, config: Config, outputs: int) -> dict[str, int]:
+    """By name, how many sums per matrix `begin` makes."""
+    each = outputs if config.update_floor_per == "row" and needs.floor else 1
+    found = {"o": 1, "divided": 1} if needs.entries else {}
+    found |= {"kept": 1} if needs.cautious else {}
+    found |= {"moved": each, "size": each} if needs.floor or needs.hyperball else {}
+    return found | ({"along": 1} if needs.hyperball else {})
+
+
+def begin(update: Update, needs: Needs, beta2: Tensor, config: Config) -> Begun:
+    group, wide = update.group, update.factor.dtype
+    direction, states = update.update.to(wide) * update.factor, update.new
+    sums: dict[str, Tensor] = {}
+    if needs.entries:
+        (old,), squares = update.old, direction.square()
+        variance = old.to(wide) * beta2 + squares * (1 - beta2)
+        states, whole = (variance,), variance.isfinite().all((-2, -1)).unsqueeze(1)
+        # 1 / sqrt(inf) is a finite 0: such an entry would be dead for good.
+        sums["o"] = torch.where(whole, _total(squares), float("nan"))
+        direction = direction * INVERSE_ROOTS[config.eps_form if config.eps else "none"](
+            variance, config.eps
+        )
+        sums["divided"] = _total(direction.square())
+    if needs.cautious:  # by signs: a product of tiny numbers would underflow
+        kept = direction.sign() * ops.stack(group.read("grad")).to(wide).sign() >= 0
+        direction = torch.where(kept, direction, 0.0)
+        sums["kept"] = _total(kept.to(wide))
+    if needs.floor or needs.hyperball:
+        parameters, per_row = wide_parameters(group, wide), config.update_floor_per == "row"
+        axis = (-2 if group.kind.transposed else -1) if needs.floor and per_row else (-2, -1)
+        sums["moved"] = direction.square().sum(axis).reshape(len(direction), -1)
+        sums["size"] = parameters.square().sum(axis).reshape(len(direction), -1)
+        if needs.hyperball:
+            sums["along"] = _total(parameters * direction)
+    return Begun(update, direction, states, sums)
+
+
+def end(
+    begun: Begun, totals: dict[str, Tensor], needs: Needs, lr: Tensor, config: Config
+) -> Update:
+    """The update that enters the step: ``-lr * factor * update``, and a decay of its own."""
+    update, kind = begun.update, begun.update.group.kind
+    finite = update.finite
+    for each in totals.values():
+        finite = finite & each.isfinite().all(1)
+    factor, decay = torch.ones_like(begun.direction[:, :1, :1]), None
+    total = {name: x.unsqueeze(-1) for name, x in totals.items()}
+    if needs.entries:
+        norms = total["o"].sqrt(), total["divided"].sqrt()
+        factor = scaled(factor, *norms, config, kind.rows, kind.cols, kind.transposed)
+    if needs.cautious:  # arXiv 2411.16085, Algorithm 2: as much in all as without the mask
+        factor = factor * (kind.rows * kind.cols / (total["kept"] + 1.0))
+    if needs.floor:
+        moved = total["moved"].sqrt() * factor
+        least = total["size"].sqrt() * config.update_floor
+        raises = (moved > 0) & (moved < least)
+        factor = factor * torch.where(raises, least / moved, 1.0)
+        if config.update_floor_per == "row" and kind.transposed:
+            factor = factor.mT
+    if needs.hyperball:
+        share, decay = _on_the_sphere(total, ops.per_matrix(lr))
+        factor, decay = share, decay.flatten()
+    n, rows, _ = begun.direction.shape
+    factor = factor if factor.shape[-1] > 1 else factor.expand(n, rows, 1)
+    return update._replace(
+        update=begun.direction, factor=factor, new=begun.states, finite=finite, decay=decay
+    )
+
+
+def _on_the_sphere(total: dict[str, Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
+    """``(factor, decay)`` with which W (1 - decay) - lr factor D has the norm of W.
+
+    With R = |W| and N = |D|: W <- R (W - lr R D / N) / |W - lr R D / N|, and this norm follows from
+    <W, D>, R and N. A matrix of zeros, or without an update, stays as it is.
+    """
+    size, moved = total["size"].sqrt(), total["moved"].sqrt()
+    both = (size > 0) & (moved > 0)
+    cosine = torch.where(both, total["along"] / (size * moved), 0.0)
+    grown = lr * lr - 2.0 * lr * cosine  # |W - lr R D / N|^2 = R^2 (1 + grown)
+    root = (1.0 + grown).sqrt()
+    factor = torch.where(both, size / (moved * root), 0.0)
+    # 1 - 1 / root without cancellation
+    return factor, torch.where(both, grown / (root * (1.0 + root)), 0.0)
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum((-2, -1)).unsqueeze(1)

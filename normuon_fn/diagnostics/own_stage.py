@@ -1,0 +1,98 @@
+"""Whether a function of the user's own can be a stage of the step: `check_stage`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Stage = Callable[[Tensor], Tensor]
+CLOSE = 1e-3  # between two results that would be the same without rounding
+SCALES = (2.0**-60, 2.0**30)  # of a gradient; both keep its squares out of the question
+
+
+def check_stage(
+    function: Stage, *, rows: int = 8, cols: int = 12, device: torch.device | str = "cpu"
+) -> None:
+    """Nothing, if ``function`` can be `Config.orthogonalizer`; otherwise an error says why not.
+
+    It calls the function on a few small stacks and waits for the device: write it into a test, or
+    once before a run.
+
+    Shapes: the function is given [3, rows, cols] with rows <= cols, in float32.
+
+    Raises:
+        TypeError: it is no function, does not return a floating-point tensor, or cannot be traced
+            into one graph (``.item()``, a branch on values, ``print``).
+        ValueError: it returns another shape, writes into what it was given, returns something else
+            the next time, depends on the size of a gradient or on other matrices of the stack,
+            makes NaN of zeros, or hides a NaN from the guard. All that was found is named.
+    """
+    if not callable(function):
+        raise TypeError(f"function: expected a callable, got {function!r}")
+    if not 1 <= rows <= cols:
+        raise ValueError(f"rows, cols: expected 1 <= rows <= cols, got {rows} and {cols}")
+    stack = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        given = stack.clone()
+        found = function(given)
+        _check_result(found, stack)
+        _check_traced(function, stack)
+        faults = [] if torch.equal(given, stack) else [_WRITES]
+        faults += _faults(function, stack, found.clone())
+    if faults:
+        raise ValueError(f"function: {'; '.join(faults)}")
+
+
+_WRITES = "it writes into the stack that it is given; write x = x * y in the place of x *= y"
+
+
+def _check_result(found: object, stack: Tensor) -> None:
+    if not isinstance(found, Tensor) or not found.dtype.is_floating_point:
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"function: expected it to return a floating-point tensor, got {kind}")
+    if found.shape != stack.shape:
+        raise ValueError(
+            f"function: expected it to return {tuple(stack.shape)}, the shape that it is given, "
+            f"got {tuple(found.shape)}"
+        )
+
+
+def _check_traced(function: Stage, stack: Tensor) -> None:
+    try:
+        torch.compile(function, fullgraph=True, dynamic=False, backend="eager")(stack.clone())
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TypeError(
+            "function: cannot be traced into the graph of the step; leave out .item(), branches on "
+            f"the values of tensors, and calls of other libraries: {reason}"
+        ) from error
+
+
+def _faults(function: Stage, stack: Tensor, found: Tensor) -> list[str]:
+    faults = []
+    if not torch.equal(function(stack.clone()), found):
+        faults.append("it returns something else the next time: it has a state, or chances")
+    for scale in SCALES:
+        off = _distance(function(stack * scale), found)
+        if not off <= CLOSE:
+            faults.append(
+                f"it depends on the size of the gradient: with {scale:.0e} times the same one its "
+                f"result is off by {off:.1%}; divide by a norm, without an eps beside it"
+            )
+    if not _distance(function(stack[1:2].clone()), found[1:2]) <= CLOSE:
+        faults.append("what it does to one matrix depends on the others of the stack")
+    if not function(torch.zeros_like(stack)).isfinite().all():
+        faults.append(
+            "it makes NaN of a matrix of zeros; write torch.where(norm == 0, 0, x / norm)"
+        )
+    broken = stack.clone()
+    broken[1, 0, 0] = float("nan")
+    if function(broken)[1].isfinite().all():
+        faults.append("it hides a NaN of the gradient, which the guard then cannot see")
+    return faults
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
