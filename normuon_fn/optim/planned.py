@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -21,7 +21,7 @@ from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.hyperball import check_sizes
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_each_writable
-from ..planning.momentum_codes import fitted
+from ..planning.momentum_codes import fitting
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..runtime.graphed import GraphedStep
@@ -212,10 +212,7 @@ class Planner:
         ends, every = f".{MOMENTUM.name}", saved.states.items()
         away |= {f"{k.removesuffix(ends)}.{SCALE.name}" for k in away if k.endswith(ends)}
         given = {n: {k: x for k, x in own.items() if f"{n}.{k}" not in away} for n, own in every}
-
-        def fit(name: str, own: Mapping[str, Any]) -> Mapping[str, Any]:
-            return fitted(plans[name], name, own) if name in plans else own
-
+        fit = fitting(plans)
         load(states, self.named, given, lambda of: self.kinds(of, states, begun, plans), fit)
         states.update(saved.others)
         for planned in self.steps.values():

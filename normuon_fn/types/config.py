@@ -168,6 +168,11 @@ class Config:
                 raise ValueError(
                     f"Config.{field}: expected None or one of {choices}, got {value!r}"
                 )
+        if self.momentum_dtype == torch.int8 and self.metrics:
+            raise ValueError(
+                "Config.metrics: expected False with momentum_dtype='int8', whose codes the pass "
+                "that measures norms does not read; leave metrics out, or write torch.bfloat16"
+            )
         if self.momentum_dtype == torch.float16:
             raise ValueError(
                 "Config.momentum_dtype: small gradients vanish in float16; write torch.bfloat16"
@@ -214,11 +219,6 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "Config.cautious_update: every rank looks at its gradients, of which "
             "replicas='share' reads those of owned matrices alone; write replicas='each'"
-        )
-    if config.metrics and config.momentum_dtype == torch.int8:
-        raise ValueError(
-            "Config.metrics: the pass over codes of int8 returns no norms; write "
-            "momentum_dtype=torch.bfloat16 or metrics=False"
         )
     if config.metrics and config.other == "lion":
         raise ValueError(

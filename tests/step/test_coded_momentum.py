@@ -359,6 +359,11 @@ def test_no_other_dtype_is_taken_for_a_momentum(dtype: Any) -> None:
     assert nm.Config(momentum_dtype="int8") == nm.Config(momentum_dtype=torch.int8)
 
 
+def test_metrics_of_codes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"Config.metrics: expected False with momentum_dtype"):
+        nm.Config(momentum_dtype="int8", metrics=True)
+
+
 def test_a_step_refuses_a_momentum_of_floats() -> None:
     plan = plan_of()
     params, state, hyper = run(plan)
