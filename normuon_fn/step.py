@@ -173,7 +173,7 @@ def step_of(
         work.receive()
     agreement.after(works)  # are all updates finite? The guard's one collective: here, or above
     for work in works:
-        work.apply()  # weight decay and update, or every bit as it was
+        work.apply()  # weight decay and update, or every bit as it was; without a guard done above
     assert agreement.flags is not None
     dicts.count(_counted(dicts.state, agreement.skipped))
     metrics = None if plan.metrics is None else plan.metrics.of(works)

@@ -36,8 +36,9 @@ ALPHA, BETA = 0.5, 2.0
 
 
 def name_of(config: TileConfig) -> str:
-    m, n, k, group, warps, stages, variant = config
-    return f"{variant:10} {m:3}x{n:3}x{k:3}  group {group:2}  warps {warps}  stages {stages}"
+    m, n, k, group, warps, stages, variant, ends = config
+    variant += " ends" if ends else ""
+    return f"{variant:15} {m:3}x{n:3}x{k:3}  group {group:2}  warps {warps}  stages {stages}"
 
 
 POINTERS = [
@@ -71,7 +72,15 @@ PERSISTENT = [
     TileConfig(128, 256, 64, 8, 8, 3, "persistent"),
     TileConfig(128, 256, 64, 8, 8, 4, "persistent"),
 ]
-ALL = POINTERS + TMA + PERSISTENT
+# c loaded and the result stored by descriptors, too
+ENDS = [
+    TileConfig(128, 128, 64, 8, 4, 3, "tma", ends=True),
+    TileConfig(128, 128, 64, 16, 4, 3, "tma", ends=True),
+    TileConfig(128, 256, 64, 8, 8, 3, "tma", ends=True),
+    TileConfig(128, 256, 64, 8, 8, 3, "persistent", ends=True),
+    TileConfig(128, 256, 64, 16, 8, 3, "persistent", ends=True),
+]
+ALL = POINTERS + TMA + PERSISTENT + ENDS
 QUICK = [
     *(
         c
@@ -80,6 +89,7 @@ QUICK = [
     ),
     *TMA[2:],
     *PERSISTENT[1:3],
+    *ENDS[1:4],
 ]
 
 
