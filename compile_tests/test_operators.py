@@ -118,7 +118,7 @@ def arguments(name: str, kind: str, skip: Tensor | None) -> tuple[Any, ...]:
         "lion_wide": (params, rests, first, grads, rate, rate, *betas[:2], skip),
         "adamw_wide": (params, rests, first, second, grads, rate, rate, *betas, skip),
     }
-    return given[name.removesuffix("_members").removesuffix("_")]
+    return given[name.removesuffix("_members").removesuffix("_").removesuffix("_measured")]
 
 
 def repacked() -> tuple[Any, ...]:

@@ -65,6 +65,8 @@ def watched(
     torch.optim.lr_scheduler.LambdaLR(nm.NorMuon(model, lr=0.02), schedule)
     nm.qk_clip_(params, {"attn": torch.zeros(4)}, plan, 100.0, state=state)
     params, state = nm.qk_clip(params, {"attn": torch.zeros(4)}, plan, 100.0, state=state)
+    nm.offload_(state)
+    nm.reload_(state, plan)
 
 
 def hypers(params: dict[str, Tensor]) -> None:

@@ -198,7 +198,7 @@ class MatrixWork(Work):
         """One stack of what is orthogonalized: ``(x * power) * inverse``, cast."""
         context, wide = self.context, gathered_wide(self.context.config)
         beta = context.hyper.momentum
-        if front.matrices != slice(None):
+        if front.matrices is not None:
             beta = ops.part_of(beta, front.matrices)
         return context.operators.gather(
             front.momentums,

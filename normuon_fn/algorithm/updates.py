@@ -24,7 +24,7 @@ class Front(NamedTuple):
     stacks: list[Tensor] | None = (
         None  # the momentums as one stack per group, where `advance` has them anyway
     )
-    matrices: slice = slice(None)  # which of the bucket's these are
+    matrices: slice | None = None  # which of the bucket's these are; None: all
     scales: list[Tensor] | None = None  # as ``momentums``, where these are codes: ops/codes.py
 
     def part(self, groups: slice) -> Front:

@@ -33,7 +33,8 @@ def check_stage(
         raise TypeError(f"function: expected a callable, got {function!r}")
     if not 1 <= rows <= cols:
         raise ValueError(f"rows, cols: expected 1 <= rows <= cols, got {rows} and {cols}")
-    stack = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    stack = torch.randn(3, rows, cols, generator=generator, device="cpu").to(device)
     with torch.no_grad():
         given = stack.clone()
         found = function(given)
