@@ -171,7 +171,7 @@ def test_opcheck_passes_for_the_operators_that_vmap_calls(name: str) -> None:
         name,
         tree_map_only(
             Tensor,
-            lambda x: torch.stack([x, x + x]),
+            lambda x: torch.stack([x, x + x if x.ndim else x]),  # a beta of 1.8 makes NaN
             arguments(name, "bfloat16", torch.tensor(True)),
         ),
     )

@@ -228,8 +228,8 @@ def adamw(
     """
     how = (*moments, lr, decay, *rates, skip)
     if rests is not None:
-        *new, norms = _adamw_wide_measured[operators.in_place](params, rests, *how)
+        *new, norms = _adamw_wide_measured[int(operators.in_place)](params, rests, *how)
     else:
         chance = () if step is None else (step, list(salts))
-        *new, norms = _adamw_measured[operators.in_place](params, *how, *chance)
+        *new, norms = _adamw_measured[int(operators.in_place)](params, *how, *chance)
     return new, norms
