@@ -27,7 +27,7 @@ def test_the_kernels_hold_their_claims_in_the_interpreter() -> None:
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     files = [ROOT / "tests" / "ops" / name for name in [*HERE, "interpreted_products.py"]]
     if TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4):
-        files.pop()  # this Triton's interpreter takes int() of arrays, which this numpy refuses
+        pytest.skip("this Triton's interpreter takes int() of arrays, which this numpy refuses")
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", *files]
     printed = processes.run(command, env={"TRITON_INTERPRET": "1"}).stdout
     passed = re.search(r"(\d+) passed", printed)
