@@ -223,7 +223,7 @@ def input_for(kept: Tensor) -> Tensor:
 
 def remembered(tensors: Sequence[Tensor], fact: Callable[[Sequence[Tensor]], Any]) -> Any:
     """``fact(tensors)``, which is asked once per list while a graph runs."""
-    table = getattr(_thread, "table", None)
+    table = None if torch.compiler.is_dynamo_compiling() else getattr(_thread, "table", None)
     if table is None:
         return fact(tensors)
     key = id(tensors), fact

@@ -118,6 +118,7 @@ def end(begun: Begun, totals: dict[str, Tensor], lr: Tensor, config: Config) -> 
     if needs.hyperball:
         share, decay = _on_the_sphere(total, ops.per_matrix(lr))
         factor, decay = share, decay.flatten()
+        finite = finite & factor.flatten().isfinite() & decay.isfinite()
     n, rows, _ = begun.direction.shape
     factor = factor if factor.shape[-1] > 1 else factor.expand(n, rows, 1)
     return update._replace(
@@ -129,12 +130,14 @@ def _on_the_sphere(total: dict[str, Tensor], lr: Tensor) -> tuple[Tensor, Tensor
     """``(factor, decay)`` with which W (1 - decay) - lr factor D has the norm of W.
 
     With R = |W| and N = |D|: W <- R (W - lr R D / N) / |W - lr R D / N|, and this norm follows from
-    <W, D>, R and N. A matrix of zeros, or without an update, stays as it is.
+    <W, D>, R and N. A matrix of zeros, without an update, or that the step would make zero, stays
+    as it is: there is no direction to take its norm in.
     """
     size, moved = total["size"].sqrt(), total["moved"].sqrt()
     both = (size > 0) & (moved > 0)
     cosine = torch.where(both, total["along"] / (size * moved), 0.0)
     grown = lr * lr - 2.0 * lr * cosine  # |W - lr R D / N|^2 = R^2 (1 + grown)
+    both = both & ~(1.0 + grown <= 16 * torch.finfo(size.dtype).eps)  # NaN goes on, to the guard
     root = (1.0 + grown).sqrt()
     factor = torch.where(both, size / (moved * root), 0.0)
     # 1 - 1 / root without cancellation

@@ -121,6 +121,11 @@ def _clipped(
             for name in each.names:
                 dim = each.dim if len(_whole_shape(by_name[name])) > 1 else 0
                 size = _whole_shape(by_name[name])[dim]
+                if name in scales:
+                    raise ValueError(
+                        f"max_logits[{layer!r}]: {name!r} is in an entry before it too; give one "
+                        "entry for a weight, with the larger maximum of each head"
+                    )
                 scales[name] = _scale(each, gamma, alpha, size), dim
     new: dict[str, Tensor] = {}
     masters: dict[str, Tensor] = {}

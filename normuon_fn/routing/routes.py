@@ -179,6 +179,14 @@ class Route:
             written = {name: x for name, x in written.items() if name not in _OPTIONS}
         return replace(base, **written)
 
+    @property
+    def own_forms(self) -> list[str]:
+        """In few words, what is not as `Config` has it."""
+        words = [] if self.weight_decay_form is None else [f"decay {self.weight_decay_form}"]
+        if self.cautious_update is not None:
+            words.append("cautious" if self.cautious_update else "not cautious")
+        return words
+
     def __str__(self) -> str:
         """In few words, for a table."""
         words: list[str] = [self.algorithm] if self.decides else []
@@ -190,9 +198,7 @@ class Route:
         words += [
             word for word, on in (("flatten", self.flatten), ("transposed", self.transposed)) if on
         ]
-        words += [] if self.weight_decay_form is None else [f"decay {self.weight_decay_form}"]
-        if self.cautious_update is not None:
-            words.append("cautious" if self.cautious_update else "not cautious")
+        words += self.own_forms
         along = "rows" if self.dim == 0 else "columns"
         if self.splits is not None:
             words.append(f"splits {'+'.join(map(str, self.splits))} of {along}")

@@ -311,3 +311,12 @@ def test_multihead_attention_of_torch_is_found_by_its_routes() -> None:
     expected[:4] = expected[8:12] = 0.5
     weight = "attn.in_proj_weight"
     assert torch.equal(params[weight], old[weight] * expected)
+
+
+def test_a_weight_in_two_entries_is_refused() -> None:
+    params = {f"a.{k}_proj.weight": torch.randn(32, 32) for k in "qk"}
+    plan = nm.make_plan(params, routes={"*": nm.Route()})
+    own = {"q": "a.q_proj.weight", "k": "a.k_proj.weight"}
+    maxima = {"x": torch.full((4,), 16.0), "y": torch.ones(4)}
+    with pytest.raises(ValueError, match=r"max_logits\['y'\]: 'a.q_proj.weight' is in an entry"):
+        nm.qk_clip(params, maxima, plan, 1.0, projections={"x": own, "y": own})

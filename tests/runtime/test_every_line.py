@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 import normuon_fn as nm
 from normuon_fn.compat.graphs import compile_whole
+from normuon_fn.ops import handles
 from normuon_fn.runtime import eager, outside
 from tests.runtime.lines import Line, failing_at, lines_of
 
@@ -82,6 +83,13 @@ def optimizer() -> Step:
         return written
 
     return Step(written, call)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """An error at the line that forgets a graph's lists would leave them to all later tests."""
+    yield
+    handles._thread.__dict__.clear()
 
 
 @pytest.fixture

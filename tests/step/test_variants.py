@@ -387,3 +387,20 @@ def test_groups_with_rates_of_their_own_have_the_bits_of_their_own_plans(variant
         plan = nm.make_plan(own, config, routes={name: routes[name]})
         alone = nm.update(own, grad, nm.init(plan, own), hyper, plan)
         assert same_bits(both.params[name], alone.params[name])
+
+
+@pytest.mark.parametrize(("lr", "skipped"), [(1.0, False), (1e25, True)])
+def test_a_step_to_the_middle_of_the_sphere_writes_nothing_that_is_not_finite(
+    lr: float, skipped: bool
+) -> None:
+    params, config = {"a": torch.ones(1, 1)}, nm.Config.preset("hyperball", guard="full")
+    plan = nm.make_plan(params, config, routes={"*": nm.Route()})
+    hyper = nm.Hyper.of(params, lr=lr)
+    result = nm.update(params, {"a": torch.ones(1, 1)}, nm.init(params, plan), hyper, plan)
+    assert torch.equal(result.params["a"], params["a"]) and bool(result.skipped) == skipped
+
+
+def test_the_plan_shows_what_a_route_has_of_its_own() -> None:
+    route = nm.Route("normuon", cautious_update=True, weight_decay_form="hyperball")
+    plan = nm.make_plan({"a": torch.randn(8, 12)}, routes={"*": route})
+    assert "normuon decay hyperball cautious" in str(plan)
