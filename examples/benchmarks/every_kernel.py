@@ -1,9 +1,11 @@
 """Every kernel once or more, on small and ragged shapes: what to run under compute-sanitizer.
 
-    compute-sanitizer --kernel-name kns=_kernel python examples/benchmarks/every_kernel.py
+    compute-sanitizer --target-processes application-only --kernel-name kns=_kernel \\
+        python examples/benchmarks/every_kernel.py
 
-Steps run operation by operation, so that only kernels of this package and of the library run. The
-last line names the kernels that were launched, and those of the package that were not.
+Run it once without the sanitizer first: then nothing is left for Triton to compile. Steps run
+operation by operation, so that only kernels of this package and of the library run. The last line
+names the kernels that were launched, and those of the package that were not.
 """
 
 import argparse
@@ -122,6 +124,9 @@ def settings() -> list[tuple[torch.dtype, nm.Config]]:
         (torch.float16, nm.Config(master="fp32", weight_decay_form="cautious")),
         (wide, nm.Config(method="gram", momentum_dtype=half)),
         (wide, nm.Config.preset("modded_nanogpt", guard="full")),
+        (wide, nm.Config.preset("adamuon", guard="full", momentum_dtype="int8")),
+        (wide, nm.Config.preset("hyperball", guard="full", other="lion")),
+        (half, nm.Config.preset("nanochat", guard="full", cautious_update=True)),
     ]
 
 
