@@ -39,12 +39,34 @@ def scalars(file: Path) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for line in map(json.loads, file.read_text().splitlines()):
         if "purge" in line:
-            for steps in found.values():
+            for steps in found.values() if line["purge"] is not None else ():
                 for step in [k for k in steps if k >= line["purge"]]:
                     del steps[step]
         else:
             found.setdefault(line["tag"], {})[line["step"]] = line["value"]
     return found
+
+
+def take_board(name: str | None) -> None:
+    """What ``from torch.utils.tensorboard import SummaryWriter`` finds in this process."""
+    if name == "none":
+        sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]
+    elif name == "stand-in":
+        sys.modules["torch.utils.tensorboard"] = stand_in = ModuleType("tensorboard")
+        stand_in.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+
+
+def numbers_of(folder: Path) -> dict[str, dict[int, float]]:
+    """The scalars in TensorBoard's events, or in the file of the stand-in."""
+    if (folder / "board.jsonl").exists():
+        return scalars(folder / "board.jsonl")
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def threads() -> int:
@@ -59,12 +81,7 @@ def main() -> None:
         destroy()
 
     dist.destroy_process_group = counted
-    board = os.environ.get("BOARD")
-    if board == "none":
-        sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]
-    elif board == "stand-in":
-        sys.modules["torch.utils.tensorboard"] = stand_in = ModuleType("tensorboard")
-        stand_in.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    take_board(os.environ.get("BOARD"))
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)  # as if it had been started alone
     pretrain = importlib.import_module("pretrain")
