@@ -671,8 +671,9 @@ def section(about: dict[str, Any], runs: Runs) -> str:
             same = [j.lr for j in runs if dataclasses.replace(j, lr=at.lr) == at]
             if at.lr in (min(same), max(same)):
                 seen.append(
-                    f"- {ratio} tokens per parameter: {optimizer}'s rate is an end of those that "
-                    "were tried with\n  its rates for embedding and head; another may be better."
+                    f"- {ratio} tokens per parameter: {optimizer}'s best rate is the lowest or the "
+                    "highest of those\n  that were tried with these rates for embedding and head; "
+                    "one beyond it may be better."
                 )
     grids = "\n\n".join(
         f"{r} tokens per parameter:\n\n{markdown(grid_of(runs, r))}" for r in ratios
@@ -685,17 +686,17 @@ def section(about: dict[str, Any], runs: Runs) -> str:
 
 {about["corpus"]}.
 
-The GPT of the training study in three sizes, which read about as much of the same text, once, in
-steps of {about["tokens a step"]:,} tokens of bfloat16 autocast. The schedule, the weight decay
-and AdamW's betas are those of the training study. Losses are nats per token. The rates were chosen
-with seed 0 on one part of the validation text (65,536 tokens), and the losses are those of another
-(196,608).
+Does the gain change with tokens per parameter? The GPT of the training study in three sizes: each
+reads about the same amount of the same text, once, in steps of {about["tokens a step"]:,} tokens
+with bfloat16 autocast. Schedule, weight decay and AdamW's betas are those of the training study.
+Losses are nats per token. The rates were chosen with seed 0 on one part of the validation text
+(65,536 tokens), and the losses in the table are those of another part (196,608).
 
 {markdown(models)}
 
-Each optimizer is at its best rate. AdamW's rates for embedding and head (given in parts of `lr`)
-are tuned for it; Muon (`Config(normalize=False)`) and NorMuon (`Config()`) step both with AdamW at
-`lr`, untuned.
+Each optimizer is at its best rate. AdamW has tuned rates of its own for embedding and head, given
+as multiples of `lr`. Muon (`Config(normalize=False)`) and NorMuon (`Config()`) step these two with
+AdamW at `lr`, untuned.
 
 ![loss by tokens per parameter, and the grids](tokens_per_parameter.png)
 
@@ -704,12 +705,13 @@ are tuned for it; Muon (`Config(normalize=False)`) and NorMuon (`Config()`) step
 - The columns are those of the training study. `ms a step` is the time of a run alone, its whole
   step in one CUDA graph.
 {chr(10).join(seen)}
-- Not finished in the device time that there was, tokens per parameter: {", ".join(missing) or "-"}.
-- What it does not show: a smaller model has more tokens per parameter here, so that a gain which
-  changes may come from either. The models are far smaller than those that people train.
+- Not finished in the device time that there was, in tokens per parameter:
+  {", ".join(missing) or "-"}.
+- What it does not show: here a model with more tokens per parameter is also a smaller model, so a
+  change of the gain may come from either. The models are far smaller than those that people train.
 
-The losses that the rates were chosen by, seed 0; of AdamW also with its rates for embedding and
-head (behind its name, in parts of `lr`):
+The losses by which the rates were chosen, with seed 0. The numbers behind AdamW's name are its
+rates for embedding and head, as multiples of `lr`:
 
 {grids}
 """
