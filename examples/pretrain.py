@@ -11,8 +11,8 @@ do, read as bytes; for tokens change `Text`. train_ddp.py is the same with Distr
 """
 
 import csv
-import gc
 import os
+import sys
 import time
 import warnings
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from tqdm import tqdm
 
 import normuon_fn as nm
@@ -242,8 +241,8 @@ def main(kind: type[Trainer] = Trainer) -> None:
     train(kind(args))
     if dist.is_initialized():
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it keeps gloo's threads, and one of them may abort a process
-        gc.collect()  # that is about to end (pytorch#190489)
+        sys.stdout.flush()
+        os._exit(0)  # a thread of gloo may abort an interpreter that shuts down (pytorch#190489)
 
 
 if __name__ == "__main__":

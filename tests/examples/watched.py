@@ -3,8 +3,9 @@
     python watched.py examples/train_ddp.py --steps 20
 
 It prints how many threads there were before the process group ended, and how many when the
-interpreter is about to shut down. ``NAN_AT``: the last rank's loss is NaN at this step. ``BOARD``:
-"none" for no TensorBoard, "stand-in" for the class below; without it, what is installed.
+interpreter is about to shut down, or that it does not shut down. ``NAN_AT``: the last rank's loss
+is NaN at this step. ``BOARD``: "none" for no TensorBoard, "stand-in" for the class below; without
+it, what is installed.
 """
 
 from __future__ import annotations
@@ -80,6 +81,12 @@ def main() -> None:
         before[0] = threads()
         destroy()
 
+    def ended(code: int) -> None:
+        sys.stdout.write("no shutdown\n")
+        sys.stdout.flush()
+        leave(code)
+
+    leave, os._exit = os._exit, ended  # type: ignore[assignment]
     dist.destroy_process_group = counted
     take_board(os.environ.get("BOARD"))
     sys.argv = sys.argv[1:]
