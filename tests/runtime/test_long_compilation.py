@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 import normuon_fn as nm
 from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.runtime import long_compilation, outside
-from tests.processes import ROOT
+from tests import guides, scripts
 
 SLOW, SHORT = 0.3, 0.02  # seconds that compiling takes here; from when on it is long
 
@@ -126,13 +125,21 @@ def test_of_several_ranks_the_first_one_says_it(
         assert len(lines()) == said
 
 
-def test_nothing_has_to_be_configured_to_read_it_and_one_line_silences_it() -> None:
-    code = "from normuon_fn.runtime import long_compilation as l; l._say(); l._say()"
-    silenced = "import logging; logging.getLogger('normuon_fn').setLevel(logging.ERROR); " + code
-    for text, count in ((code, 1), (silenced, 0)):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", text],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+def test_nothing_has_to_be_configured_to_read_it_and_one_line_silences_it(tmp_path: Path) -> None:
+    said = """
+import logging, warnings
+from normuon_fn.runtime import long_compilation
+
+warnings.simplefilter("error")  # it is none of Python's warnings
+{line}
+long_compilation._say()
+long_compilation._say()
+"""
+    silence = 'logging.getLogger("normuon_fn").setLevel(logging.ERROR)'  # of the guide
+    assert silence in guides.text("troubleshooting.md")
+    for line, count in (("", 1), (silence, 0)):
+        file = tmp_path / f"lines{count}.py"
+        file.write_text(said.format(line=line))
+        done = scripts.run(file)
         assert done.stderr.count("TORCHINDUCTOR_CACHE_DIR") == count
         assert len(done.stderr.splitlines()) == count and done.stdout == ""
