@@ -3,8 +3,8 @@
     python examples/pretrain.py --steps 200 --log-every 5 --out runs/metrics
     python examples/plot_metrics.py runs/metrics --out examples/metrics.png
 
-Needs `pip install tensorboard`. A panel is a metric of `nm.report_metrics`, and a line a parameter;
-those of one block and of vectors are left out unless --all is there.
+Needs `pip install tensorboard`. Every panel is a metric of `nm.report_metrics`, and every line a
+parameter. Without --all these are the embeddings, the head and the matrices of the first block.
 """
 
 import argparse
