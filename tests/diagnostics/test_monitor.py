@@ -193,6 +193,7 @@ def test_on_cuda_a_skip_is_heard_a_step_later_without_a_wait(graphed: bool) -> N
     torch.cuda.synchronize()
     step(model, optimizer)
     assert [(s.step, s.consecutive, s.skipped) for s in got] == [(4, 1, 1)] and got[0].names
+    torch.cuda._sleep(4_000_000_000)  # or a slow host hears of it in the same call
     step(model, optimizer, bad=True)
     torch.cuda.synchronize()
     before = [p.detach().clone() for p in model.parameters()]
