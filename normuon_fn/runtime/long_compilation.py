@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -39,7 +40,8 @@ def saying_so_if_long(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         timer = threading.Timer(AFTER, _say)
         timer.daemon = True
-        timer.start()
+        with suppress(RuntimeError):  # no thread can be had: the step does without the line
+            timer.start()
         try:
             return function(*args, **kwargs)
         finally:

@@ -118,6 +118,19 @@ def test_a_warm_step_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     nm.step_(*step)
 
 
+def test_where_no_thread_can_be_had_the_step_is_made_all_the_same(
+    lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    params, *others = new()
+    before = params["w"].clone()
+    nm.step_(params, *others)
+    assert lines() == [] and not torch.equal(params["w"], before)
+
+
 def test_of_several_ranks_the_first_one_says_it(
     lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
