@@ -26,6 +26,7 @@ from .offloading import Offloading
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
+from .saved_meaning import write_forms
 from .saving import SavedOptimizer
 from .scaled import forget_scale, unscaled
 
@@ -245,6 +246,7 @@ class NorMuon(Offloading, SavedOptimizer):
         named = groups_of.named_again(self.param_groups, self._added)
         self._added = decide_new(named, self._routes)
         self._reports.remember_models(self._added, self._routes)
+        write_forms(self.param_groups, self._added, self.config)
         ranks = self._mesh, self._guard_mesh, self._owners
         planner = Planner(self.param_groups, self._added, self.config, *ranks)
         present = set(map(id, planner.named.values()))
