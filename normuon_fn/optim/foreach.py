@@ -84,6 +84,9 @@ def foreach_step_(
         compiled: as one graph, like `step_`; ``False``: operation by operation. Inside
             ``torch.compile`` the step is part of that graph either way.
 
+    With ``weight_decay_form="hyperball"`` the first call with such tensors waits for the device,
+    once, to refuse matrices of zeros, which would stay zeros; calls in a graph of your own do not.
+
     Raises (what depends on shapes, dtypes and devices: only at the first call with such tensors):
         TypeError, ValueError: naming the argument and the place in it.
     """

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..compat import address
 from ..distributed.dtensors import is_dtensor
 from ..planning.checks import check_tensors
+from ..planning.hyperball import check_sizes
 from ..planning.memory import check_writable
 from ..planning.momentum_codes import fitted_file
 from ..planning.plan import Plan
@@ -113,7 +114,8 @@ def load(
             share memory, are expanded, on the meta device, or made under inference mode.
         CheckpointError (a ValueError): the file is damaged, truncated or of another format, or it
             does not fit the plan. The message says which names are missing or unexpected, which
-            shapes or dtypes differ, or which options give the state another meaning.
+            shapes or dtypes differ, which options give the state another meaning, or which matrix
+            is zero that is to keep its norm.
     """
     if plan is None and not (params is None and state is None):
         raise ValueError("params, state: to be written in place they need plan=")
@@ -129,6 +131,7 @@ def load(
         want |= {f"state/{name}": (spec.shape, spec.dtype) for name, spec in whole}
         own = {key: tensor for key, tensor in found.items() if not key.startswith("extra/")}
         _check_specs(path, own, want)
+        _check_sizes(path, plan, found)
         found = {
             k: x for k, x in found.items() if k.removeprefix("state/") not in plan.owned.elsewhere
         }
@@ -162,6 +165,14 @@ def _check_meaning(path: str | os.PathLike[str], meta: dict[str, Any], plan: Pla
     if harmless:
         shown = "; ".join(harmless)
         warnings.warn(f"{path} was saved with another configuration: {shown}", stacklevel=3)
+
+
+def _check_sizes(path: str | os.PathLike[str], plan: Plan, found: Mapping[str, Tensor]) -> None:
+    """That no matrix is zero that is to keep its norm."""
+    try:
+        check_sizes(plan, {p.name: found[f"params/{p.name}"] for p in plan.parameters})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _check_specs(
