@@ -33,7 +33,7 @@ from .scaled import forget_scale, unscaled
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
-    "_constructed", "_reports", "_owners", "_offloaded",
+    "_constructed", "_reports", "_owners", "_offloaded", "without_gradients",
 )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ class NorMuon(Offloading, SavedOptimizer):
         self._owners: dict[str, int] = {}  # with Config(replicas="share")
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
         self._constructed = self._offloaded = False
+        self.without_gradients = False  # the last step, in which nothing was done
         self._planner: Planner | None = None
         self.plan: Plan | None = None  # of the last step
         self.result: StepResult | None = None  # of the last step
@@ -181,7 +182,8 @@ class NorMuon(Offloading, SavedOptimizer):
         else:
             chosen = tuple([grad is not None for grad in grads])
         planner.agree(chosen)
-        if not any(chosen):
+        self.without_gradients = not any(chosen)
+        if self.without_gradients:
             return
         planned = planner.steps.get(chosen)
         if planned is None or not planned.stepped:

@@ -24,7 +24,6 @@ from ..planning.memory import check_each_writable
 from ..planning.momentum_codes import fitting
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
-from ..routing.routes import Route
 from ..runtime.graphed import GraphedStep
 from ..runtime.recent import MANY, Recent
 from ..types import Config
@@ -131,11 +130,6 @@ class Planner:
             before = None if self._chosen is None else self._lacking(self._chosen)
             agree_on_gradients(self.common, self._lacking(chosen), before)
             self._chosen = chosen
-
-    @property
-    def routes(self) -> dict[str, Route]:
-        """By name, how every parameter is read."""
-        return {name: found.route for name, found in self._decisions.items()}
 
     def _lacking(self, chosen: Chosen) -> set[str]:
         return {name for name, is_in in zip(self.named, chosen, strict=True) if not is_in}

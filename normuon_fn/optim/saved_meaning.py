@@ -19,13 +19,18 @@ from .matching import by_any_name, some
 from .saved import Saved
 
 
+def routes_of(added: Sequence[AddedGroup]) -> dict[str, Route]:
+    """By name, how every parameter of an optimizer is read."""
+    return {name: d.route for group in added for name, d in (group.decisions or {}).items()}
+
+
 def write_forms(
     groups: Sequence[dict[str, Any]], added: Sequence[AddedGroup], config: Config
 ) -> None:
     """Writes into each group what its state is made with."""
-    found = {name: each for own in added for name, each in (own.decisions or {}).items()}
+    routes = routes_of(added)
     for group, own in zip(groups, added, strict=True):
-        group[FORM] = form_of(config, [found[name].route for name, _ in own.params])
+        group[FORM] = form_of(config, [routes[name] for name, _ in own.params])
 
 
 def check_meaning(

@@ -11,8 +11,9 @@ from ..compat.graphs import outside_graphs
 from ..types import Config
 from . import hyper as hyper_of
 from . import saved as saved_of
+from .groups import AddedGroup
 from .planned import Planner
-from .saved_meaning import check_meaning
+from .saved_meaning import check_meaning, routes_of
 from .state import States
 
 
@@ -20,6 +21,7 @@ class SavedOptimizer(torch.optim.Optimizer):
     """What `NorMuon` inherits: it has the groups and the state, and this reads and writes them."""
 
     _begun: set[str]
+    _added: list[AddedGroup]
     config: Config
 
     def _settled(self) -> Planner:
@@ -70,7 +72,7 @@ class SavedOptimizer(torch.optim.Optimizer):
             saved = hook(self, saved) or saved
         planner = self._settled()
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
-        check_meaning(found, saved["param_groups"], self.config, planner.routes)
+        check_meaning(found, saved["param_groups"], self.config, routes_of(self._added))
         write_values = hyper_of.loading(self.param_groups, found.groups)
         self._begun = planner.load(self.state, self._begun, found)
         write_values()

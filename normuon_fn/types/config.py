@@ -41,6 +41,10 @@ Grads = Mapping[str, Tensor | None]
 
 FIXED_STEPS = {"cubic5": 5}  # one composition, which can neither be cut nor continued
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = {
+    "orthogonalize_dtype": COMPUTE_DTYPES,
+    "momentum_dtype": (torch.bfloat16, torch.float32, torch.float64, torch.int8),
+}
 
 
 @dataclass(frozen=True)
@@ -162,20 +166,20 @@ class Config:
             raise TypeError(f"Config.seed: expected an int, got {self.seed!r}")
         if self.momentum_dtype == "int8":
             object.__setattr__(self, "momentum_dtype", torch.int8)
-        for field, more in (("orthogonalize_dtype", ()), ("momentum_dtype", (torch.int8,))):
-            value, choices = getattr(self, field), (*COMPUTE_DTYPES, *more)
-            if value not in (None, *choices):
+        for field, choices in _DTYPES.items():
+            value = getattr(self, field)
+            if not (value is None or value in choices):
+                shown = [*choices, "int8"] if torch.int8 in choices else [*choices]
+                why = ""
+                if value == torch.float16:
+                    why = ": small gradients vanish in float16; write torch.bfloat16"
                 raise ValueError(
-                    f"Config.{field}: expected None or one of {choices}, got {value!r}"
+                    f"Config.{field}: expected None or one of {shown}, got {value!r}{why}"
                 )
         if self.momentum_dtype == torch.int8 and self.metrics:
             raise ValueError(
                 "Config.metrics: expected False with momentum_dtype='int8', whose codes the pass "
                 "that measures norms does not read; leave metrics out, or write torch.bfloat16"
-            )
-        if self.momentum_dtype == torch.float16:
-            raise ValueError(
-                "Config.momentum_dtype: small gradients vanish in float16; write torch.bfloat16"
             )
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
             own: object = self.orthogonalizer  # type: ignore[unreachable]
