@@ -227,6 +227,7 @@ class NorMuon(Offloading, SavedOptimizer):
         try:
             self._added.append(groups_of.remember_last(self.param_groups, written))
             hyper_of.check_hyperparameters(self.param_groups[-1])
+            hyper_of.check_read(self.param_groups[-1], self.config)
             if self._constructed:
                 self._settle()
         except BaseException:

@@ -34,6 +34,7 @@ from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying
 from .lost_updates import warn_of_lost_updates
 from .outside import free, graph_of
 from .recent import MANY, Recent
+from .unread import warn_of_unread
 
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
@@ -149,6 +150,7 @@ def _run_compiled(
     if compiled is None:
         if not graphs:
             warn_of_lost_updates(plan, params, hyper)
+            warn_of_unread(plan, hyper)
             if is_new(plan):
                 check_step(plan, *passed, hyper, found_inf)
                 check_first_use(plan, params)

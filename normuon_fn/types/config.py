@@ -14,6 +14,7 @@ from torch import Tensor
 from .hyper import check_number
 from .other_names import with_hints
 from .presets import PRESETS, Preset
+from .unread import check_read, without_unread
 
 Row = tuple[float, float, float]
 CoefficientsName = Literal[
@@ -113,7 +114,8 @@ class Config:
     - ``seed``: of the chances of ``"stochastic"``, which also depend on the number of steps (see
       ``guard_scope``), the parameter's name, the entry's place, and on a mesh its sharding.
 
-    Raises TypeError or ValueError for an unknown option, or options that exclude each other.
+    Raises TypeError or ValueError for an unknown option, options that exclude each other, or one
+    that another leaves without effect.
     """
 
     momentum_form: MomentumForm = "ema"
@@ -186,11 +188,13 @@ class Config:
             raise TypeError(f"Config.orthogonalizer: expected a callable, got {own!r}")
         checked = check_coefficients(self.coefficients, self.steps, self.safety_factor, "Config.")
         object.__setattr__(self, "coefficients", checked)
+        check_read(vars(self), _DEFAULTS)
 
     @staticmethod
     def preset(name: Preset, **overrides: Any) -> Config:
         """The published variant ``name``, with any field overridden.
 
+        What an override leaves unread of the preset (``eps`` with ``normalize=False``) is left out.
         The formulas are theirs; the floors and eps inside their Newton-Schulz norms are not: those
         make small gradients vanish. ``"emerging_optimizers"`` follows the axis of its code, and not
         that of its comment. An unknown name or field is a ValueError or a TypeError.
@@ -200,11 +204,12 @@ class Config:
         unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(Config)})
         if unknown:
             raise TypeError(f"preset: unknown Config fields {unknown}")
-        return Config(**{**PRESETS[name], **overrides})
+        return Config(**without_unread(PRESETS[name], overrides, _DEFAULTS))
 
 
 # A dataclass writes its own __init__: it has hints for the names of other optimizers too.
 Config.__init__ = with_hints(Config.__init__)  # type: ignore[method-assign]
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 _CHOICES = {k: get_args(v) for k, v in get_type_hints(Config).items() if get_origin(v) is Literal}
 
 
