@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 Options = Mapping[str, Any]  # all of a Config
 
 
@@ -32,9 +34,14 @@ _RULES = (
         "scale beside it",
     ),
     _Rule(
-        ("coefficients", "safety_factor", "steps", "method", "orthogonalize_dtype"),
+        ("coefficients", "safety_factor", "steps", "method"),
         lambda o: o["orthogonalizer"] is not None,
         "it is about Newton-Schulz, in whose place the orthogonalizer is",
+    ),
+    _Rule(
+        ("orthogonalize_dtype",),
+        lambda o: o["orthogonalizer"] is not None and _is_narrow(o["orthogonalize_dtype"]),
+        "an orthogonalizer of your own is given float32 (or float64), and casts by itself",
     ),
     _Rule(
         ("update_floor_per",),
@@ -42,6 +49,10 @@ _RULES = (
         "update_floor=0 has no floor; write update_floor=0.35, for example",
     ),
 )
+
+
+def _is_narrow(dtype: torch.dtype | None) -> bool:
+    return dtype is not None and dtype.itemsize < 4
 
 
 def check_read(options: Options, defaults: Options) -> None:
