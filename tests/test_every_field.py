@@ -80,7 +80,7 @@ CONTEXTS: list[Fields] = [
 ALLOWED: dict[str, tuple[Callable[[Fields], bool], str]] = {
     "rms": (
         lambda beside: beside.get("weight_decay_form") == "hyperball",
-        "an update is as long as its matrix there; routes take matrices off the ball, which have it",
+        "an update is as long as its matrix there; routes may take matrices off the ball",
     ),
     "renormalize": (
         lambda beside: not beside.get("normalize", True),

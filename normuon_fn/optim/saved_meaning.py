@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..persistence.meaning import FORM, Meaning, differences, form_of, read_form
+from ..persistence.meaning import FORM, Meaning, differences, form_of, listed, read_form
 from ..routing.doubts import warn_at_caller
 from ..routing.routes import Route
 from ..types import Config
@@ -68,13 +68,13 @@ def check_meaning(
         fatal += each.fatal
         harmless |= dict.fromkeys(each.harmless)
     if fatal:
-        lines = list(dict.fromkeys(fatal))
+        lines = listed([*dict.fromkeys(fatal)])
         raise ValueError(
-            f"state_dict: its state has another meaning: {'; '.join(lines[:8])}. Or leave it out, "
-            "and the state begins anew"
+            f"state_dict: its state has another meaning: {lines}. Or leave it out, and the state "
+            "begins anew"
         )
     if harmless:
-        warn_at_caller(f"state_dict was saved with another configuration: {'; '.join(harmless)}")
+        warn_at_caller(f"state_dict was saved with another configuration: {listed([*harmless])}")
 
 
 def _routes_of(

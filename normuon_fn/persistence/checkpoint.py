@@ -28,7 +28,7 @@ from ..planning.plan import Plan
 from ..types import Tensors
 from .description import CheckpointError
 from .file_format import DTYPES, read, require_safetensors, write
-from .meaning import Meaning, config_texts, differences, fields_of, route_texts
+from .meaning import Meaning, config_texts, differences, fields_of, listed, route_texts
 
 
 class Checkpoint(NamedTuple):
@@ -99,8 +99,8 @@ def load(
 
     With ``plan``, the file is checked against the plan and its tensors are on the plan's device.
     Without, the tensors are on the CPU as they were saved. Nothing is ever unpickled. An option
-    that differs from the saved one but does not touch the state (guard, coefficients, ...) causes
-    a warning.
+    that differs from the saved one but does not touch the state (guard, coefficients, a decay form
+    or multiplier of a route, ...) causes a warning.
 
     Args:
         params, state: with ``plan``, these tensors are written in place, and only after the whole
@@ -161,9 +161,9 @@ def _check_meaning(path: str | os.PathLike[str], meta: dict[str, Any], plan: Pla
     routes = {p.name: p.route for p in plan.parameters}
     fatal, harmless = differences(saved, plan.config, routes)
     if fatal:
-        raise CheckpointError(f"{path}: its state has another meaning: {'; '.join(fatal[:8])}")
+        raise CheckpointError(f"{path}: its state has another meaning: {listed(fatal)}")
     if harmless:
-        shown = "; ".join(harmless)
+        shown = listed(harmless)
         warnings.warn(f"{path} was saved with another configuration: {shown}", stacklevel=3)
 
 
@@ -192,8 +192,14 @@ def _check_specs(
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise CheckpointError(
                 f"{path}: {key}: expected {dtype} of shape {shape}, the file has {tensor.dtype} "
-                f"of shape {tuple(tensor.shape)}"
+                f"of shape {tuple(tensor.shape)}{_hint_of_dtype(key, shape, tensor)}"
             )
+
+
+def _hint_of_dtype(key: str, shape: tuple[int, ...], tensor: Tensor) -> str:
+    if _kind(key) != "momentum" or tuple(tensor.shape) != shape:
+        return ""
+    return f"; write Config(momentum_dtype={tensor.dtype})"
 
 
 def _check_run(

@@ -21,7 +21,11 @@ _CONFIG_OF_STATE = {
     "momentum_form": "normuon", "normalize": "normuon", "reduction": "normuon", "other": "adamw",
 }  # fmt: skip
 _ROUTE_OF_STATE = ("algorithm", "flatten", "heads", "splits", "dim", "transposed")
+_MULTIPLIERS = ("lr_mul", "wd_mul")
+# What has no state: a decay form too, also one that keeps the norm of the weights as they are now.
+_ROUTE_OF_STEPS = (*_MULTIPLIERS, "weight_decay_form", "cautious_update")
 _NOT_OF_A_RUN = ("orthogonalizer", "metrics")
+_SHOWN = 8
 FORM = "state_form"  # the key of a parameter group
 Texts = Mapping[str, str]  # field -> repr of its value
 
@@ -38,6 +42,12 @@ class Differences(NamedTuple):
 
     fatal: list[str]  # the state would be read as something else
     harmless: list[str]  # the state is the same
+
+
+def listed(lines: Sequence[str]) -> str:
+    """The first of these lines, and how many more there are."""
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
 
 
 def config_texts(config: Config) -> dict[str, str]:
@@ -70,15 +80,23 @@ def differences(
         else:
             harmless.append(line)
     for parameter, route in routes.items():
-        before, after = saved.routes.get(parameter), _of_state(route)
+        before, after = saved.routes.get(parameter), _read(route)
         if before is None:
             continue
-        fatal += [
-            f"the route of {parameter!r} had {k}={old}, has {after[k]}: write Route({k}={old})"
-            for k, default in _ROUTE_DEFAULTS.items()
-            if (rules_too or k != "algorithm") and (old := before.get(k, default)) != after[k]
-        ]
+        for k, default in _ROUTE_DEFAULTS.items():
+            old = before.get(k, default)
+            if _is_alike(k, old, after[k]) or (k == "algorithm" and not rules_too):
+                continue
+            line = f"the route of {parameter!r} had {k}={old}, has {after[k]}"
+            if k in _ROUTE_OF_STATE:
+                fatal.append(f"{line}: write Route({k}={old})")
+            else:
+                harmless.append(line)
     return Differences(fatal, harmless)
+
+
+def _is_alike(field: str, old: str, new: str) -> bool:
+    return old == new or (field in _MULTIPLIERS and old in ("0", "1") and f"{old}.0" == new)
 
 
 def _is_unread(name: str, saved: Texts, config: Config) -> bool:
@@ -100,9 +118,7 @@ def form_of(config: Config, routes: Iterable[Route]) -> str:
     found = {}
     for k, route in enumerate(routes):
         written = {
-            f: x
-            for f, x in _of_state(route).items()
-            if x != _ROUTE_DEFAULTS[f] and f != "algorithm"
+            f: x for f, x in _read(route).items() if x != _ROUTE_DEFAULTS[f] and f != "algorithm"
         }
         if written:
             found[str(k)] = written
@@ -133,9 +149,11 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
 
 
-def _of_state(route: Route) -> dict[str, str]:
+def _read(route: Route) -> dict[str, str]:
+    """What is compared of a route."""
     texts = route_texts(route) | {"algorithm": repr(str(route.algorithm))}
-    return {k: texts[k] for k in _ROUTE_OF_STATE}
+    texts |= {k: repr(float(getattr(route, k))) for k in _MULTIPLIERS}
+    return {k: texts[k] for k in (*_ROUTE_OF_STATE, *_ROUTE_OF_STEPS)}
 
 
 # --- what tensors tell
@@ -176,4 +194,4 @@ _BY_KIND = (  # a kind of state, the field of Config, its value with that kind a
 _CONFIG_DEFAULTS = {
     f.name: repr(f.default) for f in dataclasses.fields(Config) if f.name not in _NOT_OF_A_RUN
 }
-_ROUTE_DEFAULTS = _of_state(Route("normuon"))
+_ROUTE_DEFAULTS = _read(Route("normuon"))

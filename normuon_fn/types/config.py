@@ -74,8 +74,8 @@ class Config:
     - ``weight_decay_form``: ``"decoupled"``, W <- (1 - lr wd) W - lr U; ``"cautious"`` decays only
       entries with U W >= 0; ``"hyperball"``: W keeps its Frobenius norm, U is as long as W, so lr
       is relative, and nothing decays. ``weight_decay_lr_power`` 2: lr^2 wd in the place of lr wd.
-    - ``cautious_update``: entries with U G < 0 do not move, and the others move as much further
-      (arXiv 2411.16085).
+    - ``cautious_update``: entries with U G < 0 do not move; the others, k of d, move d / (k + 1)
+      times as far (arXiv 2411.16085, Algorithm 2; see finishing.py for what its code does).
     - ``update_floor``: U is made longer where it is shorter than this share of W, per output row
       or ``"matrix"`` (``update_floor_per``; modded-nanogpt#328, #274).
     - A `Route` can give its parameters another ``weight_decay_form`` and ``cautious_update``.
