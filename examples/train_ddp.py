@@ -13,6 +13,7 @@ DDP averages the gradients; the step gathers the updates. All ranks end up with 
 """
 
 import argparse
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import DistributedDataParallel
 from train_gpt import BATCH, GPT, LAYERS, WIDTH, Text
@@ -151,14 +153,19 @@ def main(train: Callable[[argparse.Namespace, torch.device], None], about: str |
 def leave() -> None:
     """Ends the process group and the threads of its backend.
 
-    ``destroy_process_group`` alone does not end gloo's threads after FSDP2: DTensor's cache of
-    placements keeps the mesh, and the mesh keeps the group. A thread that frees the tensor of its
-    last collective while the interpreter shuts down then aborts the process, now and then, with
-    "terminate called without an active exception" (pytorch#190489). Without the cache, the group
-    is freed here, which waits for its threads.
+    ``destroy_process_group`` alone does not end gloo's threads after FSDP2: DTensor's caches keep
+    the mesh, and the mesh keeps the group. A thread that frees the tensor of its last collective
+    while the interpreter shuts down then aborts the process, now and then, with "terminate called
+    without an active exception" (pytorch#190489). Without the caches, which differ from version to
+    version, the group is freed here, which waits for its threads. On torch 2.11 something else
+    keeps the mesh too: there, ending by ``os._exit`` is the safe way.
     """
     dist.destroy_process_group()
     _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()
+    for cache in gc.get_objects():
+        if type(cache) is functools._lru_cache_wrapper and "torch.distributed" in cache.__module__:
+            cache.cache_clear()
     gc.collect()  # modules under FSDP2 are cycles, and have the mesh too
 
 

@@ -214,14 +214,14 @@ def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
     """Starts a thread that compiles the Triton kernels of a step while dynamo traces it.
 
     It runs a step of one parameter of each kind, on zeros: the first step then finds its kernels.
-    Where matrices have rates of their own it takes two, because kernels for one are others.
+    Where matrices have rates of their own it takes two, because kernels for one are others. A
+    process that ends meanwhile waits for it: a daemon in the compiler crashes the interpreter.
     """
     if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
         return
-    run = threading.Thread(
-        target=_step_on_zeros, args=(plan, function), name="normuon_fn kernels", daemon=True
-    )
-    run.start()
+    threading.Thread(
+        target=_step_on_zeros, args=(plan, function), name="normuon_fn kernels", daemon=False
+    ).start()
 
 
 def _step_on_zeros(plan: Plan, function: StepFunction) -> None:
