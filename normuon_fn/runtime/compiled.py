@@ -31,6 +31,7 @@ from ..step import init, local_update, local_update_, to_dtensors, update, zeros
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
 from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying_what_was_written
+from .long_compilation import saying_so_if_long
 from .lost_updates import warn_of_lost_updates
 from .outside import free, graph_of
 from .recent import MANY, Recent
@@ -161,7 +162,8 @@ def _run_compiled(
         if function is local_update_:
             _check_writable(plan, params, state)
         if compiled is None:
-            compiled = graphs[function, missing] = graph_of(function, plan, missing)
+            graph = graphs[function, missing] = graph_of(function, plan, missing)
+            compiled = saying_so_if_long(graph)
             if len({sets for _, sets in graphs}) == MANY:
                 graphs.warn_of_sets("step" if function is local_update else "step_")
         if plan.sharded:
