@@ -202,8 +202,8 @@ _stage_in_op = define(
 _stage_out_op = define(
     "stage_out_", "(Tensor(a!)[] host, Tensor[] staged) -> ()", _stage_out, _nothing
 )
-_host_like_op = define(
-    "host_like", "(Tensor[] host) -> Tensor[]", lambda host: [*map(pinned_like, host)], empty_like
+_stage_like_op = define(
+    "stage_like", "(Tensor[] host) -> Tensor[]", lambda host: [*map(pinned_like, host)], empty_like
 )
 
 
@@ -244,6 +244,6 @@ def join(host: list[Tensor]) -> None:
         _join_op(handle.graph.order)
 
 
-def host_like(host: list[Tensor]) -> list[Tensor]:
+def stage_like(host: list[Tensor]) -> list[Tensor]:
     """New lists of the host for these, pinned as they are."""
-    return _host_like_op(host)
+    return _stage_like_op(host)

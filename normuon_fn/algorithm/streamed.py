@@ -82,7 +82,8 @@ class StreamedWork(MatrixWork):
         conveyor: Conveyor,
     ) -> None:
         super().__init__(stack, groups, runs, context, chunks)
-        self.conveyor, self.measures = conveyor, list[Measures]()
+        self.conveyor = conveyor
+        self.measures: list[Measures] = []
         self.norms_of_pieces: list[Tensor] = []
         coded = context.stages.momentum.coded
         self.kept = [MOMENTUM.name, *([SCALE.name] if coded else [])]

@@ -10,6 +10,7 @@ import torch
 from ..compat.graphs import outside_graphs
 from . import hyper as hyper_of
 from . import saved as saved_of
+from .offloading import wait_for_copies_sync
 from .planned import Planner
 from .state import States
 
@@ -30,7 +31,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        self._settled()
+        wait_for_copies_sync(self._settled())
         return self._packed(self.state)
 
     @outside_graphs()
@@ -63,6 +64,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
         planner = self._settled()
+        wait_for_copies_sync(planner)
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
         write_values = hyper_of.loading(self.param_groups, found.groups)
         self._begun = planner.load(self.state, self._begun, found)

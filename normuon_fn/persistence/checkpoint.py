@@ -25,6 +25,7 @@ from ..planning.checks import check_tensors
 from ..planning.memory import check_writable
 from ..planning.momentum_codes import fitted_file
 from ..planning.plan import Plan
+from ..planning.streaming import placed, wait_for_copies_sync
 from ..types import Config, Tensors
 from .description import CheckpointError
 from .file_format import DTYPES, read, require_safetensors, write
@@ -73,6 +74,7 @@ def save(
     """
     require_safetensors()
     _check_run(plan, params, state, whole=True)
+    wait_for_copies_sync(plan)
     extra = {} if extra is None else extra
     if not isinstance(extra, Mapping):
         raise TypeError(
@@ -140,7 +142,7 @@ def load(
 
     parts: dict[str, dict[str, Any]] = {"params": {}, "state": {}, "extra": dict(meta["extra"])}
     targets = {"params": params, "state": state}
-    device = torch.device("cpu") if plan is None else plan.device
+    wait_for_copies_sync(plan)
     with torch.no_grad():
         for key, tensor in found.items():
             part, _, name = key.partition("/")
@@ -149,7 +151,11 @@ def load(
                 into[name].copy_(tensor)
             else:
                 with torch.inference_mode(False):  # they will be written
-                    parts[part][name] = tensor if part == "extra" else tensor.to(device)
+                    if plan is not None and part == "state":
+                        tensor = placed(tensor, plan.state[name], plan)
+                    elif plan is not None and part == "params":
+                        tensor = tensor.to(plan.device)
+                    parts[part][name] = tensor
     return Checkpoint(
         parts["params"] if params is None else params,
         parts["state"] if state is None else state,
@@ -276,7 +282,8 @@ def _check_extra_tensor(what: str, tensor: Tensor, depth: int) -> None:
 
 
 def _config_fields() -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(Config) if f.name not in ("orthogonalizer", "metrics")]
+    left_out = ("orthogonalizer", "metrics", "state_device")  # where it is says nothing of it
+    return [f for f in dataclasses.fields(Config) if f.name not in left_out]
 
 
 def _config(config: Config) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
 from .memory import check_apart, in_one_storage
 from .plan import Plan, Spec
-from .streaming import check_pinned
+from .streaming import check_pinned, check_unmapped
 
 
 def check_step(
@@ -31,6 +31,8 @@ def check_step(
     check_tensors(plan, "params", params, specs)
     check_tensors(plan, "grads", grads, specs, optional=True)
     check_tensors(plan, "state", state, plan.state)
+    if plan.streaming is not None:
+        check_unmapped({"params": params, "grads": grads, "state": state})
     if not isinstance(hyper, Hyper):
         raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")
     for name, value in zip(Hyper._fields, hyper, strict=True):

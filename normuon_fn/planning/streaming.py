@@ -17,12 +17,14 @@ from torch import Tensor
 from ..algorithm.guard import Rule
 from ..algorithm.momentum import MOMENTUM, SCALE
 from ..compat import address
+from ..compat.observers import is_mapped
 from ..distributed.placements import ShardedLayout
 from ..ops.staging import slot_bytes
+from ..types import Grads
 from .layout import Block
 
 if TYPE_CHECKING:
-    from .plan import Spec
+    from .plan import Plan, Spec
 
 # Choices: 128 MiB take some 2.5 ms over PCIe 5, a hundred times what starts their copies, and eight
 # slots are as large as the momentums, in float32, of the largest stack (chunks.py).
@@ -128,10 +130,49 @@ def check_pinned(what: str, tensor: Tensor, device: torch.device) -> None:
             f"{what}: expected a contiguous tensor, got strides {tensor.stride()}; pass its "
             "contiguous()"
         )
-    real = not torch.compiler.is_dynamo_compiling() and address(tensor) is not None
-    if device.type == "cuda" and real and not tensor.is_pinned():
+    if device.type != "cuda" or torch.compiler.is_dynamo_compiling() or is_mapped(tensor):
+        return
+    if address(tensor) is not None and not tensor.is_pinned():
         raise ValueError(
             f"{what}: expected pinned memory with Config(state_device='cpu'), got pageable memory; "
             "write state = nm.init(params, plan) and copy into its tensors, or pass its "
             "pin_memory()"
         )
+
+
+def check_unmapped(given: Mapping[str, Grads]) -> None:
+    """That `torch.vmap` maps over hyperparameters alone: there is one ring for all it maps over.
+
+    Raises:
+        ValueError: naming a tensor.
+    """
+    for what, tensors in given.items():
+        for name, x in tensors.items():
+            if x is not None and is_mapped(x):
+                raise ValueError(
+                    f"{what}[{name!r}]: expected one tensor for all that torch.vmap maps over, with "
+                    "Config(state_device='cpu'); leave out state_device"
+                )
+
+
+def in_place_of_host(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` in host memory, contiguous, and pinned where the plan is on a GPU; itself if it is."""
+    pinned = device.type == "cuda"
+    if x.device.type == "cpu" and x.is_contiguous() and (not pinned or x.is_pinned()):
+        return x
+    found = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=pinned)
+    return found.copy_(x.detach())
+
+
+def placed(x: Tensor, spec: Spec, plan: Plan) -> Tensor:
+    """A tensor of the state where a step of the plan expects it."""
+    return in_place_of_host(x, plan.device) if spec.host else x.to(plan.device)
+
+
+def wait_for_copies_sync(plan: Plan | None) -> None:
+    """Waits for the device, where steps may still copy momentums to host memory or from it.
+
+    Before anybody on the host reads or writes them.
+    """
+    if plan is not None and plan.streaming is not None and plan.device.type == "cuda":
+        torch.cuda.synchronize(plan.device)

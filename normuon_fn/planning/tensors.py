@@ -87,7 +87,7 @@ class CallersDicts:
         if entries.places and not self.in_place:
             for key in dict.fromkeys(entries.keys):
                 if key not in self.places:
-                    (self.places[key],) = ops.staging.host_like([self.state[key]])
+                    (self.places[key],) = ops.staging.stage_like([self.state[key]])
             return entries.read(self.places)
         return entries.read(self._source(entries.what))
 

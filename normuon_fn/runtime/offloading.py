@@ -69,7 +69,7 @@ def reload_(state: T, plan: Plan) -> T:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     check_tensors(plan, "state", state, plan.state, anywhere=True)
-    move([(x, plan.device) for x in state.values()])
+    move([(x, plan.state[key].on(plan.device)) for key, x in state.items()])
     return state
 
 
