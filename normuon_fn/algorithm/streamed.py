@@ -128,9 +128,11 @@ class StreamedWork(MatrixWork):
 
     def _advanced_piece(self, piece: Piece, staged: list[Tensor] | None) -> Front:
         members, n = piece.members, piece.members.tensors
-        read = [members.read(name) for name in self.kept] if staged is None else [
-            staged[k * n : (k + 1) * n] for k in range(len(self.kept))
-        ]
+        read = (
+            [members.read(name) for name in self.kept]
+            if staged is None
+            else [staged[k * n : (k + 1) * n] for k in range(len(self.kept))]
+        )
         scales = read[1] if len(read) > 1 else None
         context = self.context if staged is None else self.staging
         grads, beta = members.read("grad"), ops.part_of(context.hyper.momentum, piece.matrices)

@@ -98,6 +98,6 @@ def in_host_memory(planner: Planner) -> set[int]:
 
 
 def wait_for_copies_sync(planner: Planner | None) -> None:
-    """Waits for copies to host memory and from it, before anybody on the host reads or writes it."""
+    """Waits for copies to host memory and from it, before the host itself reads or writes it."""
     for step in [] if planner is None else planner.steps.values():
         wait_sync(step.plan)

@@ -39,9 +39,7 @@ class Spec:
     def zeros(self, device: torch.device) -> torch.Tensor:
         """A new tensor, of a DTensor the local part, for a plan on ``device``."""
         pinned = self.host and device.type == "cuda"
-        return torch.zeros(
-            self.shape, dtype=self.dtype, device=self.on(device), pin_memory=pinned
-        )
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.on(device), pin_memory=pinned)
 
 
 @dataclass(frozen=True)

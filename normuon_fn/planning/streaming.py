@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 # Choices: 128 MiB take some 2.5 ms over PCIe 5, a hundred times what starts their copies, and eight
 # slots are as large as the momentums, in float32, of the largest stack (chunks.py).
 PIECE, RING = 2**27, 2**30
-_PIECES, _SHARE = 16, 4  # a small model has so many pieces, and a ring of this share of its momentums
+_PIECES, _SHARE = (
+    16,
+    4,
+)  # a small model has so many pieces, and a ring of this share of its momentums
 
 
 class Streaming(NamedTuple):
@@ -100,9 +103,9 @@ def check_alone(name: str, placed: ShardedLayout | None, shared: Sequence[object
     whose = f"a DTensor with {placed.placements}" if placed is not None else "one that ranks share"
     if placed is not None or any(x is not None for x in shared):
         raise ValueError(
-            f"params[{name!r}]: Config(state_device='cpu') is for plain tensors that no rank shares "
-            f"by mesh=, got {whose}; leave out state_device, or write momentum_dtype='int8' for a "
-            "smaller momentum"
+            f"params[{name!r}]: Config(state_device='cpu') is for plain tensors that no ranks "
+            f"share by mesh=, got {whose}; leave out state_device, or write momentum_dtype='int8' "
+            "for a smaller momentum"
         )
 
 
@@ -114,8 +117,8 @@ def check_early(rule: Rule) -> None:
     """
     if rule.group is not None and rule.mode != "off" and not rule.early:
         raise ValueError(
-            "guard_mesh: Config(state_device='cpu') writes momentums back before ranks have decided "
-            "whether they skip the step; leave out state_device, or write guard='off'"
+            "guard_mesh: Config(state_device='cpu') writes momentums back before ranks have "
+            "decided whether they skip the step; leave out state_device, or write guard='off'"
         )
 
 
@@ -150,8 +153,8 @@ def check_unmapped(given: Mapping[str, Grads]) -> None:
         for name, x in tensors.items():
             if x is not None and is_mapped(x):
                 raise ValueError(
-                    f"{what}[{name!r}]: expected one tensor for all that torch.vmap maps over, with "
-                    "Config(state_device='cpu'); leave out state_device"
+                    f"{what}[{name!r}]: expected one tensor for all that torch.vmap maps over, "
+                    "with Config(state_device='cpu'); leave out state_device"
                 )
 
 

@@ -215,9 +215,7 @@ class StepTensors:
         salts = [salt for block in blocks for salt in block.salts]
         return self._members(kind, count, len(blocks), entries, salts, rates, local)
 
-    def pieces(
-        self, kind: K, blocks: Sequence[Block], rates: Rates, start: int
-    ) -> Iterator[Piece]:
+    def pieces(self, kind: K, blocks: Sequence[Block], rates: Rates, start: int) -> Iterator[Piece]:
         """The same in pieces for the conveyor. ``start``: the place of the first in the bucket."""
         assert self.conveyor is not None
         for each in pieces(blocks, self.conveyor.size):

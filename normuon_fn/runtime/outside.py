@@ -111,8 +111,7 @@ class Graph:
         self.plan, self.grads, self.in_place = weakref.ref(plan), grads, in_place
         kind: Any = {"dtype": torch.uint8, "device": plan.device}
         # Without a guard an update enters as soon as it is there. One order for all makes sure that
-        # its memory is free before the next bucket asks for some.
-        # A ring of slots passes from bucket to bucket.
+        # its memory is free before the next bucket asks for some. A ring serves all in one order.
         in_turn = (plan.guard.mode == "off" and not plan.sends) or plan.streaming is not None
         self.orders = [torch.zeros((), **kind) for _ in plan.all_buckets[: 1 if in_turn else None]]
         self.kept = plan.tensors
@@ -150,8 +149,7 @@ class Graph:
     ) -> StepResult:
         found = () if found_inf is None else (found_inf,)
         counters = [dicts.state[key] for key in COUNTERS]
-        transfers = transfers_of(plan)
-        table = ops.Table(lambda entry: dicts.read(self.reads[entry]), transfers)
+        table = ops.Table(lambda entry: dicts.read(self.reads[entry]), transfers_of(plan))
         with torch.no_grad(), ops.lists_outside(table):
             flags, skipped, *new = self.compiled(
                 [*self.orders, *self.kept, *hyper, *counters, *found]
@@ -193,8 +191,7 @@ class Operation:
         self.sizes = [torch.Size(spec.shape) for spec in each]
         self.devices = [spec.on(plan.device) for spec in each]
         self.of_graded = [specs[name].dtype for name in self.graded]
-        shape = torch.Size((plan.hypers,) if plan.hypers else ())
-        self.hyper_sizes = [shape] * len(Hyper._fields)
+        self.hyper_sizes = [torch.Size((plan.hypers,) if plan.hypers else ())] * len(Hyper._fields)
         self.looks: Looks | None = None
         self.graphs: dict[tuple[Dtypes, bool], Graph] = {}
 
