@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 # Choices: 128 MiB take some 2.5 ms over PCIe 5, a hundred times what starts their copies, and eight
 # slots are as large as the momentums, in float32, of the largest stack (chunks.py).
 PIECE, RING = 2**27, 2**30
-_PIECES, _SHARE = (
-    16,
-    4,
-)  # a small model has so many pieces, and a ring of this share of its momentums
+_SHARE = 4  # a small model has a ring of this share of its momentums,
+_FEW, _MANY = 16, 256  # in so many pieces, and a large one in few more than so many: a graph grows
 
 
 class Streaming(NamedTuple):
@@ -56,7 +54,8 @@ def streaming_of(blocks: Sequence[Block]) -> Streaming | None:
     if not sizes:
         return None
     total, largest = sum(sizes), max(sizes)
-    size = max(largest, min(PIECE, -(-total // _PIECES)))
+    parts = min(PIECE, total // _FEW), total // _MANY
+    size = max(largest, *(slot_bytes([part], 1) for part in parts))
     slots = max(2, min(RING, total // _SHARE) // size)
     return Streaming(size, min(slots, len(sizes)), total)
 

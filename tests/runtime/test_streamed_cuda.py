@@ -26,7 +26,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slots of two matrices each, so that every slot serves several pieces."""
     monkeypatch.setattr(streaming, "PIECE", 2**19)
     monkeypatch.setattr(streaming, "RING", 3 * 2**19)
-    monkeypatch.setattr(streaming, "_PIECES", 1)
+    monkeypatch.setattr(streaming, "_FEW", 1)
     monkeypatch.setattr(streaming, "_SHARE", 1)
 
 

@@ -129,6 +129,23 @@ def test_a_pure_step_writes_nothing_that_it_was_given(step: Step) -> None:
     assert momentums and not any(torch.equal(new[key], before[key]) for key in momentums)
 
 
+def test_a_ring_is_small_and_its_slots_are_aligned() -> None:
+    """A GPT with 1.3B parameters, a small model, and one of many parameters of odd sizes."""
+    large = [(96, 2048, 2048), (24, 8192, 2048), (24, 2048, 8192)]
+    for shapes, ring, most in (
+        (large, 2**30, 2**20),
+        ([(48, 64, 64)], 48 * 64 * 64, 64),
+        ([(5000, 1111, 77)], 2**30 + 2**27, 300),
+    ):
+        with torch.device("meta"):
+            sizes = [(rows, cols) for count, rows, cols in shapes for _ in range(count)]
+            params = {f"w{k}": torch.empty(size) for k, size in enumerate(sizes)}
+        plan = nm.make_plan(params, nm.Config(state_device="cpu"), routes={"*": nm.Route()})
+        found = plan.streaming
+        assert found is not None and found.size % 256 == 0 and found.slots >= 2
+        assert found.slots * found.size <= ring and found.total // found.size <= most
+
+
 def test_momentum_is_in_host_memory_and_variance_and_moments_are_not() -> None:
     with torch.device("meta"):
         params = {name: torch.empty(shape) for name, shape in SHAPES.items()}
@@ -246,12 +263,13 @@ def test_a_graph_of_the_callers_has_the_bits_of_momentums_on_the_device(step: St
         state = nm.init(params, plan)
 
         def own(params: Tensors, grads: Tensors, state: Tensors, plan: nm.Plan = plan) -> Any:
-            return step(params, grads, state, hyper, plan)  # noqa: B023
+            found = step(params, grads, state, hyper, plan)  # noqa: B023
+            return found.params, found.state
 
         compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
         for k in range(2):
-            result = compiled(params, {name: random(1 + k)[name] for name in params}, state)
-            params, state = dict(result.params), dict(result.state)
+            grads = {name: random(1 + k)[name] for name in params}
+            params, state = map(dict, compiled(params, grads, state))
         found.append((params, state))
     assert_same(*found)
 
@@ -293,6 +311,10 @@ def test_what_ranks_share_is_refused_by_name() -> None:
             ValueError, match=r"params\['w'\]: .*state_device.*one that ranks share"
         ):
             nm.make_plan(params, config, mesh=mesh, routes={"*": nm.Route()})
+        alone: Any = {"mesh": "alone", "guard_mesh": mesh, "routes": {"*": nm.Route()}}
+        with pytest.raises(ValueError, match=r"guard_mesh: Config\(state_device='cpu'\)"):
+            guarded = nm.Config(state_device="cpu", guard="full")
+            nm.make_plan(params, guarded, **alone)
         sharded = {"w": distribute_tensor(params["w"], mesh, [Shard(0)])}
         with pytest.raises(ValueError, match=r"params\['w'\]: .*state_device.*a DTensor"):
             nm.make_plan(sharded, config, routes={"*": nm.Route()})
