@@ -23,9 +23,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 @pytest.fixture(autouse=True)
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three slots of two matrices each, so that every slot serves several pieces."""
-    monkeypatch.setattr(streaming, "PIECE", 2**19)
-    monkeypatch.setattr(streaming, "RING", 3 * 2**19)
+    """Two or three slots of the largest parameter each, so that every slot serves many pieces."""
+    monkeypatch.setattr(streaming, "PIECE", 2**17)
+    monkeypatch.setattr(streaming, "RING", 2**19)
     monkeypatch.setattr(streaming, "_FEW", 1)
     monkeypatch.setattr(streaming, "_SHARE", 1)
 
@@ -65,13 +65,15 @@ class Run:
         return all(torch.equal(a[key].cpu(), b[key].cpu()) for a, b in pairs for key in a)
 
 
-@pytest.mark.parametrize("guard", ["off", "output", "full"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, "int8"])
+@pytest.mark.parametrize(
+    ("guard", "dtype"), [("off", None), ("output", torch.bfloat16), ("full", "int8")]
+)
 def test_five_steps_have_the_bits_of_steps_with_momentums_on_the_device(
     guard: str, dtype: Any
 ) -> None:
     streamed, other = (Run(to, guard=guard, momentum_dtype=dtype) for to in ("cpu", None))
-    assert streamed.plan.streaming is not None and streamed.plan.streaming.slots == 3
+    ring = streamed.plan.streaming
+    assert ring is not None and ring.slots in (2, 3) and ring.total > 2 * ring.slots * ring.size
     for step in range(5):
         for run in (streamed, other):
             if guard == "full" or step != 2:  # others would keep the fault in their momentum
@@ -92,14 +94,12 @@ def test_a_pure_step_has_the_same_bits_and_new_pinned_momentums() -> None:
     assert streamed.state["tall.momentum"].is_pinned()
 
 
-@pytest.mark.parametrize("guard", ["off", "full"])
-def test_a_captured_step_has_the_same_bits(guard: str) -> None:
-    streamed, other = (Run(to, guard=guard) for to in ("cpu", None))
+def test_a_captured_step_has_the_same_bits() -> None:
+    streamed, other = (Run(to, guard="full") for to in ("cpu", None))
     with nm.GraphedStep(streamed.plan) as graphed:
         for step in range(6):
             for run in (streamed, other):
-                if guard == "full" or step != 2:
-                    run.new_gradients(step)
+                run.new_gradients(step)
             graphed(*streamed.arguments)
             nm.step_(*other.arguments, other.plan)
         assert graphed.captured
@@ -131,7 +131,7 @@ def test_a_graph_of_the_callers_and_eager_steps_have_the_same_bits() -> None:
 
 
 def test_an_optimizer_saves_what_its_last_step_has_written(tmp_path: Path) -> None:
-    params = [torch.nn.Parameter(x) for x in random(0).values() if x.ndim == 2]
+    params = [torch.nn.Parameter(x) for x in random(0, torch.float32).values() if x.ndim == 2]
     named = [(f"p{k}", p) for k, p in enumerate(params)]
     routes = {"*": nm.Route()}
     optimizer = nm.NorMuon(named, config=nm.Config(state_device="cpu"), routes=routes)
