@@ -5,24 +5,24 @@
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --batch 256      # FSDP2
     python examples/pretrain.py --resume                 # from the newest checkpoint in --out
 
-A resumed run has the losses that it would have had, on the same number of ranks bit for bit; it
-may also go on with another number of ranks. ``--out`` gets metrics.csv, TensorBoard's events (where
-TensorBoard is installed), loss.png and the checkpoints. The text is read as bytes, so any file will
-do; for tokens of your own change `Text`.
+A resumed run goes on bit for bit on as many ranks, and closely on another number of them. ``--out``
+gets metrics.csv, loss.png, checkpoints and, if TensorBoard is installed, its events. Any file will
+do, read as bytes; for tokens change `Text`. train_ddp.py is the same with DistributedDataParallel.
 """
 
-import argparse
 import csv
 import os
+import sys
 import time
 import warnings
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -33,8 +33,6 @@ try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:  # metrics.csv has the same numbers
     SummaryWriter = None
-
-plt.switch_backend("Agg")
 COLUMNS = ("step", "loss", "validation", "lr", "tokens_per_second", "skipped")
 
 
@@ -43,8 +41,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.qkv, self.proj = (nn.Linear(width, k * width, bias=False) for k in (3, 1))
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
@@ -92,45 +89,42 @@ class Text:
 
 
 class Trainer:
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, cuda = args, torch.cuda.is_available()
-        sharded = dist.is_initialized()
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+    def __init__(self, args: Namespace) -> None:
+        self.args, cuda, several = args, torch.cuda.is_available(), dist.is_initialized()
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         if args.batch % self.ranks:
             raise ValueError(f"--batch: {args.batch} is not a multiple of {self.ranks} ranks")
         self.text = Text(args.data, args.context)
         torch.manual_seed(args.seed)  # every rank makes the same model, and keeps its part of it
-        self.model = GPT(256, args.width, args.layers, args.heads, args.context)
-        self.model.to("cuda" if cuda else "cpu")
-        self.device = self.model.norm.weight.device
-        policy = MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32)
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.model = GPT(256, args.width, args.layers, args.heads, args.context).to(self.device)
         for block in self.model.blocks:
             block.compile()  # one graph for all of them
-        for module in (*self.model.blocks, self.model) if sharded else ():
-            fully_shard(module, mp_policy=policy)
-        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda and not sharded)
+        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
+        self.forward, self.mesh = self.autocast(self.model.__call__), None
+        if several:
+            self.spread()
         # Detached parameters share the model's memory: step_ writes what the model reads.
         self.params = {name: p.detach() for name, p in self.model.named_parameters()}
-        routes = {
-            "*norm*": nm.Route("adamw", wd_mul=0.0),
-            "place.weight": nm.Route("adamw"),
-            "*.qkv.weight": nm.Route(splits=(args.width,) * 3),  # three matrices, not one
-        }
-        config = nm.Config(guard="full")  # a step with a NaN or inf changes nothing, on no rank
-        self.plan = nm.make_plan(self.params, config, routes=routes)
+        routes = {"*norm*": nm.Route("adamw", wd_mul=0.0), "place.weight": nm.Route("adamw")}
+        routes["*.qkv.weight"] = nm.Route(splits=(args.width,) * 3)  # three matrices, not one
+        config = nm.Config(guard="full", metrics=True)  # a NaN or inf anywhere: no rank steps
+        self.plan = nm.make_plan(self.params, config, routes=routes, mesh=self.mesh)
         self.state = nm.init(self.plan, self.params)
         self.peak = nm.Hyper.of(self.params, lr=args.lr, weight_decay=args.weight_decay)
-        self.monitor = nm.SkipMonitor(self.plan, max_consecutive=20)
+        self.schedule = nm.Schedule(args.steps, warmup=max(1, args.steps // 10), shape="linear")
+        self.monitor, self.result = nm.SkipMonitor(self.plan, max_consecutive=20), None
         self.step, self.saved = 0, {"params": self.params, "state": self.state}
 
-    def factor(self, step: int) -> float:  # of the peak rate: up, then down to zero
-        steps, warmup = self.args.steps, max(1, self.args.steps // 10)
-        return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
+    def spread(self) -> None:  # over the ranks: each keeps its shards of all parameters
+        dtype = torch.bfloat16 if self.device.type == "cuda" else None
+        for module in (*self.model.blocks, self.model):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+        self.forward = self.model  # FSDP2 casts
 
     def loss(self, batch: Tensor) -> Tensor:  # this rank's part of the batch; nats a byte
         tokens = batch.chunk(self.ranks)[self.rank].to(self.device)
-        with self.autocast:
-            logits = self.model(tokens[:, :-1].contiguous())
+        logits = self.forward(tokens[:, :-1].contiguous())
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
     def mean(self, losses: list[Tensor]) -> float:  # over all ranks; waits for the device
@@ -144,8 +138,9 @@ class Trainer:
         loss = self.loss(self.text.batch(self.args.batch, 10**9 * self.args.seed + self.step))
         loss.backward()
         grads = {name: p.grad for name, p in self.model.named_parameters()}
-        hyper = self.peak.scaled(torch.tensor(self.factor(self.step), device=self.device))
-        self.monitor(nm.step_(self.params, grads, self.state, hyper, self.plan))
+        hyper = self.peak.scaled(self.schedule(self.state["guard.step"]))  # tensors: no recompile
+        self.result = nm.step_(self.params, grads, self.state, hyper, self.plan)
+        self.monitor(self.result)
         self.model.zero_grad()
         return loss.detach()
 
@@ -161,8 +156,7 @@ class Trainer:
         for _ in range(length):
             window = seen[:, -context:]
             padded = F.pad(window, (0, context - window.shape[1])).to(self.device)  # one shape
-            with self.autocast:
-                logits = self.model(padded)[:, window.shape[1] - 1].float().cpu()
+            logits = self.forward(padded)[:, window.shape[1] - 1].float().cpu()
             drawn = (logits / 0.8).softmax(-1).multinomial(1, generator=draw)
             seen = torch.cat([seen, drawn], 1)
         return [bytes(row.tolist()).decode(errors="replace").strip() for row in seen]
@@ -171,53 +165,56 @@ class Trainer:
 def picture(folder: Path) -> None:
     with (folder / "metrics.csv").open(newline="") as file:
         rows = {int(row["step"]): row for row in csv.DictReader(file)}  # a step's last row counts
+    axes = Figure().subplots()
     for name in ("loss", "validation"):
-        plt.plot(sorted(rows), [float(rows[k][name]) for k in sorted(rows)], label=name)
-    plt.gca().set(xlabel="step", ylabel="nats a byte")
-    plt.legend()
-    plt.savefig(folder / "loss.png", dpi=120)
+        axes.plot(sorted(rows), [float(rows[k][name]) for k in sorted(rows)], label=name)
+    axes.set(xlabel="step", ylabel="nats a byte")
+    axes.legend()
+    axes.figure.savefig(folder / "loss.png", dpi=120)
 
 
-def train(args: argparse.Namespace) -> None:
-    trainer = Trainer(args)
+def train(trainer: Trainer) -> None:
+    args, board, metrics = trainer.args, None, trainer.args.out / "metrics.csv"
     if args.resume:  # from the newest checkpoint that was written to its end, which is .metadata
         trainer.step = max(int(f.parent.name[5:]) for f in args.out.glob("step-*/.metadata"))
         dcp.load(trainer.saved, checkpoint_id=args.out / f"step-{trainer.step}")
-    first, board, metrics = trainer.rank == 0, None, args.out / "metrics.csv"
-    if first:
+    if trainer.rank == 0:
         print(trainer.plan)
         args.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
             metrics.write_text(",".join(COLUMNS) + "\n")
         board = SummaryWriter and SummaryWriter(args.out, purge_step=trainer.step + 1)
     losses, started = [], time.perf_counter()
-    bar = tqdm(range(trainer.step + 1, (args.stop_at or args.steps) + 1), disable=not first)
+    bar = tqdm(range(trainer.step + 1, (args.stop_at or args.steps) + 1), disable=trainer.rank > 0)
     for step in bar:
         losses.append(trainer.train_step())
         if step % args.log_every == 0 or step == args.steps:
             loss = trainer.mean(losses)  # the one wait for the device
             rate = len(losses) * args.batch * args.context / (time.perf_counter() - started)
-            skipped, lr = int(trainer.state["guard.skipped"]), args.lr * trainer.factor(step)
+            skipped, lr = int(trainer.state["guard.skipped"]), args.lr * trainer.schedule(step - 1)
             row = step, loss, trainer.validation_loss(), lr, round(rate), skipped
-            if first:
+            if trainer.rank == 0:
                 bar.set_postfix(loss=f"{loss:.3f}", validation=f"{row[2]:.3f}")
                 with metrics.open("a") as file:
                     file.write(",".join(map(str, row)) + "\n")
-            for name, value in zip(COLUMNS[1:], row[1:], strict=True) if board else ():
+            numbers = nm.report_metrics(trainer.result, trainer.plan) if board else {}
+            numbers |= zip(COLUMNS[1:], row[1:], strict=True)
+            for name, value in numbers.items() if board else ():
                 board.add_scalar(name, value, step)
             losses, started = [], time.perf_counter()
         if step % args.save_every == 0 or step in (args.steps, args.stop_at):
             dcp.save(trainer.saved, checkpoint_id=args.out / f"step-{step}")
     trainer.monitor.wait()  # for the flags of the last steps
     texts = trainer.samples(args.sample)
-    if first:
+    if board:
+        board.close()
+    if trainer.rank == 0:
         picture(args.out)
         print("", *texts[:2], f"{args.out}: metrics.csv, loss.png, checkpoints", sep="\n\n")
 
 
-def parse() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data/shakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--resume", action="store_true", help="the run whose folder is --out")
@@ -234,16 +231,18 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main(kind: type[Trainer] = Trainer) -> None:
     args, cuda = parse(), torch.cuda.is_available()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one rank
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
-    train(args)
+    train(kind(args))
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # a thread of gloo may abort an interpreter that shuts down (pytorch#190489)
 
 
 if __name__ == "__main__":

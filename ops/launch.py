@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
 
 
 _compiled: dict[Hashable, Any] = {}
+# A step and the thread that compiles its kernels beside it may want the same kernel.
+_one_at_a_time = threading.Lock()
 
 
 def launch(
@@ -84,7 +87,8 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, programs, pointers, constants, **options)
     elif found is None:
-        _compiled[key] = kernel[(programs,)](*pointers, *constants, **options)
+        with _one_at_a_time:
+            _compiled[key] = kernel[(programs,)](*pointers, *constants, **options)
     else:
         found[(programs, 1, 1)](*pointers, *constants)
 

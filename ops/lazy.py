@@ -75,13 +75,14 @@ def load() -> None:
             return
         triton = importlib.import_module("triton")
         language = importlib.import_module("triton.language")
-        for kernel in _waiting:
-            kernel.loaded = triton.jit(kernel.function, **kernel.options)
+        made = {id(k): triton.jit(k.function, **k.options) for k in _waiting}
         own = [m for name, m in [*sys.modules.items()] if name.startswith(f"{__package__}.")]
         for module in own:
             for name, value in [*vars(module).items()]:
-                if type(value) is Kernel:
-                    setattr(module, name, value.loaded)
+                if id(value) in made:
+                    setattr(module, name, made[id(value)])
                 elif value is tl and module.__name__ != __name__:
                     setattr(module, name, language)
+        for kernel in _waiting:  # last: another thread launches a kernel as soon as it has it
+            kernel.loaded = made[id(kernel)]
         _waiting.clear()

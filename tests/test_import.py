@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from normuon_fn.compat.graphs import constant_in_graphs, outside_graphs
 
@@ -44,6 +45,8 @@ def loaded_by(line: str) -> set[str]:
 
 @pytest.mark.parametrize("what", LINES)
 def test_nothing_slow_is_imported_before_it_is_used(what: str) -> None:
+    if what == "a plan and its state" and TorchVersion(torch.__version__) < (2, 13):
+        pytest.skip("a plan tells Inductor of our operators there: see prepare_inductor")
     loaded = loaded_by(LINES[what])
     assert "normuon_fn.step" in loaded
     assert loaded.isdisjoint(SLOW), sorted(loaded & set(SLOW))

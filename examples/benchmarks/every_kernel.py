@@ -21,6 +21,7 @@ import normuon_fn as nm
 from normuon_fn import ops
 from normuon_fn.ops.product_configs import TileConfig
 from normuon_fn.ops.product_launch import product
+from normuon_fn.ops.repack import Boxes, repack
 
 SHAPES = {
     "square": (96, 96), "wide": (100, 300), "tall": (257, 64), "odd": (17, 33), "row": (1, 40),
@@ -130,17 +131,41 @@ def settings() -> list[tuple[torch.dtype, nm.Config]]:
     ]
 
 
-def everything(device: torch.device) -> None:
-    if device.type == "cuda":
-        products(device)
-        torch.cuda.synchronize(device)
-        print("products done", flush=True)
+def others(device: torch.device) -> None:
+    """What no step on one device launches: `orthogonalize` of square matrices, and `repack`."""
+    torch.manual_seed(0)
+    for size, dtype in itertools.product((17, 96, 200), (torch.float32, torch.bfloat16)):
+        x = torch.randn(3, size, size, device=device).to(dtype)
+        nm.orthogonalize(x)
+        nm.orthogonalize(x.mT)
+    x, words = (
+        torch.randn(300, 70, device=device).to(torch.bfloat16),
+        torch.randn(33, device=device),
+    )
+    boxes = Boxes()
+    boxes.add(0, 0, 0, 0, (1, 300, 66), (0, 140), (0, 66))  # bytes: a part of every row
+    boxes.row(1, 1, 4, 0, 120)
+    repack([x, words], boxes.moves(device, [300 * 33], torch.bfloat16, [30], torch.float32))
+
+
+def everything(device: torch.device, chosen: set[int]) -> None:
+    """0: the products and `others`; the rest: steps, by the places of `settings`."""
+
+    def done(what: str) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        print(f"{what} done", flush=True)
+
+    if 0 in chosen:
+        if device.type == "cuda":
+            products(device)
+        others(device)
+        done("products and others")
     with torch.compiler.set_stance("force_eager"):
-        for k, (dtype, config) in enumerate(settings()):
-            steps(device, dtype, config)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            print(f"setting {k + 1} done", flush=True)
+        for k, (dtype, config) in enumerate(settings(), 1):
+            if k in chosen:
+                steps(device, dtype, config)
+                done(f"setting {k}")
 
 
 def main() -> None:
@@ -148,8 +173,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
-    names = launched_by(lambda: everything(device))
+    every = ",".join(map(str, range(len(settings()) + 1)))
+    parser.add_argument("--settings", default=every, help="some of them, in processes of their own")
+    args = parser.parse_args()
+    chosen = {int(k) for k in args.settings.split(",")}
+    names = launched_by(lambda: everything(torch.device(args.device), chosen))
     print(f"launched: {dict(sorted(names.items()))}")
     print(f"not launched: {sorted(all_kernels() - set(names))}")
 

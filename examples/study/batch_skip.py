@@ -93,8 +93,9 @@ def section(about: dict[str, Any]) -> str:
 
 {about["corpus"]}.
 
-{about["steps"]} steps of the training study's NorMuon, with a NaN in one gradient at some of them,
-drawn step by step. `by seed`: less the clean run with the same seed.
+{about["steps"]} steps of the training study's NorMuon. At some of them, drawn at random step by
+step, one gradient has a NaN. `to the clean runs` and `by seed` are differences of losses: of the
+means, and of each run from the clean run with the same seed.
 
 ![validation loss with and without faults](batch_skip.png)
 

@@ -246,18 +246,19 @@ def section(facts: Row) -> str:
 
 {facts["measured_on"]}
 
-The matrices' gradients are multiplied by `scale`, the same at every step; a gradient clip brought
-them to 2e-8 of their size in NVIDIA/Megatron-LM#5394. "Muon" is
-`Config(normalize=False, scale="rms")`: no update is brought to an RMS there. AdamW's parameters
-(embedding, head, norms) get theirs plain in every arm, because AdamW's eps is another matter.
-"norm + 1e-7" is a textbook Newton-Schulz in the place of normuon_fn's. Blocks start as the
-identity: where the matrices stand still, what is left learns which character follows which. NorMuon
-brings any update to RMS 0.2; its stable rank tells whether it is orthogonal.
+Do small gradients still train the matrices? Their gradients are multiplied by `scale`, the same
+factor at every step. (In NVIDIA/Megatron-LM#5394, a gradient clip brought them to 2e-8 of their
+size.) AdamW's parameters (embedding, head, norms) get plain gradients in every arm, because AdamW's
+eps is another matter. "Muon" is `Config(normalize=False, scale="rms")`, which brings no update to a
+given RMS. "norm + 1e-7" has a textbook Newton-Schulz in the place of normuon_fn's. NorMuon brings
+every update to RMS 0.2, also one that is far from orthogonal; the stable rank tells how far. Blocks
+start as the identity, so where the matrices do not move, the rest of the model still learns which
+character follows which.
 
 {said}
 
-Training loss: mean of the last {LAST} steps. Update: that of the last step, as it arrived in the
-weights.
+The training loss is the mean of the last {LAST} steps. The update is that of the last step, as it
+arrived in the weights.
 
 {markdown(table)}
 

@@ -67,14 +67,15 @@ MEMORY_BAR, TIME_BAR = (
     5.0,
 )  # MB between the least and the most; % of the mean over the whole run
 MEMORY = {"cuda": "allocated", "cpu": "rss"}  # what the bar is for
-ABOUT = """A small GPT on Shakespeare, `guard="full"`, trained twice with one seed and the same
-faults: one entry of a gradient is NaN or inf. "resumed" is saved, dropped and loaded three times,
-"uninterrupted" is not. The first tenth of every piece is warm-up. RSS is read after `gc.collect()`
-and glibc's `malloc_trim(0)`."""
+ABOUT = """Does a long run keep its memory and its speed, and is a resumed run the same run? A small
+GPT on Shakespeare with `guard="full"` is trained twice, with one seed and the same faults: one
+entry of a gradient is NaN or inf. "resumed" is saved, dropped and loaded three times,
+"uninterrupted" is not. The first tenth of every piece between two restarts counts as warm-up. RSS
+is read after `gc.collect()` and glibc's `malloc_trim(0)`."""
 ABOUT_TIME = {
     "cpu": "",
-    "cuda": """ The batch is so large that the GPU is never done before the host, and the time of a
-step is the GPU's: with a batch of 16 it was the host's, which varied by 20 % over a run.""",
+    "cuda": """ The batch is so large that the GPU is never done before the host, so the time of a
+step is the GPU's. With a batch of 16 it was the host's, which varied by 20 % over a run.""",
 }
 
 

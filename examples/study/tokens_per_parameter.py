@@ -1,9 +1,11 @@
-"""AdamW, Muon and NorMuon at 3, 10 and 20 tokens per parameter: how much is gained, and where.
+"""AdamW, Muon, NorMuon and variants at 3, 10 and 20 tokens per parameter: what is gained where.
 
     # 2048 tokens, so that embedding and head are a small part of a small model
     python -m examples.study.corpus --vocabulary 2048 --out runs/corpus2048.npz
     # one GPU; what --runs has is not run again; ends by --seconds with what it has
     python -m examples.study.tokens_per_parameter --seconds 400
+    # some of it, for instance on a GPU of its own
+    python -m examples.study.tokens_per_parameter --only "NorMuon@3,AdaMuon@20"
     # table and figure once more, without training
     python -m examples.study.tokens_per_parameter --from-csv
 
@@ -56,8 +58,18 @@ from examples.study.training import step_of
 from examples.train_gpt import GPT
 
 OPTIMIZERS = ("AdamW", "Muon", "NorMuon")
-CONFIGS = {"AdamW": {}, "Muon": {"normalize": False}, "NorMuon": {}}
-STARTS = {
+CONFIGS = {
+    "AdamW": nm.Config(),
+    "Muon": nm.Config(normalize=False),
+    "NorMuon": nm.Config(),
+    "AdaMuon": nm.Config.preset("adamuon"),
+    "MuonEq": nm.Config.preset("muoneq"),
+    "Hyperball": nm.Config(weight_decay_form="hyperball"),
+    "Cautious": nm.Config(cautious_update=True),
+    "Int8": nm.Config(momentum_dtype="int8"),
+}
+VARIANTS = tuple(name for name in CONFIGS if name not in OPTIMIZERS)
+STARTS = dict.fromkeys(VARIANTS, (0.004, 0.008, 0.016, 0.032)) | {
     "AdamW": (1e-3, 2e-3, 4e-3, 8e-3),
     "Muon": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "NorMuon": (2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -135,6 +147,7 @@ class Options:
     at_once: int
     steps: int | None  # None: as many as the ratio asks for
     compiled: bool
+    only: tuple[str, ...] = ()  # OPTIMIZER@RATIO
 
     def file(self, job: Job) -> Path:
         return self.runs / f"{job.key}.json"
@@ -224,7 +237,7 @@ class Bench:
         params = {name: p.detach() for name, p in self.template.named_parameters()}
         self.plan = nm.make_plan(
             params,
-            nm.Config(**CONFIGS[optimizer]),
+            CONFIGS[optimizer],
             routes=self.routes(),
             hyper_of={"wte.weight": 1, "head.weight": 2, "*": 0},
         )
@@ -488,7 +501,12 @@ def run_all(options: Options, seconds: float) -> None:
     def now() -> float:
         return time.perf_counter() - started
 
-    pairs = [Pair(size, optimizer, options) for size in options.sizes for optimizer in OPTIMIZERS]
+    pairs = [
+        Pair(size, optimizer, options)
+        for size in options.sizes
+        for optimizer in CONFIGS
+        if f"{optimizer}@{size.ratio}" in options.only
+    ]
     pairs = [pair for pair in pairs if pair.next_jobs() or not pair.timed]
     for pair in pairs:
         pair.start()
@@ -557,7 +575,7 @@ def collect(options: Options, corpus: str) -> tuple[dict[str, Any], list[dict[st
     results = [options.load(Job(**json.loads(file.read_text())["job"])) for file in files]
     about = {
         "corpus": corpus,
-        "on": results[0].on,
+        "on": "; ".join(sorted({r.on for r in results})),
         "sizes": {r.job.ratio: {"parameters": r.parameters, "steps": r.steps} for r in results},
         "tokens a step": results[0].tokens,
         "shapes": [*map(dataclasses.asdict, options.sizes)],
@@ -600,7 +618,7 @@ def rows_of(about: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
     rows = []
     for ratio in sorted({job.ratio for job in runs}, reverse=True):
         base = by_seed(runs, ratio, "AdamW")
-        for optimizer in OPTIMIZERS:
+        for optimizer in CONFIGS:
             jobs = by_seed(runs, ratio, optimizer)
             if not jobs or not base:
                 continue
@@ -641,6 +659,17 @@ def grid_of(runs: Runs, ratio: int) -> list[dict[str, Any]]:
     return rows
 
 
+def variants() -> str:
+    fields = [f for f in dataclasses.fields(nm.Config) if f.init]
+    plain = nm.Config()
+    said = []
+    for name in VARIANTS:
+        own = [(f.name, getattr(CONFIGS[name], f.name)) for f in fields]
+        changed = [f"{key}={value!r}" for key, value in own if value != getattr(plain, key)]
+        said.append(f"{name} is `Config({', '.join(changed)})`")
+    return "; ".join(said)
+
+
 def section(about: dict[str, Any], runs: Runs) -> str:
     ratios = sorted({job.ratio for job in runs}, reverse=True)
     whole = [r for r in ratios if all(by_seed(runs, r, name) for name in OPTIMIZERS)]
@@ -666,13 +695,17 @@ def section(about: dict[str, Any], runs: Runs) -> str:
         mean = statistics.mean(normuon) - statistics.mean(muon)
         seen.append(f"- {ratio} tokens per parameter: NorMuon and Muon are {words} ({mean:+.4f}).")
     for ratio in whole:
-        for optimizer in OPTIMIZERS:
-            at = by_seed(runs, ratio, optimizer)[0]
+        for optimizer in CONFIGS:
+            jobs = by_seed(runs, ratio, optimizer)
+            if not jobs:
+                continue
+            at = jobs[0]
             same = [j.lr for j in runs if dataclasses.replace(j, lr=at.lr) == at]
             if at.lr in (min(same), max(same)):
                 seen.append(
-                    f"- {ratio} tokens per parameter: {optimizer}'s rate is an end of those that "
-                    "were tried with\n  its rates for embedding and head; another may be better."
+                    f"- {ratio} tokens per parameter: {optimizer}'s best rate is the lowest or the "
+                    "highest of those\n  that were tried with these rates for embedding and head; "
+                    "one beyond it may be better."
                 )
     grids = "\n\n".join(
         f"{r} tokens per parameter:\n\n{markdown(grid_of(runs, r))}" for r in ratios
@@ -685,17 +718,17 @@ def section(about: dict[str, Any], runs: Runs) -> str:
 
 {about["corpus"]}.
 
-The GPT of the training study in three sizes, which read about as much of the same text, once, in
-steps of {about["tokens a step"]:,} tokens of bfloat16 autocast. The schedule, the weight decay
-and AdamW's betas are those of the training study. Losses are nats per token. The rates were chosen
-with seed 0 on one part of the validation text (65,536 tokens), and the losses are those of another
-(196,608).
+Does the gain change with tokens per parameter? The GPT of the training study in three sizes: each
+reads about the same amount of the same text, once, in steps of {about["tokens a step"]:,} tokens
+with bfloat16 autocast. Schedule, weight decay and AdamW's betas are those of the training study.
+Losses are nats per token. The rates were chosen with seed 0 on one part of the validation text
+(65,536 tokens), and the losses in the table are those of another part (196,608).
 
 {markdown(models)}
 
-Each optimizer is at its best rate. AdamW's rates for embedding and head (given in parts of `lr`)
-are tuned for it; Muon (`Config(normalize=False)`) and NorMuon (`Config()`) step both with AdamW at
-`lr`, untuned.
+Each optimizer is at its best rate. AdamW has tuned rates of its own for embedding and head, given
+as multiples of `lr`. Muon (`Config(normalize=False)`), NorMuon (`Config()`) and the variants step
+these two with AdamW at `lr`, untuned. Variants: {variants()}.
 
 ![loss by tokens per parameter, and the grids](tokens_per_parameter.png)
 
@@ -704,12 +737,13 @@ are tuned for it; Muon (`Config(normalize=False)`) and NorMuon (`Config()`) step
 - The columns are those of the training study. `ms a step` is the time of a run alone, its whole
   step in one CUDA graph.
 {chr(10).join(seen)}
-- Not finished in the device time that there was, tokens per parameter: {", ".join(missing) or "-"}.
-- What it does not show: a smaller model has more tokens per parameter here, so that a gain which
-  changes may come from either. The models are far smaller than those that people train.
+- Not finished in the device time that there was, in tokens per parameter:
+  {", ".join(missing) or "-"}.
+- What it does not show: here a model with more tokens per parameter is also a smaller model, so a
+  change of the gain may come from either. The models are far smaller than those that people train.
 
-The losses that the rates were chosen by, seed 0; of AdamW also with its rates for embedding and
-head (behind its name, in parts of `lr`):
+The losses by which the rates were chosen, with seed 0. The numbers behind AdamW's name are its
+rates for embedding and head, as multiples of `lr`:
 
 {grids}
 """
@@ -722,13 +756,18 @@ def plot(runs: Runs, file: Path) -> None:
     figure, axes = plt.subplots(
         1, 1 + len(ratios), figsize=(4.5 + 4 * len(ratios), 4.5), layout="constrained"
     )
-    for k, optimizer in enumerate(OPTIMIZERS):
-        gains = []
+    for k, optimizer in enumerate(CONFIGS):
+        gains = {}
         for ratio in ratios:
+            jobs = by_seed(runs, ratio, optimizer)
             goal = statistics.mean(runs[j][-1][2] for j in by_seed(runs, ratio, "AdamW"))
-            gains.append([runs[j][-1][2] - goal for j in by_seed(runs, ratio, optimizer)])
-        axes[0].plot(ratios, [*map(statistics.mean, gains)], "o-", color=f"C{k}", label=optimizer)
-        for ratio, some in zip(ratios, gains, strict=True):
+            if jobs:
+                gains[ratio] = [runs[j][-1][2] - goal for j in jobs]
+        if not gains:
+            continue
+        means = [*map(statistics.mean, gains.values())]
+        axes[0].plot([*gains], means, "o-", color=f"C{k}", label=optimizer)
+        for ratio, some in gains.items():
             axes[0].plot([ratio] * len(some), some, "_", color=f"C{k}", markersize=14)
         for axis, ratio in zip(axes[1:], ratios, strict=True):
             own = [j for j in runs if (j.ratio, j.optimizer, j.seed) == (ratio, optimizer, 0)]
@@ -762,6 +801,11 @@ def parse() -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--out", type=Path, help="for figure and RESULTS.md (default: see --tiny)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="to end by")
     parser.add_argument("--at-once", type=int, default=4, help="runs on the device")
+    parser.add_argument(
+        "--only",
+        default=",".join(f"{name}@{size.ratio}" for size in SIZES for name in OPTIMIZERS),
+        help=f"OPTIMIZER@RATIO,...; beside the default there are {', '.join(VARIANTS)}",
+    )
     parser.add_argument("--steps", type=int, help="of every run, to try the command")
     parser.add_argument("--tiny", action="store_true", help="models of nothing, uncompiled")
     parser.add_argument("--from-runs", action="store_true", help="train nothing")
@@ -773,8 +817,9 @@ def parse() -> tuple[argparse.Namespace, Options]:
         folder.mkdir(parents=True, exist_ok=True)
     sizes = TINY if args.tiny else SIZES
     return args, Options(
-        args.corpus, args.runs, sizes, args.at_once, args.steps, compiled=not args.tiny
-    )
+        args.corpus, args.runs, sizes, args.at_once, args.steps,
+        compiled=not args.tiny, only=tuple(args.only.split(",")),
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -175,41 +175,50 @@ def section(about: dict[str, Any]) -> str:
 GPT of {about["parameters"] / 1e6:.1f} million parameters, {about["steps"]} steps of
 {about["tokens a step"]:,} tokens{epoch}, bfloat16 autocast; linear warm-up over 5 % of the steps,
 then linear decay to 0; weight decay 0.1, but none on norms. Losses are nats per token, on the first
-{about["validated"]:,} tokens of the validation text: the rates were chosen on the same text, with
-seed 0, which counts among the three.
+{about["validated"]:,} tokens of the validation text. The rates were chosen on the same text with
+seed 0, which is one of the three seeds below.
 
-All optimizers are normuon_fn's own. AdamW has betas 0.9 and 0.95, and steps the embedding, the head
-and the norms in every row, at the row's learning rate. "clipped": the norm of all gradients
-together is at most 1; no other row is clipped. "Muon" is `Config(normalize=False)`: NorMuon without
-its variance, every update brought to RMS 0.2, no Nesterov. "NorMuon" is `Config()`, which takes the
-Gram form of Newton-Schulz for wide and tall matrices; "Gram" and "standard" take one form for all;
-"guard" is `guard="full"`; "bfloat16" has all parameters in bfloat16, "+ mantissa" with
-`master="mantissa"`.
+All optimizers are normuon_fn's own. In every row AdamW, with betas 0.9 and 0.95, steps the
+embedding, the head and the norms at the learning rate of the row. The names of the rows:
+
+- "clipped": the norm of all gradients together is at most 1. No other row is clipped.
+- "Muon" is `Config(normalize=False)`: NorMuon without its variance. Every update has RMS 0.2, and
+  there is no Nesterov momentum.
+- "NorMuon" is `Config()`, which takes the Gram form of Newton-Schulz for wide and tall matrices and
+  the standard form for square ones. "Gram" and "standard" take one form for all of them.
+- "guard" is `guard="full"`. "bfloat16" has all parameters in bfloat16, "+ mantissa" with
+  `master="mantissa"`.
 
 ![validation loss by tokens](training.png)
 
 {markdown(about["rows"])}
 
-- `loss` is the mean of three seeds, `spread` the largest difference between them;
-  `to Muon, by seed`: less Muon's with the same seed; `apart from AdamW`: all seeds of this row are
-  on one side of all of AdamW's. In this and the next columns AdamW is the better of its two rows,
-  "{about["baseline"]}".
-- `tokens to AdamW's loss`: where the validation loss, on the way down with its own schedule, first
-  is AdamW's at the end, in parts of AdamW's tokens, on a line between two looks (one in
-  {about["steps"] // FULL.evaluations} steps); `time` the same with each one's time per step. `-`:
-  not reached by every seed.
-- `ms a step` is the device's, the median of a run's last 100 steps, of the fastest run of this
-  optimizer at any rate with its step in a captured graph; `optimizer` its part, with the copy of
-  all gradients to where the graph reads them. Less than 1 % between two rows is noise.
-- Runs with the guard {same} the bits of those without, all parameters of all seeds. Gram and
-  standard Newton-Schulz are {forms}.
-- What it does not show: this is one token per parameter, far less than models are trained on. Rates
-  of their own for embedding and head, other betas or another clip might bring AdamW closer; the
-  others were not clipped, and the grid has no rate between 0.004 and 0.008. The paper reports
-  21.7 % better training efficiency than Adam and 11.3 % than Muon at 1.1 billion parameters
-  (arXiv 2510.05491): here the step from Muon to NorMuon is small.
+How to read the columns:
 
-The grid, seed 0; the best of each column is used above, NorMuon's for all of its forms:
+- `loss` is the mean of three seeds, and `spread` the largest difference between them.
+- `to AdamW` is the loss minus AdamW's, and `to Muon, by seed` each loss minus Muon's with the same
+  seed. `apart from AdamW` says whether all seeds of the row are on one side of all of AdamW's.
+  AdamW is here and in the next columns the better of its two rows, "{about["baseline"]}".
+- `tokens to AdamW's loss` is the share of AdamW's tokens after which the validation loss first
+  reaches AdamW's final loss. Each run has its own schedule meanwhile, and between two evaluations
+  (one every {about["steps"] // FULL.evaluations} steps) the loss is taken to lie on a line. `time`
+  is the same with each optimizer's time per step. `-`: not every seed reached it.
+- `ms a step` is time on the device: the median of a run's last 100 steps, for the fastest run of
+  this optimizer at any rate, with its step in a captured graph. `optimizer` is the optimizer's part
+  of it, with the copy of all gradients to where the graph reads them. Differences of less than 1 %
+  between two rows are noise.
+
+What it shows beyond the table: runs with the guard {same} the bits of those without, in all
+parameters and for all seeds. Gram and standard Newton-Schulz are {forms}.
+
+What it does not show: this is one token per parameter, and models are trained on far more. AdamW
+might come closer with rates of its own for embedding and head, with other betas or with another
+clip. The other optimizers were not clipped, and the grid has no rate between 0.004 and 0.008. The
+paper reports 21.7 % better training efficiency than Adam and 11.3 % than Muon at 1.1 billion
+parameters (arXiv 2510.05491); here the step from Muon to NorMuon is small.
+
+The grid, with seed 0. The best rate of each column is the one used above; all forms of NorMuon use
+NorMuon's:
 
 {markdown(about["grid"])}
 """

@@ -30,6 +30,7 @@ from ..step import init, local_update, local_update_, to_dtensors, update, zeros
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
 from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying_what_was_written
+from .long_compilation import saying_so_if_long
 from .lost_updates import warn_of_lost_updates
 from .outside import free, graph_of
 from .recent import MANY, Recent
@@ -155,7 +156,8 @@ def _run_compiled(
         if function is local_update_:
             _check_writable(plan, params, state)
         if compiled is None:
-            compiled = graphs[function, missing] = graph_of(function, plan, missing)
+            graph = graphs[function, missing] = graph_of(function, plan, missing)
+            compiled = saying_so_if_long(graph)
             if len({sets for _, sets in graphs}) == MANY:
                 graphs.warn_of_sets("step" if function is local_update else "step_")
         if plan.sharded:
@@ -208,14 +210,14 @@ def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
     """Starts a thread that compiles the Triton kernels of a step while dynamo traces it.
 
     It runs a step of one parameter of each kind, on zeros: the first step then finds its kernels.
-    Where matrices have rates of their own it takes two, because kernels for one are others.
+    Where matrices have rates of their own it takes two, because kernels for one are others. A
+    process that ends meanwhile waits for it: a daemon in the compiler crashes the interpreter.
     """
     if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
         return
-    run = threading.Thread(
-        target=_step_on_zeros, args=(plan, function), name="normuon_fn kernels", daemon=True
-    )
-    run.start()
+    threading.Thread(
+        target=_step_on_zeros, args=(plan, function), name="normuon_fn kernels", daemon=False
+    ).start()
 
 
 def _step_on_zeros(plan: Plan, function: StepFunction) -> None:

@@ -185,7 +185,7 @@ def test_on_cuda_a_skip_is_heard_a_step_later_without_a_wait(graphed: bool) -> N
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(4_000_000_000)  # seconds: the host may be slow
         step(model, optimizer, bad=True)
         assert not got  # the device sleeps, and nobody waited for it
     finally:
@@ -193,6 +193,7 @@ def test_on_cuda_a_skip_is_heard_a_step_later_without_a_wait(graphed: bool) -> N
     torch.cuda.synchronize()
     step(model, optimizer)
     assert [(s.step, s.consecutive, s.skipped) for s in got] == [(4, 1, 1)] and got[0].names
+    torch.cuda._sleep(4_000_000_000)  # or a slow host hears of it in the same call
     step(model, optimizer, bad=True)
     torch.cuda.synchronize()
     before = [p.detach().clone() for p in model.parameters()]

@@ -96,7 +96,7 @@ def _rank(
     os.replace(partial, Path(folder) / f"{world}-{rank}.json")
     # Without the interpreter's shutdown: DTensor's cache keeps the process group, and a thread of
     # gloo that frees a tensor meanwhile aborts the process, "terminate called without an active
-    # exception" (pytorch#190489; leave() in examples/train_ddp.py is what a script can do).
+    # exception" (pytorch#190489; main() of examples/pretrain.py has what a script can do).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

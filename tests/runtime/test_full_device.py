@@ -63,20 +63,19 @@ def whole_after_a_full_device(
     before = {name: x.clone() for name, x in written.items()}
     after = {name: x.clone() for name, x in call().items()}
     restore()
-    failed = 0
-    for extra in range(0, 600, 6):
+    for failed, extra in enumerate(range(0, 600, 6)):
+        error, result = None, None
         with room_for(extra * MIB):
             try:
                 result = call()
-            except torch.OutOfMemoryError as error:
-                failed += 1
-                assert same(written, before) or says_half_written(error), f"{extra} MiB"
-            else:
-                assert same(result, after)
-                return failed
-            if same(written, before):  # without a single copy in between
-                continue
-        restore()
+            except torch.OutOfMemoryError as raised:
+                error = raised
+        if error is None:
+            assert result is not None and same(result, after)
+            return failed
+        assert same(written, before) or says_half_written(error), f"{extra} MiB"
+        if not same(written, before):
+            restore()
     raise AssertionError("600 MiB were not enough")
 
 

@@ -223,7 +223,7 @@ def test_rates_that_differ_by_parameter_show_in_the_updates() -> None:
 
 def test_a_vmapped_step_has_the_metrics_of_each_member() -> None:
     params = {"layers.0": torch.randn(8, 12), "b": torch.randn(3)}
-    plan = nm.make_plan(params, nm.Config(metrics=True))
+    plan = nm.make_plan(params, nm.Config(metrics=True, orthogonalize_dtype=torch.float32))
     hyper = nm.Hyper.of(params, lr=LR)
     many = {k: torch.stack([x, 2 * x]) for k, x in params.items()}
     grads = {k: torch.randn_like(x) for k, x in many.items()}

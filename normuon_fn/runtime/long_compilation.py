@@ -1,0 +1,56 @@
+"""One line in the log while a first compilation takes long: nobody waits for a minute without a
+word.
+
+It has the level of a warning, which Python prints to stderr where no logging is set up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from ..distributed.placements import rank_and_world_size
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger = logging.getLogger("normuon_fn")
+AFTER = 5.0  # seconds: where nobody has configured anything, a cached compilation takes 1 to 3
+TEXT = (
+    "The first step is still being compiled after %.0f s. This happens once per process and plan, "
+    "and later steps do not wait; on a busy machine it can take a minute or more. Where "
+    "TORCHINDUCTOR_CACHE_DIR names a folder that outlives the job, the next start takes seconds"
+)
+_said = threading.Event()  # once per process
+
+
+def saying_so_if_long(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` for one call that compiles: after ``AFTER`` seconds the log says so.
+
+    A thread waits for that meanwhile. Only the first of several ranks says it, once per process.
+    """
+
+    @wraps(function, updated=())
+    def watched(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _said.is_set() or rank_and_world_size()[0]:
+            return function(*args, **kwargs)
+        timer = threading.Timer(AFTER, _say)
+        timer.daemon = True
+        with suppress(RuntimeError):  # no thread can be had: the step does without the line
+            timer.start()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            timer.cancel()
+
+    return watched
+
+
+def _say() -> None:
+    if not _said.is_set():
+        _said.set()
+        logger.warning(TEXT, AFTER)
