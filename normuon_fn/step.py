@@ -30,6 +30,7 @@ from .types import Grads, Hyper, StepResult, Tensors, result_of
 def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     """All state of all parameters, by name, on the plan's device.
 
+    With ``Config(state_device="cpu")`` momentums of matrices are in host memory, pinned for a GPU.
     Everything begins as zeros, except a float32 master, which begins as its parameter.
 
     Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one
