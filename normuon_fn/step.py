@@ -18,7 +18,7 @@ from .compat.graphs import is_functionalized, is_traced
 from .distributed.placements import check_alike, local, local_of, to_dtensor
 from .planning.checks import check_step, check_tensors
 from .planning.common import agree_on_step
-from .planning.hyperball import check_sizes
+from .planning.hyperball import check_first_use, check_sizes
 from .planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from .planning.memory import check_writable
 from .planning.plan import Plan
@@ -89,10 +89,15 @@ def update(
     parameters must lack the same gradients, and give ``found_inf`` all or none: hosts compare it at
     a plan's first step and when it changes, but nobody does in a graph of your own.
 
+    With ``weight_decay_form="hyperball"`` the first step of a plan that `init` and `load` have not
+    seen waits for the device, once, to refuse a matrix of zeros. What a matrix becomes later, or is
+    in a graph of your own or a capture, cannot be told without waiting: zeros stay zeros there.
+
     Raises (while tracing, so at no cost per step):
         TypeError: Python floats in ``hyper``, or something that is not a tensor.
         ValueError: names, shapes, dtypes or devices other than the plan's; ranks that differ in
-            what they lack; or torch is to differentiate by something else.
+            what they lack; a matrix of zeros that is to keep its norm; or torch is to differentiate
+            by something else.
     """
     if asks_for_rates(hyper):
         return with_derivative(update, params, grads, state, hyper, plan, found_inf)
@@ -138,6 +143,8 @@ def _checked_step(
     if isinstance(plan, Plan) and not is_traced():
         agree_on_step(plan, grads, found_inf)
     check_step(plan, params, grads, state, hyper, found_inf)
+    if not is_traced():
+        check_first_use(plan, params)
     if in_place and not is_traced():
         check_writable({"params": params, "state": state})
     if not is_functionalized():  # where gradients are the tracer's own

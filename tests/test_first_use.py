@@ -79,7 +79,7 @@ def test_too_many_forms_say_what_has_to_be_alike() -> None:
 
     steps(SHORT)  # its lists are outside of the graph, which knows no strides
     with pytest.raises(RuntimeError, match="the strides of the parameters and gradients"):
-        steps(replace(SHORT, orthogonalizer=lambda x: x))
+        steps(nm.Config(orthogonalizer=lambda x: x))
     plan = nm.make_plan(params, SHORT)
     state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=0.1)
     shuffled = dict(reversed(params.items()))  # the order of the keys is none of them

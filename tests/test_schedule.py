@@ -96,3 +96,11 @@ def test_what_is_no_schedule_is_refused_by_name(given: Any, error: type[Exceptio
 def test_what_is_no_number_of_steps_is_refused(step: Any) -> None:
     with pytest.raises(TypeError, match=r"guard\.step"):
         nm.Schedule(total=5)(step)
+
+
+def test_steps_before_the_first_are_refused_on_the_host_and_the_first_in_a_tensor() -> None:
+    for schedule in (nm.Schedule(total=10, warmup=4), nm.Schedule(total=10)):
+        with pytest.raises(ValueError, match=r"step: expected an int >= 0, got -3"):
+            schedule(-3)
+        found = schedule(torch.tensor([-(2**31), -3, -1, 0]))
+        assert found.tolist() == [schedule(0)] * 4

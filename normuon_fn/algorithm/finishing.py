@@ -106,7 +106,11 @@ def end(begun: Begun, totals: dict[str, Tensor], lr: Tensor, config: Config) -> 
     if needs.entries:
         norms = total["o"].sqrt(), total["divided"].sqrt()
         factor = scaled(factor, *norms, config, kind.rows, kind.cols, kind.transposed)
-    if needs.cautious:  # arXiv 2411.16085, Algorithm 2: as much in all as without the mask
+    # arXiv 2411.16085, Algorithm 2: about as much in all as without the mask. Its authors' code
+    # (kyleliang919/C-Optim, c_muon.py) counts u g > 0 and multiplies by d / max(k, d / 1000): the
+    # same but for exact zeros, which do not move there, and for 1 beside k. Here an entry without a
+    # gradient (a dead input) goes on with its momentum, as it does without caution.
+    if needs.cautious:
         factor = factor * (kind.rows * kind.cols / (total["kept"] + 1.0))
     if needs.floor:
         moved = total["moved"].sqrt() * factor

@@ -104,3 +104,11 @@ def is_differentiated(x: Tensor, *, leaves: bool = True) -> bool:
         if not transformed:
             return False
         x = torch._C._functorch.get_unwrapped(x)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of ``device``, not of the current device, is being captured."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -27,7 +27,8 @@ def check_stage(
             into one graph (``.item()``, a branch on values, ``print``).
         ValueError: it returns another shape, writes into what it was given, returns something else
             the next time, depends on the size of a gradient or on other matrices of the stack,
-            makes NaN of zeros, or hides a NaN from the guard. All that was found is named.
+            makes NaN of zeros, hides a NaN from the guard, or raises an error of its own for one of
+            these. All that was found is named.
     """
     if not callable(function):
         raise TypeError(f"function: expected a callable, got {function!r}")
@@ -37,7 +38,11 @@ def check_stage(
     stack = torch.randn(3, rows, cols, generator=generator, device="cpu").to(device)
     with torch.no_grad():
         given = stack.clone()
-        found = function(given)
+        try:
+            found = function(given)
+        except Exception as error:
+            where = f"{list(stack.shape)} normal numbers"
+            raise ValueError(f"function: {_raises(error, where)}") from error
         _check_result(found, stack)
         _check_traced(function, stack)
         faults = [] if torch.equal(given, stack) else [_WRITES]
@@ -72,27 +77,72 @@ def _check_traced(function: Stage, stack: Tensor) -> None:
 
 
 def _faults(function: Stage, stack: Tensor, found: Tensor) -> list[str]:
-    faults = []
-    if not torch.equal(function(stack.clone()), found):
-        faults.append("it returns something else the next time: it has a state, or chances")
-    for scale in SCALES:
-        off = _distance(function(stack * scale), found)
-        if not off <= CLOSE:
-            faults.append(
-                f"it depends on the size of the gradient: with {scale:.0e} times the same one its "
-                f"result is off by {off:.1%}; divide by a norm, without an eps beside it"
-            )
-    if not _distance(function(stack[1:2].clone()), found[1:2]) <= CLOSE:
-        faults.append("what it does to one matrix depends on the others of the stack")
-    if not function(torch.zeros_like(stack)).isfinite().all():
-        faults.append(
-            "it makes NaN of a matrix of zeros; write torch.where(norm == 0, 0, x / norm)"
-        )
     broken = stack.clone()
     broken[1, 0, 0] = float("nan")
-    if function(broken)[1].isfinite().all():
-        faults.append("it hides a NaN of the gradient, which the guard then cannot see")
-    return faults
+    calls: list[tuple[str, Tensor, Callable[[Tensor], str | None]]] = [
+        ("the same matrices again", stack.clone(), lambda again: _of_again(again, found)),
+        *(
+            (f"{scale:.0e} times the same matrices", stack * scale, _of_scale(scale, found))
+            for scale in SCALES
+        ),
+        ("one matrix of the stack alone", stack[1:2].clone(), lambda one: _of_one(one, found)),
+        ("matrices of zeros", torch.zeros_like(stack), _of_zeros),
+        ("a matrix with a NaN in it", broken, _of_nan),
+    ]
+    faults: list[str | None] = []
+    for given, x, fault_of in calls:
+        try:
+            result = function(x)
+        except Exception as error:
+            needs = (
+                "; the guard needs a NaN in the place of an error" if given.endswith("it") else ""
+            )
+            faults.append(_raises(error, given) + needs)
+        else:
+            faults.append(fault_of(result))
+    return [fault for fault in faults if fault is not None]
+
+
+def _raises(error: Exception, given: str) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"it raises {type(error).__name__.lstrip('_')} for {given}: {reason}"
+
+
+def _of_again(again: Tensor, found: Tensor) -> str | None:
+    if torch.equal(again, found):
+        return None
+    return "it returns something else the next time: it has a state, or chances"
+
+
+def _of_scale(scale: float, found: Tensor) -> Callable[[Tensor], str | None]:
+    def fault(scaled: Tensor) -> str | None:
+        off = _distance(scaled, found)
+        if off <= CLOSE:
+            return None
+        return (
+            f"it depends on the size of the gradient: with {scale:.0e} times the same one its "
+            f"result is off by {off:.1%}; divide by a norm, without an eps beside it"
+        )
+
+    return fault
+
+
+def _of_one(one: Tensor, found: Tensor) -> str | None:
+    if _distance(one, found[1:2]) <= CLOSE:
+        return None
+    return "what it does to one matrix depends on the others of the stack"
+
+
+def _of_zeros(result: Tensor) -> str | None:
+    if result.isfinite().all():
+        return None
+    return "it makes NaN of a matrix of zeros; write torch.where(norm == 0, 0, x / norm)"
+
+
+def _of_nan(result: Tensor) -> str | None:
+    if not result[1].isfinite().all():
+        return None
+    return "it hides a NaN of the gradient, which the guard then cannot see"
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

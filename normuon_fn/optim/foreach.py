@@ -84,18 +84,16 @@ def foreach_step_(
         compiled: as one graph, like `step_`; ``False``: operation by operation. Inside
             ``torch.compile`` the step is part of that graph either way.
 
+    With ``weight_decay_form="hyperball"`` the first call with such tensors waits for the device,
+    once, to refuse matrices of zeros, which would stay zeros; calls in a graph of your own do not.
+
     Raises (what depends on shapes, dtypes and devices: only at the first call with such tensors):
         TypeError, ValueError: naming the argument and the place in it.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
-    if config.momentum_dtype == torch.int8:
-        raise ValueError(
-            "config: expected a momentum of floats, got momentum_dtype='int8', whose scales none "
-            "of the lists holds; write momentum_dtype=torch.bfloat16, or use step_ or NorMuon, "
-            "which keep them in their state"
-        )
+    _check_config(config)
     lists = {"params": params, "grads": grads, "momentums": momentums, "variances": variances}
     for what, tensors in lists.items():
         optional = what == "variances" and not config.normalize
@@ -139,6 +137,26 @@ def foreach_step_(
         return ForeachResult(result.flags, result.skipped)
     measured = MeasuredForeachResult(result.flags, result.skipped, result.metrics)
     return cast(ForeachResult, measured)
+
+
+def _check_config(config: Config) -> None:
+    """Refuses what lists have no place for."""
+    if config.momentum_dtype == torch.int8:
+        raise ValueError(
+            "config: expected a momentum of floats, got momentum_dtype='int8', whose scales none "
+            "of the lists holds; write momentum_dtype=torch.bfloat16, or use step_ or NorMuon, "
+            "which keep them in their state"
+        )
+    if config.other != "adamw":
+        raise ValueError(
+            f"config: Config(other={config.other!r}) has no effect, because all parameters of "
+            "lists get NorMuon; leave it out, or use step_ or NorMuon for what is no matrix"
+        )
+    if config.replicas != "each":
+        raise ValueError(
+            f"config: Config(replicas={config.replicas!r}) has no effect, because lists have no "
+            "mesh= whose ranks could share a state; write replicas='each', or use NorMuon(mesh=)"
+        )
 
 
 def _check_step(step: Tensor | None, config: Config, params: Sequence[Tensor]) -> None:

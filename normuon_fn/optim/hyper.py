@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..routing.doubts import warn_at_caller
-from ..types import ONE, Hyper, check_number
+from ..types import ONE, Config, Hyper, check_number
+from ..types.hyper import EPS
 
 Groups = Sequence[Mapping[str, Any]]
 OF_ADAMW = {"lr": "adamw_lr", "weight_decay": "adamw_weight_decay"}  # None: the same as the first
@@ -147,6 +148,19 @@ def check_hyperparameters(group: dict[str, Any], where: str = "") -> None:
             _check_value(where + name, value)
     for name, value in zip(_KEYS, _values(group, 0), strict=True):
         _check_value(where + name, value)
+
+
+def check_read(group: Mapping[str, Any], config: Config) -> None:
+    """Refuses a hyperparameter of a group that no rule reads.
+
+    Raises:
+        TypeError: naming it.
+    """
+    if config.other == "lion" and plain(group["adamw_eps"]) != EPS:
+        raise TypeError(
+            f"adamw_eps: {group['adamw_eps']!r} has no effect: Config(other='lion') has signs, "
+            "which no eps changes; leave it out"
+        )
 
 
 def _check_value(name: str, value: Any) -> None:

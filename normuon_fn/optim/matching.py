@@ -45,6 +45,14 @@ def matched(own: Iterable[str], saved: Sequence[str], is_key: bool) -> dict[str,
     )
 
 
+def by_any_name(keys: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """For keys of torch's functions the name that is the same parameter's, where there is one."""
+    prefix = _prefix([*map(unwrapped, keys)], [*map(unwrapped, names)])
+    short = {unwrapped(name).removeprefix(prefix): name for name in names}
+    found = {key: short.get(unwrapped(key).removeprefix(prefix)) for key in keys}
+    return {key: name for key, name in found.items() if name is not None}
+
+
 def _prefix(own: list[str], saved: list[str]) -> str:
     """What stands before all names of one side, if the names are the other side's after it."""
     longer, shorter = sorted((own, saved), key=lambda names: sum(map(len, names)), reverse=True)

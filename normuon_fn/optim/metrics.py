@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def metrics_of(optimizer: NorMuon) -> dict[str, float]:
     """`report_metrics` of the last step, with ``config=Config(metrics=True)``.
 
-    Waits for the device, once. Empty before the first step.
+    Waits for the device, once. Empty before the first step, and after a step in which no parameter
+    had a gradient: nothing was measured then (``result`` is of the last step that had one).
 
     Raises:
         ValueError: the optimizer's metrics are off.
@@ -22,6 +23,6 @@ def metrics_of(optimizer: NorMuon) -> dict[str, float]:
         raise ValueError(
             "NorMuon.metrics: they are off; write NorMuon(..., config=Config(metrics=True))"
         )
-    if optimizer.result is None or optimizer.plan is None:
+    if optimizer.result is None or optimizer.plan is None or optimizer.without_gradients:
         return {}
     return report_metrics(optimizer.result, optimizer.plan)

@@ -26,13 +26,14 @@ from .offloading import Offloading, wait_for_copies_sync
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
+from .saved_meaning import write_forms
 from .saving import SavedOptimizer
 from .scaled import forget_scale, unscaled
 
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
-    "_constructed", "_reports", "_owners", "_offloaded",
+    "_constructed", "_reports", "_owners", "_offloaded", "without_gradients",
 )  # fmt: skip
 
 
@@ -126,6 +127,7 @@ class NorMuon(Offloading, SavedOptimizer):
         self._owners: dict[str, int] = {}  # with Config(replicas="share")
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
         self._constructed = self._offloaded = False
+        self.without_gradients = False  # the last step, in which nothing was done
         self._planner: Planner | None = None
         self.plan: Plan | None = None  # of the last step
         self.result: StepResult | None = None  # of the last step
@@ -180,7 +182,8 @@ class NorMuon(Offloading, SavedOptimizer):
         else:
             chosen = tuple([grad is not None for grad in grads])
         planner.agree(chosen)
-        if not any(chosen):
+        self.without_gradients = not any(chosen)
+        if self.without_gradients:
             return
         planned = planner.steps.get(chosen)
         if planned is None or not planned.stepped:
@@ -224,6 +227,7 @@ class NorMuon(Offloading, SavedOptimizer):
         try:
             self._added.append(groups_of.remember_last(self.param_groups, written))
             hyper_of.check_hyperparameters(self.param_groups[-1])
+            hyper_of.check_read(self.param_groups[-1], self.config)
             if self._constructed:
                 self._settle()
         except BaseException:
@@ -245,6 +249,7 @@ class NorMuon(Offloading, SavedOptimizer):
         named = groups_of.named_again(self.param_groups, self._added)
         self._added = decide_new(named, self._routes)
         self._reports.remember_models(self._added, self._routes)
+        write_forms(self.param_groups, self._added, self.config)
         ranks = self._mesh, self._guard_mesh, self._owners
         planner = Planner(self.param_groups, self._added, self.config, *ranks)
         present = set(map(id, planner.named.values()))

@@ -164,6 +164,7 @@ class Planner:
         if planned is None:
             planned = self.plan(chosen, states, begun)
         else:
+            check_sizes(planned.plan, planned.params)  # weights may have been loaded since
             self.collect(planned, states, begun)
         if graphed:
             _check_device(planned.plan.device, GraphedStep._device_type)

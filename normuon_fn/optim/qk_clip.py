@@ -15,6 +15,7 @@ from torch import Tensor
 from ..distributed import placements
 from ..ops.rounding import joined_with, parted
 from ..planning.plan import Parameter, Plan
+from ..routing.given_projections import check_projections
 from ..routing.queries_and_keys import Known, Projection, Rows, projections_of
 from ..types import Tensors, check_number
 
@@ -58,7 +59,8 @@ def qk_clip_(
             are what is scaled.
         alpha: which share of the scaling the queries take.
         projections: name of the module -> role ("q", "gated_q", "k", "qkv", "kv", "latent",
-            "latent_down") -> name of a weight, where the names do not tell.
+            "latent_down") -> name of a weight, where the names do not tell. Every module must be
+            one of ``max_logits``.
 
     Shapes: ``max_logits[layer]`` is [heads]. Of DTensors each rank scales the rows that it has.
 
@@ -110,6 +112,7 @@ def _clipped(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The local parts of parameters and masters that are scaled."""
     _check(max_logits, plan, tau, alpha)
+    check_projections(projections, max_logits)
     known = [Known(p.name, _whole_shape(p), p.route, p.reason) for p in plan.parameters]
     by_name = {p.name: p for p in plan.parameters}
     scales: dict[str, tuple[Tensor, int]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..routing.doubts import warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
-from ..routing.resolve import Routes, asked, decide_routes, is_written
+from ..routing.resolve import Routes, asked, asked_of_group, decide_routes, is_written
 from ..routing.route_table import RouteTable
 from ..routing.routes import Decision, Route
 from .groups import AddedGroup, check_params, names_of, refuse_models
@@ -123,8 +123,9 @@ def _of_group(
                 of_group[name] = Decision(decision.route, _NAMELESS, "untold")
     if isinstance(group.routes, RouteTable):
         return of_group | _trained(decide_routes(dict(group.params), group.routes))
-    own = asked(dict(group.params), group.routes or {})
+    own, check_options = asked_of_group(dict(group.params), group.routes or {})
     over = {name: d.over(of_group.get(name, found[name])) for name, d in own.items()}
+    check_options({name: d.route for name, d in over.items()})
     return of_group | _trained(over)
 
 

@@ -14,11 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..persistence.meaning import FORM
 from ..routing.doubts import warn_at_caller
 from .hyper import Groups, check_hyperparameters, plain
 from .matching import SHOWN, matched, some, unwrapped
 
-_NOT_VALUES = ("params", "param_names")
+_NOT_VALUES = ("params", "param_names", FORM)
+
+
+class Place(NamedTuple):
+    """Where a parameter is in a ``state_dict``."""
+
+    key: Any  # in ``state_dict["state"]``
+    group: int  # in ``state_dict["param_groups"]``
 
 
 class Saved(NamedTuple):
@@ -27,11 +35,7 @@ class Saved(NamedTuple):
     states: dict[str, Mapping[str, Any]]  # by parameter; empty for one without state
     groups: list[dict[str, Any]]  # by group of this optimizer, checked
     others: dict[Any, Any]  # what ``state`` has under keys that are no parameters
-
-
-class _Place(NamedTuple):
-    key: Any  # in ``state_dict["state"]``
-    group: int  # in ``state_dict["param_groups"]``
+    places: dict[str, Place]  # by parameter
 
 
 # --- saving
@@ -113,13 +117,13 @@ def read(
         )
     values = [_group_values(k, groups, group_of, found, saved, state) for k in range(len(groups))]
     return Saved(
-        {name: state.get(place.key) or {} for name, place in found.items()}, values, others
+        {name: state.get(place.key) or {} for name, place in found.items()}, values, others, found
     )
 
 
-def _places(saved: Groups) -> list[_Place]:
+def _places(saved: Groups) -> list[Place]:
     """Of every saved parameter, in their order."""
-    places = [_Place(key, k) for k, group in enumerate(saved) for key in group["params"]]
+    places = [Place(key, k) for k, group in enumerate(saved) for key in group["params"]]
     keys = [place.key for place in places]
     if len(set(keys)) < len(keys):
         twice = sorted({key for key in keys if keys.count(key) > 1}, key=str)
@@ -158,7 +162,7 @@ def _saved_names(saved: Groups) -> list[str] | None:
     return names
 
 
-def _in_order(groups: Groups, saved: Groups, places: list[_Place]) -> list[_Place]:
+def _in_order(groups: Groups, saved: Groups, places: list[Place]) -> list[Place]:
     own_sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (groups, saved))
     if own_sizes != saved_sizes:
         raise ValueError(
@@ -174,7 +178,7 @@ def _group_values(
     k: int,
     groups: Groups,
     group_of: Mapping[str, int],
-    found: Mapping[str, _Place],
+    found: Mapping[str, Place],
     saved: Groups,
     state: Mapping[Any, Any],
 ) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from ..compat.graphs import outside_graphs
+from ..types import Config
 from . import hyper as hyper_of
 from . import saved as saved_of
+from .groups import AddedGroup
 from .offloading import wait_for_copies_sync
 from .planned import Planner
+from .saved_meaning import check_meaning, routes_of
 from .state import States
 
 
@@ -19,6 +22,8 @@ class SavedOptimizer(torch.optim.Optimizer):
     """What `NorMuon` inherits: it has the groups and the state, and this reads and writes them."""
 
     _begun: set[str]
+    _added: list[AddedGroup]
+    config: Config
 
     def _settled(self) -> Planner:
         raise NotImplementedError
@@ -54,11 +59,14 @@ class SavedOptimizer(torch.optim.Optimizer):
         Parameters are found by name (but for wrappers' prefixes) if both sides have names, and by
         order otherwise. A group takes the values that its parameters had. A parameter without
         saved state, because it was frozen, starts anew. What others added to ``optimizer.state``
-        comes back too. Nothing is written if anything does not fit.
+        comes back too. Nothing is written if anything does not fit. Options that differ from those
+        of the saved optimizer and do not touch the state (guard, coefficients, ...) cause a
+        warning; a momentum of int8 becomes one of floats, and the reverse.
 
         Raises:
             ValueError, TypeError: other names, groups, algorithms or values, or a state of another
-                kind or shape; naming the parameter or the group.
+                kind or shape, or of another meaning (``momentum_form``, ``reduction``, heads, ...);
+                naming the parameter, the group or the option.
         """
         saved: Any = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -66,6 +74,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         planner = self._settled()
         wait_for_copies_sync(planner)
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
+        check_meaning(found, saved["param_groups"], self.config, routes_of(self._added))
         write_values = hyper_of.loading(self.param_groups, found.groups)
         self._begun = planner.load(self.state, self._begun, found)
         write_values()

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..compat import outside_inference_mode
 from ..distributed import placements
 from ..distributed.dtensors import is_dtensor
+from ..persistence.meaning import field_of_variance, fields_of
 from ..planning.plan import Plan, Spec
 from ..planning.streaming import in_place_of_host
 
@@ -211,9 +212,16 @@ def _copies(
             shape = f" {tuple(value.shape)}" if isinstance(value, Tensor) else f" {value!r}"
             raise ValueError(
                 f"state_dict: expected {type(into).__name__} {tuple(into.shape)} for {name!r} "
-                f"{kind}, got {type(value).__name__}{shape}"
+                f"{kind}, got {type(value).__name__}{shape}{_hint_of_shape(kind, value, own)}"
             )
     return [(own[kind], saved[kind]) for kind in kinds]
+
+
+def _hint_of_shape(kind: str, value: Any, own: Mapping[str, Tensor]) -> str:
+    if kind != "variance" or not isinstance(value, Tensor):
+        return ""
+    write = field_of_variance(value.shape, own["momentum"].shape)
+    return f"; was it saved with another config? Then {write}"
 
 
 def _hint(kinds: set[str], saved: Mapping[str, Any]) -> str:
@@ -222,7 +230,8 @@ def _hint(kinds: set[str], saved: Mapping[str, Any]) -> str:
             "was it saved by one rank of Config(replicas='share')? Save gathered_state_dict(), or "
             "with torch.distributed.checkpoint"
         )
-    return "was it saved with another config?"
+    write = fields_of(kinds - {*COUNTERS}, saved)
+    return "was it saved with another config?" + (f" Then {write}" if write else "")
 
 
 def _added(saved: Mapping[str, Any], kinds: set[str], device: torch.device) -> dict[str, Any]:

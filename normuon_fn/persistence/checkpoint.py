@@ -9,7 +9,6 @@ For plain tensors. DTensors go through torch.distributed.checkpoint, which takes
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
@@ -22,18 +21,15 @@ from torch import Tensor
 from ..compat import address
 from ..distributed.dtensors import is_dtensor
 from ..planning.checks import check_tensors
+from ..planning.hyperball import check_sizes
 from ..planning.memory import check_writable
 from ..planning.momentum_codes import fitted_file
 from ..planning.plan import Plan
 from ..planning.streaming import placed, wait_for_copies_sync
-from ..types import Config, Tensors
+from ..types import Tensors
 from .description import CheckpointError
 from .file_format import DTYPES, read, require_safetensors, write
-
-# The options that decide what the state means, or how a state of the same shape is laid out.
-# A run does not continue from a state that was saved with another value of one of them.
-_CONFIG_OF_STATE = ("momentum_form", "reduction", "other")
-_ROUTE_OF_STATE = ("algorithm", "flatten", "heads", "splits", "dim", "transposed")
+from .meaning import Meaning, config_texts, differences, fields_of, listed, route_texts
 
 
 class Checkpoint(NamedTuple):
@@ -85,8 +81,8 @@ def save(
     tensors |= {f"params/{name}": tensor for name, tensor in params.items()}
     tensors |= {f"state/{name}": tensor for name, tensor in state.items()}
     about = {
-        "config": _config(plan.config),
-        "routes": {p.name: _route(p.route) for p in plan.parameters},
+        "config": config_texts(plan.config),
+        "routes": {p.name: route_texts(p.route) for p in plan.parameters},
         "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
     }
     write(path, tensors, about)
@@ -105,8 +101,8 @@ def load(
 
     With ``plan``, the file is checked against the plan and its tensors are on the plan's device.
     Without, the tensors are on the CPU as they were saved. Nothing is ever unpickled. An option
-    that differs from the saved one but does not touch the state (guard, coefficients, ...) causes
-    a warning.
+    that differs from the saved one but does not touch the state (guard, coefficients, a decay form
+    or multiplier of a route, ...) causes a warning.
 
     Args:
         params, state: with ``plan``, these tensors are written in place, and only after the whole
@@ -120,7 +116,8 @@ def load(
             share memory, are expanded, on the meta device, or made under inference mode.
         CheckpointError (a ValueError): the file is damaged, truncated or of another format, or it
             does not fit the plan. The message says which names are missing or unexpected, which
-            shapes or dtypes differ, or which options give the state another meaning.
+            shapes or dtypes differ, which options give the state another meaning, or which matrix
+            is zero that is to keep its norm.
     """
     if plan is None and not (params is None and state is None):
         raise ValueError("params, state: to be written in place they need plan=")
@@ -136,6 +133,7 @@ def load(
         want |= {f"state/{name}": (spec.shape, spec.dtype) for name, spec in whole}
         own = {key: tensor for key, tensor in found.items() if not key.startswith("extra/")}
         _check_specs(path, own, want)
+        _check_sizes(path, plan, found)
         found = {
             k: x for k, x in found.items() if k.removeprefix("state/") not in plan.owned.elsewhere
         }
@@ -165,25 +163,22 @@ def load(
 
 def _check_meaning(path: str | os.PathLike[str], meta: dict[str, Any], plan: Plan) -> None:
     """That the saved options and routes give the state the meaning that the plan gives it."""
-    now = _config(plan.config)
-    differ = {}
-    for f in _config_fields():
-        old = meta["config"].get(f.name, repr(f.default))
-        if old != now[f.name]:
-            differ[f.name] = f"Config.{f.name} was {old}, is {now[f.name]}"
-    fatal = [line for name, line in differ.items() if name in _CONFIG_OF_STATE]
-    for p in plan.parameters:
-        saved, route = meta["routes"].get(p.name, {}), _route(p.route)
-        fatal += [
-            f"the route of {p.name!r} had {k}={saved[k]}, has {route[k]}"
-            for k in _ROUTE_OF_STATE
-            if saved.get(k, route[k]) != route[k]
-        ]
+    saved = Meaning(meta["config"], meta["routes"])
+    routes = {p.name: p.route for p in plan.parameters}
+    fatal, harmless = differences(saved, plan.config, routes)
     if fatal:
-        raise CheckpointError(f"{path}: its state has another meaning: {'; '.join(fatal[:8])}")
-    if differ:
-        shown = "; ".join(differ.values())
+        raise CheckpointError(f"{path}: its state has another meaning: {listed(fatal)}")
+    if harmless:
+        shown = listed(harmless)
         warnings.warn(f"{path} was saved with another configuration: {shown}", stacklevel=3)
+
+
+def _check_sizes(path: str | os.PathLike[str], plan: Plan, found: Mapping[str, Tensor]) -> None:
+    """That no matrix is zero that is to keep its norm."""
+    try:
+        check_sizes(plan, {p.name: found[f"params/{p.name}"] for p in plan.parameters})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _check_specs(
@@ -193,17 +188,24 @@ def _check_specs(
 ) -> None:
     missing, extra = [k for k in want if k not in found], [k for k in found if k not in want]
     if missing or extra:
+        write = fields_of(map(_kind, want), map(_kind, found))
         raise CheckpointError(
             f"{path}: belongs to another model or plan: missing {missing[:8]}, "
-            f"unexpected {extra[:8]}"
+            f"unexpected {extra[:8]}" + (f"; if the model is the same, {write}" if write else "")
         )
     for key, (shape, dtype) in want.items():
         tensor = found[key]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise CheckpointError(
                 f"{path}: {key}: expected {dtype} of shape {shape}, the file has {tensor.dtype} "
-                f"of shape {tuple(tensor.shape)}"
+                f"of shape {tuple(tensor.shape)}{_hint_of_dtype(key, shape, tensor)}"
             )
+
+
+def _hint_of_dtype(key: str, shape: tuple[int, ...], tensor: Tensor) -> str:
+    if _kind(key) != "momentum" or tuple(tensor.shape) != shape:
+        return ""
+    return f"; write Config(momentum_dtype={tensor.dtype})"
 
 
 def _check_run(
@@ -281,14 +283,6 @@ def _check_extra_tensor(what: str, tensor: Tensor, depth: int) -> None:
         )
 
 
-def _config_fields() -> list[dataclasses.Field[Any]]:
-    left_out = ("orthogonalizer", "metrics", "state_device")  # where it is says nothing of it
-    return [f for f in dataclasses.fields(Config) if f.name not in left_out]
-
-
-def _config(config: Config) -> dict[str, str]:
-    return {f.name: repr(getattr(config, f.name)) for f in _config_fields()}
-
-
-def _route(route: Any) -> dict[str, str]:
-    return {f.name: repr(getattr(route, f.name)) for f in dataclasses.fields(route)}
+def _kind(key: str) -> str:
+    """Of ``"state/<name>.<kind>"``."""
+    return key.rpartition(".")[2] if key.startswith("state/") else ""

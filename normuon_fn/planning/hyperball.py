@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakSet
 
 from torch import Tensor
 
-from ..compat import address, gather_objects
+from ..compat import address, gather_objects, observers
 from ..distributed.placements import local
 from .plan import Parameter, Plan
+
+_looked_at: WeakSet[Plan] = WeakSet()
+
+
+def is_new(plan: Plan) -> bool:
+    """Whether `check_first_use` of this plan has something to do."""
+    return plan not in _looked_at and bool(_kept(plan))
+
+
+def check_first_use(plan: Plan, params: Mapping[str, Tensor]) -> None:
+    """`check_sizes`, if no parameters of this plan were looked at before and somebody can wait.
+
+    Not where single operations are observed or transformed (vmap), nor during a capture.
+
+    Raises:
+        ValueError: as `check_sizes`.
+    """
+    if plan in _looked_at:
+        return
+    if observers.is_observed(params.values()) or observers.is_capturing(plan.device):
+        return
+    check_sizes(plan, params)
 
 
 def check_sizes(plan: Plan, params: Mapping[str, Tensor]) -> None:
@@ -19,12 +42,8 @@ def check_sizes(plan: Plan, params: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: naming a parameter, on all ranks that have a part of it.
     """
-    kept = [
-        p
-        for p in plan.parameters
-        if p.route.algorithm == "normuon" and p.route.of_matrices(plan.config)[0] == "hyperball"
-    ]
-    if not kept or not all(_has_values(params[p.name]) for p in kept):
+    kept = _kept(plan)
+    if not all(_has_values(params[p.name]) for p in kept):
         return
     zero = [p.name for p in kept if _has_zero(p, params[p.name].detach())]
     for group in dict.fromkeys(p.spec.sharded.group for p in kept if p.spec.sharded is not None):
@@ -37,6 +56,16 @@ def check_sizes(plan: Plan, params: Mapping[str, Tensor]) -> None:
             "its norm, so it would stay zero for good; initialize it otherwise, or give it "
             f"Route(weight_decay_form='decoupled'). All of them: {zero[:8]}"
         )
+    _looked_at.add(plan)
+
+
+def _kept(plan: Plan) -> list[Parameter]:
+    """The parameters whose matrices keep their norms."""
+    return [
+        p
+        for p in plan.parameters
+        if p.route.algorithm == "normuon" and p.route.of_matrices(plan.config)[0] == "hyperball"
+    ]
 
 
 def _has_values(tensor: Tensor) -> bool:

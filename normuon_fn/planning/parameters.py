@@ -97,6 +97,11 @@ def decide(
         )
     if route.of_matrices(config)[0] == "hyperball":
         _check_hyperball(name, tensor.dtype, config, master)
+        if route.wd_mul not in (0.0, 1.0):
+            raise ValueError(
+                f"params[{name!r}]: Route(wd_mul={route.wd_mul:g}) has no effect: nothing decays "
+                "with weight_decay_form='hyperball'; leave it out"
+            )
     entries = [state for state in stages.states if state.per == "entry"]
     found = _entry_states(parameter, [*states, *entries], config)
     pieces, specs = _matrices(parameter, tensor, config, mesh, chance, stages)

@@ -95,6 +95,7 @@ def routes_for(
                 found = Decision(later, "requires_grad=False", found.certainty)
         entries += [Routed(use.name, use.shape, kind_of(use.module), *found) for use in same]
     asked.check_used()
+    asked.check_options({entry.name: entry.route for entry in entries})
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
     return RouteTable(sorted(entries, key=lambda entry: order.get(entry.name, len(order))), model)
 

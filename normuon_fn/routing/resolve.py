@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +29,12 @@ def decide_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Dec
     if isinstance(routes, RouteTable):
         found = routes.decide_all(params)
     else:
-        found = asked(params, routes)
+        entries = Entries("routes", routes)
+        found = _asked(entries, params)
         if len(found) < len(params) or not all(each.route.decides for each in found.values()):
             named = by_names(params)
             found = {n: found[n].over(base) if n in found else base for n, base in named.items()}
+            entries.check_options({name: each.route for name, each in found.items()})
     return {name: _seen(found[name], tensor) for name, tensor in params.items()}
 
 
@@ -57,7 +59,18 @@ def _seen(found: Decision, tensor: Tensor) -> Decision:
 
 def asked(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Decision]:
     """The routes that were asked for by name, glob or predicate, of the parameters they match."""
+    return _asked(Entries("routes", routes), params)
+
+
+def asked_of_group(
+    params: Mapping[str, Tensor], routes: Routes
+) -> tuple[dict[str, Decision], Callable[[Mapping[str, Route]], None]]:
+    """`asked`, and `Entries.check_options` for when it is known what these routes go over."""
     entries = Entries("routes", routes)
+    return _asked(entries, params), entries.check_options
+
+
+def _asked(entries: Entries, params: Mapping[str, Tensor]) -> dict[str, Decision]:
     decided = {name: entries.decide([(name, tensor)]) for name, tensor in params.items()}
     entries.check_used()
     return {name: found for name, found in decided.items() if found is not None}
@@ -84,6 +97,7 @@ class Entries:
                 raise TypeError(f"{what}: expected names, globs or predicates as keys, got {key!r}")
         self._what, self._routes = what, dict[Key, Route](routes.items())
         self._keys, self._used, self._names = Keys(self._routes), set[Key](), list[str]()
+        self._options: dict[Key, list[str]] = {}  # of matrices: which parameters get them
 
     def decide(self, names: Sequence[tuple[str, Tensor]]) -> Decision | None:
         """What is asked for a tensor with these names; ``None``: nothing."""
@@ -94,6 +108,9 @@ class Entries:
         first = next((k for k, key in enumerate(matching) if self._routes[key].decides), None)
         *before, last = matching if first is None else matching[: first + 1]
         self._used.update(before, (last,))
+        for key in (*before, last):
+            if self._routes[key].has_options and not self._routes[key].decides:
+                self._options.setdefault(key, []).append(names[0][0])
         route, reason = self._routes[last], self._label(last)
         for key in reversed(before):
             route, reason = self._routes[key].over(route), f"{reason}; {self._label(key)}"
@@ -113,6 +130,15 @@ class Entries:
                     f"{self._label(key)}: expected to change multipliers, but entries before it "
                     "decide everything about the parameters that it matches; write it before them "
                     "(for a table: nm.routes_for(model, {...}))"
+                )
+
+    def check_options(self, routes: Mapping[str, Route]) -> None:
+        """That options of matrices alone reach one; ``routes`` are what was decided in the end."""
+        for key, names in self._options.items():
+            if not any(routes[name].is_of_matrices for name in names if name in routes):
+                raise ValueError(
+                    f"{self._label(key)}: weight_decay_form and cautious_update are for matrices "
+                    f"that NorMuon updates, and it matches none: {names[:8]}; leave them out"
                 )
 
     def _label(self, key: Key) -> str:

@@ -74,7 +74,13 @@ class RouteTable(dict[str, Route]):
                     "predicates and multipliers of other names write nm.routes_for(model, {...})"
                 )
             if not route.decides:
-                found = Decision(route, "routes").over(self._decision(name))
+                before = self._decision(name)
+                if route.has_options and not before.route.is_of_matrices:
+                    raise ValueError(
+                        f"table | {{{name!r}: ...}}: weight_decay_form and cautious_update are for "
+                        f"matrices that NorMuon updates, and it has {before.route}; leave them out"
+                    )
+                found = Decision(route, "routes").over(before)
                 entries[name] = self.entries[name]._replace(**found._asdict())
         self.update({k: x if x.decides else entries[k].route for k, x in routes.items()})
         self.entries = entries

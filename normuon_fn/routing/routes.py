@@ -58,7 +58,8 @@ class Route:
             wherever the rule tells them apart (variance, scale), they change places. ``dim`` counts
             as the tensor is stored.
         weight_decay_form, cautious_update: as in `Config`, for these matrices; ``None``: the
-            Config's. They say nothing about a parameter that AdamW updates.
+            Config's. They say nothing about a parameter that AdamW updates; an entry of ``routes``
+            that matches no matrix must not have them.
         unfrozen: for ``"frozen"``: the route in a plan of a tensor that requires a gradient. Routes
             that differ in it alone are equal.
 
@@ -108,6 +109,7 @@ class Route:
                 f"Route: flatten, heads and splits are for 'normuon', not for {self.algorithm!r}"
             )
         self._check_options()
+        self._check_read()
         if self.flatten and (self.heads is not None or self.splits is not None):
             raise ValueError("Route: flatten cannot be combined with heads or splits")
         if self.unfrozen is not None and (
@@ -136,6 +138,35 @@ class Route:
                 f"Route: {' and '.join(_OPTIONS)} are for matrices ('normuon'), not for "
                 f"{self.algorithm!r}; leave them out"
             )
+
+    def _check_read(self) -> None:
+        """Refuses what another field leaves without effect."""
+        if self.dim != 0 and self.heads is None and self.splits is None:
+            raise ValueError(
+                f"Route.dim: {self.dim} has no effect without heads and splits, whose dimension it "
+                "is; write one of them, or leave it out"
+            )
+        for name in _MULTIPLIERS:
+            if self.algorithm == "frozen" and getattr(self, name) != 1.0:
+                raise ValueError(
+                    f"Route.{name}: {getattr(self, name)!r} has no effect on what is 'frozen'; "
+                    "leave it out"
+                )
+        if self.wd_mul not in (0.0, 1.0) and self.weight_decay_form == "hyperball":
+            raise ValueError(
+                f"Route.wd_mul: {self.wd_mul!r} has no effect: nothing decays with "
+                "weight_decay_form='hyperball'; leave it out"
+            )
+
+    @property
+    def has_options(self) -> bool:
+        """Whether it has something that matrices alone have."""
+        return any(getattr(self, name) is not None for name in _OPTIONS)
+
+    @property
+    def is_of_matrices(self) -> bool:
+        """Whether it makes a matrix of its parameter, now or from when it is unfrozen."""
+        return (self.unfrozen or self).algorithm == "normuon"
 
     def of_matrices(self, config: Config) -> tuple[DecayForm, bool]:
         """The weight decay form of these matrices, and whether their updates are cautious."""

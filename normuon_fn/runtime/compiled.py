@@ -16,11 +16,12 @@ from weakref import WeakKeyDictionary, finalize
 import torch
 from torch import Tensor
 
-from ..compat import apart, plain, without_autocast
+from ..compat import apart, observers, plain, without_autocast
 from ..distributed import placements
 from ..distributed.failures import named as named_failure
 from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.common import agree_on_step
+from ..planning.hyperball import check_first_use, is_new
 from ..planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_writable
@@ -34,6 +35,7 @@ from .long_compilation import saying_so_if_long
 from .lost_updates import warn_of_lost_updates
 from .outside import free, graph_of
 from .recent import MANY, Recent
+from .unread import warn_of_unread
 
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
@@ -149,7 +151,11 @@ def _run_compiled(
     if compiled is None:
         if not graphs:
             warn_of_lost_updates(plan, params, hyper)
-        if not graphs and plan.device.type == "cuda" and not streams.is_capturing(plan.device):
+            warn_of_unread(plan, hyper)
+            if is_new(plan):
+                check_step(plan, *passed, hyper, found_inf)
+                check_first_use(plan, params)
+        if not graphs and plan.device.type == "cuda" and not observers.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
             _compile_kernels_beside(plan, function)
     try:

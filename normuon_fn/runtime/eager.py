@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from ..compat import observers
 from ..compat.observers import fake_beside_real, is_observed, is_transformed, value_tracer
 from ..distributed import placements
 from ..ops.registration import writes
 from ..planning.plan import Plan
 from ..step import local_update_
 from ..types import Grads, Hyper, StepResult, Tensors
-from . import streams
 
 StepFunction = Callable[..., StepResult]
 HALF_WRITTEN = (
@@ -96,7 +96,7 @@ class saying_what_was_written:  # noqa: N801 - used as a function
         if error is None or (writes(), self.version()) == self.before:
             return
         device = self.plan.device
-        if not (device.type == "cuda" and streams.is_capturing(device)):
+        if not (device.type == "cuda" and observers.is_capturing(device)):
             _add_note(error, HALF_WRITTEN)
 
 

@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..compat import observers
 from ..distributed import placements
 from ..planning.checks import check_step
 from ..planning.plan import Plan
@@ -114,7 +115,7 @@ class GraphedStep:
         """
         if self._stays_plain:
             return step_(params, grads, state, hyper, self.plan, found_inf=found_inf)
-        if streams.is_capturing(self.plan.device):
+        if observers.is_capturing(self.plan.device):
             raise RuntimeError(
                 "GraphedStep: expected a call outside of any capture, got one inside; put step_ "
                 "itself into that graph"

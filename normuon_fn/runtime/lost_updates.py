@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..algorithm.normalize import SCALES
+from ..compat import observers
 from ..distributed.placements import local
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..types import Config
 from ..types.hyper import Hyper, peaks_of
-from . import streams
 
 _SAMPLE = 1024  # entries per parameter: the share of them is right within 3 %
 # Of an update per unit of lr; AdamW's is usually 0.2 to 0.4 (arXiv 2502.16982, section 2.2).
@@ -77,7 +77,7 @@ def coarseness_of(
     """
     if plan.config.master != "none" or plan.device.type == "meta":
         return {}
-    if plan.device.type == "cuda" and streams.is_capturing(plan.device):
+    if plan.device.type == "cuda" and observers.is_capturing(plan.device):
         return {}
     chosen = [
         p

@@ -52,11 +52,3 @@ def borrow(device: torch.device) -> CaptureStream:
 
 def give_back(device: torch.device, lent: CaptureStream) -> None:
     _idle[device].append(lent)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of ``device``, not of the current device, is being captured."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .hyper import check_number
 from .other_names import with_hints
 from .presets import PRESETS, Preset
+from .unread import check_read, without_unread
 
 Row = tuple[float, float, float]
 CoefficientsName = Literal[
@@ -41,6 +42,10 @@ Grads = Mapping[str, Tensor | None]
 
 FIXED_STEPS = {"cubic5": 5}  # one composition, which can neither be cut nor continued
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = {
+    "orthogonalize_dtype": COMPUTE_DTYPES,
+    "momentum_dtype": (torch.bfloat16, torch.float32, torch.float64, torch.int8),
+}
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Config:
     - ``weight_decay_form``: ``"decoupled"``, W <- (1 - lr wd) W - lr U; ``"cautious"`` decays only
       entries with U W >= 0; ``"hyperball"``: W keeps its Frobenius norm, U is as long as W, so lr
       is relative, and nothing decays. ``weight_decay_lr_power`` 2: lr^2 wd in the place of lr wd.
-    - ``cautious_update``: entries with U G < 0 do not move, and the others move as much further
-      (arXiv 2411.16085).
+    - ``cautious_update``: entries with U G < 0 do not move; the others, k of d, move d / (k + 1)
+      times as far (arXiv 2411.16085, Algorithm 2; see finishing.py for what its code does).
     - ``update_floor``: U is made longer where it is shorter than this share of W, per output row
       or ``"matrix"`` (``update_floor_per``; modded-nanogpt#328, #274).
     - A `Route` can give its parameters another ``weight_decay_form`` and ``cautious_update``.
@@ -111,7 +116,8 @@ class Config:
     - ``seed``: of the chances of ``"stochastic"``, which also depend on the number of steps (see
       ``guard_scope``), the parameter's name, the entry's place, and on a mesh its sharding.
 
-    Raises TypeError or ValueError for an unknown option, or options that exclude each other.
+    Raises TypeError or ValueError for an unknown option, options that exclude each other, or one
+    that another leaves without effect.
     """
 
     momentum_form: MomentumForm = "ema"
@@ -158,10 +164,8 @@ class Config:
         check_number("Config.rms", self.rms)
         check_number("Config.eps", self.eps)
         check_number("Config.update_floor", self.update_floor)
-        if self.state_device not in (None, "cpu"):
-            raise ValueError(
-                f"Config.state_device: expected None or 'cpu', got {self.state_device!r}"
-            )
+        if (to := self.state_device) not in (None, "cpu"):
+            raise ValueError(f"Config.state_device: expected None or 'cpu', got {to!r}")
         _check_together(self)
         if self.rms == 0.0:
             raise ValueError("Config.rms: expected a number > 0, got 0")
@@ -169,31 +173,33 @@ class Config:
             raise TypeError(f"Config.seed: expected an int, got {self.seed!r}")
         if self.momentum_dtype == "int8":
             object.__setattr__(self, "momentum_dtype", torch.int8)
-        for field, more in (("orthogonalize_dtype", ()), ("momentum_dtype", (torch.int8,))):
-            value, choices = getattr(self, field), (*COMPUTE_DTYPES, *more)
-            if value not in (None, *choices):
+        for field, choices in _DTYPES.items():
+            value = getattr(self, field)
+            if not (value is None or value in choices):
+                shown = [*choices, "int8"] if torch.int8 in choices else [*choices]
+                why = ""
+                if value == torch.float16:
+                    why = ": small gradients vanish in float16; write torch.bfloat16"
                 raise ValueError(
-                    f"Config.{field}: expected None or one of {choices}, got {value!r}"
+                    f"Config.{field}: expected None or one of {shown}, got {value!r}{why}"
                 )
         if self.momentum_dtype == torch.int8 and self.metrics:
             raise ValueError(
                 "Config.metrics: expected False with momentum_dtype='int8', whose codes the pass "
                 "that measures norms does not read; leave metrics out, or write torch.bfloat16"
             )
-        if self.momentum_dtype == torch.float16:
-            raise ValueError(
-                "Config.momentum_dtype: small gradients vanish in float16; write torch.bfloat16"
-            )
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
             own: object = self.orthogonalizer  # type: ignore[unreachable]
             raise TypeError(f"Config.orthogonalizer: expected a callable, got {own!r}")
         checked = check_coefficients(self.coefficients, self.steps, self.safety_factor, "Config.")
         object.__setattr__(self, "coefficients", checked)
+        check_read(vars(self), _DEFAULTS)
 
     @staticmethod
     def preset(name: Preset, **overrides: Any) -> Config:
         """The published variant ``name``, with any field overridden.
 
+        What an override leaves unread of the preset (``eps`` with ``normalize=False``) is left out.
         The formulas are theirs; the floors and eps inside their Newton-Schulz norms are not: those
         make small gradients vanish. ``"emerging_optimizers"`` follows the axis of its code, and not
         that of its comment. An unknown name or field is a ValueError or a TypeError.
@@ -203,11 +209,12 @@ class Config:
         unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(Config)})
         if unknown:
             raise TypeError(f"preset: unknown Config fields {unknown}")
-        return Config(**{**PRESETS[name], **overrides})
+        return Config(**without_unread(PRESETS[name], overrides, _DEFAULTS))
 
 
 # A dataclass writes its own __init__: it has hints for the names of other optimizers too.
 Config.__init__ = with_hints(Config.__init__)  # type: ignore[method-assign]
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 _CHOICES = {k: get_args(v) for k, v in get_type_hints(Config).items() if get_origin(v) is Literal}
 
 

@@ -16,6 +16,8 @@ LARGEST = torch.finfo(torch.float32).max
 
 # By tensor of a rate: the numbers that it was made from, before any schedule.
 _peaks: Any = WeakIdKeyDictionary()
+_eps: Any = WeakIdKeyDictionary()  # by tensor of adamw_eps: what was written, if it was
+EPS = 1e-8  # of AdamW, if nothing is written
 
 
 class Hyper(NamedTuple):
@@ -51,7 +53,7 @@ class Hyper(NamedTuple):
         weight_decay: float = 0.0,
         adamw_lr: float | None = None,  # None: lr
         adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_eps: float = 1e-8,
+        adamw_eps: float = EPS,
         adamw_weight_decay: float | None = None,  # None: weight_decay
     ) -> Hyper:
         """The hyperparameters as 0-d float32 tensors on the device of ``params``.
@@ -77,6 +79,8 @@ class Hyper(NamedTuple):
         with torch.inference_mode(False):  # so that a schedule may write them anywhere
             made = Hyper(*(torch.tensor(x, dtype=torch.float32, device=device) for x in numbers))
         _remember(made, (numbers[0],), (numbers[4],))
+        if adamw_eps != EPS and not torch.compiler.is_dynamo_compiling():
+            _eps[made.adamw_eps] = adamw_eps
         return made
 
     @staticmethod
@@ -89,6 +93,9 @@ class Hyper(NamedTuple):
             raise ValueError("hypers: expected at least one Hyper, got none")
         stacked = Hyper(*(torch.stack(values) for values in zip(*hypers, strict=True)))
         rates = [peaks_of(hyper) for hyper in hypers]
+        written = [eps for hyper in hypers if (eps := written_eps(hyper)) is not None]
+        if written:
+            _eps[stacked.adamw_eps] = written[0]
         if all(lr and adamw_lr for lr, adamw_lr in rates):
             _remember(stacked, *(sum(each, ()) for each in zip(*rates, strict=True)))
         return stacked
@@ -144,6 +151,14 @@ def peaks_of(hyper: Hyper) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if torch.compiler.is_dynamo_compiling():
         return (), ()
     return _peaks.get(hyper.lr, ()), _peaks.get(hyper.adamw_lr, ())
+
+
+def written_eps(hyper: Hyper) -> float | None:
+    """The ``adamw_eps`` that `Hyper.of` was given, if it is not the default."""
+    is_tensor = isinstance(hyper.adamw_eps, Tensor)
+    if torch.compiler.is_dynamo_compiling() or not is_tensor:
+        return None
+    return _eps.get(hyper.adamw_eps)
 
 
 def _remember(made: Hyper, lr: tuple[float, ...], adamw_lr: tuple[float, ...]) -> None:

@@ -27,7 +27,8 @@ class Schedule:
     >>> peak = nm.Hyper.of(params, lr=0.02)
     >>> hyper = peak.scaled(schedule(state["guard.step"]))
 
-    A skipped step counts, as it does for ``"guard.step"``. A Python int gives a float, for
+    A skipped step counts, as it does for ``"guard.step"``. In a tensor, whose values nothing waits
+    for, a negative number is taken for that of the first step. A Python int gives a float, for
     ``torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)``.
 
     With k = 0 for the first step: (k + 1) / warmup while k < warmup; then 1, until the decay
@@ -47,7 +48,7 @@ class Schedule:
 
     Raises:
         TypeError, ValueError: numbers that are no such schedule, at construction; or a call with
-            something else than an int or a tensor of integers.
+            a negative int, or something else than an int or a tensor of integers.
     """
 
     total: int
@@ -84,6 +85,8 @@ class Schedule:
     def __call__(self, step: Tensor) -> Tensor: ...
     def __call__(self, step: int | Tensor) -> float | Tensor:
         if isinstance(step, int) and not isinstance(step, bool):
+            if step < 0:
+                raise ValueError(f"step: expected an int >= 0, got {step}; the first step is 0")
             return float(self._of(torch.tensor(step, device="cpu")))
         if not isinstance(step, Tensor) or step.dtype.is_floating_point or step.is_complex():
             raise TypeError(
@@ -92,7 +95,7 @@ class Schedule:
         return self._of(step)
 
     def _of(self, step: Tensor) -> Tensor:
-        k = step.detach().double()
+        k = step.detach().double().clamp(min=0.0)
         decay = self.total - self.warmup if self.decay is None else self.decay
         begin = self.total - decay
         done = ((k - begin) / max(decay, 1)).clamp(0.0, 1.0)  # the share of the decay

@@ -43,6 +43,21 @@ def with_state(x: Tensor) -> Tensor:
     return norm_of(x) * calls[0]
 
 
+def by_svd(x: Tensor) -> Tensor:
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    zero = (x == 0).all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(zero, 0.0, u @ v)
+
+
+def raises_if(condition: Callable[[Tensor], bool]) -> Callable[[Tensor], Tensor]:
+    def stage(x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and condition(x):
+            raise torch.linalg.LinAlgError("no convergence")
+        return norm_of(x)
+
+    return stage
+
+
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no function": (3, TypeError, "expected a callable, got 3"),
     "no tensor": (lambda x: None, TypeError, "floating-point tensor, got NoneType"),
@@ -65,6 +80,36 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda x: norm_of(x) / norm_of(x).abs().amax((-2, -1), keepdim=True),
         ValueError,
         "NaN of a matrix of zeros",
+    ),
+    "an SVD of NaN": (
+        by_svd,
+        ValueError,
+        r"function: it raises LinAlgError for a matrix with a NaN in it: .*; the guard needs",
+    ),
+    "an SVD of zeros": (
+        raises_if(lambda x: not bool(x.any())),
+        ValueError,
+        "it raises LinAlgError for matrices of zeros: no convergence",
+    ),
+    "an SVD of tiny numbers": (
+        raises_if(lambda x: bool(x.any()) and bool(x.abs().max() < 1e-10)),
+        ValueError,
+        "it raises LinAlgError for 9e-19 times the same matrices: no convergence",
+    ),
+    "an SVD that always fails": (
+        raises_if(lambda x: True),
+        ValueError,
+        r"function: it raises LinAlgError for \[3, 8, 12\] normal numbers: no convergence",
+    ),
+    "another error": (
+        lambda x: x @ x,
+        ValueError,
+        r"function: it raises RuntimeError for \[3, 8, 12\] normal numbers: ",
+    ),
+    "one matrix alone": (
+        raises_if(lambda x: len(x) == 1),
+        ValueError,
+        "it raises LinAlgError for one matrix of the stack alone",
     ),
     "a hidden NaN": (lambda x: norm_of(x).nan_to_num(), ValueError, "hides a NaN"),
 }

@@ -135,7 +135,10 @@ def test_a_state_of_another_master_is_refused_and_nothing_is_written() -> None:
     train(model, optimizer, range(2))
     other, wide = made("fp32")
     before = states(wide)
-    with pytest.raises(ValueError, match=r"expected \[.*'master'.* for .*, got \[.*'mantissa'"):
+    with (
+        pytest.warns(UserWarning, match="Config.master was 'mantissa', is 'fp32'"),
+        pytest.raises(ValueError, match=r"expected \[.*'master'.* for .*, got \[.*'mantissa'"),
+    ):
         wide.load_state_dict(optimizer.state_dict())
     assert same(states(wide), before) and same(weights(other), weights(Net(0, BF16)))
 

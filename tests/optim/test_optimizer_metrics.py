@@ -46,6 +46,24 @@ def test_an_optimizer_reports_its_last_step_and_nothing_before_it() -> None:
 
 
 @pytest.mark.usefixtures("eager")
+def test_a_step_in_which_no_gradient_existed_has_no_metrics() -> None:
+    model = model_of()
+    optimizer = optimizer_of(model, config=nm.Config(metrics=True))
+    backward(model)
+    optimizer.step()
+    plan, result = optimizer.plan, optimizer.result
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="gradient"):
+        optimizer.step()
+    assert optimizer.metrics() == {}
+    assert not any("/" in key and "rms" in key for key in numbers_of(optimizer, "normuon/"))
+    assert optimizer.plan is plan and optimizer.result is result  # of the last one that was made
+    backward(model)
+    optimizer.step()
+    assert optimizer.metrics()
+
+
+@pytest.mark.usefixtures("eager")
 def test_a_step_of_some_parameters_reports_these_alone() -> None:
     model = model_of()
     optimizer = optimizer_of(model, config=nm.Config(metrics=True))

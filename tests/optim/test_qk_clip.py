@@ -320,3 +320,45 @@ def test_a_weight_in_two_entries_is_refused() -> None:
     maxima = {"x": torch.full((4,), 16.0), "y": torch.ones(4)}
     with pytest.raises(ValueError, match=r"max_logits\['y'\]: 'a.q_proj.weight' is in an entry"):
         nm.qk_clip(params, maxima, plan, 1.0, projections={"x": own, "y": own})
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "a tuple": ((("a", {"q": "a.x", "k": "a.y"}),), TypeError, r"projections: expected None or a"),
+    "a list of names": (["a.x", "a.y"], TypeError, r"projections: expected None or a dict"),
+    "a string": ("a.x", TypeError, r"projections: expected None or a dict"),
+    "roles alone": ({"q": "a.x", "k": "a.y"}, TypeError, r"projections\['q'\]: expected a dict"),
+    "pairs": ({"a": ("a.x", "a.y")}, TypeError, r"projections\['a'\]: expected a dict.*'q': "),
+    "tensors": ({"a": {"q": torch.ones(8, 6), "k": "a.y"}}, TypeError, r"\['a'\].*the name of a"),
+    "a list as a name": ({"a": {"q": ["a.x"], "k": "a.y"}}, TypeError, r"\['a'\].*the name of a"),
+    "no role": ({"a": {}}, ValueError, r"projections\['a'\]: expected the names of a query and"),
+    "another layer": (
+        {"b": {"q": "a.x", "k": "a.y"}}, ValueError,
+        r"projections: expected names of max_logits, \['a'\], got \['b'\]",
+    ),
+    "another layer too": (
+        {"a": {"q": "a.x", "k": "a.y"}, "a.": {"q": "a.x"}}, ValueError, r"got \['a\.'\]",
+    ),
+    "two of one": (
+        {"a": {"qkv": "a.x", "k": "a.y"}}, ValueError, r"projections\['a'\]: .*'k'.* and 'qkv'",
+    ),
+    "two queries": (
+        {"a": {"q": "a.x", "gated_q": "a.x", "k": "a.y"}}, ValueError, r"'gated_q'.* and 'q'",
+    ),
+    "two keys": (
+        {"a": {"q": "a.x", "k": "a.y", "kv": "a.y"}}, ValueError, r"'k'.* and 'kv'",
+    ),
+    "half of a key": (
+        {"a": {"q": "a.x", "k": "a.y", "latent_down": "a.y"}}, ValueError, r"'latent_down'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_projections_of_another_form_are_refused_with_what_to_write(case: str) -> None:
+    given, error, message = WRONG[case]
+    params = {"a.x": torch.randn(8, 6), "a.y": torch.randn(8, 6)}
+    old = {name: w.clone() for name, w in params.items()}
+    plan = nm.make_plan(params, routes={"*": nm.Route()})
+    with pytest.raises(error, match=message):
+        nm.qk_clip_(params, {"a": torch.full((2,), 4 * TAU)}, plan, TAU, projections=given)
+    assert all(torch.equal(params[name], old[name]) for name in params)

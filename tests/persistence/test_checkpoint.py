@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -234,6 +235,64 @@ def test_a_configuration_that_differs_elsewhere_is_warned_of(tmp_path: Path) -> 
         match="another configuration: Config.steps was 5, is 6; Config.guard was 'off', is 'full'",
     ):
         assert same(nm.load(tmp_path / "run", other).state, state)
+
+
+@pytest.mark.parametrize("shell", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({}, {"weight_decay_form": "hyperball"}, "had weight_decay_form=None, has 'hyperball'"),
+        ({"weight_decay_form": "hyperball"}, {}, "had weight_decay_form='hyperball', has None"),
+        ({}, {"weight_decay_form": "cautious"}, "had weight_decay_form=None, has 'cautious'"),
+        ({}, {"cautious_update": True}, "had cautious_update=None, has True"),
+        ({"lr_mul": 0.5}, {"lr_mul": 0.25}, "had lr_mul=0.5, has 0.25"),
+        ({"wd_mul": 0}, {}, r"had wd_mul=0(\.0)?, has 1.0"),
+        ({"lr_mul": 1}, {"lr_mul": 1.0}, None),
+    ],
+)
+def test_a_form_or_multiplier_of_a_route_that_changed_has_no_state_and_is_said(
+    tmp_path: Path, before: Any, after: Any, said: str | None, shell: bool, eager: None
+) -> None:
+    """A decay form keeps nothing from step to step: on a hyperball the norm is that of the weights
+    that are loaded, of which none may be zero (tests/step/test_zero_matrices.py)."""
+    w = torch.randn(6, 8)
+    old, new = ({"w": nm.Route("normuon", **fields)} for fields in (before, after))
+    expects = (
+        contextlib.nullcontext()
+        if said is None
+        else pytest.warns(UserWarning, match=f"another configuration: the route of 'w' {said}")
+    )
+    if shell:
+        saved = nm.NorMuon([("w", nn.Parameter(w))], routes=old).state_dict()
+        with expects:
+            nm.NorMuon([("w", nn.Parameter(w.clone()))], routes=new).load_state_dict(saved)
+        return
+    plan = nm.make_plan({"w": w}, routes=old)
+    nm.save(tmp_path / "run", {"w": w}, nm.init(plan, {"w": w}), plan)
+    with expects:
+        found = nm.load(tmp_path / "run", nm.make_plan({"w": w}, routes=new))
+    assert torch.equal(found.params["w"], w)
+
+
+def test_variances_that_are_left_out_or_added_are_told_by_their_option(tmp_path: Path) -> None:
+    plan, params, state = problem()
+    nm.save(tmp_path / "run", params, state, plan=plan)
+    message = r"Config.normalize was True, is False: write Config\(normalize=True\)"
+    with pytest.raises(nm.CheckpointError, match=message):
+        nm.load(tmp_path / "run", problem(nm.Config(normalize=False), 0)[0])
+    message = r"Config.reduction was 'rows', is 'entries': write Config\(reduction='rows'\)"
+    with pytest.raises(nm.CheckpointError, match=message):
+        nm.load(tmp_path / "run", problem(nm.Config(reduction="entries"), 0)[0])
+    with (
+        pytest.warns(UserWarning, match="Config.master was 'none', is 'mantissa'"),
+        pytest.raises(nm.CheckpointError, match=r"write Config\(master='none'\)"),
+    ):
+        nm.load(tmp_path / "run", problem(nm.Config(master="mantissa"), 0)[0])
+    with (
+        pytest.warns(UserWarning, match="Config.momentum_dtype was None"),
+        pytest.raises(nm.CheckpointError, match=r"float32 .*write Config\(momentum_dtype=torch.fl"),
+    ):
+        nm.load(tmp_path / "run", problem(nm.Config(momentum_dtype=torch.bfloat16), 0)[0])
 
 
 def test_arguments_that_make_no_sense_are_refused_and_leave_no_file(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_a_copy_of_multipliers_alone_is_one(copied: Callable[[nm.Route], nm.Rout
 def test_a_route_that_says_anything_else_decides() -> None:
     for route in (
         nm.Route(), nm.Route("normuon"), nm.Route("normuon", lr_mul=0.5), nm.Route("normuon", 0.5),
-        nm.Route(lr_mul=0.5, flatten=True), nm.Route(lr_mul=0.5, heads=2), nm.Route(dim=1),
+        nm.Route(lr_mul=0.5, flatten=True), nm.Route(lr_mul=0.5, heads=2), nm.Route(heads=2, dim=1),
         nm.Route(lr_mul=0.5, transposed=True), nm.Route(splits=(1, 2)), nm.Route("adamw"),
     ):  # fmt: skip
         assert route.decides and route.over(nm.Route("adamw", wd_mul=0.0)) is route

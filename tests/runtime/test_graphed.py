@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import normuon_fn as nm
+from normuon_fn.compat import observers
 from normuon_fn.runtime import streams
 from normuon_fn.runtime.graphed import GraphedStep
 
@@ -300,7 +301,7 @@ def test_every_call_inside_another_capture_is_refused(
             monkeypatch.context() as patched,
             pytest.raises(RuntimeError, match="put step_ itself into that graph"),
         ):
-            patched.setattr(streams, "is_capturing", lambda device: True)
+            patched.setattr(observers, "is_capturing", lambda device: True)
             graphed(case.params, case.grads, case.state, case.hyper)
         assert case.agrees() and graphed.captured == (calls >= 2)
         settle(case, graphed, 1)

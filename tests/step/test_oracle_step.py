@@ -144,7 +144,9 @@ def run_oracle(
 def run_package(
     config: nm.Config, params: dict[str, Tensor], grads: list[dict[str, Tensor]], hyper: nm.Hyper
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    plan = nm.make_plan(params, config, routes=ROUTES)
+    kept = config.weight_decay_form == "hyperball"  # nothing decays, so no wd_mul is taken
+    routes = ROUTES | ({"out": nm.Route("normuon", heads=4, dim=1)} if kept else {})
+    plan = nm.make_plan(params, config, routes=routes)
     state = nm.init(plan, params)
     for t, at_step in enumerate(grads):
         result = nm.update(params, at_step, state, hyper_at(hyper, t), plan)

@@ -172,6 +172,28 @@ def test_a_cautious_update_moves_no_entry_against_its_gradient() -> None:
     assert (moves >= 0).all() and (moves == 0).any() and (moves > 0).any()
 
 
+def test_a_cautious_update_moves_what_it_keeps_by_the_published_factor() -> None:
+    """d / (kept + 1), of which entries with a gradient of zero are part (arXiv 2411.16085)."""
+    params = {"w": torch.randn(6, 8, generator=torch.Generator().manual_seed(0))}
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(6, 8, generator=generator) for _ in range(2))
+    second[:, 3] = 0.0  # as of an input that is dead in this batch
+    hyper = nm.Hyper.of(params, lr=0.02)
+    moved = []
+    for cautious in (False, True):
+        config = nm.Config(cautious_update=cautious, orthogonalize_dtype=torch.float32)
+        plan = nm.make_plan(params, config, routes={"w": nm.Route()})
+        _, state, *_ = nm.update(params, {"w": first}, nm.init(plan, params), hyper, plan)
+        moved.append(params["w"] - nm.update(params, {"w": second}, state, hyper, plan).params["w"])
+    plain, careful = moved
+    kept = plain * second >= 0
+    assert bool(kept[:, 3].all()) and 0 < int(kept.sum()) < kept.numel()
+    factor = kept.numel() / (int(kept.sum()) + 1)
+    # observed: 2.3e-7, rounding of the weights
+    assert torch.allclose(careful, torch.where(kept, plain * factor, 0.0), atol=1e-6, rtol=0)
+    assert not careful[~kept].any() and bool(careful[:, 3].all())
+
+
 def test_a_route_has_a_decay_form_and_a_caution_of_its_own() -> None:
     own = {
         "tall": nm.Route(weight_decay_form="cautious"),
