@@ -146,7 +146,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 def optimizer(model: nn.Module) -> None:
     optimizer = nm.NorMuon(model, lr=0.02, weight_decay=0.1, guard="full", graphed=False)
-    optimizer = nm.NorMuon(model.named_parameters(), lr=0.02, on_skip="raise")
+    optimizer = nm.NorMuon(model.named_parameters(), lr=0.02, guard="full", on_skip="raise")
     optimizer = nm.NorMuon(model.parameters(), lr=torch.tensor(0.02), adamw_lr=0.002)
     groups: list[dict[str, Any]] = [  # torch.optim.AdamW wants this annotation too
         {"params": model.parameters(), "lr": 0.02},
@@ -154,6 +154,7 @@ def optimizer(model: nn.Module) -> None:
     ]
     optimizer = nm.NorMuon(
         groups,
+        guard="full",
         on_skip=lambda skip: print(skip.step, skip.names, skip.message),
     )
     scheduler = CosineAnnealingLR(optimizer, T_max=10)

@@ -25,6 +25,7 @@ from .skips import (
     check_max_consecutive,
     check_plan,
     check_result,
+    check_skips,
     message_of,
     offenders,
     packed,
@@ -186,7 +187,8 @@ class SkipMonitor:
 
     Raises:
         TypeError: ``of`` is not a Plan, and no NorMuon is in it.
-        ValueError: another ``on_skip`` or ``max_consecutive``.
+        ValueError: another ``on_skip`` or ``max_consecutive``, or one that waits for skipped steps
+            (``"raise"``, a function, ``max_consecutive``) where no guard skips any.
     """
 
     def __init__(
@@ -195,9 +197,10 @@ class SkipMonitor:
         self.plan: Plan | None = of if isinstance(of, Plan) else None
         self._optimizer: Any = None
         if self.plan is None:
-            innermost(of)
             self._optimizer = of
+        config = innermost(of).config if self.plan is None else self.plan.config
         self._reports = SkipReports(on_skip, max_consecutive)
+        check_skips(config.guard, on_skip, max_consecutive)
 
     def __call__(self, result: StepResult | None = None, plan: Plan | None = None) -> int:
         """The number of skipped steps among those whose flags have arrived since the last call.
@@ -217,6 +220,8 @@ class SkipMonitor:
             return self._reports.look()
         if plan is not None:
             check_plan(plan)
+            reports = self._reports
+            check_skips(plan.config.guard, reports.on_skip, reports.max_consecutive)
             self.plan = plan
         given: Any = result
         of: Any = self.plan

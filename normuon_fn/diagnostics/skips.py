@@ -19,10 +19,14 @@ from ..compat import group_named
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..routing.table import render
-from ..types import Grads, Hyper, MeasuredResult, StepResult
+from ..types import Grads, Guard, Hyper, MeasuredResult, StepResult
 from .capture import can_gather, capture
 
 logger = logging.getLogger("normuon_fn")
+_NOT_COUNTED = (
+    "; it is in the weights now, and max_consecutive counts skipped steps alone: write "
+    "Config(guard='full') into make_plan"
+)
 _SHOWN = 12  # parameters in a message; the table of an error has all of them
 # by the flags of a step: its number, and who has told about it
 _told: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -48,7 +52,7 @@ def check(
     A skip that the optimizer or a `SkipMonitor` has told about is not told again.
 
     Args:
-        max_consecutive: raise once that many steps in a row were skipped.
+        max_consecutive: raise once that many steps in a row were skipped, which takes a guard.
         grads, hyper: those of this step. With them, and with the environment variable
             ``NORMUON_CAPTURE_DIR`` set to a folder, a non-finite step is captured there.
 
@@ -65,7 +69,8 @@ def check(
     if outcome.failed and folder:
         _capture_into(folder, result, grads, plan, hyper)
     if outcome.failed:
-        tell(outcome, plan, result.flags, by=check)
+        note = "" if max_consecutive is None or outcome.skipped else _NOT_COUNTED
+        tell(outcome, plan, result.flags, by=check, note=note)
     raise_if_too_many(outcome, plan, max_consecutive)
     return outcome.skipped
 
@@ -130,6 +135,23 @@ def check_max_consecutive(max_consecutive: int | None) -> None:
         raise ValueError(f"max_consecutive: expected None or an int >= 1, got {max_consecutive!r}")
 
 
+def check_skips(guard: Guard, on_skip: object, max_consecutive: int | None) -> None:
+    """Refuses what waits for skipped steps where no guard skips any.
+
+    Raises:
+        ValueError: with what to write.
+    """
+    if guard != "off" or (on_skip in ("warn", None) and max_consecutive is None):
+        return
+    what = "max_consecutive" if max_consecutive is not None else "on_skip"
+    value = max_consecutive if max_consecutive is not None else on_skip
+    raise ValueError(
+        f"{what}: {value!r} waits for skipped steps, and without a guard a step that is not finite "
+        "is not skipped: it goes into the weights. Write guard='full' into NorMuon, or "
+        "Config(guard='full') into make_plan; a GradScaler's skips are counted with a guard too"
+    )
+
+
 def check_result(result: StepResult, plan: Plan) -> None:
     check_plan(plan)
     if not isinstance(result, (StepResult, MeasuredResult)):
@@ -167,7 +189,7 @@ def message_of(outcome: Outcome, plan: Plan) -> str:
     return f"step {outcome.step} {fate}: {what}"
 
 
-def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object) -> None:
+def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object, note: str = "") -> None:
     """One message: a warning at the caller's line, or a line of the log on other ranks.
 
     Nothing if somebody else has told about this step.
@@ -177,7 +199,9 @@ def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object) -> None:
         return
     _told[flags] = outcome.step, by
     if warns_here(outcome, plan):
-        warn_at_caller(message_of(outcome, plan), RuntimeWarning)  # each time, not once per line
+        warn_at_caller(
+            message_of(outcome, plan) + note, RuntimeWarning
+        )  # each time, not once per line
     else:
         logger.info(message_of(outcome, plan))
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..diagnostics import monitor
+from ..diagnostics.skips import check_skips
 from ..distributed.dtensors import is_dtensor
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
@@ -29,6 +30,7 @@ class Reports:
         self.skips = None
         if on_skip is not None or max_consecutive is not None:
             self.skips = monitor.SkipReports(on_skip, max_consecutive)
+            check_skips(config.guard, on_skip, max_consecutive)
         self._told_missing = self._told_gone = False
         # by the optimizer's names: the model that the parameter was one of, and its name there
         self._of_models: dict[str, tuple[weakref.ref[nn.Module], str]] = {}

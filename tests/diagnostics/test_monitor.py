@@ -146,6 +146,31 @@ def test_a_monitor_of_anything_else_is_refused(wrong: Any) -> None:
         nm.SkipMonitor(wrong)
 
 
+@pytest.mark.parametrize(
+    "options", [{"on_skip": "raise"}, {"on_skip": print}, {"max_consecutive": 2}], ids=str
+)
+def test_what_waits_for_skips_is_refused_where_no_guard_skips_any(options: Any) -> None:
+    model, optimizer = made(guard="off")
+    bare = nm.make_plan(model)
+    for make in (
+        lambda: made(guard="off", **options),
+        lambda: nm.SkipMonitor(optimizer, **options),
+        lambda: nm.SkipMonitor(SimpleNamespace(optimizer=optimizer), **options),
+        lambda: nm.SkipMonitor(bare, **options),
+    ):
+        with pytest.raises(ValueError, match=r"goes into the weights\. Write guard='full'"):
+            make()
+    nm.SkipMonitor(nm.make_plan(model, nm.Config(guard="output")), **options)
+    made(**options)
+
+
+def test_check_says_that_max_consecutive_does_not_count_what_no_guard_skips() -> None:
+    model, optimizer = made(guard="off")
+    step(model, optimizer, bad=True)
+    with pytest.warns(RuntimeWarning, match="in the weights now, and max_consecutive counts skip"):
+        nm.check(optimizer.result, optimizer.plan, max_consecutive=1)  # type: ignore[arg-type]
+
+
 def test_what_on_skip_takes_is_checked_at_construction() -> None:
     for of in (nm.SkipMonitor, nm.NorMuon):
         given = made()[int(of is nm.SkipMonitor)]
