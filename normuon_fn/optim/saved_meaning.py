@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..persistence.meaning import FORM, Meaning, differences, form_of, listed, read_form
+from torch import Tensor
+
+from ..distributed.dtensors import is_dtensor
+from ..persistence.meaning import (
+    FORM,
+    Meaning,
+    differences,
+    form_of,
+    listed,
+    misfits,
+    read_form,
+)
 from ..routing.doubts import warn_at_caller
 from ..routing.routes import Route
 from ..types import Config
@@ -31,6 +42,26 @@ def write_forms(
     routes = routes_of(added)
     for group, own in zip(groups, added, strict=True):
         group[FORM] = form_of(config, [routes[name] for name, _ in own.params])
+
+
+def check_shapes(saved: Saved, named: Mapping[str, Tensor]) -> None:
+    """Refuses the state of a model with other shapes, before routes are compared that follow them.
+
+    Raises:
+        ValueError: naming the parameters and both shapes.
+    """
+    values = [
+        (f"{name!r} {kind}", p, saved.states[name].get(kind))
+        for name, p in named.items()
+        for kind in ("momentum", "exp_avg")
+    ]
+    said = misfits(
+        (what, p.shape, value.shape)
+        for what, p, value in values
+        if isinstance(value, Tensor) and is_dtensor(value) == is_dtensor(p)
+    )
+    if said:
+        raise ValueError(f"state_dict: {said}")
 
 
 def check_meaning(

@@ -14,7 +14,7 @@ from . import saved as saved_of
 from .groups import AddedGroup
 from .offloading import wait_for_copies_sync
 from .planned import Planner
-from .saved_meaning import check_meaning, routes_of
+from .saved_meaning import check_meaning, check_shapes, routes_of
 from .state import States
 
 
@@ -74,6 +74,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         planner = self._settled()
         wait_for_copies_sync(planner)
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
+        check_shapes(found, planner.named)
         check_meaning(found, saved["param_groups"], self.config, routes_of(self._added))
         write_values = hyper_of.loading(self.param_groups, found.groups)
         self._begun = planner.load(self.state, self._begun, found)

@@ -29,7 +29,7 @@ from ..planning.streaming import placed, wait_for_copies_sync
 from ..types import Tensors
 from .description import CheckpointError
 from .file_format import DTYPES, read, require_safetensors, write
-from .meaning import Meaning, config_texts, differences, fields_of, listed, route_texts
+from .meaning import Meaning, config_texts, differences, fields_of, listed, misfits, route_texts
 
 
 class Checkpoint(NamedTuple):
@@ -126,7 +126,7 @@ def load(
         _check_targets({"params": params or {}, "state": state or {}})
     meta, found = read(Path(path))
     if plan is not None:
-        _check_meaning(path, meta, plan)
+        _check_meaning(path, meta, found, plan)
         found = fitted_file(found, plan)
         want = {f"params/{p.name}": (p.spec.shape, p.spec.dtype) for p in plan.parameters}
         whole = plan.whole_state.items()
@@ -161,8 +161,14 @@ def load(
     )
 
 
-def _check_meaning(path: str | os.PathLike[str], meta: dict[str, Any], plan: Plan) -> None:
-    """That the saved options and routes give the state the meaning that the plan gives it."""
+def _check_meaning(
+    path: str | os.PathLike[str], meta: dict[str, Any], found: Tensors, plan: Plan
+) -> None:
+    """That shapes are the plan's, and that saved options and routes mean what the plan's do."""
+    shapes = [(f"params/{p.name}", p.spec.shape) for p in plan.parameters]
+    said = misfits((key, shape, found[key].shape) for key, shape in shapes if key in found)
+    if said:
+        raise CheckpointError(f"{path}: {said}")
     saved = Meaning(meta["config"], meta["routes"])
     routes = {p.name: p.route for p in plan.parameters}
     fatal, harmless = differences(saved, plan.config, routes)

@@ -50,6 +50,24 @@ def listed(lines: Sequence[str]) -> str:
     return "; ".join(lines[:_SHOWN]) + more
 
 
+def misfits(compared: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str | None:
+    """What to say of a state of a model with other shapes: routes follow the shapes.
+
+    ``compared``: what a tensor is called, the shape that is expected and the one that was saved.
+    """
+    lines = [
+        f"{what}: expected shape {tuple(expected)}, got {tuple(came)}"
+        for what, expected, came in compared
+        if tuple(expected) != tuple(came)
+    ]
+    if not lines:
+        return None
+    return (
+        f"belongs to a model with other shapes: {listed(lines)}. Build the model with the sizes "
+        "that it had when this was saved, and its parameters in that order"
+    )
+
+
 def config_texts(config: Config) -> dict[str, str]:
     """Every option that belongs to a run."""
     return {name: repr(getattr(config, name)) for name in _CONFIG_DEFAULTS}

@@ -119,6 +119,34 @@ OTHER_MEANINGS: list[tuple[Any, Any, Any, Any, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("how", ["load_state_dict", "load"])
+def test_another_width_is_told_by_shapes_and_not_by_the_splits_that_follow_them(
+    how: str, tmp_path: Path
+) -> None:
+    class Attention(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.num_heads, self.qkv = 2, nn.Linear(width, 3 * width)
+
+    wide, narrow = Attention(8), Attention(4)
+    assert nm.routes_for(wide)["qkv.weight"].splits == (8, 8, 8)
+    first, text = (
+        made(wide),
+        r"other shapes: .*qkv\.weight.*: expected shape \(12, 4\), got \(24, 8\)",
+    )
+    for p in wide.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=text) as raised:
+        if how == "load_state_dict":
+            first.step()
+            made(narrow).load_state_dict(first.state_dict())
+        else:
+            plan, params = nm.make_plan(wide), dict(wide.named_parameters())
+            nm.save(tmp_path / "run", params, nm.init(params, plan), plan)
+            nm.load(tmp_path / "run", nm.make_plan(narrow))
+    assert "splits" not in str(raised.value)
+
+
 @pytest.mark.parametrize("case", range(len(OTHER_MEANINGS)))
 def test_a_state_of_another_meaning_is_refused_by_name_and_nothing_is_written(case: int) -> None:
     config, routes, own, own_routes, message = OTHER_MEANINGS[case]
