@@ -21,6 +21,7 @@ _KEYS = (  # by field of `Hyper`: the key of a group that it comes from
     "lr", "momentum", "beta2", "weight_decay",
     "adamw_lr", "adamw_betas", "adamw_betas", "adamw_eps", "adamw_weight_decay",
 )  # fmt: skip
+_NOTHING = object()  # not None, which somebody may write
 
 
 class GroupHyper:
@@ -34,7 +35,7 @@ class GroupHyper:
         self.hyper = Hyper(
             *(torch.zeros(shape, dtype=torch.float32, device=device) for _ in Hyper._fields)
         )
-        self._written: list[list[Any]] = [[None] * len(Hyper._fields) for _ in range(groups)]
+        self._written: list[list[Any]] = [[_NOTHING] * len(Hyper._fields) for _ in range(groups)]
 
     @property
     def several(self) -> bool:
@@ -59,7 +60,7 @@ class GroupHyper:
                     own.copy_(value.detach().reshape(()), non_blocking=not value.is_pinned())
                 else:
                     own.fill_(value)
-                written[field] = None if is_tensor else value
+                written[field] = _NOTHING if is_tensor else value
 
 
 def _values(group: Mapping[str, Any], k: int) -> tuple[Any, ...]:

@@ -46,6 +46,7 @@ class PlannedStep:
     state: dict[str, Tensor] = field(default_factory=dict)  # flat, as `init` makes it
     collected: list[tuple[Tensor, list[tuple[str, Tensor]]]] = field(default_factory=list)
     stepped: bool = False
+    counted: bool = False  # among the sets of gradients
     graphed: GraphedStep | None = None
 
     def release(self) -> None:
@@ -83,7 +84,7 @@ class Planner:
         self.hyper = GroupHyper(1 + max(self.group_of.values(), default=0), device)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self.steps: Recent[Chosen, PlannedStep] = Recent(dropped=PlannedStep.release)
-        self._sets = 0  # that were stepped
+        self._sets = 0  # of gradients that a step was begun with
         self._had_gradients: set[str] | None = None
         self._watch: RateWatch | None = None
         self._chosen: Chosen | None = None  # what the ranks have agreed on
@@ -171,7 +172,8 @@ class Planner:
             planned.graphed = GraphedStep(planned.plan)
         self._had_gradients = names | had
         self.steps[chosen] = planned
-        self._sets += 1
+        self._sets += not planned.counted  # a step that was refused comes here again
+        planned.counted = True
         if self._sets == MANY:
             self.steps.warn_of_sets("NorMuon")
         return planned

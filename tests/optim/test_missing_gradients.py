@@ -277,3 +277,20 @@ def test_dynamo_frees_a_graph_that_leaves(without_inductor: None, how: str) -> N
         del plan, graphs
     gc.collect()
     assert len(codes) == 1 and codes[0]() is None
+
+
+@pytest.mark.usefixtures("eager")
+def test_steps_that_were_refused_are_no_new_sets_of_gradients(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = nm.NorMuon(model, lr=0.01)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for lr in (float("nan"), -1.0, "fast", float("inf"), None):
+        optimizer.param_groups[0]["lr"] = lr
+        with pytest.raises((TypeError, ValueError), match="lr"):
+            optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.01
+    optimizer.step()
+    assert [str(w.message) for w in recwarn.list if "set of parameters" in str(w.message)] == []
