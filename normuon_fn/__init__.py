@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from .optim.normuon import NorMuon
     from .optim.trainer import for_trainer
     from .persistence.checkpoint import Checkpoint, load, save
-    from .persistence.converters import convert_state, names_in
+    from .persistence.converters import convert_state
     from .persistence.description import CheckpointError
     from .persistence.gathered import gather_state
+    from .persistence.names import names_in
     from .runtime.graphed import GraphedStep
     from .runtime.offloading import offload_, reload_
 
@@ -98,7 +99,7 @@ _LATER = {
     "gather_state": "persistence.gathered",
     "lightning_callback": "optim.callbacks",
     "load": "persistence.checkpoint",
-    "names_in": "persistence.converters",
+    "names_in": "persistence.names",
     "offload_": "runtime.offloading",
     "reload_": "runtime.offloading",
     "report_metrics": "diagnostics.metrics",

@@ -53,7 +53,7 @@ class AddedGroup(NamedTuple):
 
 def with_config_hints(function: F) -> F:
     """``function``, which has a ``config``, with hints for arguments that it does not have."""
-    return with_hints(function, options=CONFIG_FIELDS)
+    return with_hints(function, options=CONFIG_FIELDS, example="nm.NorMuon(model, lr=0.02)")
 
 
 def check_arguments(function: Callable[..., Any], kwargs: Iterable[str]) -> None:

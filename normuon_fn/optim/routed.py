@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, asked, asked_of_group, decide_routes, is_written
@@ -52,10 +53,14 @@ def of_model(params: Params, routes: Routes | None) -> tuple[Any, Routes | None]
         return list(items.items()), routes
     given: Any = params
     if isinstance(given, type) or not isinstance(given, Iterable) or isinstance(given, str):
-        call = " (call it)" if callable(given) else ""
+        shown = repr(getattr(given, "__name__", given)) if callable(given) else f"{given!r:.80}"
+        kind, call = type(given).__name__, " (call it)" if callable(given) else ""
+        if isinstance(given, Plan):
+            shown, call = "", "; write nm.NorMuon(model, config=plan.config), which plans by itself"
         raise TypeError(
             "params: expected a model, its parameters, named parameters or groups of them; got "
-            f"{type(given).__name__} {getattr(given, '__name__', given)!r}{call}"
+            f"{kind} {shown}".rstrip()
+            + call
         )
     if isinstance(given, Tensor):
         return given, routes  # which torch refuses in its words

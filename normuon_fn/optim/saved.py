@@ -166,7 +166,10 @@ def _in_order(groups: Groups, saved: Groups, places: list[Place]) -> list[Place]
     own_sizes, saved_sizes = ([len(group["params"]) for group in each] for each in (groups, saved))
     if own_sizes != saved_sizes:
         raise ValueError(
-            f"state_dict: expected groups of {own_sizes} parameters, got {saved_sizes}"
+            f"state_dict: expected groups of {own_sizes} parameters, got {saved_sizes}, and not "
+            "both sides have names by which to find them; make the groups as they were when the "
+            "state was saved. Optimizers of a model or of named_parameters() need not have the "
+            "same groups"
         )
     return places
 
@@ -190,7 +193,7 @@ def _group_values(
             firsts.setdefault(place.group, name)
     if not firsts:  # a group without parameters, whose values no step reads
         return {}
-    sources = {j: _values(saved[j]) for j in sorted(firsts)}
+    sources = {j: values_of(saved[j]) for j in sorted(firsts)}
     if not all(sources.values()):
         raise ValueError(
             f"state_dict: group {k} ({firsts[next(iter(firsts))]!r} and others) has no values. "
@@ -207,11 +210,6 @@ def _group_values(
                     f"{key} was {new.get(key)!r} for {firsts[first]!r} and {other.get(key)!r} for "
                     f"{firsts[j]!r}; make the groups as they were when the state was saved"
                 )
-    if "algorithm" not in new:
-        raise ValueError(
-            f"state_dict: group {k} was saved by another optimizer; what fits of its state is "
-            "nm.convert_state(state_dict, nm.make_plan(model), names), tensor by tensor"
-        )
     if new["algorithm"] != own["algorithm"]:
         raise ValueError(
             f"state_dict: group {k} has algorithm {new['algorithm']!r}, expected "
@@ -225,7 +223,8 @@ def _group_values(
     return {key: both[key] for key in new}
 
 
-def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+def values_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group's hyperparameters."""
     return {key: value for key, value in group.items() if key not in _NOT_VALUES}
 
 

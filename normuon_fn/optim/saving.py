@@ -11,6 +11,7 @@ from ..compat.graphs import outside_graphs
 from ..types import Config
 from . import hyper as hyper_of
 from . import saved as saved_of
+from .foreign import refuse_foreign
 from .groups import AddedGroup
 from .offloading import wait_for_copies_sync
 from .planned import Planner
@@ -73,6 +74,7 @@ class SavedOptimizer(torch.optim.Optimizer):
             saved = hook(self, saved) or saved
         planner = self._settled()
         wait_for_copies_sync(planner)
+        refuse_foreign(saved, planner.named, self.state)
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
         check_shapes(found, planner.named)
         check_meaning(found, saved["param_groups"], self.config, routes_of(self._added))

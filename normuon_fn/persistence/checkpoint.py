@@ -24,7 +24,7 @@ from ..planning.checks import check_tensors
 from ..planning.hyperball import check_sizes
 from ..planning.memory import check_writable
 from ..planning.momentum_codes import fitted_file
-from ..planning.plan import Plan
+from ..planning.plan import Plan, check_plan
 from ..planning.streaming import placed, wait_for_copies_sync
 from ..types import Tensors
 from .description import CheckpointError
@@ -217,8 +217,7 @@ def _hint_of_dtype(key: str, shape: tuple[int, ...], tensor: Tensor) -> str:
 def _check_run(
     plan: Plan, params: Tensors | None, state: Tensors | None, *, whole: bool = False
 ) -> None:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    check_plan(plan)
     if plan.sharded:
         raise TypeError(
             "plan: expected a plan of plain tensors, got one of DTensors; save and load those with "

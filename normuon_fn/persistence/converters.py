@@ -8,7 +8,7 @@ is a mean of squares of the orthogonalized momentum before any scale, but for di
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,34 +17,10 @@ from torch import Tensor
 from ..distributed.placements import to_dtensor
 from ..planning.checks import check_tensors
 from ..planning.momentum_codes import fitted
-from ..planning.plan import Parameter, Plan, Spec
+from ..planning.plan import Parameter, Plan, Spec, check_plan
 from ..planning.streaming import placed
 from ..types import MomentumForm
 from .other_optimizers import Found, SourceVariance, StateDict, entries, unscaled
-
-
-def names_in(
-    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-) -> list[str]:
-    """The names of an optimizer's parameters in its own order: the ``names`` of `convert_state`.
-
-    Some optimizers sort their parameters, so that the order is not the model's.
-
-    Args:
-        params: ``model.named_parameters()``, or a dict of it.
-
-    Raises:
-        ValueError: ``params`` lacks a parameter that the optimizer has.
-    """
-    known = {id(p): name for name, p in (params.items() if isinstance(params, Mapping) else params)}
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    missing = [tuple(p.shape) for p in own if id(p) not in known]
-    if missing:
-        raise ValueError(
-            f"params: expected all of the optimizer's parameters, got none for {len(missing)} of "
-            f"them, of shapes {missing[:8]}"
-        )
-    return [known[id(p)] for p in own]
 
 
 def convert_state(
@@ -84,11 +60,12 @@ def convert_state(
             ``Config(master="fp32")``. A mantissa starts as zeros.
 
     Raises:
-        TypeError: ``source`` is not a state dict.
+        TypeError: ``source`` is not a state dict, or ``plan`` is not a Plan.
         ValueError: names that do not fit, parameters without state, shapes that are not the plan's,
             step counters that differ, a state whose momentum is of another kind (SGD, RMSprop), or
             the state of `NorMuon` itself.
     """
+    check_plan(plan)
     _check_options(missing, source_momentum, source_variance, step)
     found = _entries_of_all(source, names, source_momentum)
     if source_variance == "scaled" and not any(entry.blocks for entry in found.values()):
@@ -162,7 +139,8 @@ def _entries_of_all(
     form: MomentumForm | None,
 ) -> dict[str, Found]:
     """By name; where several sources have state for one parameter, the first one counts."""
-    sources = [source] if isinstance(source, Mapping) else list(source)
+    several_given = isinstance(source, (list, tuple))
+    sources: list[Any] = [*source] if several_given else [source]
     per_source: list[Any]
     if names is None:
         per_source = [None] * len(sources)
@@ -263,7 +241,7 @@ def _masters(plan: Plan, params: Mapping[str, Tensor] | None) -> dict[str, Tenso
     if missing:
         raise ValueError(
             f"params: {missing[:8]} have float32 masters, which start from the present parameters; "
-            "pass those as params="
+            "write params=dict(model.named_parameters())"
         )
     return {f"{name}.master": _as(params[name], plan, name, "master") for name in names}
 

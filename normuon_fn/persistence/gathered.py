@@ -8,7 +8,7 @@ from torch import Tensor
 from ..compat import outside_inference_mode
 from ..distributed.owned import write_from_owner
 from ..planning.checks import check_tensors
-from ..planning.plan import Plan
+from ..planning.plan import Plan, check_plan
 from ..types import Tensors
 
 
@@ -30,8 +30,7 @@ def gather_state(state: Tensors, plan: Plan) -> dict[str, Tensor]:
         TypeError: ``plan`` is not a Plan.
         ValueError: ``state`` is not that of the plan on this rank.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    check_plan(plan)
     check_tensors(plan, "state", state, plan.state)
     if plan.owned.group is None:
         return dict(state)

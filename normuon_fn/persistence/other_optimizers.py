@@ -61,8 +61,10 @@ def entries(
         form: the form of the momentum, where the keys of the source mislead.
     """
     if not isinstance(source, Mapping) or "state" not in source or "param_groups" not in source:
+        is_optimizer = hasattr(source, "state_dict") and hasattr(source, "param_groups")
         raise TypeError(
-            "source: expected an optimizer's state_dict(), with 'state' and 'param_groups'"
+            "source: expected an optimizer's state_dict(), with 'state' and 'param_groups', got "
+            f"{type(source).__name__}" + ("; write optimizer.state_dict()" if is_optimizer else "")
         )
     groups = source["param_groups"]
     keys = [key for group in groups for key in group["params"]]

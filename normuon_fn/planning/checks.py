@@ -12,7 +12,7 @@ from ..compat import has_own_dispatch, is_subclass
 from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
 from .memory import check_apart, in_one_storage
-from .plan import Plan, Spec
+from .plan import Plan, Spec, check_plan
 from .streaming import check_pinned, check_unmapped
 
 
@@ -25,8 +25,7 @@ def check_step(
     found_inf: Tensor | None,
 ) -> None:
     """Everything that can be wrong with a step's arguments, found without looking at a value."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    check_plan(plan)
     specs = {p.name: p.spec for p in plan.parameters}
     check_tensors(plan, "params", params, specs)
     check_tensors(plan, "grads", grads, specs, optional=True)

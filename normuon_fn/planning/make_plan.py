@@ -6,7 +6,7 @@ check the parameters -> a route each -> decide (parameters.py) -> buckets -> the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from ..routing.resolve import Routes, decide_routes
 from ..routing.route_table import RouteTable
 from ..routing.routes import Decision
 from ..types import Config
+from ..types.other_names import F, with_hints
 from .buckets import AdamWBucket, Bucket, Group, SharedBucket
 from .checks import check_params
 from .common import common_of
@@ -46,6 +47,12 @@ from .sharing import with_sharing
 from .streaming import check_early, streaming_of
 
 
+def _with_hints(function: F) -> F:
+    options = tuple(field.name for field in fields(Config))
+    return with_hints(function, options=options, example="nm.make_plan(model)")
+
+
+@_with_hints
 def make_plan(
     params: Mapping[str, Tensor] | nn.Module,
     config: Config | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -144,6 +145,19 @@ class Plan:
     def names(self) -> tuple[str, ...]:
         return tuple(parameter.name for parameter in self.parameters)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Plan is not saved, because it has functions in it: make it again with the same "
+            "nm.make_plan(model, config, routes=...); nm.save(path, params, state, plan) writes "
+            "its config and routes beside the state, and nm.load compares them"
+        )
+
+    def __copy__(self) -> Plan:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self
+
     def __str__(self) -> str:
         how: dict[str, list[str]] = {}
         for bucket in self.buckets:
@@ -169,3 +183,10 @@ class Plan:
             f"{len(self.buckets)} buckets; {guard}"
         )
         return "\n".join([render(rows), about, *self.notes])
+
+
+def check_plan(plan: object) -> None:
+    """Raises TypeError, with the line to write, for what is no Plan."""
+    if not isinstance(plan, Plan):
+        write = "; write nm.make_plan(model)" if isinstance(plan, torch.nn.Module) else ""
+        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}{write}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from ..types import Config, DecayForm
+from ..types.other_names import with_hints
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 Certainty = Literal["certain", "likely", "untold"]
@@ -239,6 +240,9 @@ class Route:
                 f"heads {'+'.join(map(str, counts))}{'' if self.splits else f' of {along}'}"
             )
         return " ".join(words)
+
+
+Route.__init__ = with_hints(Route.__init__)  # type: ignore[method-assign]
 
 
 class Decision(NamedTuple):

@@ -25,7 +25,7 @@ from ..planning.hyperball import check_first_use, is_new
 from ..planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_writable
-from ..planning.plan import Plan
+from ..planning.plan import Plan, check_plan
 from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors
@@ -115,8 +115,7 @@ def _run(
     found_inf: Tensor | None,
 ) -> StepResult:
     """The result of ``function`` for the same arguments, on this rank: compiled if that can be."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    check_plan(plan)
     if not must_be_eager(function, params, grads, state):
         with contextlib.suppress(NotCompiled):
             return _run_compiled(function, params, grads, state, hyper, plan, found_inf)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..compat import observers
 from ..distributed import placements
 from ..planning.checks import check_step
-from ..planning.plan import Plan
+from ..planning.plan import Plan, check_plan
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
 from .compiled import step_
@@ -78,8 +78,7 @@ class GraphedStep:
     _device_type: ClassVar[str] = "cuda"
 
     def __init__(self, plan: Plan) -> None:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+        check_plan(plan)
         if plan.device.type != self._device_type:
             raise ValueError(
                 f"plan: expected parameters on a CUDA device, got {plan.device}; use step_, which "

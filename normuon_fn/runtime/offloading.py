@@ -18,7 +18,7 @@ from torch import Tensor
 from ..compat import outside_inference_mode
 from ..distributed.placements import local
 from ..planning.checks import check_tensors
-from ..planning.plan import Plan
+from ..planning.plan import Plan, check_plan
 
 HOST = torch.device("cpu")
 T = TypeVar("T", bound=Mapping[str, Tensor])
@@ -68,8 +68,7 @@ def reload_(state: T, plan: Plan) -> T:
         TypeError, ValueError: ``state`` is not that of the plan.
         torch.OutOfMemoryError: there is no room on the device. Nothing has moved then.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    check_plan(plan)
     check_tensors(plan, "state", state, plan.state, anywhere=True)
     move([(x, plan.state[key].on(plan.device)) for key, x in state.items()])
     return state

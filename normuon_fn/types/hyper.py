@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .other_names import with_hints
+from .other_names import F, with_hints
 
 ONE = 1.0 - 2.0**-25  # rounded to float32 it is 1, and with it all numbers from there on
 LARGEST = torch.finfo(torch.float32).max
@@ -18,6 +18,10 @@ LARGEST = torch.finfo(torch.float32).max
 _peaks: Any = WeakIdKeyDictionary()
 _eps: Any = WeakIdKeyDictionary()  # by tensor of adamw_eps: what was written, if it was
 EPS = 1e-8  # of AdamW, if nothing is written
+
+
+def _with_hints(function: F) -> F:
+    return with_hints(function, example="nm.Hyper.of(params, lr=0.02)")
 
 
 class Hyper(NamedTuple):
@@ -43,7 +47,7 @@ class Hyper(NamedTuple):
     adamw_weight_decay: Tensor
 
     @staticmethod
-    @with_hints
+    @_with_hints
     def of(
         params: Mapping[str, Tensor],
         *,
@@ -141,6 +145,9 @@ class Hyper(NamedTuple):
             torch.mul(self.lr, factor, out=out.lr)
             torch.mul(self.adamw_lr, factor, out=out.adamw_lr)
         return out
+
+
+Hyper.__new__ = _with_hints(Hyper.__new__)  # type: ignore[method-assign]
 
 
 def peaks_of(hyper: Hyper) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -61,6 +61,10 @@ ELSEWHERE = {  # arguments of other optimizers, and what to do instead
     "flatten": "write routes={...: Route(flatten=True)}",
 }
 OF_ROUTES = ("lr_mul", "wd_mul", "heads", "splits", "transposed")  # of one parameter, not of many
+_OF_ROUTE = {  # what a route has a factor of
+    "lr": "lr_mul", "learning_rate": "lr_mul", "lr_scale": "lr_mul", "adamw_lr": "lr_mul",
+    "weight_decay": "wd_mul", "wd": "wd_mul", "adamw_weight_decay": "wd_mul",
+}  # fmt: skip
 _ALIKE = 0.85  # of difflib: "weigth_decay" is 0.92 of weight_decay, "max_momentum" 0.80 of momentum
 
 
@@ -70,33 +74,47 @@ def alike(key: str, known: Collection[str]) -> str | None:
     return found[0] if found else None
 
 
-def with_hints(function: F, *, options: Collection[str] = ()) -> F:
+def with_hints(function: F, *, options: Collection[str] = (), example: str = "") -> F:
     """``function``, which says what to write in the place of an argument that it does not have.
 
-    ``options`` are the fields of `Config`, where the function takes one. The signature stays
-    visible to `inspect`, `help` and type checkers.
+    ``options`` are the fields of `Config`, where the function takes one. ``example`` is a call of
+    it, which is shown where an argument is missing. The signature stays visible to `inspect`,
+    `help` and type checkers.
     """
-    known, where = arguments_of(function), function.__qualname__.removesuffix(".__init__")
+    known, needed = arguments_of(function), arguments_of(function, needed=True)
+    where = function.__qualname__.removesuffix(".__init__").removesuffix(".__new__")
 
     @functools.wraps(function)
     def hinting(*args: Any, **kwargs: Any) -> Any:
         for key in kwargs:
             if key not in known:
                 raise TypeError(hint(where, key, known, options))
+        if example and len(args) < len(needed):
+            lacking = [key for key in needed if key not in (*known[: len(args)], *kwargs)]
+            if lacking:
+                raise TypeError(f"{where}: lacks {', '.join(lacking)}; write {example}")
         return function(*args, **kwargs)
 
     return hinting  # type: ignore[return-value]
 
 
-def arguments_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of the arguments of a function."""
+def arguments_of(function: Callable[..., Any], *, needed: bool = False) -> tuple[str, ...]:
+    """The names of the arguments of a function; with ``needed``, of those without a default."""
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     found = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in found if p.kind in kinds)
+    return tuple(
+        p.name for p in found if p.kind in kinds and not (needed and p.default is not p.empty)
+    )
 
 
 def hint(where: str, key: str, known: Collection[str], options: Collection[str] = ()) -> str:
     """What to write instead of an argument ``key`` of ``where``, which has those in ``known``."""
+    if where == "Route" and key in _OF_ROUTE:
+        factor = _OF_ROUTE[key]
+        return (
+            f"Route: there is no argument {key!r}; write {factor}=, by which the optimizer's value "
+            "is multiplied"
+        )
     if RENAMED.get(key) in known:
         return f"{where}: {key!r} is called {RENAMED[key]!r} here"
     if key in options:
