@@ -8,6 +8,8 @@ and `normuon_fn.step_` the same in place: see runtime/compiled.py.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from .planning.common import agree_on_step
 from .planning.hyperball import check_first_use, check_sizes
 from .planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
 from .planning.memory import check_writable
-from .planning.plan import Plan
+from .planning.plan import Plan, check_plan
 from .planning.tensors import CallersDicts, Dicts, StepTensors
 from .types import Grads, Hyper, StepResult, Tensors, result_of
 
@@ -51,8 +53,8 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     """
     if isinstance(params, Plan):
         params, plan = plan, params
-    if not isinstance(plan, Plan) or isinstance(params, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
+    check_plan(plan)
+    plan, params = cast(Plan, plan), cast(Tensors, params)
     check_tensors(plan, "params", params, {p.name: p.spec for p in plan.parameters})
     for group in plan.shared_by:
         check_alike(plan.summary, group)

@@ -64,17 +64,73 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {  # of any type, as somebo
         lambda nm: nm.NorMuon(lr=1e-3),
         r"NorMuon: lacks params; write nm\.NorMuon\(model, lr=0\.02\)",
     ),
+    "init of a model": (
+        lambda nm: nm.init(MODEL, PLAN),
+        r"params: expected a dict .*, got GPT; write dict\(model\.named_parameters\(\)\)",
+    ),
+    "step of a model": (
+        lambda nm: nm.update(MODEL, {}, {}, nm.Hyper.of(PARAMS, lr=0.1), PLAN),
+        r"params: expected a dict .*, got GPT; write dict\(model\.named_parameters\(\)\)",
+    ),
+    "init with a model for a plan": (
+        lambda nm: nm.init(PARAMS, MODEL),
+        r"got GPT; write nm\.make_plan\(model\)",
+    ),
+    "Hyper.of a model": (
+        lambda nm: nm.Hyper.of(MODEL, lr=0.1),
+        r"got GPT; of a model write dict\(model\.named_par",
+    ),
+    "routes_for parameters": (
+        lambda nm: nm.routes_for(PARAMS),
+        r"got dict; where there is no model, nm\.make_plan\(par",
+    ),
+    "a word for a route": (
+        lambda nm: nm.NorMuon(MODEL, routes={"head.*": "adamw"}),
+        r"^routes\['head\.\*'\]: expected a Route, got 'adamw'; write nm\.Route\('adamw'\)$",
+    ),
+    "a word for a route of a plan": (
+        lambda nm: nm.make_plan(PARAMS, routes={"head.*": "Muon"}),
+        r"write nm\.Route\('adamw'\) or",
+    ),
+    "a rate for a route": (
+        lambda nm: nm.make_plan(MODEL, routes={"head.*": 0.1}),
+        r"^routes\['head\.\*'\]: .* got float; .*nm\.Route\(lr_mul=\.\.\.\)",
+    ),
+    "a class for a route": (
+        lambda nm: nm.routes_for(MODEL, {"head.*": nm.Route}),
+        r"^overrides\[.*call it: nm\.Route\(\)",
+    ),
+    "a route that matches nothing": (
+        lambda nm: nm.NorMuon(MODEL, routes={"haed.*": nm.Route("adamw")}),
+        r"^routes: \['haed\.\*'\] match no parameter",
+    ),
+    "betas by place": (
+        lambda nm: nm.NorMuon(MODEL, 3e-4, (0.9, 0.95)),
+        r"got tuple .*; AdamW's betas are adamw_betas=\(0\.9, 0\.95\)",
+    ),
+    "a momentum of a Config": (
+        lambda nm: nm.Config(momentum=0.9),
+        r"Config: 'momentum' .*; write nm\.NorMuon\(model, momentum=\.\.\.\), or nm\.Hyper\.of\(",
+    ),
+    "betas of a preset": (
+        lambda nm: nm.Config.preset("dion", betas=(0.9, 0.99)),
+        r"write nm\.NorMuon\(model, adamw_b",
+    ),
+    "normuon as a preset": (
+        lambda nm: nm.Config.preset("normuon"),
+        r"got 'normuon'; NorMuon itself is nm\.Config\(\)",
+    ),
     "NorMuon of a plan": (
         lambda nm: nm.NorMuon(PLAN),
         r"got Plan; write nm\.NorMuon\(model, config=plan\.config\), which plans by itself$",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_a_call_that_python_would_refuse_is_refused_with_the_line_to_write(kind: str) -> None:
     call, text = CALLS[kind]
-    with pytest.raises(TypeError, match=text):
+    with pytest.raises((TypeError, ValueError), match=text):
         call(nm)
 
 

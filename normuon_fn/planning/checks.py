@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..compat import has_own_dispatch, is_subclass
@@ -98,7 +98,7 @@ def check_tensors(
     anywhere: bool = False,
 ) -> None:
     if not isinstance(given, Mapping):
-        raise TypeError(f"{what}: expected a dict of name -> tensor, got {type(given).__name__}")
+        raise TypeError(_no_dict(what, given))
     missing, extra = [k for k in specs if k not in given], [k for k in given if k not in specs]
     if missing or extra:
         hint = (
@@ -134,6 +134,11 @@ def check_tensors(
             )
         if spec.host and not anywhere:
             check_pinned(f"{what}[{name!r}]", tensor, plan.device)
+
+
+def _no_dict(what: str, given: object) -> str:
+    write = "; write dict(model.named_parameters())" if isinstance(given, nn.Module) else ""
+    return f"{what}: expected a dict of name -> tensor, got {type(given).__name__}{write}"
 
 
 def check_plain(params: Tensors, grads: Grads, state: Tensors) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from .doubts import unsure, warning_text
-from .modules import routes_for
+from .modules import table_of
 from .resolve import Routes, is_written
 from .route_table import RouteTable
 from .routes import Decision
@@ -35,7 +35,7 @@ def read_model(model: nn.Module, routes: Routes | None) -> tuple[dict[str, Tenso
             "routes: expected a dict of name, glob or predicate -> Route, got "
             f"{type(routes).__name__}"
         )
-    return params, routes_for(model, routes)
+    return params, table_of(model, routes)
 
 
 def doubts_of(

@@ -35,7 +35,6 @@ _TOWARDS_WIDTH = re.compile(
 _GATES = {"LSTM": 4, "GRU": 3}
 
 
-@without_collection
 def routes_for(
     model: nn.Module,
     overrides: Routes | None = None,
@@ -71,9 +70,24 @@ def routes_for(
         ValueError: parameters or buffers without a shape yet (lazy modules), or an override that
             matches nothing.
     """
+    return table_of(model, overrides, per_head, decay_vectors, "overrides")
+
+
+@without_collection
+def table_of(
+    model: nn.Module,
+    overrides: Routes | None,
+    per_head: bool = False,
+    decay_vectors: bool = True,
+    called: str = "routes",  # what the caller has written ``overrides`` as
+) -> RouteTable:
+    """`routes_for`, whose errors call the overrides by the name that the caller knows."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    asked = Entries("overrides", overrides or {})
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; where there is no "
+            "model, nm.make_plan(params) and NorMuon(params) decide by names and shapes"
+        )
+    asked = Entries("overrides", overrides or {}, called)
     reader = Reader(model, per_head)
     by_tensor: dict[int, list[Use]] = {}
     for use in uses(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .keys import Key, Keys
 from .names import by_names
 from .route_table import RouteTable
-from .routes import Decision, Route
+from .routes import Algorithm, Decision, Route
 from .uses import is_window
 
 # The keys are `Key`s. A Mapping does not vary with its keys, so a dict of names and predicates, or
@@ -81,20 +81,23 @@ class Entries:
 
     Of the entries that match a parameter the first that decides a rule wins, and the multipliers of
     those before it apply on top, the first of each. Where none decides, the route has multipliers
-    alone.
+    alone. Reasons begin with ``what``; errors with ``called``, the argument of the caller.
     """
 
-    def __init__(self, what: str, routes: Routes) -> None:
+    def __init__(self, what: str, routes: Routes, called: str | None = None) -> None:
+        self._called = called or what
         if not isinstance(routes, Mapping):
             raise TypeError(
-                f"{what}: expected a dict of name, glob or predicate -> Route, got "
+                f"{self._called}: expected a dict of name, glob or predicate -> Route, got "
                 f"{type(routes).__name__}"
             )
         for key, route in routes.items():
             if not isinstance(route, Route):
-                raise TypeError(f"{what}[{key!r}]: expected a Route, got {type(route).__name__}")
+                raise TypeError(f"{self._called}[{key!r}]: {_no_route(route)}")
             if not isinstance(key, str) and not callable(key):
-                raise TypeError(f"{what}: expected names, globs or predicates as keys, got {key!r}")
+                raise TypeError(
+                    f"{self._called}: expected names, globs or predicates as keys, got {key!r}"
+                )
         self._what, self._routes = what, dict[Key, Route](routes.items())
         self._keys, self._used, self._names = Keys(self._routes), set[Key](), list[str]()
         self._options: dict[Key, list[str]] = {}  # of matrices: which parameters get them
@@ -121,13 +124,13 @@ class Entries:
         unmatched = self._keys.unmatched()
         if unmatched:
             raise ValueError(
-                f"{self._what}: {unmatched!r} match no parameter; the parameters are "
+                f"{self._called}: {unmatched!r} match no parameter; the parameters are "
                 f"{self._names[:8]!r} ..."
             )
         for key, route in self._routes.items():
             if not route.decides and key not in self._used:
                 raise ValueError(
-                    f"{self._label(key)}: expected to change multipliers, but entries before it "
+                    f"{self._label(key, self._called)}: expected to change multipliers, but entries before it "
                     "decide everything about the parameters that it matches; write it before them "
                     "(for a table: nm.routes_for(model, {...}))"
                 )
@@ -137,10 +140,25 @@ class Entries:
         for key, names in self._options.items():
             if not any(routes[name].is_of_matrices for name in names if name in routes):
                 raise ValueError(
-                    f"{self._label(key)}: weight_decay_form and cautious_update are for matrices "
-                    f"that NorMuon updates, and it matches none: {names[:8]}; leave them out"
+                    f"{self._label(key, self._called)}: weight_decay_form and cautious_update are "
+                    f"for matrices that NorMuon updates, and it matches none: {names[:8]}; leave "
+                    "them out"
                 )
 
-    def _label(self, key: Key) -> str:
+    def _label(self, key: Key, called: str | None = None) -> str:
         text = repr(key) if isinstance(key, str) else getattr(key, "__name__", "predicate")
-        return f"{self._what}[{text}]"
+        return f"{called or self._what}[{text}]"
+
+
+def _no_route(given: object) -> str:
+    """What to write in the place of something that is no Route."""
+    if isinstance(given, str):
+        name = given.lower()
+        meant = name if name in get_args(Algorithm) else None
+        write = f"nm.Route({meant!r})" if meant else "nm.Route('adamw') or nm.Route('normuon')"
+        return f"expected a Route, got {given!r}; write {write}"
+    if isinstance(given, Mapping):
+        return f"expected a Route, got a dict; write nm.Route(**{dict(given)!r:.60})"
+    lr = ", or nm.Route(lr_mul=...) for a rate" if isinstance(given, (int, float)) else ""
+    call = "; call it: nm.Route()" if given is Route else f"; write nm.Route('adamw'){lr}"
+    return f"expected a Route, got {type(given).__name__}{call}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .hyper import check_number
-from .other_names import with_hints
+from .other_names import hint, with_hints
 from .presets import PRESETS, Preset
 from .unread import check_read, without_unread
 
@@ -205,10 +205,11 @@ class Config:
         that of its comment. An unknown name or field is a ValueError or a TypeError.
         """
         if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(Config)})
-        if unknown:
-            raise TypeError(f"preset: unknown Config fields {unknown}")
+            plain = "; NorMuon itself is nm.Config()" if str(name).lower() == "normuon" else ""
+            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}{plain}")
+        fields = [field.name for field in dataclasses.fields(Config)]
+        for key in overrides.keys() - fields:
+            raise TypeError(hint("Config", key, fields))
         return Config(**without_unread(PRESETS[name], overrides, _DEFAULTS))
 
 

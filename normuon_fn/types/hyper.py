@@ -68,7 +68,10 @@ class Hyper(NamedTuple):
         finite, or a momentum or beta outside [0, 1) in float32.
         """
         if not isinstance(params, Mapping) or not params:
-            raise ValueError("params: expected a non-empty dict of tensors, to know the device")
+            raise ValueError(
+                "params: expected a non-empty dict of name -> tensor, to know the device, got "
+                f"{type(params).__name__}; of a model write dict(model.named_parameters())"
+            )
         device = next(iter(params.values())).device
         if not isinstance(adamw_betas, (tuple, list)) or len(adamw_betas) != 2:
             raise TypeError(f"adamw_betas: expected two numbers, got {adamw_betas!r}")
@@ -196,6 +199,9 @@ def _check_out(peak: Hyper, out: Hyper) -> None:
 
 def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__} ({value!r})")
+        betas = isinstance(value, (tuple, list)) and name.endswith(("momentum", "beta2"))
+        write = f"; AdamW's betas are adamw_betas={value!r}" if betas else ""
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected a Python number, got {kind} ({value!r}){write}")
     if not 0.0 <= value <= LARGEST:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r} as float32")

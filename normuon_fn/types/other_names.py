@@ -61,6 +61,10 @@ ELSEWHERE = {  # arguments of other optimizers, and what to do instead
     "flatten": "write routes={...: Route(flatten=True)}",
 }
 OF_ROUTES = ("lr_mul", "wd_mul", "heads", "splits", "transposed")  # of one parameter, not of many
+_OF_HYPER = (
+    "lr", "momentum", "beta2", "weight_decay", "adamw_lr", "adamw_betas", "adamw_eps",
+    "adamw_weight_decay",
+)  # fmt: skip
 _OF_ROUTE = {  # what a route has a factor of
     "lr": "lr_mul", "learning_rate": "lr_mul", "lr_scale": "lr_mul", "adamw_lr": "lr_mul",
     "weight_decay": "wd_mul", "wd": "wd_mul", "adamw_weight_decay": "wd_mul",
@@ -119,6 +123,12 @@ def hint(where: str, key: str, known: Collection[str], options: Collection[str] 
         return f"{where}: {key!r} is called {RENAMED[key]!r} here"
     if key in options:
         return f"{where}: {key!r} is a field of Config; write config=Config({key}=...)"
+    if RENAMED.get(key, key) in _OF_HYPER and where in ("Config", "make_plan"):
+        key = RENAMED.get(key, key)
+        return (
+            f"{where}: {key!r} may change from step to step; write nm.NorMuon(model, {key}=...), "
+            f"or nm.Hyper.of(params, {key}=...)"
+        )
     if key in ELSEWHERE:
         return f"{where}: there is no argument {key!r}; {ELSEWHERE[key]}"
     if key in OF_ROUTES and "routes" in known:

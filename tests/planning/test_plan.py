@@ -247,7 +247,9 @@ def test_an_unmatched_route_is_an_error_that_names_it() -> None:
 
 
 def test_routes_of_the_wrong_kind_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"routes\['w'\]: expected a Route, got str"):
+    with pytest.raises(
+        TypeError, match=r"routes\['w'\]: expected a Route, got 'adamw'; write nm.Route"
+    ):
         nm.make_plan({"w": W}, routes={"w": "adamw"})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="expected names, globs or predicates as keys, got 3"):
         nm.make_plan({"w": W}, routes={3: nm.Route("adamw")})  # type: ignore[dict-item]
@@ -321,7 +323,7 @@ def test_config_options_are_checked(options: dict, error: type, message: str) ->
 def test_presets_are_checked() -> None:
     with pytest.raises(ValueError, match="preset: expected one of"):
         nm.Config.preset("mouon")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"preset: unknown Config fields \['lr'\]"):
+    with pytest.raises(TypeError, match=r"Config: 'lr' may change from step to step"):
         nm.Config.preset("dion", lr=0.1)
     assert nm.Config.preset("dion", guard="full").guard == "full"
 

@@ -259,7 +259,7 @@ def test_overrides_come_first_and_must_match() -> None:
     assert "overrides['1.*']" in str(table)
     with pytest.raises(ValueError, match=r"overrides: \['2.weight'\] match no parameter"):
         nm.routes_for(model, {"2.weight": slow})
-    with pytest.raises(TypeError, match="expected a Route, got str"):
+    with pytest.raises(TypeError, match="expected a Route, got 'adamw'"):
         nm.routes_for(model, {"1.weight": "adamw"})  # type: ignore[dict-item]
 
 
