@@ -140,6 +140,31 @@ def test_a_plan_that_is_copied_is_the_same_plan() -> None:
     assert copy.deepcopy({"plan": PLAN})["plan"] is PLAN and copy.copy(PLAN) is PLAN
 
 
+@pytest.mark.parametrize("as_iterator", [False, True])
+def test_a_group_without_names_beside_named_ones_is_refused_with_the_line(as_iterator: Any) -> None:
+    base, head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def given(named: bool, module: nn.Module) -> Any:
+        found = module.named_parameters(prefix="head") if named else module.parameters()
+        return {"params": found if as_iterator else [*found], "algorithm": "adamw"}
+
+    for named, text in (
+        (True, r"named parameters, as the other .* got a Parameter; .*named_parameters\(prefix="),
+        (False, r"without names, as .*, got 'head.weight' .* write {'params': module.parameters"),
+    ):
+        optimizer = nm.NorMuon([given(named, base)])
+        with pytest.raises(ValueError, match=text):
+            optimizer.add_param_group(given(not named, head))
+        with pytest.raises(ValueError, match=text):
+            nm.NorMuon([given(named, base), given(not named, head)])
+        assert len(optimizer.param_groups) == 1
+    for params in ([*base.named_parameters(), head.weight], [head.weight, ("b", head.bias)]):
+        with pytest.raises(ValueError, match="named parameters, as others of this group have them"):
+            nm.NorMuon([{"params": params, "algorithm": "adamw"}])
+    optimizer = nm.NorMuon([given(True, nn.Sequential(base))])
+    optimizer.add_param_group({"params": [("out", head.weight)], "algorithm": "adamw"})
+
+
 # --- from another optimizer
 
 

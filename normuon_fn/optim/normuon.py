@@ -21,6 +21,7 @@ from ..types import Config, Guard, StepResult
 from . import groups as groups_of
 from . import hyper as hyper_of
 from . import state as state_of
+from .group_names import with_names_alike
 from .metrics import metrics_of
 from .offloading import Offloading, wait_for_copies_sync
 from .planned import Planner
@@ -222,7 +223,8 @@ class NorMuon(Offloading, SavedOptimizer):
         """Adds a group with the constructor's defaults. The next step is planned and compiled."""
         if isinstance(written := param_group, dict):
             groups_of.check_keys(written, self.defaults)
-            param_group = {key: value for key, value in written.items() if key != "routes"}
+            alike = with_names_alike(written, self.param_groups)
+            param_group = {key: value for key, value in alike.items() if key != "routes"}
         super().add_param_group(param_group)
         try:
             self._added.append(groups_of.remember_last(self.param_groups, written))

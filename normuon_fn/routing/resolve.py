@@ -130,9 +130,9 @@ class Entries:
         for key, route in self._routes.items():
             if not route.decides and key not in self._used:
                 raise ValueError(
-                    f"{self._label(key, self._called)}: expected to change multipliers, but entries before it "
-                    "decide everything about the parameters that it matches; write it before them "
-                    "(for a table: nm.routes_for(model, {...}))"
+                    f"{self._label(key, self._called)}: expected to change multipliers, but "
+                    "entries before it decide everything about the parameters that it matches; "
+                    "write it before them (for a table: nm.routes_for(model, {...}))"
                 )
 
     def check_options(self, routes: Mapping[str, Route]) -> None:
