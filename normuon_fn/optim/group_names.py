@@ -20,6 +20,8 @@ def with_names_alike(group: dict[str, Any], groups: Groups) -> dict[str, Any]:
     params = group.get("params")
     if isinstance(params, (Tensor, set, Mapping, nn.Module)) or not isinstance(params, Iterable):
         return group
+    if "param_names" in group:  # of another optimizer, whose names go on
+        return group
     listed = list(params)
     named = [isinstance(p, tuple) for p in listed]
     wanted = "param_names" in groups[0] if groups else any(named)

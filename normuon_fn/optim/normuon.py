@@ -173,7 +173,7 @@ class NorMuon(Offloading, SavedOptimizer):
     )
     @torch.no_grad()
     def _step_once(self) -> None:
-        self._reports.before_step()
+        self._reports.before_step(self.param_groups, self.defaults)
         planner = self._loaded()
         grads = [p.grad for p in planner.named.values()]
         if all(grad is None for grad in grads):

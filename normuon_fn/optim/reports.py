@@ -15,6 +15,7 @@ from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..routing.route_table import RouteTable
 from ..types import Config, StepResult
+from .group_keys import KeyWatch
 from .groups import AddedGroup
 
 OnSkip = monitor.OnSkip | Literal["auto"]
@@ -32,13 +33,18 @@ class Reports:
             self.skips = monitor.SkipReports(on_skip, max_consecutive)
             check_skips(config.guard, on_skip, max_consecutive)
         self._told_missing = self._told_gone = False
+        self._keys = KeyWatch()
         # by the optimizer's names: the model that the parameter was one of, and its name there
         self._of_models: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
 
     # --- skipped steps
 
-    def before_step(self) -> None:
-        """Says what arrived since the last step. An error comes before anything is written."""
+    def before_step(self, groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+        """Says what arrived since the last step, and which keys of the groups no step reads.
+
+        An error comes before anything is written.
+        """
+        self._keys.look(groups, defaults)
         if self.skips is not None:
             self.skips.look()
 

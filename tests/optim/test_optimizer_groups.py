@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,32 @@ def test_a_parameter_that_was_frozen_when_its_model_was_read_is_trained_once_it_
     assert same(weights(model), weights(other)) and not torch.equal(
         model.down.weight, Net().down.weight
     )
+
+
+def test_a_key_that_no_step_reads_is_said_once_when_it_is_written_by_hand() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = nm.NorMuon(
+        [{"params": m.parameters(), "algorithm": "adamw", "name": "own"} for m in (first, second)]
+    )
+    lr_scheduler.OneCycleLR(optimizer, 0.1, 10, cycle_momentum=False)
+
+    def step() -> list[str]:
+        for p in (*first.parameters(), *second.parameters()):
+            p.grad = torch.ones_like(p)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert {w.filename for w in seen} <= {__file__}
+        return [str(w.message) for w in seen]
+
+    assert step() == []
+    optimizer.param_groups[0]["betas"] = (0.8, 0.9)
+    optimizer.param_groups[1]["weight_decy"] = 0.1
+    optimizer.param_groups[1]["maximize"] = False  # asks for nothing
+    (text,) = step()
+    assert "param_groups[0]: 'betas' is called 'adamw_betas' here" in text
+    assert "param_groups[1]: there is no key 'weight_decy'; did you mean 'weight_decay'?" in text
+    assert "maximize" not in text and step() == []
+    optimizer.param_groups[0]["guard"] = "full"
+    (text,) = step()
+    assert "'guard' is the same for all groups" in text and "betas" not in text
