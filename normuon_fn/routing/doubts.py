@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .routes import Decision
@@ -12,6 +13,7 @@ from .uses import is_window
 
 _PACKAGE = str(Path(__file__).parents[1])
 _SHOWN = 20
+_MANY = 3  # parameters that one glob stands for
 
 
 def unsure(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
@@ -25,12 +27,15 @@ def unsure(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
 
 def line_to_write(name: str, decision: Decision, shape: tuple[int, ...] = ()) -> str:
     """The entry of ``routes=`` that a reader writes if the decision was wrong."""
+    return f'"{name}": {_other(decision, shape)}'
+
+
+def _other(decision: Decision, shape: tuple[int, ...]) -> str:
+    """The route for the other rule."""
     route = decision.route
     if len(shape) > 2 and is_window(shape) and not route.flatten:
-        other = "nm.Route(flatten=True)"
-    else:
-        other = 'nm.Route("adamw")' if route.algorithm == "normuon" else "nm.Route()"
-    return f'"{name}": {other}'
+        return "nm.Route(flatten=True)"
+    return 'nm.Route("adamw")' if route.algorithm == "normuon" else "nm.Route()"
 
 
 def warning_text(
@@ -38,11 +43,14 @@ def warning_text(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     *,
     by_modules: bool = False,
+    names: Iterable[str] = (),
 ) -> str | None:
     """One text about every decision that is not certain; ``None`` if all are.
 
     Per parameter: its name, the rule it got, why, and the entry of ``routes=`` for the other rule.
-    ``by_modules``: the model was read, and its modules do not tell more.
+    ``by_modules``: the model was read, and its modules do not tell more. ``names``: those of all
+    parameters; where many with one ending have the same doubt, and nothing else ends so, they have
+    one line with a glob.
     """
     shapes = shapes or {}
     doubtful = unsure(decisions)
@@ -64,14 +72,51 @@ def warning_text(
             "modules read, or write the entries that are wrong into routes={...}:"
         ]
     shown = sorted(doubtful.items(), key=lambda item: item[1].certainty != "untold")
-    for name, found in shown[:_SHOWN]:
-        lines.append(
-            f"  {name}: got {found.route} ({found.reason}); otherwise "
-            f"{line_to_write(name, found, shapes.get(name, ()))}"
-        )
-    if len(shown) > _SHOWN:
-        lines.append(f"  and {len(shown) - _SHOWN} more: {', '.join(n for n, _ in shown[_SHOWN:])}")
+    said = {
+        name: (f"got {found.route} ({found.reason})", _other(found, shapes.get(name, ())))
+        for name, found in shown
+    }
+    together = _together(said, [*names] or [*decisions])
+    rest = [*together.items()]
+    for glob, own in rest[:_SHOWN]:
+        got, other = said[own[0]]
+        many = f" ({len(own)} parameters)" if len(own) > 1 else ""
+        lines.append(f'  {glob}{many}: {got}; otherwise "{glob}": {other}')
+    if len(rest) > _SHOWN:
+        left = [name for _, own in rest[_SHOWN:] for name in own]
+        lines.append(f"  and {len(left)} more: {', '.join(left)}")
     return "\n".join(lines)
+
+
+def _together(said: Mapping[str, tuple[str, str]], names: Iterable[str]) -> dict[str, list[str]]:
+    """By glob, or by name, the parameters that have one line, in the order of ``said``."""
+    ends = Counter(end for name in names for end in _ends(name))
+    members: dict[tuple[str, tuple[str, str]], list[str]] = {}
+    for name, what in said.items():
+        for end in _ends(name):
+            members.setdefault((end, what), []).append(name)
+    found: dict[str, list[str]] = {}
+    done: set[str] = set()
+    for name, what in said.items():
+        if name in done:
+            continue
+        own = [name]
+        glob = name
+        for end in _ends(name):
+            alike = members[end, what]
+            if len(alike) >= _MANY and len(alike) == ends[end] and done.isdisjoint(alike):
+                glob, own = f"*.{end}", alike
+                break
+        found[glob] = own
+        done.update(own)
+    return found
+
+
+def _ends(name: str) -> list[str]:
+    """What comes after the last dot, and after the last but one."""
+    parts = name.split(".")
+    ends = [".".join(parts[-k:]) for k in (1, 2) if len(parts) > k]
+    return [end for end in ends if not set(end) & set("*?[")]
 
 
 def warn_at_caller(text: str, category: type[Warning] = UserWarning) -> None:

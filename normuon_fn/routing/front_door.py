@@ -51,7 +51,8 @@ def doubts_of(
     names = {} if table is None or not doubtful else table.names_of(params)
     shapes = {names.get(name, name): tuple(params[name].shape) for name in doubtful}
     said = {names.get(name, name): found for name, found in doubtful.items()}
-    return warning_text(said, shapes, by_modules=table is not None)
+    every = [names.get(name, name) for name in params]
+    return warning_text(said, shapes, by_modules=table is not None, names=every)
 
 
 def refuse_flattened(params: Mapping[str, Tensor], decisions: Mapping[str, Decision]) -> None:

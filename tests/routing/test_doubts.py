@@ -236,3 +236,36 @@ def test_reading_a_model_is_linear_in_its_parameters_and_asks_little_of_each() -
     assert (
         many < 1.3 * few and many < 1200
     )  # 760 each; 2900 when every name was asked of all owners
+
+
+class Factors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(D, D)
+        self.A, self.B = nn.Parameter(torch.randn(4, D)), nn.Parameter(torch.zeros(D, 4))
+
+
+def doubts_about(model: nn.Module, routes: Any = None) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        nm.make_plan(model, routes=routes)
+    return [line.strip() for w in seen for line in str(w.message).splitlines()[1:]]
+
+
+def test_many_parameters_with_one_ending_and_one_doubt_have_one_line_with_a_glob() -> None:
+    model = nn.Sequential(*(Factors() for _ in range(4)))
+    first, second = doubts_about(model)
+    assert first.startswith("*.A (4 parameters): got adamw (4 vectors of 16")
+    assert second.endswith('otherwise "*.B": nm.Route()')
+    assert doubts_about(model, {"*.A": nm.Route(), "*.B": nm.Route()}) == []
+
+
+def test_a_glob_is_not_offered_where_it_would_reach_another_parameter() -> None:
+    model = nn.Sequential(*(Factors() for _ in range(4)))
+    model.add_module("more", nn.Module())
+    model.more.register_parameter("A", nn.Parameter(torch.zeros(D)))  # type: ignore[union-attr]
+    lines = doubts_about(model)
+    assert [line.partition(":")[0] for line in lines] == [
+        "0.A", "*.B (4 parameters)", "1.A", "2.A", "3.A",
+    ]  # fmt: skip
+    assert len(doubts_about(nn.Sequential(Factors(), Factors()))) == 4  # two layers are not many
