@@ -110,7 +110,7 @@ class Trainer:
         routes["*.qkv.weight"] = nm.Route(splits=(args.width,) * 3)  # three matrices, not one
         config = nm.Config(guard="full", metrics=True)  # a NaN or inf anywhere: no rank steps
         self.plan = nm.make_plan(self.params, config, routes=routes, mesh=self.mesh)
-        self.state = nm.init(self.plan, self.params)
+        self.state = nm.init(self.params, self.plan)
         self.peak = nm.Hyper.of(self.params, lr=args.lr, weight_decay=args.weight_decay)
         self.schedule = nm.Schedule(args.steps, warmup=max(1, args.steps // 10), shape="linear")
         self.monitor, self.result = nm.SkipMonitor(self.plan, max_consecutive=20), None

@@ -322,7 +322,7 @@ class Lane:
     def __init__(self, bench: Bench) -> None:
         self.bench, size, device = bench, bench.size, bench.device
         self.params = {n: p.detach().clone() for n, p in bench.template.named_parameters()}
-        self.state = nm.init(bench.plan, self.params)
+        self.state = nm.init(self.params, bench.plan)
         one = nm.Hyper.of(self.params, lr=1.0, weight_decay=WEIGHT_DECAY)
         self.peak = nm.Hyper.stack([one, one, one])  # of matrices and norms, embedding, head
         self.hyper = self.peak.scaled(0.0)
@@ -347,7 +347,7 @@ class Lane:
         bench, size = self.bench, self.bench.size
         for name, p in bench.model(job.seed).named_parameters():
             self.params[name].copy_(p.detach())
-        for name, x in nm.init(bench.plan, self.params).items():
+        for name, x in nm.init(self.params, bench.plan).items():
             self.state[name].copy_(x)
         rates = [job.lr * x for x in (1.0, job.embed, job.head)]
         for held in (self.peak.lr, self.peak.adamw_lr):
