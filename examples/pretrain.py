@@ -106,6 +106,8 @@ class Trainer:
             self.spread()
         # Detached parameters share the model's memory: step_ writes what the model reads.
         self.params = {name: p.detach() for name, p in self.model.named_parameters()}
+        # Written out for you to change. `nm.routes_for(self.model, decay_vectors=False)` reads the
+        # same from the modules, and is the better start for a model of your own.
         routes = {"*norm*": nm.Route("adamw", wd_mul=0.0), "place.weight": nm.Route("adamw")}
         routes["*.qkv.weight"] = nm.Route(splits=(args.width,) * 3)  # three matrices, not one
         config = nm.Config(guard="full", metrics=True)  # a NaN or inf anywhere: no rank steps
