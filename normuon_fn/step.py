@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithm.guard import Agreement
+from .algorithm.streamed import Conveyor
 from .compat import outside_inference_mode, without_autocast
 from .compat.graphs import is_functionalized, is_traced
 from .distributed.placements import check_alike, local, local_of, to_dtensor
@@ -29,6 +30,7 @@ from .types import Grads, Hyper, StepResult, Tensors, result_of
 def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     """All state of all parameters, by name, on the plan's device.
 
+    With ``Config(state_device="cpu")`` momentums of matrices are in host memory, pinned for a GPU.
     Everything begins as zeros, except a float32 master, which begins as its parameter.
 
     Shapes: ``"<name>.momentum"`` as the parameter; ``"<name>.variance"`` as ``param[..., :1]`` (one
@@ -57,7 +59,7 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     check_sizes(plan, params)
     state = {}
     for key, spec in plan.state.items():
-        tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device)
+        tensor = spec.zeros(plan.device)
         if spec.starts_as_parameter:
             tensor.copy_(local(params[key.rpartition(".")[0]]).detach())
         state[key] = to_dtensor(tensor, spec.sharded)
@@ -163,10 +165,11 @@ def step_of(
 
     Every bucket goes through the same stages; some leave some out. See algorithm/work.py.
     """
-    agreement = Agreement(plan.guard, found_inf)
+    agreement, streaming = Agreement(plan.guard, found_inf), plan.streaming
+    conveyor = streaming and Conveyor(streaming.size, streaming.slots, plan.device)
     tensors = StepTensors(
         dicts, hyper, hypers=plan.hypers, own=plan.own_rates, config=plan.config,
-        stages=plan.stages, agreement=agreement,
+        stages=plan.stages, agreement=agreement, conveyor=conveyor,
     )  # fmt: skip
     works = [bucket.work(tensors.of_bucket(k)) for k, bucket in enumerate(plan.all_buckets)]
     agreement.before(works)  # guard="full": are all gradients finite?
@@ -181,6 +184,8 @@ def step_of(
     agreement.after(works)  # are all updates finite? The guard's one collective: here, or above
     for work in works:
         work.apply()  # weight decay and update, or every bit as it was; without a guard done above
+    if conveyor is not None:
+        conveyor.end()  # momentums are in host memory again
     assert agreement.flags is not None
     dicts.count(_counted(dicts.state, agreement.skipped))
     metrics = None if plan.metrics is None else plan.metrics.of(works)

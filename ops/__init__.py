@@ -12,8 +12,8 @@ A device, a dtype and memory are all that an operator knows: nothing of names, p
 
 from __future__ import annotations
 
-from . import measured
-from .handles import Graph, Handle, Like, Table, input_for, inputs, lists_outside
+from . import measured, staging
+from .handles import Graph, Handle, Like, Table, input_for, inputs, is_handle, lists_outside
 from .launch import kernels_for
 from .lion import lion, lion_, lion_wide, lion_wide_
 from .lists import all_finite, chained, cut, stack
@@ -51,6 +51,7 @@ __all__ = [
     "cut",
     "input_for",
     "inputs",
+    "is_handle",
     "joined_with",
     "kernels_for",
     "lion",
@@ -69,4 +70,5 @@ __all__ = [
     "repack",
     "scale_and_cast",
     "stack",
+    "staging",
 ]

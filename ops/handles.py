@@ -150,12 +150,13 @@ def likes_of(text: str, device: torch.device) -> list[Like]:
 class Table:
     """The lists of one run of a graph: those that it reads, and those that it has made.
 
-    ``read(entry)`` is called once for every entry that is read.
+    ``read(entry)`` is called once for every entry that is read. ``transfers``: what copies lists of
+    the host to the device and back, see staging.py.
     """
 
-    def __init__(self, read: Callable[[int], list[Tensor]]) -> None:
+    def __init__(self, read: Callable[[int], list[Tensor]], transfers: Any = None) -> None:
         self.lists: dict[int, list[Tensor]] = {}
-        self._read = read
+        self._read, self.transfers = read, transfers
         self._found: dict[str, list[Tensor]] = {}
         self.facts: dict[Hashable, tuple[object, Any]] = {}  # of lists, which it keeps
 

@@ -37,6 +37,17 @@ def writes() -> int:
     return _writes[0]
 
 
+def count_write(*lists: Sequence[Tensor]) -> None:
+    """Says that an operator writes these now: before it does, because it may fail half-way.
+
+    A backward pass that still needs the old values must say so.
+    """
+    _writes[0] += 1
+    for written in lists:
+        with suppress(RuntimeError):  # inference tensors count no versions
+            torch.autograd.graph.increment_version(written)
+
+
 def define(
     name: str,
     schema: str,
@@ -127,12 +138,7 @@ def register(
 
     def write(*arguments: Any) -> Any:
         lists = arguments[:count]
-        _writes[0] += 1
-        # A backward pass that still needs the old values must say so. Before the body, which may
-        # fail half-way.
-        for written in lists:
-            with suppress(RuntimeError):  # inference tensors count no versions
-                torch.autograd.graph.increment_version(written)
+        count_write(*lists)
         return body(lists, *arguments)
 
     def checked_write(*arguments: Any) -> Any:

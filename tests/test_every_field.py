@@ -52,6 +52,7 @@ VALUES: dict[str, list[Any]] = {
     "orthogonalize_dtype": [torch.bfloat16],
     "orthogonalizer": [own_orthogonalizer],
     "momentum_dtype": [torch.bfloat16, "int8"],
+    "state_device": ["cpu"],
     "guard": ["output", "full"],
     "guard_scope": ["bucket"],
     "missing_grads": ["zeros"],
@@ -101,6 +102,10 @@ ALLOWED: dict[str, tuple[Callable[[Fields], bool], str]] = {
     "replicas": (
         lambda beside: True,
         "without mesh= one rank has everything; with it, tests/distributed and planning/replicas",
+    ),
+    "state_device": (
+        lambda beside: True,
+        "where a momentum is changes no bit; that it is there: step/test_streamed_momentum.py",
     ),
     "seed": (
         lambda beside: beside.get("master") != "stochastic",

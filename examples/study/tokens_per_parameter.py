@@ -533,7 +533,8 @@ def run_all(options: Options, seconds: float) -> None:
             waiting = [pair for pair in pairs if pair.state in ("compiling", "busy")]
             if not waiting:
                 continue
-            ready = connection.wait([pair.end for pair in waiting], max(0.0, seconds - now()))
+            left = None if math.isinf(seconds) else max(0.0, seconds - now())
+            ready = connection.wait([pair.end for pair in waiting], left)
             for pair in waiting:
                 if pair.end not in ready:
                     continue
@@ -555,8 +556,8 @@ def run_all(options: Options, seconds: float) -> None:
                 pair.process.terminate()
         for pair in pairs:
             pair.process.join()
-    left = [str(pair) for pair in pairs if pair.next_jobs()]
-    print(f"{now():6.1f} s  not finished: {', '.join(left) or 'none'}", flush=True)
+    missing = [str(pair) for pair in pairs if pair.next_jobs()]
+    print(f"{now():6.1f} s  not finished: {', '.join(missing) or 'none'}", flush=True)
 
 
 def _heard(pair: Pair) -> tuple[str, Any]:
@@ -671,7 +672,7 @@ def variants() -> str:
 
 
 def section(about: dict[str, Any], runs: Runs) -> str:
-    ratios = sorted({job.ratio for job in runs}, reverse=True)
+    ratios, rows = sorted({job.ratio for job in runs}, reverse=True), rows_of(about, runs)
     whole = [r for r in ratios if all(by_seed(runs, r, name) for name in OPTIMIZERS)]
     missing = [f"{r} (of which {sum(j.ratio == r for j in runs)} runs were made)" for r in ratios]
     missing = [said for said, r in zip(missing, ratios, strict=True) if r not in whole]
@@ -732,7 +733,7 @@ these two with AdamW at `lr`, untuned. Variants: {variants()}.
 
 ![loss by tokens per parameter, and the grids](tokens_per_parameter.png)
 
-{markdown(rows_of(about, runs))}
+{markdown(rows) if rows else "No size has all seeds of AdamW."}
 
 - The columns are those of the training study. `ms a step` is the time of a run alone, its whole
   step in one CUDA graph.

@@ -142,10 +142,13 @@ class MatrixWork(Work):
             start += count
 
     def _orthogonalize(self, front: Front) -> None:
-        """One stack; cut into groups again, and tall ones transposed back."""
-        parts = self.iterated(self.to_norm_1(front)).split([g.count for g in front.groups])
+        self.update(front.groups, self.to_norm_1(front))
+
+    def update(self, groups: list[Members[MatrixKind]], stack: Tensor) -> None:
+        """From one stack, at norm 1; cut into groups again, and tall ones transposed back."""
+        parts = self.iterated(stack).split([group.count for group in groups])
         updates = []
-        for group, part in zip(front.groups, parts, strict=True):
+        for group, part in zip(groups, parts, strict=True):
             update = part.mT if group.kind.tall else part
             old = tuple(ops.stack(group.read(s.name)) for s in self.context.stages.normalize.states)
             found = self.normalized(group, update, old)

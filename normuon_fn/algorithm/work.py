@@ -104,6 +104,8 @@ class Members(Generic[K]):
     tensors: int
     read: Callable[[str], list[Tensor]]  # "param", "grad", or the name of a state
     put: Callable[[str, list[Tensor]], None]  # new ones in their place
+    # where new ones of a state in host memory are to be written, in the place of ``put``
+    places: Callable[[str], list[Tensor]]
     salts: list[int]  # one per matrix, where parameters are rounded by chance
     rates: Rates
     local: bool = True  # False: none of their entries is on this rank

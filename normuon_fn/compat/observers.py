@@ -38,6 +38,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Whether a tensor stands for several, of which `torch.vmap` has made one."""
+    return not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_batchedtensor(x)
+
+
 def value_tracer() -> str | None:
     """The tracer that records the caller as it runs with values, and cannot record a step."""
     if torch._C._is_tracing():

@@ -154,8 +154,9 @@ def _inputs(
             part = "" if block.param.length is None else f".{block.param.start}"
             key = f"{block.name}.input{part}"
             read = block.param.read(grad)
-            momentum = result.state[f"{block.name}.momentum"]
+            momentum = result.state[f"{block.name}.momentum"].to(grad.device)
             scales = result.state.get(f"{block.name}.{SCALE.name}")
+            scales = None if scales is None else scales.to(grad.device)
             if scales is None:
                 momentum = block.param.read(momentum)
             else:

@@ -73,7 +73,7 @@ def foreach_step_(
 
     Args:
         momentums, variances, masters: zeros at first, but a float32 master equals its parameter.
-            Their shapes and dtypes are those of `init` for the same parameters.
+            Their shapes, dtypes and devices are those of `init` for the same parameters.
         lr, momentum, beta2, weight_decay: as in `Hyper`. A float becomes a tensor without waiting
             for the device. In a graph of your own it is a constant of that graph; pass tensors
             there.

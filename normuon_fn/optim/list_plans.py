@@ -160,7 +160,7 @@ def _check_state(
             f"{what}: expected a tensor of shape {tuple(shape)}, {spec.dtype}, "
             f"for {config.master=}, got nothing"
         )
-    _check_look(what, look, shape, spec.dtype, device)
+    _check_look(what, look, shape, spec.dtype, spec.on(device))
 
 
 def _check_look(

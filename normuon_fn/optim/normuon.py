@@ -22,7 +22,7 @@ from . import groups as groups_of
 from . import hyper as hyper_of
 from . import state as state_of
 from .metrics import metrics_of
-from .offloading import Offloading
+from .offloading import Offloading, wait_for_copies_sync
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
@@ -266,6 +266,7 @@ class NorMuon(Offloading, SavedOptimizer):
         self._planner = self.plan = self.result = None
 
     def __getstate__(self) -> dict[str, Any]:
+        wait_for_copies_sync(self._planner)
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _SAVED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

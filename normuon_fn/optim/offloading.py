@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..compat.graphs import outside_graphs
 from ..distributed.placements import local
+from ..planning.streaming import wait_for_copies_sync as wait_sync
 from ..runtime.offloading import HOST, move
+from ..types import Config
 from .planned import Planner
 
 
@@ -18,7 +20,8 @@ class Offloading:
     _offloaded = False  # also of optimizers that were pickled before there was such a state
 
     if TYPE_CHECKING:
-        state: Any  # as the optimizer has it
+        config: Config  # as the optimizer has it
+        state: Any
         _planner: Planner | None
 
         def _settled(self) -> Planner: ...
@@ -61,7 +64,9 @@ class Offloading:
         """
         if not self._offloaded:
             return
-        move([(x, local(p).device) for p in self._params() for x in self._tensors(p)])
+        stays = in_host_memory(self._settled()) if self.config.state_device == "cpu" else set()
+        own = [(x, local(p).device) for p in self._params() for x in self._tensors(p)]
+        move([(x, device) for x, device in own if id(x) not in stays])
         self._offloaded = False
         if self._planner is not None:
             self._planner.offloaded = False
@@ -84,3 +89,15 @@ class Offloading:
 
     def _tensors(self, p: Tensor) -> list[Tensor]:
         return [x for x in self.state[p].values() if isinstance(x, Tensor)]
+
+
+def in_host_memory(planner: Planner) -> set[int]:
+    """By id, the tensors that steps expect in host memory: ``Config(state_device="cpu")``."""
+    each = [(step.state, step.plan.state) for step in planner.steps.values()]
+    return {id(x) for state, specs in each for key, x in state.items() if specs[key].host}
+
+
+def wait_for_copies_sync(planner: Planner | None) -> None:
+    """Waits for copies to host memory and from it, before the host itself reads or writes it."""
+    for step in [] if planner is None else planner.steps.values():
+        wait_sync(step.plan)

@@ -12,6 +12,7 @@ from ..types import Config
 from . import hyper as hyper_of
 from . import saved as saved_of
 from .groups import AddedGroup
+from .offloading import wait_for_copies_sync
 from .planned import Planner
 from .saved_meaning import check_meaning, routes_of
 from .state import States
@@ -35,7 +36,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        self._settled()
+        wait_for_copies_sync(self._settled())
         return self._packed(self.state)
 
     @outside_graphs()
@@ -71,6 +72,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
         planner = self._settled()
+        wait_for_copies_sync(planner)
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
         check_meaning(found, saved["param_groups"], self.config, routes_of(self._added))
         write_values = hyper_of.loading(self.param_groups, found.groups)

@@ -22,6 +22,7 @@ from ..distributed import placements
 from ..distributed.dtensors import is_dtensor
 from ..persistence.meaning import field_of_variance, fields_of
 from ..planning.plan import Plan, Spec
+from ..planning.streaming import in_place_of_host
 
 States = MutableMapping[Any, dict[str, Any]]  # optimizer.state; others may add keys of their own
 COUNTERS = ("step", "skipped", "consecutive")  # of the guard, shared by all parameters
@@ -111,14 +112,17 @@ def _kept(
         local = placements.local(own)
         fits = tuple(local.shape) == spec.shape and local.dtype == spec.dtype
         if fits and placements.has_layout(own, spec.sharded):
-            kinds[kind] = own if stays or local.device == device else own.to(device)
+            if spec.host:
+                kinds[kind] = in_place_of_host(own, device)
+            else:
+                kinds[kind] = own if stays or local.device == device else own.to(device)
             return kinds[kind]
         if begun:
             raise ValueError(
                 f"{name}: has another shape, dtype or placement than its {kind}; "
                 "make a new optimizer"
             )
-    new = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    new = spec.zeros(device)
     if kind == "master":
         new.copy_(placements.local(param).detach())
     kinds[kind] = placements.to_dtensor(new, spec.sharded)

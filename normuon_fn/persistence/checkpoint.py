@@ -25,6 +25,7 @@ from ..planning.hyperball import check_sizes
 from ..planning.memory import check_writable
 from ..planning.momentum_codes import fitted_file
 from ..planning.plan import Plan
+from ..planning.streaming import placed, wait_for_copies_sync
 from ..types import Tensors
 from .description import CheckpointError
 from .file_format import DTYPES, read, require_safetensors, write
@@ -69,6 +70,7 @@ def save(
     """
     require_safetensors()
     _check_run(plan, params, state, whole=True)
+    wait_for_copies_sync(plan)
     extra = {} if extra is None else extra
     if not isinstance(extra, Mapping):
         raise TypeError(
@@ -138,7 +140,7 @@ def load(
 
     parts: dict[str, dict[str, Any]] = {"params": {}, "state": {}, "extra": dict(meta["extra"])}
     targets = {"params": params, "state": state}
-    device = torch.device("cpu") if plan is None else plan.device
+    wait_for_copies_sync(plan)
     with torch.no_grad():
         for key, tensor in found.items():
             part, _, name = key.partition("/")
@@ -147,7 +149,11 @@ def load(
                 into[name].copy_(tensor)
             else:
                 with torch.inference_mode(False):  # they will be written
-                    parts[part][name] = tensor if part == "extra" else tensor.to(device)
+                    if plan is not None and part == "state":
+                        tensor = placed(tensor, plan.state[name], plan)
+                    elif plan is not None and part == "params":
+                        tensor = tensor.to(plan.device)
+                    parts[part][name] = tensor
     return Checkpoint(
         parts["params"] if params is None else params,
         parts["state"] if state is None else state,

@@ -18,6 +18,7 @@ from ..distributed.placements import to_dtensor
 from ..planning.checks import check_tensors
 from ..planning.momentum_codes import fitted
 from ..planning.plan import Parameter, Plan, Spec
+from ..planning.streaming import placed
 from ..types import MomentumForm
 from .other_optimizers import Found, SourceVariance, StateDict, entries, unscaled
 
@@ -116,7 +117,7 @@ def convert_state(
     state["guard.step"] = torch.tensor(steps, dtype=torch.int32, device=plan.device)
     state |= _masters(plan, params)
     result = {
-        name: state[name] if name in state else _zeros(spec, plan)
+        name: placed(state[name], spec, plan) if name in state else _zeros(spec, plan)
         for name, spec in plan.state.items()
     }
     check_tensors(plan, "state", result, plan.state)
@@ -268,7 +269,7 @@ def _masters(plan: Plan, params: Mapping[str, Tensor] | None) -> dict[str, Tenso
 
 
 def _zeros(spec: Spec, plan: Plan) -> Tensor:
-    return to_dtensor(torch.zeros(spec.shape, dtype=spec.dtype, device=plan.device), spec.sharded)
+    return to_dtensor(spec.zeros(plan.device), spec.sharded)
 
 
 def _steps(plan: Plan, found: Mapping[str, Found]) -> int:

@@ -24,7 +24,7 @@ _ROUTE_OF_STATE = ("algorithm", "flatten", "heads", "splits", "dim", "transposed
 _MULTIPLIERS = ("lr_mul", "wd_mul")
 # What has no state: a decay form too, also one that keeps the norm of the weights as they are now.
 _ROUTE_OF_STEPS = (*_MULTIPLIERS, "weight_decay_form", "cautious_update")
-_NOT_OF_A_RUN = ("orthogonalizer", "metrics")
+_NOT_OF_A_RUN = ("orthogonalizer", "metrics", "state_device")
 _SHOWN = 8
 FORM = "state_form"  # the key of a parameter group
 Texts = Mapping[str, str]  # field -> repr of its value

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..algorithm.bucket import MatrixWork
 from ..algorithm.lion import OTHERS
+from ..algorithm.streamed import Piece, StreamedWork
 from ..algorithm.work import Kind, MatrixKind, Members, Own, Stack, Work
 from ..distributed.messages import Exchange
 from ..distributed.owned import OwnedWork
@@ -107,13 +108,18 @@ class Bucket(Stack):
         ]
         parts = chunks(graded, self._at_a_time(tensors.config))
         groups: list[Members[MatrixKind]] = []
+        pieces: list[list[Piece]] = []
         start = 0
         for k, blocks in (part for chunk in parts for part in chunk):
             end = start + sum(block.count for block in blocks)
             groups.append(tensors.members(self.groups[k], blocks, rates.part(slice(start, end))))
+            if tensors.conveyor is not None:
+                pieces.append([*tensors.pieces(self.groups[k], blocks, rates, start)])
             start = end
-        context = tensors.context(rates.hyper, self.kernels)
-        return MatrixWork(self, groups, runs, context, [len(chunk) for chunk in parts])
+        context, counts = tensors.context(rates.hyper, self.kernels), [*map(len, parts)]
+        if tensors.conveyor is not None:
+            return StreamedWork(self, groups, runs, context, counts, pieces, tensors.conveyor)
+        return MatrixWork(self, groups, runs, context, counts)
 
     def _at_a_time(self, config: Config) -> int:
         """How many matrices; a caller's own orthogonalizer gets all of them as one stack."""

@@ -13,6 +13,7 @@ from ..distributed.placements import describe, has_layout, local
 from ..types import Grads, Hyper, Tensors
 from .memory import check_apart, in_one_storage
 from .plan import Plan, Spec
+from .streaming import check_pinned, check_unmapped
 
 
 def check_step(
@@ -30,6 +31,8 @@ def check_step(
     check_tensors(plan, "params", params, specs)
     check_tensors(plan, "grads", grads, specs, optional=True)
     check_tensors(plan, "state", state, plan.state)
+    if plan.streaming is not None:
+        check_unmapped({"params": params, "grads": grads, "state": state})
     if not isinstance(hyper, Hyper):
         raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")
     for name, value in zip(Hyper._fields, hyper, strict=True):
@@ -123,12 +126,15 @@ def check_tensors(
             raise ValueError(
                 f"{what}[{name!r}]: expected dense {spec.dtype}, got {tensor.dtype} {tensor.layout}"
             )
-        if tensor.device != plan.device and not anywhere:
+        if tensor.device != spec.on(plan.device) and not anywhere:
             offloaded = what == "state" and tensor.device.type == "cpu"
             hint = "; if it was offloaded, write nm.reload_(state, plan)" if offloaded else ""
             raise ValueError(
-                f"{what}[{name!r}]: expected device {plan.device}, got {tensor.device}{hint}"
+                f"{what}[{name!r}]: expected device {spec.on(plan.device)}, "
+                f"got {tensor.device}{hint}"
             )
+        if spec.host and not anywhere:
+            check_pinned(f"{what}[{name!r}]", tensor, plan.device)
 
 
 def check_plain(params: Tensors, grads: Grads, state: Tensors) -> None:

@@ -34,6 +34,11 @@ class View:
         first, second, *rest = self.shape
         return (second, first, *rest) if self.swap else self.shape
 
+    @property
+    def is_one_piece(self) -> bool:
+        """Whether what it reads of a contiguous tensor is one piece of memory."""
+        return not self.swap and (self.length is None or size_of(self.base[: self.dim]) == 1)
+
     def read(self, tensor: Tensor) -> Tensor:
         """A view of the tensor, or a copy where its strides allow none: see `is_view`."""
         part = self._slice(tensor)
@@ -77,6 +82,9 @@ class Block:
     line: View  # of a state with one number per row (or column) of every matrix
     scale: View  # of a state with one number per block of columns of every row: ops/codes.py
     salts: tuple[int, ...] = ()  # one per matrix, where parameters are rounded by chance
+    # What its momentum takes of a slot on the device, in bytes, where it is in host memory: see
+    # streaming.py. 0: it is on the device.
+    staged: int = 0
 
 
 def join(parts: Sequence[tuple[View | None, Tensor]]) -> Tensor:

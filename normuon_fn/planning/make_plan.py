@@ -43,6 +43,7 @@ from .parameters import Decided, decide
 from .plan import OwnedState, Plan, Spec
 from .replicas import with_owned_state
 from .sharing import with_sharing
+from .streaming import check_early, streaming_of
 
 
 def make_plan(
@@ -149,6 +150,10 @@ def plan_of(
     adamw = _adamw_buckets(decided, config, table)
     parameters = tuple(each.parameter for each in decided)
     rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
+    streaming = streaming_of([block for bucket in buckets for block in bucket.blocks])
+    if streaming is not None:
+        check_early(rule)
+        notes = (*notes, streaming.note)
     placements = {p.name: p.spec.sharded for p in parameters}
     return Plan(
         config=config,
@@ -169,6 +174,7 @@ def plan_of(
         own_rates=rate_tensors(table, device),
         common=common_of(placements, copies, rule, guard_mesh),
         notes=notes,
+        streaming=streaming,
     )
 
 

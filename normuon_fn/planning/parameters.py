@@ -29,6 +29,7 @@ from ..types import Config
 from .layout import Block, View, part_of
 from .plan import Parameter, Spec
 from .reading import line_views, read_as_matrices, scale_views
+from .streaming import check_alone, in_host_memory
 
 Read = tuple[
     View, int, int, int
@@ -106,6 +107,10 @@ def decide(
     pieces, specs = _matrices(parameter, tensor, config, mesh, chance, stages)
     for state, spec in specs:
         found[f"{name}.{state.name}"] = replace(spec, dtype=state.dtype_for(config, tensor.dtype))
+    if config.state_device == "cpu":
+        check_alone(name, placed, [piece.ownership for piece in pieces])
+        own, found = in_host_memory(name, [piece.block for piece in pieces], found)
+        pieces = tuple(x._replace(block=block) for x, block in zip(pieces, own, strict=True))
     blocks = tuple(piece.block for piece in pieces if piece.block.count)
     return Decided(replace(parameter, blocks=blocks), found, master, chance, pieces)
 

@@ -16,6 +16,9 @@ from ..routing.table import render
 from ..types import Config
 from .buckets import AdamWBucket, AnyBucket, Bucket, SharedBucket, short_name
 from .layout import Block
+from .streaming import Streaming
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class Spec:
     sharded: ShardedLayout | None = None
     # a state that `init` copies from its parameter; others begin as zeros
     starts_as_parameter: bool = False
+    host: bool = False  # a state in host memory, pinned where the plan is on a GPU
+
+    def on(self, device: torch.device) -> torch.device:
+        """Where it is in a plan on ``device``."""
+        return HOST if self.host else device
+
+    def zeros(self, device: torch.device) -> torch.Tensor:
+        """A new tensor, of a DTensor the local part, for a plan on ``device``."""
+        pinned = self.host and device.type == "cuda"
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.on(device), pin_memory=pinned)
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,7 @@ class Plan:
     whole_state: dict[str, Spec] = field(default_factory=dict)  # of all ranks that share a state
     owned: OwnedState = field(default_factory=OwnedState)  # who keeps which of it
     notes: tuple[str, ...] = ()  # what was decided beyond the parameters, in lines
+    streaming: Streaming | None = None  # of momentums in host memory
 
     @property
     def all_buckets(self) -> tuple[AnyBucket, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -12,9 +12,11 @@ from .. import ops
 from ..algorithm.guard import Agreement
 from ..algorithm.momentum import SCALE
 from ..algorithm.stages import Stages
+from ..algorithm.streamed import Conveyor, Piece
 from ..algorithm.work import Context, Kind, Members, Own, OwnRates, Rates, Runs
 from ..types import Config, Grads, Hyper, Tensors
 from .layout import Block, View, join
+from .streaming import pieces
 
 K = TypeVar("K", bound=Kind)
 
@@ -25,6 +27,8 @@ class Entries(NamedTuple):
     what: str  # "param", "grad", or the name of a state
     keys: tuple[str, ...]
     views: tuple[View, ...] | None  # how each is read as matrices; None: all as they are
+    # Of a state in host memory where its new values are written: itself if the step is in place.
+    places: bool = False
 
     def read(self, source: Grads) -> list[Any]:
         """Views of the entries; of tensors with odd strides copies."""
@@ -58,7 +62,7 @@ class Dicts(Protocol):
     def read(self, entries: Entries) -> list[Tensor]: ...
 
     def put(self, entries: Entries, tensors: list[Tensor]) -> None:
-        """New ones in the place of ``entries``."""
+        """New ones in the place of ``entries``, which are none of `Entries.places`."""
 
     def count(self, counters: Tensors) -> None:
         """The guard's counters after this step."""
@@ -71,6 +75,7 @@ class CallersDicts:
         self.params, self.grads, self.state, self.in_place = params, grads, state, in_place
         # by key: parts, and their places
         self.new: dict[str, list[tuple[View | None, Tensor]]] = {}
+        self.places: dict[str, Tensor] = {}  # new memory of the host, whole: see `Entries.places`
 
     def of_bucket(self, bucket: int) -> CallersDicts:
         return self
@@ -79,6 +84,11 @@ class CallersDicts:
         return self.grads[name] is not None
 
     def read(self, entries: Entries) -> list[Tensor]:
+        if entries.places and not self.in_place:
+            for key in dict.fromkeys(entries.keys):
+                if key not in self.places:
+                    (self.places[key],) = ops.staging.stage_like([self.state[key]])
+            return entries.read(self.places)
         return entries.read(self._source(entries.what))
 
     def put(self, entries: Entries, tensors: list[Tensor]) -> None:
@@ -109,6 +119,8 @@ class CallersDicts:
         return params, state
 
     def _joined(self, key: str, old: Tensor) -> Tensor:
+        if key in self.places:
+            return self.places[key]
         parts = self.new.get(key)
         return old if parts is None else _laid_out_as(old, join(parts))
 
@@ -126,7 +138,9 @@ class StepTensors:
         config: Config,
         stages: Stages,
         agreement: Agreement,
+        conveyor: Conveyor | None = None,
     ) -> None:
+        self.conveyor = conveyor  # of momentums in host memory
         self.dicts, self.hyper, self.hypers, self.own = dicts, hyper, hypers, own
         self.config, self.stages, self.agreement = config, stages, agreement
         self.lines = {state.name for state in stages.line_states}
@@ -136,6 +150,7 @@ class StepTensors:
         return StepTensors(
             self.dicts.of_bucket(bucket), self.hyper, hypers=self.hypers, own=self.own,
             config=self.config, stages=self.stages, agreement=self.agreement,
+            conveyor=self.conveyor,
         )  # fmt: skip
 
     def rates(self, own: Own) -> Rates:
@@ -200,6 +215,15 @@ class StepTensors:
         salts = [salt for block in blocks for salt in block.salts]
         return self._members(kind, count, len(blocks), entries, salts, rates, local)
 
+    def pieces(self, kind: K, blocks: Sequence[Block], rates: Rates, start: int) -> Iterator[Piece]:
+        """The same in pieces for the conveyor. ``start``: the place of the first in the bucket."""
+        assert self.conveyor is not None
+        for each in pieces(blocks, self.conveyor.size):
+            part = slice(start, start + sum(block.count for block in each))
+            members: Any = self.members(kind, each, rates.part(part))
+            yield Piece(members, part, each[0].staged > 0)
+            start = part.stop
+
     def _view(self, block: Block, what: str) -> View:
         """How a state's entry is read for the matrices of a block."""
         if what == SCALE.name:
@@ -231,10 +255,14 @@ class StepTensors:
         def read(what: str) -> list[Tensor]:
             return self.dicts.read(entries(what))
 
+        def places(what: str) -> list[Tensor]:
+            found = entries(what)
+            return self.dicts.read(found if self.dicts.in_place else found._replace(places=True))
+
         def put(what: str, new: list[Tensor]) -> None:
             self.dicts.put(entries(what), new)
 
-        return Members(kind, count, tensors, read, put, salts, rates, local)
+        return Members(kind, count, tensors, read, put, places, salts, rates, local)
 
 
 def joined_slices(parts: Sequence[slice]) -> list[slice]:

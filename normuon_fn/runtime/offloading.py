@@ -62,6 +62,8 @@ def reload_(state: T, plan: Plan) -> T:
     The copies are queued on the current stream, where the next step finds them complete. What is
     there already stays as it is, so a second call does nothing, and on a CPU none does.
 
+    Momentums that ``Config(state_device="cpu")`` keeps in host memory stay there.
+
     Raises:
         TypeError, ValueError: ``state`` is not that of the plan.
         torch.OutOfMemoryError: there is no room on the device. Nothing has moved then.
@@ -69,7 +71,7 @@ def reload_(state: T, plan: Plan) -> T:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan from make_plan, got {type(plan).__name__}")
     check_tensors(plan, "state", state, plan.state, anywhere=True)
-    move([(x, plan.device) for x in state.values()])
+    move([(x, plan.state[key].on(plan.device)) for key, x in state.items()])
     return state
 
 

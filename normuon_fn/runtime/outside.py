@@ -30,6 +30,7 @@ from ..planning.tensors import CallersDicts, Entries
 from ..step import local_update, local_update_, step_of
 from ..types import Grads, Hyper, StepResult, Tensors, result_of
 from .eager import NotCompiled
+from .rings import transfers_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 COUNTERS = ("guard.step", "guard.skipped", "guard.consecutive")
@@ -110,8 +111,8 @@ class Graph:
         self.plan, self.grads, self.in_place = weakref.ref(plan), grads, in_place
         kind: Any = {"dtype": torch.uint8, "device": plan.device}
         # Without a guard an update enters as soon as it is there. One order for all makes sure that
-        # its memory is free before the next bucket asks for some.
-        in_turn = plan.guard.mode == "off" and not plan.sends
+        # its memory is free before the next bucket asks for some. A ring serves all in one order.
+        in_turn = (plan.guard.mode == "off" and not plan.sends) or plan.streaming is not None
         self.orders = [torch.zeros((), **kind) for _ in plan.all_buckets[: 1 if in_turn else None]]
         self.kept = plan.tensors
         # Known once traced: what is read, by entry of the table; what is written, by handle.
@@ -148,7 +149,7 @@ class Graph:
     ) -> StepResult:
         found = () if found_inf is None else (found_inf,)
         counters = [dicts.state[key] for key in COUNTERS]
-        table = ops.Table(lambda entry: dicts.read(self.reads[entry]))
+        table = ops.Table(lambda entry: dicts.read(self.reads[entry]), transfers_of(plan))
         with torch.no_grad(), ops.lists_outside(table):
             flags, skipped, *new = self.compiled(
                 [*self.orders, *self.kept, *hyper, *counters, *found]
@@ -188,9 +189,9 @@ class Operation:
         self.dtypes = [spec.dtype for spec in each]
         each += map(specs.__getitem__, self.graded)
         self.sizes = [torch.Size(spec.shape) for spec in each]
+        self.devices = [spec.on(plan.device) for spec in each]
         self.of_graded = [specs[name].dtype for name in self.graded]
-        shape = torch.Size((plan.hypers,) if plan.hypers else ())
-        self.hyper_sizes = [shape] * len(Hyper._fields)
+        self.hyper_sizes = [torch.Size((plan.hypers,) if plan.hypers else ())] * len(Hyper._fields)
         self.looks: Looks | None = None
         self.graphs: dict[tuple[Dtypes, bool], Graph] = {}
 
@@ -240,7 +241,7 @@ class Operation:
             [*map(Tensor.size, tensors)] != self.sizes
             or [x.dtype for x in tensors[: len(self.dtypes)]] != self.dtypes
             or not {*zip(dtypes, self.of_graded, strict=True)} <= GRADIENTS
-            or {x.device for x in tensors} != {plan.device}
+            or [x.device for x in tensors] != self.devices
             or {x.layout for x in tensors} != {torch.strided}
             or [x.shape for x in hyper] != self.hyper_sizes
             or not all(is_plain_type(kind) for kind in {*map(type, tensors)})

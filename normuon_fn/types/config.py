@@ -92,6 +92,8 @@ class Config:
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
       ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (a scale, see
       ops/codes.py); loses changes below 1/128 of the largest of those entries.
+    - ``state_device``: ``"cpu"``: the momentum of matrices is in pinned host memory, and passes
+      through the device in pieces, under the products of others: see the guide on memory.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
       not finite, or ten times what it can be; ``"full"``: momentum too, if a gradient is not.
     - ``guard_scope``: ``"step"``: one bad matrix skips all, and with guard ``"full"`` the run goes
@@ -141,6 +143,7 @@ class Config:
     orthogonalize_dtype: torch.dtype | None = None
     orthogonalizer: Orthogonalizer | None = None
     momentum_dtype: torch.dtype | Literal["int8"] | None = None
+    state_device: Literal["cpu"] | None = None
     guard: Guard = "off"
     guard_scope: GuardScope = "step"
     missing_grads: MissingGrads = "skip"
@@ -161,6 +164,8 @@ class Config:
         check_number("Config.rms", self.rms)
         check_number("Config.eps", self.eps)
         check_number("Config.update_floor", self.update_floor)
+        if (to := self.state_device) not in (None, "cpu"):
+            raise ValueError(f"Config.state_device: expected None or 'cpu', got {to!r}")
         _check_together(self)
         if self.rms == 0.0:
             raise ValueError("Config.rms: expected a number > 0, got 0")
