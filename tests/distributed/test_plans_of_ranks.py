@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import normuon_fn as nm
 from tests.distributed.processes import run_ranks
@@ -28,6 +30,7 @@ def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
     return {
         "mistakes": _mistakes(rank),
         **{guard: _stages(rank, guard) for guard in ("output", "full")},
+        "few": {scope: _fewer_experts_than_ranks(scope) for scope in ("step", "bucket")},
     }
 
 
@@ -77,6 +80,29 @@ def _stages(rank: int, guard: Any) -> dict[str, Any]:
         ),
         "moved": not any(torch.equal(params[name], good.params[name]) for name in params),
     }
+
+
+def _fewer_experts_than_ranks(scope: Any) -> bool:
+    """Whether a step of one expert, which the first of two ranks has, is that of one device."""
+    generator = torch.Generator().manual_seed(0)
+    whole, grad = (torch.randn(1, 4, 6, generator=generator) for _ in range(2))
+    config = nm.Config(guard="full", guard_scope=scope, orthogonalize_dtype=torch.float32)
+    found = []
+    for place in (
+        lambda x: x,
+        lambda x: distribute_tensor(x, init_device_mesh("cpu", (2,)), [Shard(0)]),
+    ):
+        params = {"experts": place(whole)}
+        plan = nm.make_plan(params, config, routes={"experts": nm.Route()})
+        state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.02)
+        new = nm.update(params, {"experts": place(grad)}, state, hyper, plan).params["experts"]
+        found.append(new.full_tensor() if isinstance(new, DTensor) else new)
+    return torch.equal(*found)
+
+
+@pytest.mark.parametrize("scope", ["step", "bucket"])
+def test_a_rank_may_have_no_expert_at_all(seen: list[dict[str, Any]], scope: str) -> None:
+    assert [found["few"][scope] for found in seen] == [True, True]
 
 
 def test_init_names_what_differs_on_every_rank(seen: list[dict[str, Any]]) -> None:
