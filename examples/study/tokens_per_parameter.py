@@ -630,7 +630,7 @@ def rows_of(about: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
             reached = [step_of(goal, [(s, loss) for s, _, loss in runs[j]]) for j in jobs]
             tokens = [s / steps for s in reached if s is not None]
             all_reach = len(tokens) == len(jobs) and optimizer != "AdamW"
-            took, whole = (about["ms"][f"{name}, {ratio}"] for name in (optimizer, "AdamW"))
+            took, whole = (about["ms"].get(f"{name}, {ratio}") for name in (optimizer, "AdamW"))
             rows.append({
                 "tokens per parameter": ratio, "run": optimizer, "lr": f"{jobs[0].lr:g}",
                 "embedding": f"{jobs[0].embed:.3g}", "head": f"{jobs[0].head:.3g}",
@@ -640,8 +640,9 @@ def rows_of(about: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
                 "tokens to AdamW's loss": f"{statistics.mean(tokens):.1%}" if all_reach else "-",
                 "by seed": " ".join(f"{t:.1%}" for t in tokens) if all_reach else "-",
                 "time to AdamW's loss":
-                    f"{statistics.mean(tokens) * took / whole:.1%}" if all_reach else "-",
-                "ms a step": f"{took:.2f}",
+                    f"{statistics.mean(tokens) * took / whole:.1%}"
+                    if all_reach and took and whole else "-",
+                "ms a step": f"{took:.2f}" if took else "-",
             })  # fmt: skip
     return rows
 
