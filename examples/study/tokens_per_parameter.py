@@ -709,10 +709,10 @@ def section(about: dict[str, Any], runs: Runs) -> str:
             total = sum(j.ratio == ratio for j in runs)
             seen.append(
                 f"- {ratio} tokens per parameter: {len(names)} of {total} runs lost all numbers to "
-                f"NaN, with the guard\n  off: {'; '.join(names)}. The cause was not found: the losses "
-                "were ordinary until then, runs at\n  higher and at lower rates ended well, and none "
-                "was lost at other sizes. Several runs, each a CUDA\n  graph, shared the device, and "
-                "tests ran on it at the same time."
+                f"NaN, with the guard\n  off: {'; '.join(names)}.\n"
+                "  The cause was not found: the losses were ordinary until then, runs at higher and\n"
+                "  at lower rates ended well, and none was lost at other sizes. Several runs, each\n"
+                "  a CUDA graph, shared the device, and tests ran on it at the same time."
             )
     for ratio in whole:
         for optimizer in CONFIGS:
