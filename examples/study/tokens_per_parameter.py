@@ -700,6 +700,16 @@ def section(about: dict[str, Any], runs: Runs) -> str:
         words = "further apart than their seeds" if apart else "no further apart than their seeds"
         mean = statistics.mean(normuon) - statistics.mean(muon)
         seen.append(f"- {ratio} tokens per parameter: NorMuon and Muon are {words} ({mean:+.4f}).")
+        others = {o: [runs[j][-1][2] for j in by_seed(runs, ratio, o)] for o in VARIANTS}
+        means = {o: statistics.mean(found) for o, found in others.items() if found}
+        if means:
+            best = min(means, key=lambda o: means[o])
+            far = max(others[best]) < min(normuon) or min(others[best]) > max(normuon)
+            words = "further apart from NorMuon" if far else "no further apart from NorMuon"
+            seen.append(
+                f"- {ratio} tokens per parameter: the lowest variant is {best}, {words} than the "
+                f"seeds\n  ({means[best] - mean:+.4f}). One rate was chosen for each, with one seed."
+            )
     lost = [j for j in runs if not math.isfinite(runs[j][-1][2])]
     for ratio in ratios:
         names = sorted(
@@ -710,9 +720,9 @@ def section(about: dict[str, Any], runs: Runs) -> str:
             seen.append(
                 f"- {ratio} tokens per parameter: {len(names)} of {total} runs lost all numbers to "
                 f"NaN, with the guard\n  off: {'; '.join(names)}.\n"
-                "  The cause was not found: the losses were ordinary until then, runs at higher and\n"
-                "  at lower rates ended well, and none was lost at other sizes. Several runs, each\n"
-                "  a CUDA graph, shared the device, and tests ran on it at the same time."
+                "  The cause was not found: losses were ordinary until then, runs at higher and at\n"
+                "  lower rates ended well, and none was lost at other sizes. Several runs, each a\n"
+                "  CUDA graph, shared the device, and tests ran on it at the same time."
             )
     for ratio in whole:
         for optimizer in CONFIGS:
