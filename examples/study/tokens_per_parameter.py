@@ -708,7 +708,8 @@ def section(about: dict[str, Any], runs: Runs) -> str:
             words = "further apart from NorMuon" if far else "no further apart from NorMuon"
             seen.append(
                 f"- {ratio} tokens per parameter: the lowest variant is {best}, {words} than the "
-                f"seeds\n  ({means[best] - mean:+.4f}). One rate was chosen for each, with one seed."
+                f"seeds\n  ({means[best] - statistics.mean(normuon):+.4f}). One rate was chosen "
+                "for each, with one seed."
             )
     lost = [j for j in runs if not math.isfinite(runs[j][-1][2])]
     for ratio in ratios:
@@ -718,9 +719,9 @@ def section(about: dict[str, Any], runs: Runs) -> str:
         if names:
             total = sum(j.ratio == ratio for j in runs)
             seen.append(
-                f"- {ratio} tokens per parameter: {len(names)} of {total} runs lost all numbers to "
+                f"- {ratio} tokens per parameter: {len(names)} of {total} runs were lost to "
                 f"NaN, with the guard\n  off: {'; '.join(names)}.\n"
-                "  The cause was not found: losses were ordinary until then, runs at higher and at\n"
+                "  The cause was not found: losses were ordinary until then, runs at higher and\n"
                 "  lower rates ended well, and none was lost at other sizes. Several runs, each a\n"
                 "  CUDA graph, shared the device, and tests ran on it at the same time."
             )
