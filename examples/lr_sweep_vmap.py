@@ -75,7 +75,7 @@ def main() -> None:
         fullgraph=True,
         dynamic=False,
     )
-    params, state = members(one), members(nm.init(plan, one))
+    params, state = members(one), members(nm.init(one, plan))
     stacked = [nm.Hyper.of(one, lr=rate, weight_decay=0.1) for rate in RATES]
     hyper = nm.Hyper.stack(stacked)
 

@@ -69,7 +69,7 @@ def main() -> None:
 
     def train(guard: str, *, faults: bool) -> tuple[list[float], dict[str, Tensor], list[int]]:
         plan = nm.make_plan(start, nm.Config(guard=guard), routes=routes)
-        params, state = start, nm.init(plan, start)
+        params, state = start, nm.init(start, plan)
         hyper = nm.Hyper.of(start, lr=LR, weight_decay=0.1)
         generator, losses, skips = torch.Generator().manual_seed(args.seed), [], []
         for step in trange(

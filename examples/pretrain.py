@@ -106,11 +106,13 @@ class Trainer:
             self.spread()
         # Detached parameters share the model's memory: step_ writes what the model reads.
         self.params = {name: p.detach() for name, p in self.model.named_parameters()}
+        # Written out for you to change. `nm.routes_for(self.model, decay_vectors=False)` reads the
+        # same from the modules, and is the better start for a model of your own.
         routes = {"*norm*": nm.Route("adamw", wd_mul=0.0), "place.weight": nm.Route("adamw")}
         routes["*.qkv.weight"] = nm.Route(splits=(args.width,) * 3)  # three matrices, not one
         config = nm.Config(guard="full", metrics=True)  # a NaN or inf anywhere: no rank steps
         self.plan = nm.make_plan(self.params, config, routes=routes, mesh=self.mesh)
-        self.state = nm.init(self.plan, self.params)
+        self.state = nm.init(self.params, self.plan)
         self.peak = nm.Hyper.of(self.params, lr=args.lr, weight_decay=args.weight_decay)
         self.schedule = nm.Schedule(args.steps, warmup=max(1, args.steps // 10), shape="linear")
         self.monitor, self.result = nm.SkipMonitor(self.plan, max_consecutive=20), None

@@ -237,7 +237,7 @@ class Trainer:
             nm.Config(guard=args.guard, momentum_dtype=getattr(torch, args.momentum_dtype)),
             routes=routes,
         )
-        state, generator = nm.init(plan, params), torch.Generator().manual_seed(args.seed)
+        state, generator = nm.init(params, plan), torch.Generator().manual_seed(args.seed)
         return Run(optimizer, lr, args.guard, params, state, generator), plan
 
     def train(self, optimizer: str, lr: float) -> Run:

@@ -6,7 +6,9 @@ optimizer is not a dependency, the test has its formulas, in float64, from `orac
 
 from __future__ import annotations
 
+import ast
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -219,3 +221,85 @@ def test_from_dion_the_fallback_keeps_one_shape_while_its_momentum_is_not_finite
         code.replace("nan_guard_fallback=True", "nan_guard_fallback=False"), steps=3, bad=2
     )
     assert not unguarded["square.weight"].isfinite().all()
+
+
+RATE, WHOLE, STOP = 3e-4, 100, 50
+lr_scheduler = torch.optim.lr_scheduler
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, WHOLE),
+    "steps": lambda o: lr_scheduler.StepLR(o, 20, 0.5),
+    "milestones": lambda o: lr_scheduler.MultiStepLR(o, [30, 60]),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.98),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, WHOLE),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, WHOLE, 2.0),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k)),
+    "one after another": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, 1.0, 10), lr_scheduler.CosineAnnealingLR(o, WHOLE - 10)],
+        [10],
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, 1.0, 10), lr_scheduler.ExponentialLR(o, 0.98)]
+    ),
+}
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """A function of the page, as it is printed there."""
+    block = ast.parse(guides.block_with(PAGE, f"def {name}("))
+    (made,) = (x for x in block.body if isinstance(x, ast.FunctionDef) and x.name == name)
+    names: dict[str, Any] = {"warnings": warnings}
+    exec(compile(ast.Module([made], []), PAGE, "exec"), names)
+    found: Callable[..., Any] = names[name]
+    return found
+
+
+def _with_gradients() -> nn.Linear:
+    net = nn.Linear(2, 2)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    return net
+
+
+def _rates(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_schedule_goes_on_in_other_groups_and_at_another_peak(kind: str, factor: float) -> None:
+    net, make = _with_gradients(), SCHEDULERS[kind]
+    groups = [{"params": [net.weight]}, {"params": [net.bias], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=RATE)
+    whole = _rates(adamw, make(adamw), WHOLE)
+    optimizer = nm.NorMuon(net, lr=factor * RATE, adamw_lr=0.5 * RATE)
+    scheduler = make(optimizer)
+    _function("after")(scheduler, STOP)
+    rest = _rates(optimizer, scheduler, WHOLE - STOP)
+    assert rest == pytest.approx([factor * rate for rate in whole[STOP:]], rel=1e-9, abs=1e-18)
+
+
+def test_the_old_state_of_a_schedule_would_begin_at_the_peak_again() -> None:
+    """What the page warns of, and its one exception."""
+    net = _with_gradients()
+    adamw = torch.optim.AdamW(net.parameters(), lr=RATE)
+    old = SCHEDULERS["cosine"](adamw)
+    _rates(adamw, old, STOP)
+    saved = old.state_dict()
+    right = _rates(adamw, old, WHOLE - STOP)
+    optimizer = nm.NorMuon(net, lr=RATE)
+    loaded = SCHEDULERS["cosine"](optimizer)
+    loaded.load_state_dict(saved)
+    wrong = _rates(optimizer, loaded, WHOLE - STOP)
+    assert wrong[0] == RATE and wrong[30] > 1.9 * right[30]
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+    plateau.load_state_dict({**plateau.state_dict(), "best": 1.0, "num_bad_epochs": 1})
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    plateau.step(2.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * RATE)

@@ -40,6 +40,8 @@ def test_the_loop_runs_as_printed_and_learns() -> None:
     first, x = {n: p.detach() for n, p in printed["model"].named_parameters()}, printed["x"]
     assert printed["loss_fn"](printed["params"], x) < 0.7 * printed["loss_fn"](first, x)
     assert int(printed["state"]["guard.step"]) == 20
+    assert "`model.load_state_dict(params)` brings the weights back" in README
+    printed["model"].load_state_dict(printed["params"])
     assert len(BLOCKS) == 1
 
 
@@ -148,6 +150,36 @@ def test_the_guide_to_rates_has_the_grid_of_the_study() -> None:
     assert f"GPT of {STUDY['parameters'] / 1e6:.1f} million parameters at six rates" in text
 
 
+def test_the_first_numbers_rest_on_the_best_rates_of_the_grids() -> None:
+    """The best rate of one column each; the page may give two whose losses differ by nothing."""
+    _, *rows = table(guides.text("rates.md"), after="## The first number", first="study")
+    study = (ROOT / "examples/study/RESULTS.md").read_text()
+    found = []
+    for ratio in (20, 10, 3):
+        head, *grid = table(study, after=f"\n{ratio} tokens per parameter:\n", first="lr")
+        best = []
+        for name in ("AdamW", "NorMuon"):
+            of = {row[0]: row[head.index(name)] for row in grid if len(row) == len(head)}
+            best.append(min((float(x), lr) for lr, x in of.items() if x not in ("", "nan"))[1])
+        found.append(best)
+    found.append([str(RUNS[name]["lr"]) for name in ("AdamW", "NorMuon")])
+    said = [[row[2], row[3].split(" to ")[0].split(" (")[0]] for row in rows]
+    assert said == found
+
+
+def test_a_cycle_of_torch_moves_the_momentum_of_the_matrices_unless_it_is_told_not_to() -> None:
+    assert "unless you write `cycle_momentum=False`" in guides.text("rates.md").replace("\n", " ")
+    for told, momentum in (({}, 0.85), ({"cycle_momentum": False}, 0.95)):
+        optimizer = nm.NorMuon(torch.nn.Linear(4, 4), lr=0.01)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=10, **told)
+        optimizer._opt_called = True  # type: ignore[attr-defined] # nothing has to be stepped here
+        lowest = 1.0
+        for _ in range(9):
+            cycle.step()
+            lowest = min(lowest, optimizer.param_groups[0]["momentum"])
+        assert lowest == pytest.approx(momentum)
+
+
 def test_the_claims_under_it_are_what_the_seeds_say() -> None:
     loss, spread, best = (
         {name: float(row[c]) for name, row in RUNS.items()} for c in ("loss", "spread", "lr")
@@ -242,6 +274,12 @@ def test_the_speeds_are_those_of_the_results() -> None:
     assert f"took {parts[0]} of a step and AdamW {parts[1]}" in SPEED.replace("\n", " ")
     ours, adamw = RUNS["NorMuon"]["optimizer, ms"], RUNS["AdamW"]["optimizer, ms"]
     assert f"{ours} ms to {adamw} with {STUDY['parameters'] / 1e6:.1f} million parameters" in README
+
+
+def test_pages_and_examples_write_nm_init_in_one_order() -> None:
+    files = [ROOT / page for page in PAGES] + [*(ROOT / "examples").rglob("*.py")]
+    found = [call for file in files for call in re.findall(r"nm\.init\((.*?)\)", file.read_text())]
+    assert len(found) > 20 and all(call.endswith("plan") for call in found), found
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -60,7 +60,7 @@ def problem(shapes: list[tuple[int, int]]) -> Arguments:
     params = {f"layers.{k}": torch.randn(shape) for k, shape in enumerate(shapes)}
     grads = {name: torch.randn_like(p) for name, p in params.items()}
     plan = nm.make_plan(params, nm.Config(guard=GUARD), routes={"*": nm.Route("normuon")})
-    return params, grads, nm.init(plan, params), nm.Hyper.of(params, lr=0.01), plan
+    return params, grads, nm.init(params, plan), nm.Hyper.of(params, lr=0.01), plan
 
 
 def seconds(function: Callable[..., Any], *args: Any) -> float:

@@ -208,7 +208,7 @@ def _planned(params: dict[str, Tensor], ranks: Any) -> tuple[nm.Plan, dict[str, 
 
 def arguments(plan: nm.Plan, params: dict[str, Tensor]) -> tuple[Any, ...]:
     """Of the step, as it is compiled."""
-    here, state = local_of(params), local_of(nm.init(plan, params))
+    here, state = local_of(params), local_of(nm.init(params, plan))
     device = next(iter(here.values())).device
     hyper = nm.Hyper(*(value.to(device) for value in nm.Hyper.of({"": torch.empty(1)}, lr=0.0)))
     return here, {name: torch.empty_like(p) for name, p in here.items()}, state, hyper, plan

@@ -357,7 +357,7 @@ class Workload:
         dtype = getattr(torch, momentum) if momentum else None
         config = nm.Config(guard=guard, momentum_dtype=dtype)  # type: ignore[arg-type]
         plan = nm.make_plan(self.params, config, routes=MATRICES, mesh=self.mesh)
-        state, hyper = nm.init(plan, self.params), nm.Hyper.of(self.params, lr=1e-4)
+        state, hyper = nm.init(self.params, plan), nm.Hyper.of(self.params, lr=1e-4)
         own = sum(
             torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in plan.state.values()
         )
@@ -583,7 +583,7 @@ def first_step(device: Device, spec: str, options: Options) -> float:
     workload = Workload(device, shapes_of(spec), options.dtype)
     config = nm.Config(guard=options.guards[0])  # type: ignore[arg-type]
     plan = nm.make_plan(workload.params, config, routes=MATRICES)
-    state, hyper = nm.init(plan, workload.params), nm.Hyper.of(workload.params, lr=1e-4)
+    state, hyper = nm.init(workload.params, plan), nm.Hyper.of(workload.params, lr=1e-4)
     device.sync()
 
     def call() -> None:

@@ -40,7 +40,7 @@ def measured(fields: dict[str, Any], size: int, count: int, steps: int, device: 
     config = nm.Config.preset(**{"name": "paper", "guard": "full", **fields})
     routes = {"embed": nm.Route("adamw"), "*": nm.Route("normuon")}
     plan = nm.make_plan(params, config, routes=routes)
-    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=1e-3, weight_decay=0.1)
+    state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=1e-3, weight_decay=0.1)
     norm = params["0.weight"].norm()
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     begin = time.perf_counter()

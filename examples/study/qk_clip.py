@@ -64,7 +64,7 @@ def trained(clip: bool, steps: int, seed: int = 0) -> dict[str, list[float]]:
     model, generator = Attention(), torch.Generator().manual_seed(seed)
     params = {name: p.detach() for name, p in model.named_parameters()}
     plan = nm.make_plan(params, routes={"*": nm.Route()})
-    state, hyper = nm.init(plan, params), nm.Hyper.of(params, lr=LR)
+    state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=LR)
     logits, losses = [], []
     for _ in range(steps):
         question, keys, values, answer = batch(generator)

@@ -301,7 +301,7 @@ class Trainer:
             for name, p in self.model(job.seed).named_parameters()
         }
         plan = self.plan(job.variant, params)
-        state = nm.init(plan, params)
+        state = nm.init(params, plan)
         peak = nm.Hyper.of(params, lr=job.lr, weight_decay=WEIGHT_DECAY)
         hyper = peak.scaled(0.0)  # what a captured step reads
         buffers = {

@@ -88,7 +88,7 @@ ARMS = {
 
 
 def normuon_fn_step(plan: nm.Plan, start: Tensors, lr: float) -> Step:
-    state = nm.init(plan, start)
+    state = nm.init(start, plan)
     hyper = nm.Hyper.of(
         start, lr=lr, momentum=MOMENTUM, adamw_betas=ADAMW_BETAS, adamw_eps=ADAMW_EPS
     )

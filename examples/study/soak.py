@@ -182,7 +182,7 @@ class Trainer:
         }  # where a captured step looks for them
         plan = nm.make_plan(params, nm.Config(guard="full"), routes=ROUTES)
         state, peak = (
-            nm.init(plan, params),
+            nm.init(params, plan),
             nm.Hyper.of(params, lr=LR["normuon"], weight_decay=0.1),
         )
         hyper = peak.scaled(0.0)  # what a captured step reads

@@ -322,7 +322,7 @@ class Lane:
     def __init__(self, bench: Bench) -> None:
         self.bench, size, device = bench, bench.size, bench.device
         self.params = {n: p.detach().clone() for n, p in bench.template.named_parameters()}
-        self.state = nm.init(bench.plan, self.params)
+        self.state = nm.init(self.params, bench.plan)
         one = nm.Hyper.of(self.params, lr=1.0, weight_decay=WEIGHT_DECAY)
         self.peak = nm.Hyper.stack([one, one, one])  # of matrices and norms, embedding, head
         self.hyper = self.peak.scaled(0.0)
@@ -347,7 +347,7 @@ class Lane:
         bench, size = self.bench, self.bench.size
         for name, p in bench.model(job.seed).named_parameters():
             self.params[name].copy_(p.detach())
-        for name, x in nm.init(bench.plan, self.params).items():
+        for name, x in nm.init(self.params, bench.plan).items():
             self.state[name].copy_(x)
         rates = [job.lr * x for x in (1.0, job.embed, job.head)]
         for held in (self.peak.lr, self.peak.adamw_lr):
@@ -625,7 +625,8 @@ def rows_of(about: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
                 continue
             losses, theirs = ([runs[j][-1][2] for j in some] for some in (jobs, base))
             goal, mean = statistics.mean(theirs), statistics.mean(losses)
-            is_apart = max(losses) < min(theirs) or min(losses) > max(theirs)
+            finite = all(map(math.isfinite, losses))
+            is_apart = finite and (max(losses) < min(theirs) or min(losses) > max(theirs))
             steps = runs[jobs[0]][-1][0]
             reached = [step_of(goal, [(s, loss) for s, _, loss in runs[j]]) for j in jobs]
             tokens = [s / steps for s in reached if s is not None]
@@ -635,7 +636,8 @@ def rows_of(about: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
                 "tokens per parameter": ratio, "run": optimizer, "lr": f"{jobs[0].lr:g}",
                 "embedding": f"{jobs[0].embed:.3g}", "head": f"{jobs[0].head:.3g}",
                 "loss": f"{mean:.4f}", "seeds": " ".join(f"{x:.4f}" for x in losses),
-                "spread": f"{max(losses) - min(losses):.4f}", "to AdamW": f"{mean - goal:+.4f}",
+                "spread": f"{max(losses) - min(losses):.4f}" if finite else "-",
+                "to AdamW": f"{mean - goal:+.4f}" if finite else "-",
                 "apart from AdamW": "-" if optimizer == "AdamW" else "yes" if is_apart else "no",
                 "tokens to AdamW's loss": f"{statistics.mean(tokens):.1%}" if all_reach else "-",
                 "by seed": " ".join(f"{t:.1%}" for t in tokens) if all_reach else "-",
@@ -692,10 +694,37 @@ def section(about: dict[str, Any], runs: Runs) -> str:
         normuon, muon = (
             [runs[j][-1][2] for j in by_seed(runs, ratio, name)] for name in ("NorMuon", "Muon")
         )
+        if not all(map(math.isfinite, (*normuon, *muon))):
+            continue
         apart = max(normuon) < min(muon) or min(normuon) > max(muon)
         words = "further apart than their seeds" if apart else "no further apart than their seeds"
         mean = statistics.mean(normuon) - statistics.mean(muon)
         seen.append(f"- {ratio} tokens per parameter: NorMuon and Muon are {words} ({mean:+.4f}).")
+        others = {o: [runs[j][-1][2] for j in by_seed(runs, ratio, o)] for o in VARIANTS}
+        means = {o: statistics.mean(found) for o, found in others.items() if found}
+        if means:
+            best = min(means, key=lambda o: means[o])
+            far = max(others[best]) < min(normuon) or min(others[best]) > max(normuon)
+            words = "further apart from NorMuon" if far else "no further apart from NorMuon"
+            seen.append(
+                f"- {ratio} tokens per parameter: the lowest variant is {best}, {words} than the "
+                f"seeds\n  ({means[best] - statistics.mean(normuon):+.4f}). One rate was chosen "
+                "for each, with one seed."
+            )
+    lost = [j for j in runs if not math.isfinite(runs[j][-1][2])]
+    for ratio in ratios:
+        names = sorted(
+            f"{j.optimizer} at {j.lr:g}, seed {j.seed}" for j in lost if j.ratio == ratio
+        )
+        if names:
+            total = sum(j.ratio == ratio for j in runs)
+            seen.append(
+                f"- {ratio} tokens per parameter: {len(names)} of {total} runs were lost to "
+                f"NaN, with the guard\n  off: {'; '.join(names)}.\n"
+                "  The cause was not found: losses were ordinary until then, runs at higher and\n"
+                "  lower rates ended well, and none was lost at other sizes. Several runs, each a\n"
+                "  CUDA graph, shared the device, and tests ran on it at the same time."
+            )
     for ratio in whole:
         for optimizer in CONFIGS:
             jobs = by_seed(runs, ratio, optimizer)

@@ -72,7 +72,8 @@ class OwnedWork(SharedWork):
             measures = ops.Measures(*(x[matrix:stop] for x in front.measures))
             stacks = None if front.stacks is None else [front.stacks[at]]
             own = front.momentums[tensor:end], front.grads[tensor:end]
-            shares.append(Front([each], [each.tensors], *own, measures, stacks))
+            scales = None if front.scales is None else front.scales[tensor:end]
+            shares.append(Front([each], [each.tensors], *own, measures, stacks, scales=scales))
             tensor, matrix, at = end, stop, at + 1
         return shares
 

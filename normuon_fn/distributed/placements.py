@@ -217,10 +217,12 @@ def times_rows(tensor: Tensor, factors: Tensor) -> Tensor:
     return tensor * from_local(factors, mesh, [replicate()] * mesh.ndim, factors.shape)
 
 
-def per_row_layout(layout: ShardedLayout | None, shape: tuple[int, ...]) -> ShardedLayout | None:
+def per_row_layout(
+    layout: ShardedLayout | None, shape: tuple[int, ...], reduced: int | None = None
+) -> ShardedLayout | None:
     """The layout of a state of ``shape`` with one entry per row, for a parameter of ``layout``.
 
-    It is sharded as the parameter, but replicated along dimensions that differ from its shape.
+    It is sharded as the parameter, but replicated where it has another size, and along ``reduced``.
 
     Raises:
         ValueError: the state has another number of dimensions than the parameter.
@@ -232,24 +234,21 @@ def per_row_layout(layout: ShardedLayout | None, shape: tuple[int, ...]) -> Shar
         flat: list[tuple[Span, ...]] = [
             (part[0], (part[1][0] * each, part[1][1] * each)) for part in layout.parts
         ]
-        size = layout.shape[1] * each
-        layout = replace(layout, shape=(layout.shape[0], size), parts=tuple(flat))
+        read = layout.shape[0], layout.shape[1] * each
+        layout = replace(layout, shape=read, parts=tuple(flat))
     if len(shape) != len(layout.shape):
         raise ValueError(
             f"no placements for a state of shape {shape} of a sharded parameter {layout.shape}"
         )
-    placements = tuple(
-        p if p.is_replicate() or shape[p.dim] == layout.shape[p.dim] else replicate()
-        for p in layout.placements
-    )
+    alike = [a == b for a, b in zip(shape, layout.shape, strict=True)]
+    if reduced is not None and shape[reduced] == 1:
+        alike[reduced] = False
+    placements = [p if p.is_replicate() or alike[p.dim] else replicate() for p in layout.placements]
     parts = tuple(
-        tuple(
-            span if size == of_param else (0, size)
-            for span, size, of_param in zip(part, shape, layout.shape, strict=True)
-        )
+        tuple(span if same else (0, n) for span, n, same in zip(part, shape, alike, strict=True))
         for part in layout.parts
     )
-    return replace(layout, shape=shape, placements=placements, parts=parts)
+    return replace(layout, shape=shape, placements=tuple(placements), parts=parts)
 
 
 def block_layout(layout: ShardedLayout, shape: tuple[int, ...]) -> ShardedLayout:

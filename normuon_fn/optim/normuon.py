@@ -41,7 +41,7 @@ _SAVED = (  # what a pickle or a copy has besides what every optimizer has
 class NorMuon(Offloading, SavedOptimizer):
     """NorMuon for matrices and AdamW for all other parameters, one compiled graph per step.
 
-    >>> optimizer = nm.NorMuon(model, lr=0.02, weight_decay=0.1, guard="full")
+    >>> optimizer = nm.NorMuon(model, lr=0.01, weight_decay=0.1, guard="full")
 
     Pass the model, whose modules tell every route (`routes_for`). Parameters or groups of them are
     taken too: with ``routes=nm.routes_for(model)`` they are found in the model; with names alone,

@@ -36,7 +36,7 @@ class Group(MatrixKind):
     ownership: Ownership | None = None  # where ranks share the matrices: who owns which
     # Where replicas share the state too: by block, in their order, the replica that owns it.
     owners: tuple[int, ...] = ()
-    # one for every block; groups that ranks share have only one
+    # one for every block; groups that ranks share, or that stay apart and have none here, one
     own: tuple[Own, ...]
 
     @property

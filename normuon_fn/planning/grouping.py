@@ -74,13 +74,14 @@ def groups_of(decided: Sequence[Decided], config: Config) -> list[tuple[torch.dt
         pairs.sort(key=lambda pair: pair[0].owner or 0)
         owners = [piece.owner for piece, _ in pairs if piece.block.count]
         local = [(piece.block, own) for piece, own in pairs if piece.block.count]
+        shared = ownership is not None
         group = Group(
             rows=rows, cols=cols, master=master, transposed=transposed,
             decay=decay, cautious_update=cautious,
             blocks=tuple(block for block, _ in local),
             names=tuple(piece.name for piece, _ in pairs), ownership=ownership,
             owners=tuple(owner for owner in owners if owner is not None),
-            own=tuple(apart) if ownership is not None else tuple(own for _, own in local),
+            own=tuple(apart if shared or not local else (own for _, own in local)),
         )  # fmt: skip
         found.append((dtype, group))
     return found

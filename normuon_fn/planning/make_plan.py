@@ -228,7 +228,7 @@ def _matrix_buckets(
             each = [
                 own
                 for group in groups
-                for block, own in zip(group.blocks, group.own, strict=True)
+                for block, own in zip(group.blocks, group.own, strict=False)
                 for _ in range(block.count)
             ]
             found.append(Bucket(**common, rates_at=added(table, each)))

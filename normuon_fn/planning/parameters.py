@@ -184,7 +184,7 @@ def _matrices(
     specs = []
     for state in stages.states:
         if state.per == "line":
-            placement = _line_placement(name, line_views(read, by_row)[0], shape, placed)
+            placement = _line_placement(name, line_views(read, by_row)[0], shape, placed, by_row)
             specs.append((state, Spec(shape, torch.float32, placement)))
         elif state.per == "block":
             placement = _scale_placement(name, read, of_scales, placed)
@@ -223,11 +223,16 @@ def _local(
 
 
 def _line_placement(
-    name: str, shape: tuple[int, ...], local: tuple[int, ...], placed: ShardedLayout | None
+    name: str,
+    shape: tuple[int, ...],
+    local: tuple[int, ...],
+    placed: ShardedLayout | None,
+    by_row: Sequence[bool],
 ) -> ShardedLayout | None:
     """How a state with one number per row (or column) is placed on the mesh of its parameter."""
+    reduced = (-1 if by_row[0] else -2) if len(set(by_row)) == 1 and len(shape) > 1 else None
     try:
-        found = per_row_layout(placed, shape)
+        found = per_row_layout(placed, shape, reduced)
     except ValueError as error:
         raise ValueError(f"params[{name!r}]: {error}") from None
     if found is not None and tuple(length for _, length in found.local_part) != local:

@@ -38,7 +38,7 @@ class GraphedStep:
     """`step_` captured in a CUDA graph and replayed. Call it like `step_`, without the plan.
 
     >>> graphed = nm.GraphedStep(plan)
-    >>> peak = nm.Hyper.of(params, lr=0.02)
+    >>> peak = nm.Hyper.of(params, lr=0.01)
     >>> hyper = peak.scaled(0.0)
     >>> for k, batch in enumerate(data):
     ...     peak.scaled(schedule(k), out=hyper)

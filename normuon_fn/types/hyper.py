@@ -115,7 +115,7 @@ class Hyper(NamedTuple):
         unit of learning rate and follows. The other fields are the same tensors as those of
         ``self``.
 
-        >>> peak = nm.Hyper.of(params, lr=0.02, adamw_lr=0.002)
+        >>> peak = nm.Hyper.of(params, lr=0.01, adamw_lr=0.005)
         >>> hyper = peak.scaled(0.0)
         >>> for k, batch in enumerate(data):
         ...     peak.scaled(schedule(k), out=hyper)

@@ -24,7 +24,7 @@ class Schedule:
     capture.
 
     >>> schedule = nm.Schedule(total=10_000, warmup=500)
-    >>> peak = nm.Hyper.of(params, lr=0.02)
+    >>> peak = nm.Hyper.of(params, lr=0.01)
     >>> hyper = peak.scaled(schedule(state["guard.step"]))
 
     A skipped step counts, as it does for ``"guard.step"``. In a tensor, whose values nothing waits

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import normuon_fn as nm
+from normuon_fn.algorithm.coefficients import gram_restarts, resolve
+from normuon_fn.algorithm.orthogonalize import carry
 from tests import oracle
 from tests.inputs import (
     DTYPES,
@@ -330,3 +332,27 @@ def test_the_default_dtype_changes_no_bit(
     assert all(map(same_bits, got, want))
     for mine, theirs in ((other.params, step.params), (other.state, step.state)):
         assert all(same_bits(x, theirs[name]) for name, x in mine.items())
+
+
+@pytest.mark.parametrize("name", list(nm.COEFFICIENTS))
+def test_the_square_of_a_float16_matrix_fits_twice_at_every_restart(name: str) -> None:
+    """The library stores it before it is scaled; rounded factors may make it larger."""
+    chosen = resolve(name, 5)
+    values = torch.linspace(0, 1, 100_001, dtype=torch.float64) / chosen.norm_factor
+    starts = (0, *gram_restarts(chosen.rows, careful=True))
+    for k, (a, b, c) in enumerate(chosen.rows):
+        if k in starts:
+            largest = float((carry(torch.float16) * values).square().max())
+            assert 2 * largest < torch.finfo(torch.float16).max, k
+        values = a * values + b * values**3 + c * values**5
+
+
+@pytest.mark.parametrize("method", ["gram", "standard"])
+@pytest.mark.parametrize("smallest", [-3, -3.5, -4, -4.5, -5])
+def test_aol_in_float16_stays_finite_where_squares_of_rows_underflow(
+    smallest: float, method: str
+) -> None:
+    x = torch.zeros(1, 64, 256)
+    x[0, :, :64] = torch.diag(torch.logspace(0, smallest, 64))
+    out = nm.orthogonalize(x, method=method, dtype=torch.float16, coefficients="aol")  # type: ignore[arg-type]
+    assert out.isfinite().all() and out.float().norm(dim=-1).max() < 1.2

@@ -40,6 +40,11 @@ CONFIGS = {
     "int8 momentum of owners": {
         "momentum_dtype": "int8", "orthogonalize_dtype": torch.float32, "replicas": "share",
     },
+    # The floor ends updates after the messages, so gradients are agreed on late.
+    "int8 momentum of owners, agreed late": {
+        "momentum_dtype": "int8", "orthogonalize_dtype": torch.float32, "replicas": "share",
+        "guard": "full", "update_floor": 0.5,
+    },
 }  # fmt: skip
 # Of Shard(1): two blocks of columns, and a shard that cuts one.
 COLUMNS = {"blocks": (5, 128), "tall": (130, 128), "stack": (3, 4, 200)}

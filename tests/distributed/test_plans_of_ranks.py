@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import normuon_fn as nm
 from tests.distributed.processes import run_ranks
@@ -17,6 +19,11 @@ from tests.distributed.processes import run_ranks
 pytestmark = pytest.mark.skipif(
     not dist.is_available(), reason="torch was built without torch.distributed"
 )
+
+
+SCOPES = ("step", "bucket")
+# A shape and the dimension that is sharded: the first rank has all of it.
+ONE_LINE = (((1, 8), 0), ((8, 1), 1))
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,11 @@ def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
     return {
         "mistakes": _mistakes(rank),
         **{guard: _stages(rank, guard) for guard in ("output", "full")},
+        "few": {scope: _as_on_one_device((1, 4, 6), 0, guard_scope=scope) for scope in SCOPES},
+        "one": {
+            str(case): _as_on_one_device(*case, guard_scope="step", reduction="short")
+            for case in ONE_LINE
+        },
     }
 
 
@@ -77,6 +89,38 @@ def _stages(rank: int, guard: Any) -> dict[str, Any]:
         ),
         "moved": not any(torch.equal(params[name], good.params[name]) for name in params),
     }
+
+
+def _as_on_one_device(shape: tuple[int, ...], dim: int, **options: Any) -> bool:
+    """Whether two steps of what the first of two ranks has alone are those of one device."""
+    generator = torch.Generator().manual_seed(0)
+    whole, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    config = nm.Config(guard="full", orthogonalize_dtype=torch.float32, **options)
+    found = []
+    for place in (
+        lambda x: x,
+        lambda x: distribute_tensor(x, init_device_mesh("cpu", (2,)), [Shard(dim)]),
+    ):
+        params, grads = {"w": place(whole)}, {"w": place(grad)}
+        plan = nm.make_plan(params, config, routes={"w": nm.Route()}, mesh=None)
+        state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.02)
+        for _ in range(2):
+            params, state, *_ = nm.update(params, grads, state, hyper, plan)
+        both = params["w"], state["w.variance"]
+        found.append([x.full_tensor() if isinstance(x, DTensor) else x for x in both])
+    return all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_rank_may_have_no_expert_at_all(seen: list[dict[str, Any]], scope: str) -> None:
+    assert [found["few"][scope] for found in seen] == [True, True]
+
+
+@pytest.mark.parametrize("case", ONE_LINE)
+def test_a_matrix_of_one_row_or_column_may_be_sharded_along_it(
+    seen: list[dict[str, Any]], case: Any
+) -> None:
+    assert [found["one"][str(case)] for found in seen] == [True, True]
 
 
 def test_init_names_what_differs_on_every_rank(seen: list[dict[str, Any]]) -> None:

@@ -106,6 +106,7 @@ def test_a_captured_step_has_the_same_bits() -> None:
         assert streamed.has_the_bits_of_sync(other)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_the_host_never_waits() -> None:
     run = Run("cpu", guard="full")
     nm.step_(*run.arguments, run.plan)
