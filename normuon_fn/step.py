@@ -217,7 +217,7 @@ def to_dtensors(result: StepResult, plan: Plan) -> StepResult:
     if not plan.sharded:
         return result
     specs = {p.name: p.spec for p in plan.parameters}
-    return result._replace(
-        params={name: to_dtensor(x, specs[name].sharded) for name, x in result.params.items()},
-        state={name: to_dtensor(x, plan.state[name].sharded) for name, x in result.state.items()},
-    )
+    params = {name: to_dtensor(x, specs[name].sharded) for name, x in result.params.items()}
+    state = {name: to_dtensor(x, plan.state[name].sharded) for name, x in result.state.items()}
+    # Made anew, because torch 2.11 cannot trace `_replace` of a result that leaves the graph.
+    return result_of(params, state, result.flags, result.skipped, result.metrics)

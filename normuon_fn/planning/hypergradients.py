@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..algorithm.weight_decay import rates
 from ..compat.observers import is_differentiated, may_differentiate
-from ..types import Grads, Hyper, StepResult, Tensors
+from ..types import Grads, Hyper, StepResult, Tensors, result_of
 from .plan import Parameter, Plan
 
 RATES = ("lr", "weight_decay", "adamw_lr", "adamw_weight_decay")
@@ -115,7 +115,7 @@ def with_derivative(
         new[p.name] = result.params[p.name] + zero.to(result.params[p.name].dtype)
         if wide:
             kept[key] = result.state[key] + zero
-    return result._replace(params=new, state=kept)
+    return result_of(new, kept, result.flags, result.skipped, result.metrics)
 
 
 def _change(

@@ -28,7 +28,7 @@ from ..planning.memory import check_writable
 from ..planning.plan import Plan, check_plan
 from ..routing.routes import Decision
 from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
-from ..types import Grads, Hyper, StepResult, Tensors
+from ..types import Grads, Hyper, StepResult, Tensors, result_of
 from . import streams
 from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying_what_was_written
 from .long_compilation import saying_so_if_long
@@ -82,7 +82,7 @@ def step_(
     """
     if torch.compiler.is_dynamo_compiling():
         result = local_update_(params, grads, state, hyper, plan, found_inf=found_inf)
-        return result._replace(params=dict(params), state=dict(state))
+        return result_of(dict(params), dict(state), result.flags, result.skipped, result.metrics)
     with saying_what_was_written(plan, state):
         result = _run(local_update_, params, grads, state, hyper, plan, found_inf)
         if plan.one_storage:  # the graph wrote through `apart`, which does not count the versions
