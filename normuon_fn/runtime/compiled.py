@@ -216,7 +216,7 @@ def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
 
     It runs a step of one parameter of each kind, on zeros: the first step then finds its kernels.
     Where matrices have rates of their own it takes two, because kernels for one are others. A
-    process that ends meanwhile waits for it: a daemon in the compiler crashes the interpreter.
+    process that ends meanwhile waits for it: Python may not end under a thread in a compiler.
     """
     if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
         return

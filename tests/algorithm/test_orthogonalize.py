@@ -355,4 +355,5 @@ def test_aol_in_float16_stays_finite_where_squares_of_rows_underflow(
     x = torch.zeros(1, 64, 256)
     x[0, :, :64] = torch.diag(torch.logspace(0, smallest, 64))
     out = nm.orthogonalize(x, method=method, dtype=torch.float16, coefficients="aol")  # type: ignore[arg-type]
+    # 0.98 seen; NaN before rows were kept within reach.
     assert out.isfinite().all() and out.float().norm(dim=-1).max() < 1.2
