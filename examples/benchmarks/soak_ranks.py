@@ -110,7 +110,10 @@ class Run:
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         self.mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu") if self.ranks > 1 else None
         self.targets, self.params = self.drawn(1), self.drawn(2)
-        self.plan = nm.make_plan(self.params, nm.Config(guard="full"))
+        # float32: where a CPU has units for bfloat16, the bits of a product depend on how many
+        # matrices are multiplied at once, and so on the number of ranks.
+        config = nm.Config(guard="full", orthogonalize_dtype=torch.float32)
+        self.plan = nm.make_plan(self.params, config)
         self.state = nm.init(self.params, self.plan)
         self.hyper = nm.Hyper.of(self.params, lr=0.02, weight_decay=0.01, adamw_lr=0.01)
 
@@ -360,6 +363,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.steps < 20 or given.steps % 20:
         parser.error(f"--steps: expected a multiple of 20, got {given.steps}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch asks for devices, and may not after a fork
     torch.set_num_threads(1)  # forked processes must have no threads of the one before
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.compiler.set_stance("default" if given.compile else "force_eager")

@@ -64,13 +64,18 @@ def pieces(blocks: Sequence[Block], size: int) -> Iterator[list[Block]]:
     """The blocks in order, in host memory as many at a time as a slot of this size takes."""
     found: list[Block] = []
     for block in blocks:
-        fits = bool(found) and bool(found[0].staged) == bool(block.staged)
-        if found and not (fits and sum(x.staged for x in found) + block.staged <= size):
+        if found and not _fits(found, block, size):
             yield found
             found = []
         found.append(block)
     if found:
         yield found
+
+
+def _fits(piece: list[Block], block: Block, size: int) -> bool:
+    if (piece[0].staged > 0) != (block.staged > 0):
+        return False
+    return sum(each.staged for each in piece) + block.staged <= size
 
 
 def in_host_memory(

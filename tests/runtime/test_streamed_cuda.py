@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import normuon_fn as nm
-from normuon_fn.planning import streaming
+from normuon_fn.planning import buckets, streaming
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 Tensors = dict[str, Tensor]
@@ -166,6 +166,7 @@ def test_the_device_has_a_ring_in_the_place_of_the_momentums(
     monkeypatch.setitem(globals(), "SHAPES", large)
     monkeypatch.setattr(streaming, "PIECE", 2**23)
     monkeypatch.setattr(streaming, "RING", 2**24)
+    monkeypatch.setattr(buckets, "CHUNK", 2**24)  # the pieces of one are joined to a stack
     peaks = {}
     for to in (None, "cpu"):
         run = Run(to)
