@@ -24,7 +24,6 @@ from ..types import Grads, Hyper, Tensors
 TURNS = 13
 
 _call: Any = getattr(operator, "call", lambda function: function())  # Python 3.10 has none
-_moves = 0
 T = TypeVar("T")
 
 
@@ -33,15 +32,15 @@ def note_move() -> None:
 
     The next call of every `GraphedStep` then asks all tensors of its state for their addresses.
     """
-    global _moves
-    _moves += 1
+    for inputs in list(_watched):
+        inputs.before_move()
 
 
 class Inputs:
     """The inputs of one call. Only `keep` keeps tensors alive, the parameters and the state.
 
-    Apart from the launch, `same` is all that a replay costs the host: 40 us for 144 matrices (586
-    tensors), 0.28 ms for 1000 (4010), of which half is `data_ptr`; 56 us and 0.39 ms if it asked
+    Apart from the launch, `same` is all that a replay costs the host: 41 us for 144 matrices (589
+    tensors), 0.28 ms for 1000 (4013), of which half is `data_ptr`; 56 us and 0.39 ms if it asked
     every tensor (one core of a 2-core CPU machine, torch 2.13.0, Python 3.11, 2026-11-28).
 
     It asks every parameter and gradient for its address, which also notices ``p.data = x``. Of the
@@ -71,8 +70,9 @@ class Inputs:
         self.lasting = _Known([*of_params, *of_state], lasting)
         self.passing = _Known([*of_grads, *of_hyper, "found_inf"], passing)
         self.kept: list[Tensor] = []  # the lasting tensors as they were last passed
-        self.moves: int | None = None  # how many there were then; None: nothing is kept
+        self.unmoved = False  # whether the library has moved nothing since then
         self.turn = 0
+        self.lost: str | None = None  # what was `unnoticed` before the library moved something
 
     def keep(self, params: Tensors, state: Tensors) -> None:
         """Keeps the tensors of a capture alive, as its result does. They have to be the `same`.
@@ -80,7 +80,8 @@ class Inputs:
         Comparing them by strong reference is faster, and the same tensors of a state need not all
         be asked for their addresses.
         """
-        self.kept, self.moves = [*params.values(), *state.values()], _moves
+        self.kept, self.unmoved = [*params.values(), *state.values()], True
+        _watched.add(self)
 
     def same(
         self,
@@ -98,14 +99,15 @@ class Inputs:
         )
 
     def _same_lasting(self, params: Tensors, state: Tensors) -> bool:
-        moves, given = _moves, chain(params.values(), state.values())
-        if self.moves == moves and all(map(operator.is_, self.kept, given)):
+        given = chain(params.values(), state.values())
+        if self.unmoved and all(map(operator.is_, self.kept, given)):
             self.turn = (self.turn + 1) % TURNS
             asked, known = self._asked(self.kept), self._asked(self.lasting.addresses)
             return _addresses(self._local(asked)) == known
-        if not self.lasting.same(self._local([*params.values(), *state.values()])):
+        now = self._local([*params.values(), *state.values()])
+        if self.lost is not None or not self.lasting.same(now):
             return False
-        if self.moves is not None:
+        if self.kept:
             self.keep(params, state)
         return True
 
@@ -118,8 +120,8 @@ class Inputs:
 
         What the library has moved since the last replay is not meant.
         """
-        if self.moves != _moves:
-            return None
+        if not self.unmoved:
+            return self.lost
         now = _addresses(self._local(self.kept))
         known = [*zip(self.lasting.names, self.lasting.addresses, now, strict=True)]
         moved = [name for name, before, after in known[self.count :] if before != after]
@@ -131,6 +133,10 @@ class Inputs:
             f"which is not looked for at every call: up to {TURNS - 1} of the steps before may "
             f"have read and written the old memory, whatever is there now; {_advice(moved[0])}"
         )
+
+    def before_move(self) -> None:
+        """Afterwards nobody could tell what the caller had moved from what the library moves."""
+        self.lost, self.unmoved = self.unnoticed(), False
 
     def difference(self, new: Inputs) -> str:
         """Names the first tensor that differs, and says what to do about it."""
@@ -144,6 +150,9 @@ class Inputs:
 
     def _local(self, values: list[Any]) -> list[Any]:
         return [x if x is None else local(x) for x in values] if self.sharded else values
+
+
+_watched: weakref.WeakSet[Inputs] = weakref.WeakSet()  # whose tensors are kept
 
 
 class _Known:

@@ -159,6 +159,23 @@ def test_other_memory_for_all_state_is_noticed_at_the_next_call_and_said_once(
     assert case.agrees()
 
 
+@pytest.mark.parametrize("whose", ["the same", "another", "another, and it is moved back"])
+def test_other_memory_is_said_although_the_library_moves_state_afterwards(
+    moving: None, pair: tuple[Case, InOldMemory], whose: str
+) -> None:
+    case, graphed = pair
+    settle(case, graphed, 2)
+    late = [key for key, x in case.state.items() if x.ndim][-1]
+    before = case.state[late].detach()
+    set_data(case.state[late])
+    settle(case, graphed, 2)
+    nm.offload_(case.state if whose == "the same" else Case().state)
+    if "back" in whose:
+        case.state[late].data = before
+    with pytest.warns(RuntimeWarning, match=rf"state\['{late}'\] moved .*{OLD_MEMORY}"):
+        assert calls_until_noticed(case, graphed) == 1
+
+
 @pytest.mark.parametrize("then", ["no gradient", "another order", "release", "the context ends"])
 def test_other_memory_is_said_when_the_graph_ends_before_it_was_looked_for(
     pair: tuple[Case, InOldMemory], then: str
