@@ -21,7 +21,8 @@ from ..types.other_names import (
     hint,
     with_hints,
 )
-from .hyper import BASE, OF_ADAMW, Groups, plain, remember_base
+from .hyper import OF_ADAMW, Groups, plain, remember_base
+from .written_rates import BASE
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 _OF_ALL = (  # arguments of the constructor that no group can have for itself

@@ -15,6 +15,7 @@ _EXPERTS = (
     "moe_num_experts", "num_moe_experts", "n_expert",
 )  # fmt: skip
 _ROUTER_CLASS = re.compile(r"Router|(MoE?|Top_?K\w*|Switch|Routing|Expert)_?Gat(e|ing)$", re.I)
+_CHOOSES = frozenset(("gate", "gates", "gating", "router", "routers", "switch", "wg"))
 _ROUTER_LEAF = re.compile(r"^w_?(gate|g|noise|router)$")
 
 
@@ -27,6 +28,11 @@ def reason(
     """Why a weight is a router's; ``None`` if it is none."""
     if len(shape) != 2:
         return None
+    if parts and (_CHOOSES & {*words.words_of(parts[-1])} or _ROUTER_LEAF.match(parts[-1])):
+        beside = _beside(owners[min(leaf == "weight", len(owners) - 1)])
+        rows, inputs = shape if leaf == "weight" or shape[0] in beside else shape[::-1]
+        if rows in beside and rows < inputs:
+            return _logits(rows)
     named = any(part.lower() in words.ROUTERS for part in parts[-2:])
     routers = [owner for owner in owners[:3] if _ROUTER_CLASS.search(kind_of(owner))]
     is_router = bool(parts) and words.words_of(parts[-1])[-1:] == ["router"]
@@ -66,6 +72,16 @@ def experts(owners: Sequence[nn.Module]) -> int | None:
         if isinstance(inner, nn.Module):
             return next((p.shape[0] for p in inner.parameters() if p.ndim == 3), None)
     return None
+
+
+def _beside(holder: nn.Module) -> set[int]:
+    """How many members the stacks and lists have that a module holds, or that its children do."""
+    found = set()
+    for module in (holder, *holder.children()):
+        if is_a(module, nn.ModuleList) and module is not holder:
+            found.add(len(list(module.children())))
+        found |= {p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3}
+    return found - {0, 1}
 
 
 def _has_experts(owners: Sequence[nn.Module]) -> bool:
