@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from .attributes import get, is_a, is_layer, kind_of, outputs_and_inputs
 from .routes import Decision, Route
 from .uses import Use, unwrapped
 
-_MANY = 64  # parameters of one module: each is compared with all others
+_MANY = 64  # parameters or layers of one module: each is compared with all others
 _OF_HEAD = "low-rank factor of an output head: its rows are the head's outputs"
 
 
@@ -19,12 +20,12 @@ def decide(use: Use, *, of_head: bool) -> Decision | None:
     """The rule of a parameter that is one of two factors beside a frozen layer; else ``None``.
 
     The two are chained, [rank, inputs] and [outputs, rank] or their transposes, and their module
-    is the frozen layer or holds it. ``of_head``: that layer is an output head.
+    is the frozen layer, holds it, or stands beside it. ``of_head``: that layer is an output head.
     """
     owner, shape = use.owners[0], use.shape
     if len(shape) != 2 or use.leaf == "weight" or words.is_table(use.leaf):
         return None
-    if len(owner._parameters) > _MANY or (layers := [*_frozen(owner)]) == []:
+    if len(owner._parameters) > _MANY or not (layers := [*_frozen(use.owners)]):
         return None
     others = [
         tuple(p.shape)
@@ -37,7 +38,7 @@ def decide(use: Use, *, of_head: bool) -> Decision | None:
                 what = f"low-rank factor beside a frozen {kind_of(layer)} of {outputs}x{inputs}"
                 if is_a(layer, nn.Embedding):
                     return Decision(Route("adamw"), what)
-                if of_head and side == "b":
+                if side == "b" and (of_head or _adapts_a_head(use, 3)):
                     return Decision(Route("adamw"), _OF_HEAD)
                 return Decision(Route(), f"{what}: a matrix of its own")
     return None
@@ -45,13 +46,17 @@ def decide(use: Use, *, of_head: bool) -> Decision | None:
 
 def adapts_a_head(use: Use) -> bool:
     """Whether the module that holds a parameter is named as an output head."""
-    parts = unwrapped(use.name)
-    return len(parts) > 1 and words.head(parts[-2]) == "strong"
+    return _adapts_a_head(use, 2)
 
 
-def _frozen(owner: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
-    """The frozen layers that a module is or holds, with their outputs and inputs."""
-    for layer in (owner, *owner.children()):
+def _adapts_a_head(use: Use, depth: int) -> bool:
+    return any(words.head(part) == "strong" for part in unwrapped(use.name)[-depth:-1])
+
+
+def _frozen(owners: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, int, int]]:
+    """The frozen layers that the nearest module is, holds or has beside it: outputs and inputs."""
+    around = [child for owner in owners[:2] for child in islice(owner.children(), _MANY)]
+    for layer in (owners[0], *around):
         weight = get(layer, "weight")
         if not isinstance(weight, Tensor) or weight.requires_grad:
             continue

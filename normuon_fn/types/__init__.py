@@ -28,6 +28,7 @@ from .config import Row as Row
 from .config import Scale as Scale
 from .config import Tensors as Tensors
 from .config import check_coefficients as check_coefficients
+from .given import config_given as config_given
 from .hyper import LARGEST as LARGEST
 from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper

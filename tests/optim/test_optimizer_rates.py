@@ -303,6 +303,31 @@ def test_all_arguments_of_a_line_for_another_optimizer_are_answered_in_one_error
         "NorMuon: 'eps' is called 'adamw_eps' here",
     ]
     assert len(lines) == 3 and "'fused'; leave it out" in lines[2]
+    group = {"params": everything(Net()), "betas": (0.9, 0.95), "fused": True, "use_muon": False}
+    with pytest.raises(TypeError) as error:
+        nm.NorMuon([group])
+    assert [line.partition(" ")[2][:12] for line in str(error.value).splitlines()] == [
+        "'betas' is c", "fused=True c", "'use_muon' i",
+    ]  # fmt: skip
+    assert "write 'normuon' for True, 'adamw' for False" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ("muon", "nm.Config.preset('muon')"),
+        ({"guard": "full", "nesterov": True}, "nm.Config(guard='full', nesterov=True)"),
+        (3, "nm.Config(...)"),
+    ],
+)
+def test_a_config_of_another_kind_is_answered_with_the_line_to_write(
+    config: Any, line: str
+) -> None:
+    model = Net()
+    for make in (nm.NorMuon, lambda m, config: nm.make_plan(m, config)):
+        with pytest.raises(TypeError, match="config: expected a Config, got") as error:
+            make(model, config=config)
+        assert str(error.value).endswith(f"; write {line}")
 
 
 def test_a_config_answers_names_of_other_optimizers_and_stays_a_dataclass() -> None:

@@ -77,6 +77,39 @@ def test_two_factors_beside_a_frozen_weight_of_the_same_layer_are_matrices(
     assert {name: found[name] for name in names} == dict.fromkeys(names, nm.Route())
 
 
+class Factors(nn.Module):
+    """The factors in a module of their own, which stands beside the frozen layer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(inputs, R))
+        self.B = nn.Parameter(torch.zeros(R, outputs))
+
+
+@pytest.mark.parametrize("kind", ["module", "list", "dict"])
+def test_two_factors_in_a_module_or_a_list_beside_a_frozen_layer_are_matrices(kind: str) -> None:
+    layer = nn.Module()
+    layer.linear = nn.Linear(D, F).requires_grad_(False)
+    layer.lora = Factors(D, F)
+    if kind == "list":
+        layer.lora = nn.ParameterList([layer.lora.A, layer.lora.B])
+    elif kind == "dict":
+        layer.lora = nn.ParameterDict({"A": layer.lora.A, "B": layer.lora.B})
+    assert [*trained(in_a_model(layer)).values()] == [nm.Route()] * 2
+    layer.lora = Factors(D, 50)
+    layer.linear = nn.Linear(D, 50).requires_grad_(False)
+    of_head = trained(in_a_model(layer, "lm_head"))
+    assert of_head == {"A": nm.Route(), "B": nm.Route("adamw")}
+
+
+def test_two_tables_of_prompts_beside_a_frozen_layer_are_no_factors() -> None:
+    layer = nn.Module()
+    layer.linear = nn.Linear(D, D).requires_grad_(False)
+    layer.keys, layer.values = (nn.Parameter(torch.randn(R, D)) for _ in range(2))
+    table = nm.routes_for(in_a_model(layer))
+    assert table["block.q_proj.keys"] == nm.Route("adamw") and len(table.unsure()) == 2
+
+
 def test_factors_of_an_output_head_and_of_an_embedding_have_the_rules_of_what_they_adapt() -> None:
     for names in (("lora_A", "lora_B"), ("A", "B")):
         head = trained(in_a_model(Adapted(nn.Linear(D, 50), names), "lm_head"))
@@ -137,3 +170,29 @@ def test_a_gate_with_other_rows_and_a_projection_of_another_name_stay_matrices(
         layer = moe(name, outputs=outputs)  # type: ignore[call-arg]
         table = nm.routes_for(in_a_model(layer, "moe"))
         assert table[f"block.moe.{name}.weight"] == nm.Route()
+
+
+class Grouped(nn.Module):
+    """Experts in a dict, or a list for each of their weights."""
+
+    def __init__(self, name: str, experts: int = 4, outputs: int | None = None) -> None:
+        super().__init__()
+        self.add_module(name, nn.Linear(D, outputs or experts))
+        if name == "gate":
+            self.experts = nn.ModuleDict({f"e{k}": nn.Linear(D, D) for k in range(experts)})
+        else:
+            self.ups = nn.ParameterList(torch.randn(F, D) for _ in range(experts))
+
+
+@pytest.mark.parametrize("name", ["gate", "router", "noise"])
+def test_a_router_is_told_beside_a_dict_and_beside_lists_of_weights(name: str) -> None:
+    table = nm.routes_for(in_a_model(Grouped(name), "moe"))
+    assert table[f"block.moe.{name}.weight"] == nm.Route("adamw")
+
+
+def test_of_a_router_with_layers_the_last_one_chooses() -> None:
+    moe = Stacked("router")
+    moe.router = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 4))
+    table = nm.routes_for(in_a_model(moe, "moe"))
+    assert table["block.moe.router.0.weight"] == nm.Route()
+    assert table["block.moe.router.2.weight"] == nm.Route("adamw")
