@@ -721,9 +721,8 @@ def section(about: dict[str, Any], runs: Runs) -> str:
             seen.append(
                 f"- {ratio} tokens per parameter: {len(names)} of {total} runs were lost to "
                 f"NaN, with the guard\n  off: {'; '.join(names)}.\n"
-                "  The cause was not found: losses were ordinary until then, runs at higher and\n"
-                "  lower rates ended well, and none was lost at other sizes. Several runs, each a\n"
-                "  CUDA graph, shared the device, and tests ran on it at the same time."
+                "  Where several processes share one GPU, cuBLAS's products go wrong at times: see\n"
+                "  examples/benchmarks/RESULTS.md, several processes on one GPU."
             )
     for ratio in whole:
         for optimizer in CONFIGS:
