@@ -1,6 +1,6 @@
 """What callers pass and get back: what is static, what changes, what comes out.
 
-In the order of reading: `config` (`Config`), `results` (`StepResult`), `hyper`, `schedule`
+In the order of reading: `config` (`Config`), `given` (another kind in its place), `results` (`StepResult`), `hyper`, `schedule`
 (`Schedule`), `other_names` (hints for arguments that other optimizers call otherwise). It must not
 know of plans or of anything above.
 """
