@@ -721,7 +721,7 @@ def section(about: dict[str, Any], runs: Runs) -> str:
             seen.append(
                 f"- {ratio} tokens per parameter: {len(names)} of {total} runs were lost to "
                 f"NaN, with the guard\n  off: {'; '.join(names)}.\n"
-                "  Where several processes share one GPU, cuBLAS's products go wrong at times: see\n"
+                "  Where several processes share a GPU, cuBLAS's products are wrong at times: see\n"
                 "  examples/benchmarks/RESULTS.md, several processes on one GPU."
             )
     for ratio in whole:

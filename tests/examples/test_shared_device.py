@@ -1,4 +1,4 @@
-"""examples/benchmarks/shared_device.py counts results with other bits, and none where none differ."""
+"""examples/benchmarks/shared_device.py counts the results that have other bits, and no others."""
 
 from __future__ import annotations
 
