@@ -185,6 +185,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: nm.Config(normalize=False, eps=1e-8), "Config.eps: 1e-08 has no effect: normalize=F"),
     (lambda: nm.Config.preset("muon", eps=1e-8), "Config.eps: 1e-08 has no effect"),
     (lambda: nm.Config(normalize=False, reduction="short"), "Config.reduction: 'short' has no eff"),
+    (
+        lambda: nm.Config(normalize=False, snap=True),
+        "Config.snap: True has no effect: scale='paper'",
+    ),
     (lambda: nm.Config(orthogonalizer=own_orthogonalizer, steps=3), "Config.steps: 3 has no effe"),
     (
         lambda: nm.Config(orthogonalizer=own_orthogonalizer, orthogonalize_dtype=torch.bfloat16),
@@ -327,6 +331,10 @@ def test_lion_and_hyperballs_and_lists_say_what_they_do_not_read(without_inducto
         nm.NorMuon(
             [{"params": [("w", w)], "adamw_eps": 1e-6}], config=lion, routes={"*": nm.Route()}
         )
+    muon = nm.Config.preset("muon")
+    with pytest.raises(TypeError, match="beta2: 0.9 has no effect: Config.normalize=False"):
+        nm.NorMuon([("w", w)], config=muon, beta2=0.9, routes={"*": nm.Route()})
+    nm.NorMuon([("w", w)], config=muon, beta2=0.95, routes={"*": nm.Route()})
     params = {"w": w.detach(), "v": torch.randn(4)}
     plan = nm.make_plan(params, lion, routes={"w": nm.Route()})
     hyper = nm.Hyper.of(params, lr=0.1, adamw_eps=1e-6)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..routing.doubts import warn_at_caller
 from ..types import ONE, Config, Hyper, check_number
-from ..types.hyper import EPS
+from ..types.hyper import BETA2, EPS
 
 Groups = Sequence[Mapping[str, Any]]
 OF_ADAMW = {"lr": "adamw_lr", "weight_decay": "adamw_weight_decay"}  # None: the same as the first
@@ -161,6 +161,11 @@ def check_read(group: Mapping[str, Any], config: Config) -> None:
         raise TypeError(
             f"adamw_eps: {group['adamw_eps']!r} has no effect: Config(other='lion') has signs, "
             "which no eps changes; leave it out"
+        )
+    if not config.normalize and plain(group["beta2"]) != BETA2:
+        raise TypeError(
+            f"beta2: {group['beta2']!r} has no effect: Config(normalize=False) leaves out the "
+            "variance that it is about; leave it out"
         )
 
 
