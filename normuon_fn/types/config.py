@@ -90,8 +90,8 @@ class Config:
       [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape; see `check_stage`.
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
-      ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (a scale, see
-      ops/codes.py); loses changes below 1/128 of the largest of those entries.
+      ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (ops/codes.py);
+      loses changes below 1/128 of the largest of those entries: not above 0.99 either.
     - ``state_device``: ``"cpu"``: the momentum of matrices is in pinned host memory, and passes
       through the device in pieces, under the products of others: see the guide on memory.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
