@@ -1,6 +1,7 @@
 """The passes of the step that also return norms of what they read: no pass is added for them.
 
     advance_measured       `advance`, and the norms of gradients and new momentums
+    advance_coded_measured the same of momentums in one byte an entry (coded.py)
     apply_measured         `apply`, and the norms of the parameters and of their updates
     adamw_measured         `adamw`, and all four
 
@@ -23,6 +24,7 @@ from . import adamw_reference, checks, reference
 from .advance import launch_measured as launch_advance
 from .apply import launch_measured as launch_apply
 from .apply import launch_measured_wide as launch_apply_wide
+from .coded import advance_coded_measured
 from .implementations import with_kernel
 from .launch import has_kernel
 from .lists import total
@@ -57,12 +59,18 @@ def advance(
     keep: Tensor | None,  # 0-d bool
     sizes: list[int],
     rule: MomentumRule,
+    scales: list[Tensor] | None = None,  # of momentums that are codes: see codes.py
 ) -> tuple[Advanced, Tensor]:
     """`Operators.advance`, and [2, n]: the norms of gradients and new momentums."""
-    run = _advance_measured.choose(operators.kernels, operators.in_place)
-    new, found, *stacks = run(momentums, grads, beta, keep, sizes, *rule)
+    of_new = None
+    if scales is not None:
+        run = advance_coded_measured.choose(operators.kernels, operators.in_place)
+        new, of_new, found, *stacks = run(momentums, scales, grads, beta, keep, sizes, *rule)
+    else:
+        run = _advance_measured.choose(operators.kernels, operators.in_place)
+        new, found, *stacks = run(momentums, grads, beta, keep, sizes, *rule)
     rows = found.unbind(0) if isinstance(found, Tensor) else found
-    advanced = Advanced(new, Measures(*rows[:3]), stacks[0] if stacks else None)
+    advanced = Advanced(new, Measures(*rows[:3]), stacks[0] if stacks else None, of_new)
     return advanced, torch.stack(tuple(rows[3:]))
 
 

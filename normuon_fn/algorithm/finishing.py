@@ -125,8 +125,7 @@ def end(begun: Begun, totals: dict[str, Tensor], lr: Tensor, config: Config) -> 
         if config.update_floor_per == "row" and kind.transposed:
             factor = factor.mT
     if needs.hyperball:
-        least = 16 * torch.finfo(wide).eps
-        factor, decay = _on_the_sphere(total, ops.per_matrix(lr), least)
+        factor, decay = _on_the_sphere(total, ops.per_matrix(lr), 16 * torch.finfo(wide).eps)
         factor, decay = factor.to(wide), decay.flatten().to(wide)
         finite = finite & factor.flatten().isfinite() & decay.isfinite()
     n, rows, _ = begun.direction.shape

@@ -183,11 +183,6 @@ class Config:
                 raise ValueError(
                     f"Config.{field}: expected None or one of {shown}, got {value!r}{why}"
                 )
-        if self.momentum_dtype == torch.int8 and self.metrics:
-            raise ValueError(
-                "Config.metrics: expected False with momentum_dtype='int8', whose codes the pass "
-                "that measures norms does not read; leave metrics out, or write torch.bfloat16"
-            )
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
             own: object = self.orthogonalizer  # type: ignore[unreachable]
             raise TypeError(f"Config.orthogonalizer: expected a callable, got {own!r}")
