@@ -230,10 +230,6 @@ def _check_together(config: Config) -> None:
             "Config.cautious_update: every rank looks at its gradients, of which "
             "replicas='share' reads those of owned matrices alone; write replicas='each'"
         )
-    if config.metrics and config.other == "lion":
-        raise ValueError(
-            "Config.metrics: Lion's pass returns no norms; write other='adamw' or metrics=False"
-        )
     if config.weight_decay_form != "hyperball":
         return
     if config.update_floor > 0:
