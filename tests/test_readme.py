@@ -276,6 +276,35 @@ def test_the_speeds_are_those_of_the_results() -> None:
     assert f"{ours} ms to {adamw} with {STUDY['parameters'] / 1e6:.1f} million parameters" in README
 
 
+def test_the_memory_and_the_first_step_are_those_of_the_results() -> None:
+    text, memory = (" ".join(page.split()) for page in (README, guides.text("memory.md")))
+    above = re.search(r"memory over .* at 1.3B, .*\| ([\d.]+) / ([\d.]+) GiB \| met", MEASURED)
+    assert above
+    assert f"At 1.3B the step takes {above[1]} GiB ({above[2]} with a guard)" in text
+    assert f"{above[1]} GiB above parameters, gradients and state, and {above[2]} with a" in memory
+    sharded = {row[0]: row[6] for row in table(MEASURED, after="## Two H200", first="row")[1:]}
+    assert f"two FSDP2 ranks take {sharded['2 GPUs, FSDP2, guard off']} GiB each" in text
+    first = r"first step, empty cache \| 72 \| ([\d.]+)"
+    seen = {round(float(x)) for x in re.findall(first, MEASURED)}
+    (seconds,) = seen  # of an H200 and of two CPU cores
+    assert f"{seconds} s for 72 matrices of one shape (H200, and two CPU cores)" in text
+    many = re.search(r"\| \| 4000 \| ([\d.]+) s \|", MEASURED)
+    assert many and round(float(many[1])) == seconds
+    page = guides.text("troubleshooting.md").replace("\n", " ")
+    assert f"72 or 4000 matrices of one shape take about {seconds} s" in page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_of_the_package_and_every_option_that_a_page_writes_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert [name for name in re.findall(r"\bnm\.(\w+)", text) if not hasattr(nm, name)] == []
+    for called in (nm.Config, nm.Route):
+        known = inspect.signature(called).parameters
+        calls = re.findall(rf"(?<!\w){called.__name__}\(([^()]*)\)", text)
+        written = {key for call in calls for key in re.findall(r"(\w+)=", call)}
+        assert written <= {*known}, written - {*known}
+
+
 def test_pages_and_examples_write_nm_init_in_one_order() -> None:
     files = [ROOT / page for page in PAGES] + [*(ROOT / "examples").rglob("*.py")]
     found = [call for file in files for call in re.findall(r"nm\.init\((.*?)\)", file.read_text())]

@@ -721,9 +721,8 @@ def section(about: dict[str, Any], runs: Runs) -> str:
             seen.append(
                 f"- {ratio} tokens per parameter: {len(names)} of {total} runs were lost to "
                 f"NaN, with the guard\n  off: {'; '.join(names)}.\n"
-                "  The cause was not found: losses were ordinary until then, runs at higher and\n"
-                "  lower rates ended well, and none was lost at other sizes. Several runs, each a\n"
-                "  CUDA graph, shared the device, and tests ran on it at the same time."
+                "  Where several processes share a GPU, cuBLAS's products are wrong at times: see\n"
+                "  examples/benchmarks/RESULTS.md, several processes on one GPU."
             )
     for ratio in whole:
         for optimizer in CONFIGS:
@@ -768,6 +767,10 @@ these two with AdamW at `lr`, untuned. Variants: {variants()}.
 - The columns are those of the training study. `ms a step` is the time of a run alone, its whole
   step in one CUDA graph.
 {chr(10).join(seen)}
+- Run nothing else on the GPU: where processes share one, cuBLAS's products are wrong at times (see
+  examples/benchmarks/RESULTS.md, several processes on one GPU). The runs of Muon and NorMuon at 3
+  tokens per parameter had a GPU each; of 16 before them, beside tests, 7 went to NaN. AdamW at 3
+  and the variants ran beside tests too and were not made again; none of them was lost.
 - Not finished in the device time that there was, in tokens per parameter:
   {", ".join(missing) or "-"}.
 - What it does not show: here a model with more tokens per parameter is also a smaller model, so a

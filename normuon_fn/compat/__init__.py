@@ -64,7 +64,6 @@ def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
     return outside
 
 
-@functools.cache
 def storage_key(tensor: Tensor) -> Hashable:
     """Equal for tensors that share a storage, real or fake."""
     return tensor.untyped_storage()._cdata

@@ -15,7 +15,7 @@ from ..compat import address, storage_key
 from ..distributed.placements import local
 from ..routing.routes import Route
 from ..runtime.compiled import eager_step_, step_
-from ..types import LARGEST, ONE, Config, Hyper, StepResult
+from ..types import LARGEST, ONE, Config, Hyper, StepResult, config_given
 from .groups import with_config_hints
 from .list_plans import Looks, plan_for
 
@@ -90,9 +90,7 @@ def foreach_step_(
     Raises (what depends on shapes, dtypes and devices: only at the first call with such tensors):
         TypeError, ValueError: naming the argument and the place in it.
     """
-    config = Config() if config is None else config
-    if not isinstance(config, Config):
-        raise TypeError(f"config: expected a Config, got {type(config).__name__}")
+    config = config_given(config)
     _check_config(config)
     lists = {"params": params, "grads": grads, "momentums": momentums, "variances": variances}
     for what, tensors in lists.items():

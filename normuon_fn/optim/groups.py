@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..routing.resolve import Routes
 from ..routing.routes import Decision
-from ..types import Config, Guard
+from ..types import Config, Guard, config_given
 from ..types.other_names import (
     ELSEWHERE,
     OF_ROUTES,
@@ -21,7 +21,8 @@ from ..types.other_names import (
     hint,
     with_hints,
 )
-from .hyper import BASE, OF_ADAMW, Groups, plain, remember_base
+from .hyper import OF_ADAMW, Groups, plain, remember_base
+from .written_rates import BASE
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 _OF_ALL = (  # arguments of the constructor that no group can have for itself
@@ -75,9 +76,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 def with_guard(config: Config | None, guard: Guard | None, nan_guard_fallback: bool) -> Config:
     """``config`` with the guard that the optimizer's own arguments ask for."""
-    config = Config() if config is None else config
-    if not isinstance(config, Config):
-        raise TypeError(f"config: expected a Config, got {type(config).__name__}")
+    config = config_given(config)
     if nan_guard_fallback:
         if guard is not None or config.guard != "off":
             raise ValueError(
@@ -137,6 +136,27 @@ def refuse_models(given: Any) -> None:
     )
 
 
+def _refused(key: str, value: Any, defaults: Mapping[str, Any]) -> str | None:
+    """What to write instead of a key of a group; ``None`` where it may stay."""
+    asks = value is not None and value is not False
+    if key == "use_muon":
+        return f"{key!r} is called 'algorithm' here: write 'normuon' for True, 'adamw' for False"
+    if key in RENAMED and RENAMED[key] in defaults:
+        return f"{key!r} is called {RENAMED[key]!r} here"
+    if key in ELSEWHERE and asks:
+        return f"{key}={value!r} cannot be set per group; {ELSEWHERE[key]}"
+    if key in (*OF_ROUTES, "weight_decay_form", "cautious_update"):
+        route = f"routes={{...: Route({key}=...)}}"
+        return f"{key!r} is of single parameters; write {route} into the group"
+    if key in CONFIG_FIELDS:
+        return f"{key!r} is the same for all groups; write NorMuon(config=Config({key}=...))"
+    if RENAMED.get(key, key) in _OF_ALL and asks:
+        return f"{key!r} is the same for all groups; write NorMuon({RENAMED.get(key, key)}=...)"
+    known = (*defaults, BASE, "params", "param_names", "routes")
+    meant = None if key in known or key in ELSEWHERE else alike(key, known)
+    return None if meant is None else f"there is no key {key!r}; did you mean {meant!r}?"
+
+
 def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuses keys that would have no effect in a group.
 
@@ -146,33 +166,9 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         TypeError: naming the key and what to write instead; or as `check_params`.
     """
     check_params(group)
-    for key, value in group.items():
-        asks = value is not None and value is not False
-        if key in RENAMED and RENAMED[key] in defaults:
-            raise TypeError(f"param_group: {key!r} is called {RENAMED[key]!r} here")
-        if key in ELSEWHERE and asks:
-            raise TypeError(
-                f"param_group: {key}={value!r} cannot be set per group; {ELSEWHERE[key]}"
-            )
-        if key in (*OF_ROUTES, "weight_decay_form", "cautious_update"):
-            raise TypeError(
-                f"param_group: {key!r} is of single parameters; "
-                f"write routes={{...: Route({key}=...)}} into the group"
-            )
-        if key in CONFIG_FIELDS:
-            raise TypeError(
-                f"param_group: {key!r} is the same for all groups; "
-                f"write NorMuon(config=Config({key}=...))"
-            )
-        if RENAMED.get(key, key) in _OF_ALL and asks:
-            raise TypeError(
-                f"param_group: {key!r} is the same for all groups; "
-                f"write NorMuon({RENAMED.get(key, key)}=...)"
-            )
-        known = (*defaults, BASE, "params", "param_names", "routes")
-        meant = None if key in known or key in ELSEWHERE else alike(key, known)
-        if meant is not None:
-            raise TypeError(f"param_group: there is no key {key!r}; did you mean {meant!r}?")
+    refused = [_refused(key, value, defaults) for key, value in group.items()]
+    if any(refused):  # all at once: a group of another optimizer has several
+        raise TypeError("\n".join([f"param_group: {text}" for text in refused if text]))
     if group.get("algorithm", defaults["algorithm"]) != "adamw" or group.get("routes"):
         return
     for key in ("momentum", "beta2"):

@@ -13,10 +13,10 @@ from ..routing.doubts import warn_at_caller
 from ..routing.routes import Route
 from ..types import ONE, Config, Hyper, check_number
 from ..types.hyper import BETA2, EPS
+from .written_rates import BASE, WrittenRates
 
 Groups = Sequence[Mapping[str, Any]]
 OF_ADAMW = {"lr": "adamw_lr", "weight_decay": "adamw_weight_decay"}  # None: the same as the first
-BASE = "adamw_lr_base"  # the key of a group: its lr when it was added, where AdamW has adamw_lr
 _NUMBERS = ("lr", "momentum", "beta2", "weight_decay", "adamw_eps", *OF_ADAMW.values())
 _KEYS = (  # by field of `Hyper`: the key of a group that it comes from
     "lr", "momentum", "beta2", "weight_decay",
@@ -31,12 +31,13 @@ class GroupHyper:
     Its tensors have one entry per group, and are 0-d if there is only one group.
     """
 
-    def __init__(self, groups: int, device: torch.device) -> None:
-        shape = () if groups == 1 else (groups,)
+    def __init__(self, groups: Groups, count: int, device: torch.device) -> None:
+        shape = () if count == 1 else (count,)
         self.hyper = Hyper(
             *(torch.zeros(shape, dtype=torch.float32, device=device) for _ in Hyper._fields)
         )
-        self._written: list[list[Any]] = [[_NOTHING] * len(Hyper._fields) for _ in range(groups)]
+        self._written: list[list[Any]] = [[_NOTHING] * len(Hyper._fields) for _ in range(count)]
+        self.written_rates = WrittenRates(groups)
 
     @property
     def several(self) -> bool:
@@ -62,6 +63,7 @@ class GroupHyper:
                 else:
                     own.fill_(value)
                 written[field] = _NOTHING if is_tensor else value
+        self.written_rates.look(groups)
 
 
 def _values(group: Mapping[str, Any], k: int) -> tuple[Any, ...]:

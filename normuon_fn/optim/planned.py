@@ -81,7 +81,7 @@ class Planner:
         self._config, self._mesh, self._guard_mesh = config, mesh, guard_mesh
         params = list(self.named.values())
         device = placements.local(params[0]).device if params else torch.device("cpu")
-        self.hyper = GroupHyper(1 + max(self.group_of.values(), default=0), device)
+        self.hyper = GroupHyper(groups, 1 + max(self.group_of.values(), default=0), device)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self.steps: Recent[Chosen, PlannedStep] = Recent(dropped=PlannedStep.release)
         self._sets = 0  # of gradients that a step was begun with

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..runtime.lost_updates import Coarseness, coarseness_of
-from .hyper import BASE, Groups, adamw_lr_of
+from .hyper import Groups, adamw_lr_of
+from .written_rates import BASE
 
 _PEAKS = ("initial_lr", "max_lr")  # what torch's schedulers write into a group
 

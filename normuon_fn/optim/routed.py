@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..planning.plan import Plan
-from ..routing.doubts import warn_at_caller
+from ..routing.doubts import is_called_by, warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, asked, asked_of_group, decide_routes, is_written
 from ..routing.route_table import RouteTable
@@ -24,6 +24,7 @@ Params = (
     | Iterable[tuple[str, Tensor]]
 )
 _NAMELESS = "matrix without a name"
+_OF_TRAINER = ". For a Trainer: optimizer_cls_and_kwargs=nm.for_trainer(model, lr=...)"
 
 
 def of_model(params: Params, routes: Routes | None) -> tuple[Any, Routes | None]:
@@ -163,6 +164,7 @@ def _warn(
             f"other matrices. NorMuon is the rule of {', '.join(many)}{more}. Write "
             "nm.NorMuon(model, ...), or routes=nm.routes_for(model) beside the groups, or "
             "algorithm='normuon' into a group whose matrices are all meant"
+            + (_OF_TRAINER if is_called_by("transformers") else "")
         )
     text = "\n".join(text for text in texts if text)
     if text:

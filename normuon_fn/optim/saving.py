@@ -81,5 +81,6 @@ class SavedOptimizer(torch.optim.Optimizer):
         write_values = hyper_of.loading(self.param_groups, found.groups)
         self._begun = planner.load(self.state, self._begun, found)
         write_values()
+        planner.hyper.written_rates.remember(self.param_groups)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

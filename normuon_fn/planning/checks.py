@@ -33,7 +33,9 @@ def check_step(
     if plan.streaming is not None:
         check_unmapped({"params": params, "grads": grads, "state": state})
     if not isinstance(hyper, Hyper):
-        raise TypeError(f"hyper: expected a Hyper (see Hyper.of), got {type(hyper).__name__}")
+        raise TypeError(
+            f"hyper: expected a Hyper, got {type(hyper).__name__}; write nm.Hyper.of(params)"
+        )
     for name, value in zip(Hyper._fields, hyper, strict=True):
         shape = (plan.hypers,) if plan.hypers else ()
         if not isinstance(value, Tensor) or value.shape != shape:

@@ -30,7 +30,7 @@ from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, decide_routes
 from ..routing.route_table import RouteTable
 from ..routing.routes import Decision
-from ..types import Config
+from ..types import Config, config_given
 from ..types.other_names import F, with_hints
 from .buckets import AdamWBucket, Bucket, Group, SharedBucket
 from .checks import check_params
@@ -126,9 +126,7 @@ def plan_of(
     other. ``owners``: with ``replicas="share"`` the owners that parameters have already; new ones
     are added.
     """
-    config = Config() if config is None else config
-    if not isinstance(config, Config):
-        raise TypeError(f"config: expected a Config, got {type(config).__name__}")
+    config = config_given(config)
     one_storage = check_params(params)
     prepare_inductor()
     hyper_of, hypers = checked_hyper_of(params, hyper_of)

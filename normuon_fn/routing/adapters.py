@@ -57,9 +57,6 @@ _ADAMW = {
     "adaption_prompt": "adaption prompt: a table of vectors",
 }  # fmt: skip
 _FACTORS = {
-    "lora_a": "LoRA A: each factor is a matrix of its own",
-    "lora_b": "LoRA B: each factor is a matrix of its own",
-    "lora_(down|up)": "LoRA: each factor is a matrix of its own",
     "(hira|delora|lily|gralora|peanut|adamss|supertuning_lora|poly_lora)_[ab](_general)?":
         "low-rank adapter: each factor is a matrix of its own",
     "hada_w[12]_[ab]": "LoHa: each factor is a matrix of its own",
@@ -69,11 +66,15 @@ _FACTORS = {
     "deft_[pr]": "DEFT: each factor is a matrix of its own",
     "miss_block": "MiSS: a matrix that is repeated over the inputs",
     "peanut_(encoders|decoders)": "PEANuT: a matrix of a small network",
+    r"(\w+_)?lora_?a([_\d]\w*)?": "LoRA A: each factor is a matrix of its own",
+    r"(\w+_)?lora_?b([_\d]\w*)?": "LoRA B: each factor is a matrix of its own",
+    r"(\w+_)?lora_(down|up)([_\d]\w*)?": "LoRA: each factor is a matrix of its own",
 }  # fmt: skip
 _RULES = [(re.compile(rf"^{key}$", re.I), text, "adamw") for key, text in _ADAMW.items()]
 _RULES += [(re.compile(rf"^{key}$", re.I), text, "normuon") for key, text in _FACTORS.items()]
 _VIRTUAL = re.compile(r"(?:^|\.)prompt_encoder\.\w+\.(embedding|transform|mlp_head)\.")
-_SIDE_B = re.compile(r"(_b|up)$")
+_SIDE_A = re.compile(r"lora_?(a|down)(?![a-z])|_a$")
+_SIDE_B = re.compile(r"lora_?(b|up)(?![a-z])|(_b|up)$")
 _OF_HEAD = "LoRA B of an output head: its rows are the head's outputs"
 _PLAIN = ("embedding", "trainable_embedding", "module_logits", "u_low", "v_low", "s_low")
 
@@ -143,7 +144,7 @@ def by_name(name: str, shape: tuple[int, ...]) -> Decision | None:
 def _factor(
     which: str, owners: Sequence[nn.Module], shape: tuple[int, ...], text: str, of_head: bool
 ) -> Decision:
-    side = "a" if re.search(r"(_a|down)$", which) else "b" if _SIDE_B.search(which) else ""
+    side = "a" if _SIDE_A.search(which) else "b" if _SIDE_B.search(which) else ""
     if of_head and side == "b":
         return Decision(Route("adamw"), _OF_HEAD)
     if kind_of(owners[0]) == "Embedding":

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import FrameType
 
 from .routes import Decision
 from .uses import is_window
 
+_FRAMEWORKS = re.compile(
+    r"-packages/(transformers|trl|accelerate|lightning|lightning_fabric|pytorch_lightning)/"
+)
 _PACKAGE = str(Path(__file__).parents[1])
 _SHOWN = 20
 _MANY = 3  # parameters that one glob stands for
@@ -120,13 +125,25 @@ def _ends(name: str) -> list[str]:
 
 
 def warn_at_caller(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warns at the line of the first frame outside this package (and outside torch, which may call
-    the optimizer's constructor in between)."""
+    """Warns at the line of the first frame outside this package, and outside of torch and the
+    frameworks that may call the optimizer in between."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame = frame.f_back
     warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno)
 
 
+def is_called_by(package: str) -> bool:
+    """Whether an installed package of this name stands between the caller and this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_inside(frame.f_code.co_filename):
+        if f"-packages/{package}/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _is_inside(filename: str) -> bool:
-    return filename.startswith((_PACKAGE, "<")) or "/torch/" in filename
+    if filename.startswith((_PACKAGE, "<")) or "/torch/" in filename:
+        return True
+    return _FRAMEWORKS.search(filename) is not None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..compat.collection import without_collection
-from . import adapters, routers, words
+from . import adapters, low_rank, routers, words
 from . import projections as fused
 from . import raw as raw_parameter
 from .attributes import get, is_a, is_conv1d_of_gpt2, is_linear, kind_of
@@ -154,7 +154,11 @@ class Reader:
             )
             return Decision(Route("adamw"), what)
         of_head = any(self.heads.is_head(owner) for owner in use.owners[1:3])
+        of_head = of_head or low_rank.adapts_a_head(use)
         adapter = adapters.decide(use.name, use.owners, shape, of_head=of_head)
+        factor = low_rank.decide(use, of_head=of_head)
+        if factor is not None and (adapter is None or factor.route.algorithm == "adamw"):
+            return factor
         if adapter is not None:
             return adapter
         if is_a(module, nn.Embedding, nn.EmbeddingBag) or (

@@ -15,6 +15,8 @@ _EXPERTS = (
     "moe_num_experts", "num_moe_experts", "n_expert",
 )  # fmt: skip
 _ROUTER_CLASS = re.compile(r"Router|(MoE?|Top_?K\w*|Switch|Routing|Expert)_?Gat(e|ing)$", re.I)
+_CHOOSES = frozenset(("gate", "gates", "gating", "router", "routers", "switch", "wg", "noise"))
+_LISTS = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
 _ROUTER_LEAF = re.compile(r"^w_?(gate|g|noise|router)$")
 
 
@@ -27,6 +29,11 @@ def reason(
     """Why a weight is a router's; ``None`` if it is none."""
     if len(shape) != 2:
         return None
+    beside = _choice(parts, owners, leaf)
+    if beside is not None:
+        rows, inputs = shape if leaf == "weight" or shape[0] in beside else shape[::-1]
+        if rows in beside and rows < inputs:
+            return _logits(rows)
     named = any(part.lower() in words.ROUTERS for part in parts[-2:])
     routers = [owner for owner in owners[:3] if _ROUTER_CLASS.search(kind_of(owner))]
     is_router = bool(parts) and words.words_of(parts[-1])[-1:] == ["router"]
@@ -61,11 +68,35 @@ def experts(owners: Sequence[nn.Module]) -> int | None:
         if count is not None:
             return count
         inner = get(owner, "experts")
-        if isinstance(inner, nn.Module) and is_a(inner, nn.ModuleList):
-            return len(list(inner.children()))
+        if isinstance(inner, nn.Module) and is_a(inner, nn.ModuleList, nn.ModuleDict):
+            return len(inner._modules)
         if isinstance(inner, nn.Module):
             return next((p.shape[0] for p in inner.parameters() if p.ndim == 3), None)
     return None
+
+
+def _choice(parts: Sequence[str], owners: Sequence[nn.Module], leaf: str) -> set[int] | None:
+    """How many members the stacks and lists have beside what is named as a router.
+
+    Of a router with several layers it is the last one that chooses.
+    """
+    up = int(leaf == "weight")
+    if up and len(parts) > 1 and parts[-1].isdigit() and len(owners) > 2:
+        if owners[0] is not [*owners[1].children()][-1]:
+            return None
+        parts, up = parts[:-1], 2
+    named = parts and (_CHOOSES & {*words.words_of(parts[-1])} or _ROUTER_LEAF.match(parts[-1]))
+    return _beside(owners[up]) if named and up < len(owners) else None
+
+
+def _beside(holder: nn.Module) -> set[int]:
+    """How many members the stacks and lists have that a module holds, or that its children do."""
+    found = set()
+    for module in (holder, *holder.children()):
+        if module is not holder and is_a(module, *_LISTS):
+            found |= {len(module._modules), len(module._parameters)}
+        found |= {p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3}
+    return found - {0, 1}
 
 
 def _has_experts(owners: Sequence[nn.Module]) -> bool:

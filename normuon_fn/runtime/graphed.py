@@ -9,8 +9,6 @@ Which tensors a graph was captured with, and what changed, is in inputs.py.
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import ClassVar, Protocol
@@ -19,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..compat import observers
-from ..distributed import placements
 from ..planning.checks import check_step
 from ..planning.plan import Plan, check_plan
+from ..routing.doubts import warn_at_caller
 from ..types import Grads, Hyper, StepResult, Tensors
 from . import streams
 from .compiled import step_
-from .inputs import Inputs, names_of
+from .inputs import Inputs
 
 # Choices, not measurements. A capture costs about as much as a plain call, a wait for the device
 # and the allocator's cache: a graph that did not serve ten steps was not worth it, and after three
@@ -58,9 +56,15 @@ class GraphedStep:
     replaced (``zero_grad()`` sets gradients to None, and the next ones are new), when other
     gradients are None, or when keys come in another order, the call warns, names the first such
     tensor, frees the graph and is a plain `step_`; the next call captures again. The step is right
-    in any case. After three such changes in a row, none of them ten replays after the one before,
-    all further calls are plain `step_`, and a warning says so: a training run should not end over
-    its speed. `release` starts anew. Another plan needs another GraphedStep.
+    in all these cases. After three such changes in a row, none of them ten replays after the one
+    before, all further calls are plain `step_`, and a warning says so: a training run should not
+    end over its speed. `release` starts anew. Another plan needs another GraphedStep.
+
+    The state is not for others to move. Write new values into its tensors: ``state[key].copy_(x)``.
+    Another tensor in its place, and what `offload_` and `reload_` move, are noticed at the next
+    call as above. Other memory for the same tensor (``state[key].data = x``, ``set_``) is noticed
+    within 13 calls, because each asks a part of the state for its address: the steps until then
+    have gone on in the old memory, whatever it was used for by then, and the warning says so.
 
     The result is the same object at every replay. ``result.params`` and ``result.state`` are the
     tensors of the capture. The next replay overwrites ``flags`` and ``skipped``: read them before
@@ -120,11 +124,8 @@ class GraphedStep:
                 "itself into that graph"
             )
         try:
-            keys = [*params, *grads, *state]
-            values = [*params.values(), *grads.values(), *state.values(), *hyper, found_inf]
-            if self.plan.sharded:
-                values = [x if x is None else placements.local(x) for x in values]
-            same = self._inputs is not None and self._inputs.same(keys, values)
+            known = self._inputs
+            same = known is not None and known.same(params, grads, state, hyper, found_inf)
         except (AttributeError, TypeError):
             check_step(self.plan, params, grads, state, hyper, found_inf)  # raises in plain words
             raise
@@ -136,13 +137,14 @@ class GraphedStep:
         check_step(self.plan, params, grads, state, hyper, found_inf)
         self._check_scalars(hyper, found_inf)
         call = functools.partial(step_, params, grads, state, hyper, self.plan, found_inf=found_inf)
-        if same:
+        if same and known is not None:
             self._graph = self._capture(call)
+            known.keep(params, state)
             self._graph.replay()
             self._replays = 1
             return self._graph.result
-        inputs = Inputs(keys, values, names_of(params, grads, state))
-        difference = self._inputs and self._inputs.difference(inputs)
+        inputs = Inputs(params, grads, state, hyper, found_inf, sharded=self.plan.sharded)
+        difference = known and (known.unnoticed() or known.difference(inputs))
         self._drop()
         if difference:
             self._warn(difference)
@@ -156,11 +158,14 @@ class GraphedStep:
         The stream that it was captured on stays for other graphs, on older torch with its cuBLAS
         workspace (32 MiB on an H100).
         """
+        unnoticed = self._inputs and self._inputs.unnoticed()
         self._drop()
         self._replays = self._short_lived = 0
         self._stays_plain = False
         # Only memory that went back to the device can leave a private pool.
         torch.cuda.empty_cache()
+        if unnoticed:
+            warn_at_caller(unnoticed, RuntimeWarning)
 
     def __enter__(self) -> GraphedStep:
         return self
@@ -185,12 +190,7 @@ class GraphedStep:
             )
         else:
             fate = "This call is a plain step_, the next one captures again"
-        # Without a registry: the caller's filters apply, but Python's "once per place" does not
-        # hide the second change.
-        frame = sys._getframe(2)
-        warnings.warn_explicit(
-            f"{difference}. {fate}", RuntimeWarning, frame.f_code.co_filename, frame.f_lineno
-        )
+        warn_at_caller(f"{difference}. {fate}", RuntimeWarning)
 
     def _check_scalars(self, hyper: Hyper, found_inf: Tensor | None) -> None:
         """Refuses 0-d tensors on the host: their present value would become part of the graph."""

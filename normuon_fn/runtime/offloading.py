@@ -19,6 +19,7 @@ from ..compat import outside_inference_mode
 from ..distributed.placements import local
 from ..planning.checks import check_tensors
 from ..planning.plan import Plan, check_plan
+from .inputs import note_move
 
 HOST = torch.device("cpu")
 T = TypeVar("T", bound=Mapping[str, Tensor])
@@ -89,6 +90,7 @@ def move(pairs: Iterable[tuple[Tensor, torch.device]]) -> int:
     left = {x.device for x, copy in copies if x.is_cuda and not copy.is_cuda}
     for device in left:
         torch.cuda.synchronize(device)
+    note_move()
     for x, copy in copies:
         x.data = copy
     count = len(copies)

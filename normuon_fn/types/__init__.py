@@ -1,8 +1,8 @@
 """What callers pass and get back: what is static, what changes, what comes out.
 
-In the order of reading: `config` (`Config`), `results` (`StepResult`), `hyper`, `schedule`
-(`Schedule`), `other_names` (hints for arguments that other optimizers call otherwise). It must not
-know of plans or of anything above.
+In the order of reading: `config` (`Config`), `given` (another kind in its place), `results`
+(`StepResult`), `hyper`, `schedule` (`Schedule`), `other_names` (hints for arguments that other
+optimizers call otherwise). It must not know of plans or of anything above.
 """
 
 from .config import COMPUTE_DTYPES as COMPUTE_DTYPES
@@ -28,6 +28,7 @@ from .config import Row as Row
 from .config import Scale as Scale
 from .config import Tensors as Tensors
 from .config import check_coefficients as check_coefficients
+from .given import config_given as config_given
 from .hyper import LARGEST as LARGEST
 from .hyper import ONE as ONE
 from .hyper import Hyper as Hyper

@@ -90,9 +90,9 @@ def with_hints(function: F, *, options: Collection[str] = (), example: str = "")
 
     @functools.wraps(function)
     def hinting(*args: Any, **kwargs: Any) -> Any:
-        for key in kwargs:
-            if key not in known:
-                raise TypeError(hint(where, key, known, options))
+        unknown = [key for key in kwargs if key not in known]
+        if unknown:  # all at once: a line of another optimizer has several
+            raise TypeError("\n".join([hint(where, key, known, options) for key in unknown]))
         if example and len(args) < len(needed):
             lacking = [key for key in needed if key not in (*known[: len(args)], *kwargs)]
             if lacking:

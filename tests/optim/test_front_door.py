@@ -205,3 +205,18 @@ def test_the_trainers_own_groups_find_their_routes_in_a_table(tmp_path: Path) ->
     optimizer = trainer.create_optimizer()
     assert right(model, optimizer)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_what_a_framework_makes_is_said_at_the_users_line_and_for_a_trainer_with_its_line() -> None:
+    """The frameworks' own files stand in for them: only the folder that they are in counts."""
+    for package, has_line in (("transformers", True), ("accelerate", False)):
+        code = "def make(cls, params):\n    return cls(params)\n"
+        names: dict[str, Any] = {}
+        exec(compile(code, f"/env/lib/site-packages/{package}/trainer.py", "exec"), names)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            names["make"](nm.NorMuon, [{"params": list(Small().parameters())}])
+            line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+        (warning,) = said
+        assert (warning.filename, warning.lineno) == (__file__, line)
+        assert ("optimizer_cls_and_kwargs=nm.for_trainer" in str(warning.message)) == has_line

@@ -114,6 +114,57 @@ def test_a_group_has_rates_of_its_own_and_lr_is_adamws_in_a_group_of_adamw() -> 
     assert rates(stepped(optimizer))[1] == [0.0625, 0.03125, 0.375, 0.0625]
 
 
+def warned(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message) for each in said]
+
+
+@pytest.mark.parametrize("given", [{"adamw_lr": 0.125}, {}])
+def test_a_rate_of_adamw_that_is_written_while_lr_has_moved_is_said_once_with_the_line_to_write(
+    given: dict[str, Any],
+) -> None:
+    optimizer = nm.NorMuon(everything(Net()), lr=0.5, **given)
+
+    def own_schedule(factor: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"], group["adamw_lr"] = 0.5 * factor, 0.125 * factor
+        stepped(optimizer)
+
+    assert warned(lambda: own_schedule(1.0)) == []
+    (text,) = warned(lambda: own_schedule(0.5))
+    assert text.startswith("param_groups[0]: adamw_lr was written as 0.0625 while lr is 0.25, 0.5")
+    assert "AdamW's rate is now 0.03125" in text and "write lr alone" in text
+    assert rates(optimizer) == (0.25, 0.03125)
+    assert warned(lambda: own_schedule(0.25)) == []
+
+
+def test_a_rate_of_adamw_that_is_written_before_the_first_step_is_looked_at_too() -> None:
+    optimizer = nm.NorMuon(everything(Net()), **RATES)
+    optimizer.param_groups[0].update(lr=0.05, adamw_lr=0.0125)  # a warm-up of one's own
+    (text,) = warned(lambda: stepped(optimizer))
+    assert "adamw_lr was written as 0.0125 while lr is 0.05, 0.1 of" in text
+
+
+def test_rates_that_nobody_wrote_twice_are_moved_and_loaded_without_a_word() -> None:
+    def scheduled() -> None:
+        optimizer = nm.NorMuon(everything(Net()), **RATES)
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k))
+        for _ in range(3):
+            stepped(optimizer)
+            scheduler.step()
+        other = stepped(nm.NorMuon(everything(Net()), lr=0.5, adamw_lr=0.25))
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert rates(stepped(other)) == (0.125, 0.03125)
+        stepped(copy.deepcopy(optimizer))
+        optimizer.param_groups[0].update(lr=0.5)
+        optimizer.param_groups[0].update(adamw_lr=0.25)  # lr is what it was: nothing is doubled
+        assert rates(stepped(optimizer)) == (0.5, 0.25)
+
+    assert warned(scheduled) == []
+
+
 @pytest.mark.parametrize("dtype", [float, torch.tensor])
 def test_a_resumed_run_has_the_saved_rates_whatever_it_was_constructed_with(dtype: Any) -> None:
     def made(model: Net, lr: float, adamw_lr: float) -> Any:
@@ -241,6 +292,42 @@ def test_an_argument_of_another_optimizer_is_answered_with_the_line_to_write(
     for make in (nm.NorMuon, nm.for_trainer):
         with pytest.raises(TypeError, match=f"NorMuon: .*{message}"):
             make(model, **given)
+
+
+def test_all_arguments_of_a_line_for_another_optimizer_are_answered_in_one_error() -> None:
+    with pytest.raises(TypeError) as error:
+        nm.NorMuon(Net(), lr=0.1, betas=(0.9, 0.95), eps=1e-8, fused=True)  # type: ignore[call-arg]
+    lines = str(error.value).splitlines()
+    assert lines[:2] == [
+        "NorMuon: 'betas' is called 'adamw_betas' here",
+        "NorMuon: 'eps' is called 'adamw_eps' here",
+    ]
+    assert len(lines) == 3 and "'fused'; leave it out" in lines[2]
+    group = {"params": everything(Net()), "betas": (0.9, 0.95), "fused": True, "use_muon": False}
+    with pytest.raises(TypeError) as error:
+        nm.NorMuon([group])
+    assert [line.partition(" ")[2][:12] for line in str(error.value).splitlines()] == [
+        "'betas' is c", "fused=True c", "'use_muon' i",
+    ]  # fmt: skip
+    assert "write 'normuon' for True, 'adamw' for False" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ("muon", "nm.Config.preset('muon')"),
+        ({"guard": "full", "nesterov": True}, "nm.Config(guard='full', nesterov=True)"),
+        (3, "nm.Config(...)"),
+    ],
+)
+def test_a_config_of_another_kind_is_answered_with_the_line_to_write(
+    config: Any, line: str
+) -> None:
+    model = Net()
+    for make in (nm.NorMuon, lambda m, config: nm.make_plan(m, config)):
+        with pytest.raises(TypeError, match="config: expected a Config, got") as error:
+            make(model, config=config)
+        assert str(error.value).endswith(f"; write {line}")
 
 
 def test_a_config_answers_names_of_other_optimizers_and_stays_a_dataclass() -> None:

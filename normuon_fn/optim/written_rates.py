@@ -1,0 +1,52 @@
+"""What is said once where ``adamw_lr`` is written into a group whose ``lr`` has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..routing.doubts import warn_at_caller
+
+BASE = "adamw_lr_base"  # the key of a group: its lr when it was added, where AdamW has adamw_lr
+
+
+class WrittenRates:
+    """Compares every group's ``adamw_lr`` with the one that was there before, until it has warned.
+
+    ``adamw_lr`` is multiplied by what became of ``lr``. A loop that writes both at every step so
+    has its schedule in AdamW's rate twice, and nothing else shows it.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.said = False
+        self.remember(groups)
+
+    def remember(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the values that there are now as those that nobody wrote."""
+        self._before = [group.get("adamw_lr") for group in groups]
+
+    def look(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Warns once, at the caller's line. Tensors are left alone: reading one would wait."""
+        if self.said:
+            return
+        for k, (group, before) in enumerate(zip(groups, self._before, strict=False)):
+            now = group.get("adamw_lr")
+            if now is before:
+                continue
+            self._before[k] = now
+            lr, base = group["lr"], group.get(BASE)
+            if any(isinstance(x, Tensor) for x in (now, before, lr)) or not now or not base:
+                continue
+            if now == before or lr == base:
+                continue
+            self.said = True
+            warn_at_caller(
+                f"param_groups[{k}]: adamw_lr was written as {now:.4g} while lr is {lr:.4g}, "
+                f"{lr / base:.4g} of what it was when its group was added; adamw_lr follows lr in "
+                f"proportion, so AdamW's rate is now {now * lr / base:.4g}. Where a schedule moves "
+                "both, write lr alone. Where AdamW's rate has a schedule of its own, give its "
+                "parameters a group with algorithm='adamw', whose lr is theirs"
+            )
+            return
