@@ -400,9 +400,13 @@ def low_precision_cases() -> Iterator[tuple[str, Case]]:
 def measured_cases() -> Iterator[tuple[str, Case]]:
     """Those passes that also return norms: the same loads and stores, and the sums of a program."""
     for name, case in [*list_cases(), *low_precision_cases()]:
-        if name.startswith(("front-grad-write", "apply-place-row-True", "adamw-step-True")) and (
-            case.architecture == 90
-        ):
+        measured = (
+            "front-grad-write",
+            "front-coded-write",
+            "apply-place-row-True",
+            "adamw-step-True",
+        )
+        if name.startswith(measured) and case.architecture == 90:
             constexprs = {k: x for k, x in case.constexprs.items() if k != "norms_ptr"}
             signature = {**case.signature, "norms_ptr": "*fp64!"}
             yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -16,8 +17,10 @@ from normuon_fn.step import local_update_
 SHAPES = {"wte": (6, 4), "up": (8, 4), "down": (4, 8), "experts": (2, 4, 4), "bias": (4,)}
 
 
-def recorded(function: Callable, guard: str, device: str, metrics: bool) -> graphs.Recorded:
-    config = nm.Config(guard=guard, metrics=metrics, nesterov=True, **SHORT)
+def recorded(
+    function: Callable, guard: str, device: str, metrics: bool, **options: Any
+) -> graphs.Recorded:
+    config = nm.Config(guard=guard, metrics=metrics, nesterov=True, **SHORT, **options)
     with graphs.fake_cuda() if device == "cuda" else nullcontext():
         found = graphs.record(function, *problem(SHAPES, config, device=device))
     found.check(device=device)  # one graph, no host sync, no collective, one device
@@ -53,3 +56,15 @@ def test_metrics_read_nothing_that_the_step_does_not_read(
         line for line in plain.listing.splitlines() if not line.startswith("copy_")
     ]
     assert len(measured.calls) > len(plain.calls)
+
+
+def test_metrics_of_codes_and_of_lion_are_those_of_the_passes_that_there_are() -> None:
+    options: dict[str, Any] = {"momentum_dtype": "int8", "other": "lion"}
+    plain, measured = (recorded(local_update_, "full", "cuda", m, **options) for m in (False, True))
+    assert entries_read(measured) == entries_read(plain) > 0
+    lines = measured.listing.splitlines()
+    assert [line.replace("_measured", "") for line in lines if "copy_" not in line] == [
+        line for line in plain.listing.splitlines() if "copy_" not in line
+    ]
+    for name in ("advance_coded_measured_", "lion_measured_", "apply_measured_"):
+        assert any(line.startswith(name) for line in lines), name

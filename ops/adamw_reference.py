@@ -140,6 +140,15 @@ def moved(olds: list[Tensor], updates: list[Tensor], lr: Tensor, decay: Tensor) 
     return list(torch._foreach_sub(olds, updates))
 
 
+def norms_of(lists: Sequence[list[Tensor]], dtype: torch.dtype) -> Tensor:
+    """[len(lists), n] in ``dtype``, summed in float64."""
+    rows = [
+        torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in each_list])
+        for each_list in lists
+    ]
+    return torch.stack(rows).to(dtype)
+
+
 def kept(skip: Tensor | None, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
     if skip is None:
         return news

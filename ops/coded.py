@@ -7,6 +7,7 @@ quantize before they store. What is measured and orthogonalized is what the code
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .advance import launch_front, measure_fake
 from .codes import blocks_of, quantized, restored
 from .gather import gather_fake, launch_gather
 from .implementations import with_kernel
-from .lists import chained, stack
+from .lists import chained, stack, total
 from .reference import Measures, Write
 from .registration import Lists
 
@@ -42,8 +43,12 @@ def _advance_twin(
     sizes: list[int],
     form: str,
     nesterov: bool,
-) -> tuple[list[Tensor], list[Tensor], Measures, list[Tensor]]:
+    *,
+    norms: bool = False,
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...], list[Tensor]]:
+    """With ``norms``, those of gradients and of the restored new codes follow the measures."""
     new_codes, new_scales, found, stacks = [], [], [], []
+    rest: list[tuple[Tensor, Tensor]] = []
     for part, matrices in reference.runs(sizes, codes):
         grad, own = stack(grads[part]), reference.part_of(beta, matrices)
         old, new = _advanced(codes[part], scales[part], grad, own, form)
@@ -51,10 +56,14 @@ def _advance_twin(
             new = torch.where(keep, old[0], new[0]), torch.where(keep, old[1], new[1])
         x = restored(*new)
         found.append(reference.measures(grad, reference.update_of(x, grad, own, form, nesterov)))
+        if norms:
+            rest.append((reference.norm(grad, x.dtype), reference.norm(x, x.dtype)))
         stacks.append(x)
         new_codes.append(write(codes[part], new[0]))
         new_scales.append(write(scales[part], new[1]))
-    return chained(new_codes), chained(new_scales), reference.together(found), stacks
+    more = [reference.joined(list(parts), 0) for parts in zip(*rest, strict=True)]
+    measures = (*reference.together(found), *more) if norms else reference.together(found)
+    return chained(new_codes), chained(new_scales), measures, stacks
 
 
 def _lookahead_twin(
@@ -114,11 +123,13 @@ def _launch_advance(
     sizes: list[int],
     form: str,
     nesterov: bool,
+    *,
+    norms: bool = False,
 ) -> Tensor:
     lists = (codes, into[0], grads)
     return launch_front(
         lists, sizes, write=True, beta=beta, keep=keep, form=form, nesterov=nesterov,
-        scales=(scales, into[1]),
+        norms=norms, scales=(scales, into[1]),
     )  # fmt: skip
 
 
@@ -176,15 +187,28 @@ def _check_gather(codes: list[Tensor], scales: list[Tensor], *rest: Any) -> None
 
 
 _RULE = "int[] sizes, str form, bool nesterov"
+_ADVANCE = (
+    "(Tensor[] codes, Tensor[] scales, Tensor[] grads, Tensor beta, Tensor? keep, "
+    f"{_RULE}) -> (Tensor[], Tensor[], Tensor)"
+)
 advance_coded = with_kernel(
     "advance_coded",
-    "(Tensor[] codes, Tensor[] scales, Tensor[] grads, Tensor beta, Tensor? keep, "
-    f"{_RULE}) -> (Tensor[], Tensor[], Tensor)",
+    _ADVANCE,
     _launch_advance,
     measure_fake,
     check=_check_advance,
     writes=("codes", "scales"),
     twin=_advance_twin,
+)
+# The same, and norms: see measured.py.
+advance_coded_measured = with_kernel(
+    "advance_coded_measured",
+    _ADVANCE,
+    partial(_launch_advance, norms=True),
+    lambda codes, *rest: codes[0].new_empty((5, total(codes)), dtype=torch.float32),
+    check=_check_advance,
+    writes=("codes", "scales"),
+    twin=partial(_advance_twin, norms=True),
 )
 lookahead_coded = with_kernel(
     "lookahead_coded",

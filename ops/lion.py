@@ -3,17 +3,20 @@
 Per tensor, with b1, b2 the coefficients (arXiv 2302.06675, Algorithm 2):
 
     u = sign(b1 m + (1 - b1) g),   w <- w - (decay w + lr u),   m <- b2 m + (1 - b2) g
+
+Those with norms: see measured.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .adamw_reference import each, kept, moved, narrowed
+from .adamw_reference import each, kept, moved, narrowed, norms_of
 from .registration import Lists, register
 from .rounding import joined_with, parted
 
@@ -30,12 +33,16 @@ def _run(
     skip: Tensor | None,
     step: Tensor | None = None,
     salts: Sequence[int] = (),
-) -> None:
+    *,
+    norms: bool = False,
+) -> Tensor | None:
     updates, averages = _update(exp_avgs, grads, beta1, beta2)
     olds = [param.to(x.dtype) for param, x in zip(params, averages, strict=True)]
+    found = _norms(grads, averages, olds, updates, lr) if norms else None
     news = narrowed(params, moved(olds, updates, lr, decay), step, salts)
     torch._foreach_copy_(into[0], kept(skip, params, news))
     torch._foreach_copy_(into[1], kept(skip, exp_avgs, averages))
+    return found
 
 
 def _run_wide(
@@ -49,10 +56,13 @@ def _run_wide(
     beta1: Tensor,
     beta2: Tensor,
     skip: Tensor | None,
-) -> None:
+    *,
+    norms: bool = False,
+) -> Tensor | None:
     """The same of parameters with float32 masters: see rounding.py."""
     updates, averages = _update(exp_avgs, grads, beta1, beta2)
     olds = [joined_with(param, rest) for param, rest in zip(params, rests, strict=True)]
+    found = _norms(grads, averages, olds, updates, lr) if norms else None
     masters = moved(olds, updates, lr, decay)
     new = [
         parted(x, param.dtype, rest.dtype)
@@ -61,6 +71,19 @@ def _run_wide(
     torch._foreach_copy_(into[0], kept(skip, params, [param for param, _ in new]))
     torch._foreach_copy_(into[1], kept(skip, rests, [rest for _, rest in new]))
     torch._foreach_copy_(into[2], kept(skip, exp_avgs, averages))
+    return found
+
+
+def _norms(
+    grads: list[Tensor],
+    averages: list[Tensor],  # the new ones
+    olds: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+) -> Tensor:
+    """[4, n]: of gradients, new exp_avgs, old parameters and their updates."""
+    subtracted = list(torch._foreach_mul(updates, each(lr)))
+    return norms_of((grads, averages, olds, subtracted), averages[0].dtype)
 
 
 def _update(
@@ -82,20 +105,37 @@ def _update(
 
 
 _TENSORS = "Tensor[] exp_avgs, Tensor[] grads, Tensor lr, Tensor decay, Tensor beta1, Tensor beta2"
+_LION = f"(Tensor[] params, {_TENSORS}, Tensor? skip, Tensor? step=None, int[] salts=[])"
+_WIDE = f"(Tensor[] params, Tensor[] rests, {_TENSORS}, Tensor? skip)"
+_LISTS, _LISTS_WIDE = "Tensor[], Tensor[]", "Tensor[], Tensor[], Tensor[]"
 
 lion, lion_ = register(
     "lion",
-    f"(Tensor[] params, {_TENSORS}, Tensor? skip, Tensor? step=None, int[] salts=[]) "
-    "-> (Tensor[], Tensor[])",
+    f"{_LION} -> ({_LISTS})",
     _run,
     check=checks.lion,
     writes=("params", "exp_avgs"),
 )
 lion_wide, lion_wide_ = register(
     "lion_wide",
-    f"(Tensor[] params, Tensor[] rests, {_TENSORS}, Tensor? skip) "
-    "-> (Tensor[], Tensor[], Tensor[])",
+    f"{_WIDE} -> ({_LISTS_WIDE})",
     _run_wide,
+    check=checks.lion_wide,
+    writes=("params", "rests", "exp_avgs"),
+)
+lion_measured = register(
+    "lion_measured",
+    f"{_LION} -> ({_LISTS}, Tensor)",
+    partial(_run, norms=True),
+    lambda params, exp_avgs, *rest: exp_avgs[0].new_empty((4, len(exp_avgs))),
+    check=checks.lion,
+    writes=("params", "exp_avgs"),
+)
+lion_wide_measured = register(
+    "lion_wide_measured",
+    f"{_WIDE} -> ({_LISTS_WIDE}, Tensor)",
+    partial(_run_wide, norms=True),
+    lambda params, rests, exp_avgs, *rest: exp_avgs[0].new_empty((4, len(exp_avgs))),
     check=checks.lion_wide,
     writes=("params", "rests", "exp_avgs"),
 )

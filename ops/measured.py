@@ -1,8 +1,9 @@
 """The passes of the step that also return norms of what they read: no pass is added for them.
 
     advance_measured       `advance`, and the norms of gradients and new momentums
+    advance_coded_measured the same of momentums in one byte an entry (coded.py)
     apply_measured         `apply`, and the norms of the parameters and of their updates
-    adamw_measured         `adamw`, and all four
+    adamw_measured         `adamw`, and all four; lion_measured, of Lion (lion.py)
 
 They write the same bits. Norms are summed in float64. They are of what is there, also where
 ``keep`` or ``skip`` is true: of the momentum that keeps its bits, of the update that is not made.
@@ -23,8 +24,10 @@ from . import adamw_reference, checks, reference
 from .advance import launch_measured as launch_advance
 from .apply import launch_measured as launch_apply
 from .apply import launch_measured_wide as launch_apply_wide
+from .coded import advance_coded_measured
 from .implementations import with_kernel
 from .launch import has_kernel
+from .lion import lion_measured, lion_wide_measured
 from .lists import total
 from .operators import AdamWRates, Advanced, Measures, MomentumRule, Operators
 from .registration import Lists, register
@@ -57,12 +60,18 @@ def advance(
     keep: Tensor | None,  # 0-d bool
     sizes: list[int],
     rule: MomentumRule,
+    scales: list[Tensor] | None = None,  # of momentums that are codes: see codes.py
 ) -> tuple[Advanced, Tensor]:
     """`Operators.advance`, and [2, n]: the norms of gradients and new momentums."""
-    run = _advance_measured.choose(operators.kernels, operators.in_place)
-    new, found, *stacks = run(momentums, grads, beta, keep, sizes, *rule)
+    of_new = None
+    if scales is not None:
+        run = advance_coded_measured.choose(operators.kernels, operators.in_place)
+        new, of_new, found, *stacks = run(momentums, scales, grads, beta, keep, sizes, *rule)
+    else:
+        run = _advance_measured.choose(operators.kernels, operators.in_place)
+        new, found, *stacks = run(momentums, grads, beta, keep, sizes, *rule)
     rows = found.unbind(0) if isinstance(found, Tensor) else found
-    advanced = Advanced(new, Measures(*rows[:3]), stacks[0] if stacks else None)
+    advanced = Advanced(new, Measures(*rows[:3]), stacks[0] if stacks else None, of_new)
     return advanced, torch.stack(tuple(rows[3:]))
 
 
@@ -182,11 +191,7 @@ def _adamw_norms(
     """[4, n]: of gradients, new exp_avgs, old parameters and their updates."""
     updates, first, _ = adamw_reference.update_of(exp_avgs, exp_avg_sqs, grads, *rates)
     torch._foreach_mul_(updates, lr if lr.ndim == 0 else list(lr.unbind()))
-    rows = [
-        torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in each])
-        for each in (grads, first, params, updates)
-    ]
-    return torch.stack(rows).to(exp_avgs[0].dtype)
+    return adamw_reference.norms_of((grads, first, params, updates), exp_avgs[0].dtype)
 
 
 _MOMENTS = "Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] grads"
@@ -232,4 +237,21 @@ def adamw(
     else:
         chance = () if step is None else (step, list(salts))
         *new, norms = _adamw_measured[int(operators.in_place)](params, *how, *chance)
+    return new, norms
+
+
+def lion(
+    operators: Operators,
+    params: list[Tensor],  # n tensors of any shapes
+    rests: list[Tensor] | None,  # with float32 masters: see rounding.py
+    how: Sequence[Any],  # exp_avgs, grads, lr, decay, beta1, beta2 and skip
+    step: Tensor | None = None,  # as in `Operators.adamw`
+    salts: Sequence[int] = (),
+) -> tuple[list[list[Tensor]], Tensor]:
+    """What `ops.lion` or `ops.lion_wide` returns, and [4, n] as of `adamw`."""
+    if rests is not None:
+        *new, norms = lion_wide_measured[int(operators.in_place)](params, rests, *how)
+    else:
+        chance = () if step is None else (step, list(salts))
+        *new, norms = lion_measured[int(operators.in_place)](params, *how, *chance)
     return new, norms

@@ -185,6 +185,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: nm.Config(normalize=False, eps=1e-8), "Config.eps: 1e-08 has no effect: normalize=F"),
     (lambda: nm.Config.preset("muon", eps=1e-8), "Config.eps: 1e-08 has no effect"),
     (lambda: nm.Config(normalize=False, reduction="short"), "Config.reduction: 'short' has no eff"),
+    (
+        lambda: nm.Config(normalize=False, snap=True),
+        "Config.snap: True has no effect: scale='paper'",
+    ),
     (lambda: nm.Config(orthogonalizer=own_orthogonalizer, steps=3), "Config.steps: 3 has no effe"),
     (
         lambda: nm.Config(orthogonalizer=own_orthogonalizer, orthogonalize_dtype=torch.bfloat16),
@@ -327,6 +331,10 @@ def test_lion_and_hyperballs_and_lists_say_what_they_do_not_read(without_inducto
         nm.NorMuon(
             [{"params": [("w", w)], "adamw_eps": 1e-6}], config=lion, routes={"*": nm.Route()}
         )
+    muon = nm.Config.preset("muon")
+    with pytest.raises(TypeError, match=r"beta2: 0\.9 has no effect: Config\(normalize=False\)"):
+        nm.NorMuon([("w", w)], config=muon, beta2=0.9, routes={"*": nm.Route()})
+    nm.NorMuon([("w", w)], config=muon, beta2=0.95, routes={"*": nm.Route()})
     params = {"w": w.detach(), "v": torch.randn(4)}
     plan = nm.make_plan(params, lion, routes={"w": nm.Route()})
     hyper = nm.Hyper.of(params, lr=0.1, adamw_eps=1e-6)
@@ -338,6 +346,16 @@ def test_lion_and_hyperballs_and_lists_say_what_they_do_not_read(without_inducto
     with pytest.raises(ValueError, match=r"params\['w'\]: Route\(wd_mul=0.5\) has no effect"):
         nm.make_plan(params, ball, routes={"w": nm.Route("normuon", wd_mul=0.5)})
     nm.make_plan(params, ball, routes={"w": nm.Route("normuon", wd_mul=0.0)})  # as it is asked for
+    named, own = [("w", w)], {"*": nm.Route()}
+    with pytest.warns(
+        UserWarning, match=r"weight_decay: 0\.1 has no effect: all parameters"
+    ) as seen:
+        nm.NorMuon(named, config=ball, weight_decay=0.1, routes=own)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    nm.NorMuon(named, config=ball, routes=own)
+    vector = torch.nn.Parameter(torch.randn(4))  # which decays
+    both = [*named, ("v", vector)]
+    nm.NorMuon(both, config=ball, weight_decay=0.1, routes={"v": nm.Route("adamw"), **own})
     lists: Any = [[w.detach()], [torch.ones(4, 4)], [torch.zeros(4, 4)], [torch.zeros(4, 1)]]
     rates: Any = {"lr": 0.1, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
     for config in (lion, nm.Config(replicas="share")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def test_what_is_no_schedule_is_refused_by_name(given: Any, error: type[Exceptio
         nm.Schedule(**given)
 
 
-@pytest.mark.parametrize("step", [0.5, True, torch.tensor(0.5), None])
+@pytest.mark.parametrize("step", [0.5, True, torch.tensor(0.5), torch.tensor(True), None])
 def test_what_is_no_number_of_steps_is_refused(step: Any) -> None:
     with pytest.raises(TypeError, match=r"guard\.step"):
         nm.Schedule(total=5)(step)
@@ -104,3 +105,8 @@ def test_steps_before_the_first_are_refused_on_the_host_and_the_first_in_a_tenso
             schedule(-3)
         found = schedule(torch.tensor([-(2**31), -3, -1, 0]))
         assert found.tolist() == [schedule(0)] * 4
+
+
+def test_an_integer_of_numpy_is_a_number_of_steps() -> None:
+    schedule = nm.Schedule(total=10, warmup=4)
+    assert [schedule(k) for k in np.arange(12)] == [schedule(k) for k in range(12)]

@@ -106,7 +106,7 @@ class MatrixWork(Work):
         context = self.context
         given = momentums, grads, context.hyper.momentum, self.hold, self.sizes, self._rule
         if context.config.metrics:
-            found, self.norms.front = ops.measured.advance(context.operators, *given)
+            found, self.norms.front = ops.measured.advance(context.operators, *given, scales)
         else:
             found = context.operators.advance(*given, scales)
         new, measures, stacks, of_new = found

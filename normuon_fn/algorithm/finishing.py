@@ -7,6 +7,8 @@
 
 A shard has a part of a matrix only. So each of them begins with sums over what is local (`begin`),
 the ranks add these up in one message for all of a bucket, and each ends with the totals (`end`).
+
+Sums are in float64, in which no square of a float32 overflows, and none that counts is lost.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Begun(NamedTuple):
     update: Update
     direction: Tensor  # [n, rows, cols], of which the update will be a multiple
     states: tuple[Tensor, ...]
-    sums: dict[str, Tensor]  # each [n, 1], or [n, outputs] where the floor is per row
+    # float64, each [n, 1], or [n, outputs] where the floor is per row
+    sums: dict[str, Tensor]
 
 
 def needs_of(kind: MatrixKind, config: Config) -> Needs:
@@ -87,21 +90,21 @@ def begin(update: Update, needs: Needs, beta2: Tensor, config: Config) -> Begun:
     if needs.floor or needs.hyperball:
         parameters, per_row = wide_parameters(group, wide), config.update_floor_per == "row"
         axis = (-2 if group.kind.transposed else -1) if needs.floor and per_row else (-2, -1)
-        sums["moved"] = direction.square().sum(axis).reshape(len(direction), -1)
-        sums["size"] = parameters.square().sum(axis).reshape(len(direction), -1)
+        sums["moved"] = direction.double().square().sum(axis).reshape(len(direction), -1)
+        sums["size"] = parameters.double().square().sum(axis).reshape(len(direction), -1)
         if needs.hyperball:
-            sums["along"] = _total(parameters * direction)
+            sums["along"] = _total(parameters.double() * direction)
     return Begun(update, direction, states, sums)
 
 
 def end(begun: Begun, totals: dict[str, Tensor], lr: Tensor, config: Config) -> Update:
     """The update that enters the step: ``-lr * factor * update``, and a decay of its own."""
-    update, kind = begun.update, begun.update.group.kind
+    update, kind, wide = begun.update, begun.update.group.kind, begun.direction.dtype
     needs = needs_of(kind, config)
     finite = update.finite
     for each in totals.values():
         finite = finite & each.isfinite().all(1)
-    factor, decay = torch.ones_like(begun.direction[:, :1, :1]), None
+    factor, decay = torch.ones_like(begun.direction[:, :1, :1], dtype=torch.float64), None
     total = {name: x.unsqueeze(-1) for name, x in totals.items()}
     if needs.entries:
         norms = total["o"].sqrt(), total["divided"].sqrt()
@@ -115,22 +118,28 @@ def end(begun: Begun, totals: dict[str, Tensor], lr: Tensor, config: Config) -> 
     if needs.floor:
         moved = total["moved"].sqrt() * factor
         least = total["size"].sqrt() * config.update_floor
-        raises = (moved > 0) & (moved < least)
-        factor = factor * torch.where(raises, least / moved, 1.0)
+        longer = least / moved
+        # What is too short for a number of the parameter's width is as good as no update.
+        raises = (moved > 0) & (moved < least) & (longer < torch.finfo(wide).max)
+        factor = factor * torch.where(raises, longer, 1.0)
         if config.update_floor_per == "row" and kind.transposed:
             factor = factor.mT
     if needs.hyperball:
-        share, decay = _on_the_sphere(total, ops.per_matrix(lr))
-        factor, decay = share, decay.flatten()
+        factor, decay = _on_the_sphere(total, ops.per_matrix(lr), 16 * torch.finfo(wide).eps)
+        factor, decay = factor.to(wide), decay.flatten().to(wide)
         finite = finite & factor.flatten().isfinite() & decay.isfinite()
     n, rows, _ = begun.direction.shape
-    factor = factor if factor.shape[-1] > 1 else factor.expand(n, rows, 1)
+    factor = (factor if factor.shape[-1] > 1 else factor.expand(n, rows, 1)).to(wide)
     return update._replace(
         update=begun.direction, factor=factor, new=begun.states, finite=finite, decay=decay
     )
 
 
-def _on_the_sphere(total: dict[str, Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
+def _on_the_sphere(
+    total: dict[str, Tensor],
+    lr: Tensor,
+    least: float,  # of a squared norm, as a share of that of W: shorter ones are rounding
+) -> tuple[Tensor, Tensor]:
     """``(factor, decay)`` with which W (1 - decay) - lr factor D has the norm of W.
 
     With R = |W| and N = |D|: W <- R (W - lr R D / N) / |W - lr R D / N|, and this norm follows from
@@ -141,7 +150,7 @@ def _on_the_sphere(total: dict[str, Tensor], lr: Tensor) -> tuple[Tensor, Tensor
     both = (size > 0) & (moved > 0)
     cosine = torch.where(both, total["along"] / (size * moved), 0.0)
     grown = lr * lr - 2.0 * lr * cosine  # |W - lr R D / N|^2 = R^2 (1 + grown)
-    both = both & ~(1.0 + grown <= 16 * torch.finfo(size.dtype).eps)  # NaN goes on, to the guard
+    both = both & ~(1.0 + grown <= least)  # NaN goes on, to the guard
     root = (1.0 + grown).sqrt()
     factor = torch.where(both, size / (moved * root), 0.0)
     # 1 - 1 / root without cancellation
@@ -149,4 +158,4 @@ def _on_the_sphere(total: dict[str, Tensor], lr: Tensor) -> tuple[Tensor, Tensor
 
 
 def _total(x: Tensor) -> Tensor:
-    return x.sum((-2, -1)).unsqueeze(1)
+    return x.sum((-2, -1), dtype=torch.float64).unsqueeze(1)

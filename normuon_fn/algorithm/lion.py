@@ -29,7 +29,7 @@ class LionWork(AdamWWork):
 
     def __init__(self, members: Members[Kind], runs: Runs, context: Context) -> None:
         self.members, self.runs, self.context = members, runs, context
-        self.moments, self.bad = (), None
+        self.moments, self.bad, self.norms = (), None, None
         if not members.tensors:
             return
         averages, grads = members.read("exp_avg"), members.read("grad")
@@ -56,6 +56,15 @@ class LionWork(AdamWWork):
             run = ops.lion_ if operators.in_place else ops.lion
             found = run(params, *how, *chance)
         return found
+
+    def _measured(self) -> Sequence[list[Tensor]]:
+        members, master, context = self.members, self.members.kind.master, self.context
+        chance = (context.step, members.salts) if members.salts else ()
+        new, self.norms = ops.measured.lion(
+            context.operators, members.read("param"), members.read(master) if master else None,
+            (*self.moments, *self.numbers, self.skip), *chance,
+        )  # fmt: skip
+        return new
 
 
 class OtherRule(NamedTuple):

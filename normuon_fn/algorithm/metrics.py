@@ -12,7 +12,8 @@ With U what a step subtracts besides weight decay, W the parameter before the st
     update_ratio     norm of U over norm of W
     variance_spread  standard deviation of a parameter's neuron variances over their mean
 
-Of a step that was skipped they are those of the update that was not made.
+A step that was skipped subtracts nothing: its updates are 0, on every layout. What it would have
+subtracted depends on when ranks hear of the fault, and it may be no number.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from .. import ops
 from ..compat import all_reduce_sum
+from .guard import Decision
 
 METRICS = (
     "update_rms", "grad_rms", "momentum_rms", "weight_norm", "update_ratio", "variance_spread",
@@ -37,6 +39,8 @@ SUMS = ("grad", "momentum", "weight", "update", "lines", "variance", "variance s
 
 class Measured(Protocol):
     """A work of the step, as metrics see it."""
+
+    skip: Decision  # whether its parameters keep their bits
 
     def sums(self) -> Tensor:
         """[8, n_matrices] float64: `SUMS` of each of its matrices on this rank."""
@@ -72,7 +76,7 @@ class MetricsRule:
             (len(SUMS), len(self.entries)), dtype=torch.float64, device=self.entries.device
         )
         if works:
-            columns = torch.cat([work.sums() for work in works], 1)
+            columns = torch.cat([_made(work.sums(), work.skip) for work in works], 1)
             sums = sums.index_add(1, ops.input_for(self.parameter_of), columns)
         sums = sums * ops.input_for(self.share)
         for each in self.together:
@@ -80,6 +84,14 @@ class MetricsRule:
             whole = all_reduce_sum(sums[:, columns], each.group, "the all_reduce of the metrics")
             sums = sums.index_copy(1, columns, whole)
         return numbers_of(sums, ops.input_for(self.entries))
+
+
+def _made(sums: Tensor, skip: Decision) -> Tensor:
+    """The same with the updates that were made: zeros where ``skip`` is true."""
+    if skip is None:
+        return sums
+    k = SUMS.index("update")
+    return torch.cat([sums[:k], torch.where(skip, 0.0, sums[k : k + 1]), sums[k + 1 :]])
 
 
 def numbers_of(

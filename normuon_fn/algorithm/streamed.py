@@ -138,7 +138,7 @@ class StreamedWork(MatrixWork):
         grads, beta = members.read("grad"), ops.part_of(context.hyper.momentum, piece.matrices)
         given = read[0], grads, beta, self.hold, [n], self._rule
         if context.config.metrics:
-            found, norms = ops.measured.advance(context.operators, *given)
+            found, norms = ops.measured.advance(context.operators, *given, scales)
             self.norms_of_pieces.append(norms)
         else:
             found = context.operators.advance(*given, scales)

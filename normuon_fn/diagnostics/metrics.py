@@ -29,9 +29,9 @@ def report_metrics(result: StepResult, plan: Plan) -> dict[str, float]:
       mean. 0: all neurons are alike. Not for parameters without such a variance.
     - ``nonfinite_update``, ``nonfinite_gradient``: 1 where the flags are set, otherwise 0.
 
-    A parameter that the step left alone (frozen, or without a gradient) has no entry. Of a step
-    that was skipped the numbers are those of the update that was not made. DTensors have the
-    numbers of the whole parameter, on every rank.
+    A parameter that the step left alone (frozen, or without a gradient) has no entry. A step that
+    was skipped subtracts nothing, so its updates are 0 (AdamW's first moment is the one that was
+    not written). DTensors have the numbers of the whole parameter, on every rank.
 
     >>> if step % 100 == 0:
     ...     for key, number in nm.report_metrics(result, plan).items():

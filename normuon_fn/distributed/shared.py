@@ -215,9 +215,7 @@ class SharedWork(MatrixWork):
             k = own.get(id(group))
             for name, width in finishing.sums_of(needed, config, outputs).items():
                 if k is None:
-                    x = torch.zeros(
-                        group.count, width, dtype=self.stack.wide, device=exchange.device
-                    )
+                    x = torch.zeros(group.count, width, dtype=torch.float64, device=exchange.device)
                 else:
                     x = begun[k].sums[name]
                     if x.shape[1] < width:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..routing.doubts import warn_at_caller
+from ..routing.routes import Route
 from ..types import ONE, Config, Hyper, check_number
-from ..types.hyper import EPS
+from ..types.hyper import BETA2, EPS
 from .written_rates import BASE, WrittenRates
 
 Groups = Sequence[Mapping[str, Any]]
@@ -163,6 +164,29 @@ def check_read(group: Mapping[str, Any], config: Config) -> None:
         raise TypeError(
             f"adamw_eps: {group['adamw_eps']!r} has no effect: Config(other='lion') has signs, "
             "which no eps changes; leave it out"
+        )
+    if not config.normalize and plain(group["beta2"]) != BETA2:
+        raise TypeError(
+            f"beta2: {group['beta2']!r} has no effect: Config(normalize=False) leaves out the "
+            "variance that it is about; leave it out"
+        )
+
+
+def say_if_nothing_decays(
+    defaults: Mapping[str, Any], routes: Sequence[Route], config: Config
+) -> None:
+    """Warns of a weight decay where all parameters are matrices that keep their norms."""
+    moved = [route for route in routes if route.algorithm != "frozen"]
+    if plain(defaults["weight_decay"]) == 0.0 or not moved:
+        return
+    if all(
+        route.algorithm == "normuon" and route.of_matrices(config)[0] == "hyperball"
+        for route in moved
+    ):
+        warn_at_caller(
+            f"weight_decay: {defaults['weight_decay']!r} has no effect: all parameters are matrices"
+            " with weight_decay_form='hyperball', which keep their norms; leave it out, or give "
+            "those that are to decay Route(weight_decay_form='decoupled')"
         )
 
 

@@ -27,7 +27,7 @@ from .offloading import Offloading, wait_for_copies_sync
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
-from .saved_meaning import write_forms
+from .saved_meaning import routes_of, write_forms
 from .saving import SavedOptimizer
 from .scaled import forget_scale, unscaled
 
@@ -142,6 +142,9 @@ class NorMuon(Offloading, SavedOptimizer):
         self._constructed = True
         self._settle().warn_if_alone()
         groups_of.check_used(self.defaults, self._added)
+        hyper_of.say_if_nothing_decays(
+            self.defaults, [*routes_of(self._added).values()], self.config
+        )
 
     metrics = metrics_of
 

@@ -182,8 +182,8 @@ def fields_of(expected: Iterable[str], saved: Iterable[str]) -> str:
 
     Both are kinds of state of one parameter.
     """
-    lines = []
-    missing, extra = {*expected} - {*saved}, {*saved} - {*expected}
+    lines, own, found = [], {*expected}, {*saved}
+    missing, extra = own - found, found - own
     if "exp_avg" in missing and "momentum" in extra:
         lines.append("give it the Route('normuon')")
     elif "momentum" in missing and "exp_avg" in extra:

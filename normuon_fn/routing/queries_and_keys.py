@@ -184,12 +184,14 @@ def _latent(
 
 def _of_keys(layer: str, heads: int, weight: Known, start: int, length: int, each: int) -> Rows:
     """The keys in a projection; every one of them serves as many queries as the others."""
-    count = length // each
-    if length % each or count < 1 or heads % count:
+    count, told = length // each, weight.route.heads
+    told = told[start > 0] if isinstance(told, tuple) else told  # of a fused one q comes before k
+    if length % each or count < 1 or heads % count or told not in (None, count):
+        known = f", and its route has {told} heads" if told not in (None, count) else ""
         raise ValueError(
             f"max_logits[{layer!r}]: expected one entry per head of the queries, got {heads}, which"
             f" makes heads of {each}; the {length} outputs of the keys in {weight.name!r} are not "
-            "heads of that size"
+            f"heads of that size{known}"
         )
     return Rows(start, count, each, (Field(0, each, "k"),))
 
@@ -209,10 +211,6 @@ def _divided(layer: str, weight: Known, size: int, heads: int) -> int:
 
 
 def _projection(known: Sequence[Known], weight: Known, rows: tuple[Rows, ...]) -> Projection:
-    if weight.route.algorithm == "frozen":
-        raise ValueError(
-            f"params[{weight.name!r}]: is frozen, and clipping would change it; leave its layer out"
-        )
     if len(weight.shape) != 2:
         raise ValueError(
             f"params[{weight.name!r}]: expected a matrix, got shape {weight.shape}; clip each "
@@ -220,14 +218,21 @@ def _projection(known: Sequence[Known], weight: Known, rows: tuple[Rows, ...]) -
         )
     own = weight.name
     bias = f"{own[: -len('weight')]}bias" if own.endswith("weight") else ""
-    has_bias = any(each.name == bias for each in known)
-    return Projection((own, bias) if has_bias else (own,), _dim(weight), rows)
+    parts = [weight, *(each for each in known if each.name == bias)]
+    for each in parts:
+        if each.route.algorithm == "frozen":
+            raise ValueError(
+                f"params[{each.name!r}]: is frozen, and clipping would change it; leave its layer "
+                "out"
+            )
+    return Projection(tuple(each.name for each in parts), _dim(weight), rows)
 
 
 def _splits(weight: Known, what: str) -> str:
     return (
         f"params[{weight.name!r}]: is {what} in one, and where each begins is not known; write its "
         f"route with their sizes, {{{weight.name!r}: nm.Route(splits=(...))}}"
+        + ("; where they take turns head by head, Route(heads=3 * heads)" if "q" in what else "")
     )
 
 

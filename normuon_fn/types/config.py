@@ -90,8 +90,8 @@ class Config:
       [n, rows, cols], rows <= cols, in float32 (or float64), to the same shape; see `check_stage`.
     - ``momentum_dtype``: ``None``: float32 (float64 for float64 parameters). bfloat16 has the
       same range, but loses changes below 1/512 of an entry: not for a momentum above 0.99.
-      ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (a scale, see
-      ops/codes.py); loses changes below 1/128 of the largest of those entries.
+      ``"int8"`` (or torch.int8): one byte an entry and one per 64 columns of a row (ops/codes.py);
+      loses changes below 1/128 of the largest of those entries: not above 0.99 either.
     - ``state_device``: ``"cpu"``: the momentum of matrices is in pinned host memory, and passes
       through the device in pieces, under the products of others: see the guide on memory.
     - ``guard``: ``"off"``; ``"output"``: parameters and variance keep their bits if an update is
@@ -183,11 +183,6 @@ class Config:
                 raise ValueError(
                     f"Config.{field}: expected None or one of {shown}, got {value!r}{why}"
                 )
-        if self.momentum_dtype == torch.int8 and self.metrics:
-            raise ValueError(
-                "Config.metrics: expected False with momentum_dtype='int8', whose codes the pass "
-                "that measures norms does not read; leave metrics out, or write torch.bfloat16"
-            )
         if self.orthogonalizer is not None and not callable(self.orthogonalizer):
             own: object = self.orthogonalizer  # type: ignore[unreachable]
             raise TypeError(f"Config.orthogonalizer: expected a callable, got {own!r}")
@@ -234,10 +229,6 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "Config.cautious_update: every rank looks at its gradients, of which "
             "replicas='share' reads those of owned matrices alone; write replicas='each'"
-        )
-    if config.metrics and config.other == "lion":
-        raise ValueError(
-            "Config.metrics: Lion's pass returns no norms; write other='adamw' or metrics=False"
         )
     if config.weight_decay_form != "hyperball":
         return

@@ -18,6 +18,7 @@ LARGEST = torch.finfo(torch.float32).max
 _peaks: Any = WeakIdKeyDictionary()
 _eps: Any = WeakIdKeyDictionary()  # by tensor of adamw_eps: what was written, if it was
 EPS = 1e-8  # of AdamW, if nothing is written
+BETA2 = 0.95  # of the variance, if nothing is written
 
 
 def _with_hints(function: F) -> F:
@@ -53,7 +54,7 @@ class Hyper(NamedTuple):
         *,
         lr: float,
         momentum: float = 0.95,
-        beta2: float = 0.95,
+        beta2: float = BETA2,
         weight_decay: float = 0.0,
         adamw_lr: float | None = None,  # None: lr
         adamw_betas: tuple[float, float] = (0.9, 0.95),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import index
 from typing import Literal, get_args, overload
 
 import torch
@@ -84,15 +85,16 @@ class Schedule:
     @overload
     def __call__(self, step: Tensor) -> Tensor: ...
     def __call__(self, step: int | Tensor) -> float | Tensor:
-        if isinstance(step, int) and not isinstance(step, bool):
+        if isinstance(step, Tensor):
+            if not (step.dtype.is_floating_point or step.is_complex() or step.dtype == torch.bool):
+                return self._of(step)
+        elif hasattr(step, "__index__") and not isinstance(step, bool):  # numpy's integers too
             if step < 0:
                 raise ValueError(f"step: expected an int >= 0, got {step}; the first step is 0")
-            return float(self._of(torch.tensor(step, device="cpu")))
-        if not isinstance(step, Tensor) or step.dtype.is_floating_point or step.is_complex():
-            raise TypeError(
-                f"step: expected an int or a tensor of integers, state['guard.step'], got {step!r}"
-            )
-        return self._of(step)
+            return float(self._of(torch.tensor(index(step), device="cpu")))
+        raise TypeError(
+            f"step: expected an int or a tensor of integers, state['guard.step'], got {step!r}"
+        )
 
     def _of(self, step: Tensor) -> Tensor:
         k = step.detach().double().clamp(min=0.0)

@@ -34,6 +34,12 @@ _RULES = (
         "scale beside it",
     ),
     _Rule(
+        ("snap",),
+        lambda o: not o["normalize"] and o["scale"] == "paper",
+        "scale='paper' brings every update to the same RMS, and normalize=False leaves out the "
+        "variance that would see its norm before; write another scale beside it",
+    ),
+    _Rule(
         ("coefficients", "safety_factor", "steps", "method"),
         lambda o: o["orthogonalizer"] is not None,
         "it is about Newton-Schulz, in whose place the orthogonalizer is",

@@ -205,12 +205,23 @@ def alone(form: str, steps: int, names: tuple[str, ...] = MAIN) -> dict[str, Ten
 
 
 @functools.cache
-def alone_metrics(form: str) -> Tensor:
-    """The metrics of a first step on one device."""
+def alone_metrics(form: str) -> tuple[Tensor, Tensor]:
+    """The metrics of a first step on one device, and of a second one that is skipped."""
     params = dict(tensors(0))
     plan = nm.make_plan(params, config(form, guard="full", metrics=True), routes=routes_of(params))
     result: Any = nm.update(params, tensors(1), nm.init(plan, params), hyper_of(params), plan)
-    return result.metrics
+    skipped: Any = nm.update(
+        result.params, with_fault(tensors(2)), result.state, hyper_of(params), plan
+    )
+    return result.metrics, skipped.metrics
+
+
+def with_fault(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with one entry of one matrix that is not finite."""
+    found = {name: grad.clone() for name, grad in grads.items()}
+    name = next(name for name, grad in found.items() if grad.ndim == 2)
+    found[name][0, 0] = float("nan")
+    return found
 
 
 # --------------------------------------------------------------------------------------- placements
@@ -413,22 +424,28 @@ class _Rank:
             for metrics in (False, True):
                 options = {**options, "guard": "full", "metrics": metrics}
                 plan = layout.plan(params, config("standard", **options))
-                with Collectives() as found:
+                with Collectives() as sent:
                     results.append(
                         nm.update(
                             params, layout.place(tensors(1)), nm.init(plan, params),
                             hyper_of(params), plan,
                         )
                     )  # fmt: skip
-                results[-1] = (results[-1], found.counts)
+                results[-1] = (results[-1], sent.counts)
             (plain, few), (measured, more) = results
-            expected = alone_metrics("standard")
-            off = (measured.metrics - expected).abs() / expected.abs().clamp(min=1e-30)
+            skipped: Any = nm.update(
+                measured.params, layout.place(with_fault(tensors(2))), measured.state,
+                hyper_of(params), plan,
+            )  # fmt: skip
+            expected = torch.cat(alone_metrics("standard"))
+            found = torch.cat([measured.metrics, skipped.metrics])
+            off = (found - expected).abs() / expected.abs().clamp(min=1e-30)
             pairs = [*zip(plain.params.values(), measured.params.values(), strict=True)]
             pairs += zip(plain.state.values(), measured.state.values(), strict=True)
             seen[kind] = {
                 "off": off.nan_to_num(0.0).max().item(),
-                "other nan": (measured.metrics.isnan() != expected.isnan()).sum().item(),
+                "other nan": (found.isnan() != expected.isnan()).sum().item(),
+                "updates of a skipped step": skipped.metrics[[0, 4]].nan_to_num(0.0).max().item(),
                 "same bits": all(torch.equal(local(a), local(b)) for a, b in pairs),
                 "more": dict(more - few),
             }

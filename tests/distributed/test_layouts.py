@@ -110,6 +110,7 @@ def test_metrics_are_those_of_whole_parameters_on_every_rank_by_one_collective_m
     for rank in ranks:
         for kind, seen in rank["metrics"].items():
             assert seen["same bits"] and not seen["other nan"], (kind, seen)
+            assert seen["updates of a skipped step"] == 0.0, (kind, seen)
             assert seen["off"] < 1e-5, (kind, seen)  # 1e-6 was seen, in a spread
             if kind == "ddp, state divided":
                 continue

@@ -115,3 +115,25 @@ def test_zeros_are_zeros_and_nothing_is_empty() -> None:
 def test_a_matrix_takes_little_more_than_a_byte_an_entry() -> None:
     found, scales = codes.quantized(torch.randn(64, 2048))
     assert (found.nbytes + scales.nbytes) / found.numel() <= 1.02
+
+
+@pytest.mark.parametrize(
+    ("beta", "noise", "least", "most"),
+    [
+        (0.95, 1.0, 0.999, 1.0), (0.99, 1.0, 0.997, 1.0), (0.999, 1.0, 0.9, 0.98),
+        (0.95, 0.0, 0.99, 1.0), (0.99, 0.0, 0.96, 1.0),
+    ],
+)  # fmt: skip
+def test_an_average_keeps_its_direction_as_the_guide_on_memory_says(
+    beta: float, noise: float, least: float, most: float
+) -> None:
+    """The cosine between a momentum of codes and one of float32; above 0.99 do not use codes."""
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(16, 128, generator=generator)
+    plain, coded = torch.zeros_like(signal), codes.quantized(torch.zeros_like(signal))
+    for _ in range(min(int(6 / (1 - beta)), 3000)):
+        grad = (1 - beta) * (signal + noise * torch.randn(signal.shape, generator=generator))
+        plain = beta * plain + grad
+        coded = codes.quantized(beta * codes.restored(*coded) + grad)
+    cosine = torch.cosine_similarity(codes.restored(*coded).flatten(), plain.flatten(), dim=0)
+    assert least < cosine.item() <= most + 1e-6

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from normuon_fn.ops import lists, reference
+from normuon_fn.ops import codes, lists, reference
 from tests.ops.test_list_kernels import (
     DEVICE,
     DTYPES,
     KINDS,
+    as_codes,
     flag,
     rests,
     scalar,
@@ -65,6 +66,20 @@ def test_advance_measures_gradients_and_new_momentums(kind: str) -> None:
         assert torch.equal(found[:3], measures)
         near(found[3], norms(grads))
         near(found[4], norms(new))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advance_measures_what_codes_stand_for(kind: str) -> None:
+    lie, grads = KINDS[kind][2], tensors(kind, torch.bfloat16, 1)
+    of_codes, scales = as_codes(tensors(kind, torch.float32, 0), lie)
+    sizes = [1, len(grads) - 1]
+    for keep in turns(kind, (None, False, True)):
+        given = (of_codes, scales, grads, scalar(0.9), flag(keep), sizes, "ema", True)
+        found = both("advance_coded", 2, *given)
+        new, of_new, measures = OPS.advance_coded(*given)
+        assert torch.equal(found[:3], measures)
+        near(found[3], norms(grads))
+        near(found[4], norms([codes.restored(*each) for each in zip(new, of_new, strict=True)]))
 
 
 @pytest.mark.parametrize("master", [None, torch.int16, torch.float32], ids=str)

@@ -263,6 +263,22 @@ ERRORS: dict[str, tuple[Tensors, dict[str, nm.Route], Any, str]] = {
         {"a.qkv.weight": torch.randn(12, 6)}, {}, {"a": torch.ones(2)}, r"nm.Route\(splits=",
     ),
     "frozen": (q_and_k(), {"a.k_proj.weight": FROZEN}, {"a": torch.ones(4)}, "is frozen"),
+    "a frozen bias": (
+        q_and_k(**{"a.k_proj.bias": torch.ones(8)}), {"a.k_proj.bias": FROZEN},
+        {"a": torch.ones(4)}, "k_proj.bias'.*is frozen",
+    ),
+    "heads that the route of the keys knows": (
+        q_and_k(), {"a.k_proj.weight": nm.Route(heads=4)}, {"a": torch.ones(2)}, "has 4 heads",
+    ),
+    "heads that the route of all three knows": (
+        {"a.qkv.weight": torch.randn(24, 6)},
+        {"a.qkv.weight": nm.Route(splits=(16, 4, 4), heads=(4, 2, 2))},
+        {"a": torch.ones(4)}, "has 2 heads",
+    ),
+    "turns without heads": (
+        {"a.query_key_value.weight": torch.randn(12, 6)}, {}, {"a": torch.ones(2)},
+        r"take turns head by head, Route\(heads=3",
+    ),
     "a norm behind it": (
         q_and_k(**{"a.q_norm.weight": torch.ones(2)}), {"a.q_norm.weight": nm.Route("adamw")},
         {"a": torch.ones(4)}, "takes back",

@@ -440,3 +440,15 @@ def test_a_model_and_the_state_go_through_dcps_state_dict_functions(tmp_path: Pa
     assert same(fresh, state) and all(
         torch.equal(p, params[name]) for name, p in other.named_parameters()
     )
+
+
+@pytest.mark.parametrize(("saved", "other"), [("mantissa", "none"), ("mantissa", "fp32")])
+@pytest.mark.filterwarnings("ignore:.*was saved with another configuration")
+def test_the_line_to_write_for_masters_is_what_the_file_was_saved_with(
+    saved: Any, other: Any, tmp_path: Path
+) -> None:
+    plan, params, state = problem(nm.Config(master=saved))
+    nm.save(tmp_path / "run", params, state, plan=plan)
+    with pytest.raises(nm.CheckpointError, match=rf"write Config\(master='{saved}'\)"):
+        nm.load(tmp_path / "run", problem(nm.Config(master=other), 0)[0])
+    nm.load(tmp_path / "run", problem(nm.Config(master=saved), 0)[0])

@@ -367,9 +367,24 @@ def test_no_other_dtype_is_taken_for_a_momentum(dtype: Any) -> None:
     assert nm.Config(momentum_dtype="int8") == nm.Config(momentum_dtype=torch.int8)
 
 
-def test_metrics_of_codes_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"Config.metrics: expected False with momentum_dtype"):
-        nm.Config(momentum_dtype="int8", metrics=True)
+@pytest.mark.parametrize("guard", ["off", "full"])
+def test_metrics_are_of_what_codes_stand_for_and_change_no_bit(guard: Any) -> None:
+    plan, plain = plan_of(metrics=True, guard=guard), run(plan_of(guard=guard), 2)
+    params, state, hyper = run(plan, 2)
+    assert same(params, plain[0]) and same(state, plain[1])
+    result: Any = nm.update(params, tensors(9), state, hyper, plan)
+    numbers = nm.report_metrics(result, plan)
+    for name in MATRICES:
+        now = momentum_of(plan, result.state, name).double()
+        assert numbers[f"momentum_rms/{name}"] == pytest.approx(now.square().mean().sqrt().item())
+        grad = tensors(9)[name].double()
+        assert numbers[f"grad_rms/{name}"] == pytest.approx(grad.square().mean().sqrt().item())
+        assert numbers[f"update_rms/{name}"] == pytest.approx(0.2 * 0.02, rel=1e-5)
+    bad = {**tensors(9), "wide": tensors(9)["wide"] * float("nan")}
+    result = nm.update(params, bad, state, hyper, plan)
+    if guard == "full":  # codes and scales keep their bits, and the number is theirs
+        kept = momentum_of(plan, state, "odd").double().square().mean().sqrt().item()
+        assert nm.report_metrics(result, plan)["momentum_rms/odd"] == pytest.approx(kept)
 
 
 def test_a_step_refuses_a_momentum_of_floats() -> None:

@@ -150,3 +150,24 @@ def test_the_plan_and_the_optimizer_name_it(eager: None) -> None:
     optimizer.step()
     torch.testing.assert_close(w.detach(), torch.tensor([0.9, 1.1, 1.0, 0.9, 0.9]))
     assert set(optimizer.state[w]) == {"exp_avg", "step", "skipped", "consecutive"}
+
+
+@pytest.mark.parametrize("master", ["none", "mantissa", "stochastic", "fp32"])
+def test_metrics_are_those_of_its_step_and_change_no_bit(master: Any) -> None:
+    dtype = torch.float32 if master == "none" else torch.bfloat16
+    options: dict[str, Any] = {"other": "lion", "master": master, "guard": "full"}
+    for step in (nm.update, local_update_):
+        plain, measured = (run(nm.Config(metrics=m, **options), step, dtype) for m in (False, True))
+        for a, b in zip(plain, measured, strict=True):
+            assert all(same_bits(a[name], b[name]) for name in a), step
+    params, state = measured
+    plan = nm.make_plan(params, nm.Config(metrics=True, **options), routes=ROUTES)
+    result = nm.update(params, tensors(9, dtype), state, hyper_of(params), plan)
+    numbers = nm.report_metrics(result, plan)
+    for name in OTHERS:
+        lr = 2**-7 * (0.5 if name == "bias" else 1.0)
+        assert numbers[f"update_rms/{name}"] == pytest.approx(lr)  # signs, times the rate
+        moment = result.state[f"{name}.exp_avg"].double().square().mean().sqrt().item()
+        assert numbers[f"momentum_rms/{name}"] == pytest.approx(moment)
+        size = params[name].double().norm().item()
+        assert numbers[f"weight_norm/{name}"] == pytest.approx(size, rel=1e-2)

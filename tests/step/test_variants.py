@@ -426,3 +426,39 @@ def test_the_plan_shows_what_a_route_has_of_its_own() -> None:
     route = nm.Route("normuon", cautious_update=True, weight_decay_form="hyperball")
     plan = nm.make_plan({"a": torch.randn(8, 12)}, routes={"*": route})
     assert "normuon decay hyperball cautious" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("per", "size"),
+    [  # a floor is no floor for small parameters: any update is longer than this share of them
+        *((per, size) for per in ("hyperball", "entries") for size in (1e-38, 1e-25, 1e20, 1e37)),
+        *((per, size) for per in ("row", "matrix") for size in (1e20, 1e37)),
+    ],
+)
+def test_parameters_whose_squares_are_no_float32_move_as_others_do(per: str, size: float) -> None:
+    """By the same share of themselves, on a hyperball and above a floor."""
+    options: Any = {"update_floor": 0.5, "update_floor_per": per}
+    if per in ("hyperball", "entries"):
+        reduction = "entries" if per == "entries" else "rows"
+        options = {"weight_decay_form": "hyperball", "reduction": reduction}
+    config = nm.Config(orthogonalize_dtype=torch.float32, **options)
+    base, grad, moved = tensors(0)["wide"], {"w": tensors(1)["wide"]}, []
+    for each in (1e10 if size > 1.0 else 1.0, size):
+        params = {"w": base * each}
+        plan = nm.make_plan(params, config, routes={"w": nm.Route()})
+        state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.1)
+        new = nm.update(params, grad, state, hyper, plan).params["w"]
+        moved.append((new.double() - params["w"].double()) / each)
+    assert moved[0].norm() > 0.03 * base.norm()
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=2e-6)
+
+
+def test_a_row_whose_update_has_tiny_entries_moves_by_the_floor_too() -> None:
+    params, grad = {"w": torch.eye(3, 5)}, torch.eye(3, 5)
+    grad[2] *= 1e-30  # its square is no float32
+    options: Any = {"orthogonalize_dtype": torch.float32, "update_floor": 0.5}
+    plan = nm.make_plan(params, nm.Config.preset("muon", **options), routes={"w": nm.Route()})
+    state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=1.0)
+    new = nm.update(params, {"w": grad}, state, hyper, plan).params["w"]
+    ratio = (new - params["w"]).norm(dim=1)
+    torch.testing.assert_close(ratio[2], torch.tensor(0.5))
