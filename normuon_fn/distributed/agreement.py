@@ -30,8 +30,7 @@ PATIENCE_AT_FIRST = 600.0
 PATIENCE = 30.0
 
 Explain = Callable[[Mapping[int, Sequence[str]]], str]  # by rank, what each said
-# By group: how many times its ranks have agreed, and the keys that the last time left.
-_rounds: WeakKeyDictionary[ProcessGroup, tuple[int, list[str]]] = WeakKeyDictionary()
+_left: WeakKeyDictionary[ProcessGroup, list[str]] = WeakKeyDictionary()  # keys of the last time
 
 
 def agree(said: Mapping[str, Sequence[str]], *, first: bool, explain: Explain) -> None:
@@ -95,22 +94,25 @@ class _Round:
     store: Any
     ranks: ProcessGroup
     said: list[str]
-    number: int
     old: list[str]  # keys that nobody reads any more
+    counter: str  # of all times
     key: str
     digest: str
 
     @staticmethod
     def posted(store: Any, ranks: ProcessGroup, said: list[str]) -> _Round:
-        number, old = _rounds.get(ranks, (0, []))
-        text = json.dumps(said)
-        key = f"normuon_fn/{ranks.group_name}/{number}"
-        digest = f"{key}/{hashlib.sha1(text.encode()).hexdigest()}"
+        text, members = json.dumps(said), json.dumps(dist.get_process_group_ranks(ranks))
+        counter = f"normuon_fn/{ranks.group_name}/{_hashed(members)}/arrived"
+        # The store counts, and not this process: a store may have served a group of the same name
+        # and ranks that was destroyed since.
+        number = (store.add(counter, 1) - 1) // ranks.size()
+        key = f"{counter}/{number}"
+        digest = f"{key}/{_hashed(text)}"
         store.set(f"{key}/{ranks.rank()}", text)
         store.add(digest, 1)
-        if store.add(f"{key}/arrived", 1) == ranks.size():
+        if store.add(f"{key}/posted", 1) == ranks.size():
             store.set(f"{key}/all", "")
-        return _Round(store, ranks, said, number, old, key, digest)
+        return _Round(store, ranks, said, _left.get(ranks, []), counter, key, digest)
 
     def complete(self, end: float) -> bool:
         """Whether all ranks have posted by then."""
@@ -132,7 +134,8 @@ class _Round:
     def withdraw(self) -> None:
         """As if this rank had not come: a later agreement of all ranks can succeed."""
         self.store.add(self.digest, -1)
-        self.store.add(f"{self.key}/arrived", -1)
+        self.store.add(f"{self.key}/posted", -1)
+        self.store.add(self.counter, -1)
         self._delete([f"{self.key}/{self.ranks.rank()}"])
 
     def differing(self) -> dict[int, list[str]]:
@@ -145,14 +148,18 @@ class _Round:
         }
 
     def finish(self) -> None:
-        """The next time gets a new number. All have read what the last time left."""
+        """All have read what the last time left."""
         self._delete(self.old)
         left = [f"{self.key}/{self.ranks.rank()}"]
         if self.ranks.rank() == 0:
-            left += [f"{self.key}/all", f"{self.key}/arrived", self.digest]
-        _rounds[self.ranks] = self.number + 1, left
+            left += [f"{self.key}/all", f"{self.key}/posted", self.digest]
+        _left[self.ranks] = left
 
     def _delete(self, keys: Sequence[str]) -> None:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # not every store can
             for key in keys:
                 self.store.delete_key(key)
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha1(text.encode()).hexdigest()

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import normuon_fn as nm
+from normuon_fn.compat import host_store
 from normuon_fn.distributed import agreement
 from normuon_fn.distributed.placements import local
 
@@ -267,6 +268,33 @@ def late_stage(rank: int) -> list[bool]:
     return skipped
 
 
+def made_anew(rank: int) -> list[str]:
+    """The errors of steps with process groups of the same name that one store served in turn.
+
+    gloo has a part of the store to itself: it sometimes connects to the addresses of the last time.
+    """
+    store, world = host_store(), dist.get_world_size()
+    agreement.host_store = lambda: store  # type: ignore[attr-defined]
+    errors = []
+    for steps in (1, 2, 3):
+        dist.destroy_process_group()
+        own = dist.PrefixStore(f"time {steps}", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
+        params = tensors(0)
+        plan = plan_of("mesh", params, guard="full")
+        state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.02)
+
+        def step(*lacking: str) -> None:
+            grads = {name: x for name, x in tensors(1).items() if name not in lacking}
+            nm.update(params, {**dict.fromkeys(lacking), **grads}, state, hyper, plan)  # noqa: B023
+
+        errors += [error_of(step) for _ in range(steps)]
+        errors.append(error_of(lambda: step("bias")) if rank else "")  # noqa: B023
+        step()  # in which rank 0 waits for rank 1
+        errors.append(error_of(lambda: step("bias")))  # noqa: B023
+    return errors
+
+
 def the_end(rank: int) -> str:
     """As `none_later`, but rank 1 does not make the step again: it ends."""
     params = placed("sharded", tensors(0))
@@ -306,6 +334,7 @@ def main(rank: int, world: int, device: torch.device) -> Seen:
     for pair in (("off", "full"), ("output", "full")):
         seen[f"guards {' '.join(pair)}"] = guards(rank, *pair)
     seen["late stage"] = late_stage(rank)
+    seen["made anew"] = made_anew(rank)
     seen["the end"] = the_end(rank)  # the last one: rank 1 leaves
     return seen
 

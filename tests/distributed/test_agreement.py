@@ -144,3 +144,14 @@ def test_stages_of_different_guards_are_refused_on_all_ranks(
 
 def test_a_stage_may_have_a_late_gradient_alone(ranks: Ranks) -> None:
     assert of(ranks, "late stage") == [[False, False]] * 2
+
+
+def test_process_groups_that_are_made_anew_on_the_same_store_agree_as_the_first_ones(
+    ranks: Ranks,
+) -> None:
+    for rank, errors in enumerate(of(ranks, "made anew")):
+        for steps in (1, 2, 3):
+            of_steps, (alone, together) = errors[:steps], errors[steps : steps + 2]
+            assert of_steps == [""] * steps and together == ""
+            assert ("rank 1 alone came" in alone) == (rank == 1)
+            errors = errors[steps + 2 :]
