@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algorithm.momentum import MOMENTUM, SCALE
 from ..compat import Ranks, outside_inference_mode
 from ..compat.collection import without_collection
 from ..distributed import placements
-from ..persistence.gathered import gather_state
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.hyperball import check_sizes
 from ..planning.make_plan import plan_of
 from ..planning.memory import check_each_writable
-from ..planning.momentum_codes import fitting
 from ..planning.plan import Plan
 from ..routing.doubts import warn_at_caller
 from ..runtime.graphed import GraphedStep
@@ -31,6 +28,7 @@ from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
 from .rate_watch import RateWatch
 from .saved import Saved
+from .shared_state import gathered, taking
 from .state import COUNTERS, States, collect, load
 
 Chosen = tuple[bool, ...]  # by parameter: whether a step is planned for it
@@ -211,42 +209,38 @@ class Planner:
 
         Returns the names of the parameters that were stepped, as far as that is known now.
         """
-        away, plans = self._elsewhere, dict[str, Plan]()
-        ends, every = f".{MOMENTUM.name}", saved.states.items()
-        away |= {f"{k.removesuffix(ends)}.{SCALE.name}" for k in away if k.endswith(ends)}
-        given = {n: {k: x for k, x in own.items() if f"{n}.{k}" not in away} for n, own in every}
-        fit = fitting(plans)
-        load(states, self.named, given, lambda of: self.kinds(of, states, begun, plans), fit)
+        plans: dict[str, Plan] = {}
+        kinds = partial(self.kinds, states=states, begun=begun, plan_of=plans)
+        load(states, self.named, saved.states, kinds, taking(plans))
         states.update(saved.others)
         for planned in self.steps.values():
             self.collect(planned, states, begun)
         step = next((states[p]["step"] for p in self.named.values() if p in states), 0)
         return {name for name in (self.named if step > 0 else begun) if saved.states[name]}
 
-    @property
-    def _elsewhere(self) -> set[str]:
-        """The state that this rank lacks, because replicas share it."""
-        return {key for step in self.steps.values() for key in step.plan.owned.elsewhere}
-
     @torch.no_grad()
-    def gathered(self, states: States) -> dict[Any, dict[str, Any]]:
+    def gathered(self, states: States, begun: set[str]) -> dict[Any, dict[str, Any]]:
         """``optimizer.state`` with copies of what other ranks own: a collective of the replicas."""
-        found = {p: dict(kinds) for p, kinds in states.items()}
-        done: set[str] = set()
-        for planned in self.steps.values():
-            plan, new = planned.plan, [name for name in planned.params if name not in done]
-            if plan.owned.group is not None and new:
-                own = dict(planned.state)
-                for name, p in planned.params.items():
-                    own |= {
-                        key: x for kind, x in states[p].items() if (key := f"{name}.{kind}") in own
-                    }
-                whole = gather_state(own, plan)
-                for name in [name for name in new if name in plan.owned.owners]:
-                    kept = {kind: whole[f"{name}.{kind}"] for kind in plan.owned.kinds}
-                    found[planned.params[name]].update(kept)
-            done.update(new)
-        return found
+        if self._config.replicas == "each":
+            return {p: dict(kinds) for p, kinds in states.items()}
+        chosen = tuple([bool(states.get(p)) for p in self.named.values()])
+        steps = self.planned_for(chosen, states, begun)
+        return gathered(states, [(step.plan, step.params, step.state) for step in steps])
+
+    def planned_for(self, chosen: Chosen, states: States, begun: set[str]) -> list[PlannedStep]:
+        """All planned steps, and one more for chosen parameters that are in none of them.
+
+        So it is with what was frozen when the optimizer was made, or made its plans anew, and with
+        what is only in steps that were forgotten. The state of all of them is complete then.
+        """
+        found = [*self.steps.values()]
+        for planned in found:
+            self.collect(planned, states, begun)
+        names = {name for planned in found for name in planned.params}
+        rest = tuple(
+            is_in and name not in names for name, is_in in zip(self.named, chosen, strict=True)
+        )
+        return [*found, self.plan(rest, states, begun)] if any(rest) else found
 
     def kinds(
         self, chosen: Chosen, states: States, begun: set[str], plan_of: dict[str, Plan]
@@ -256,16 +250,7 @@ class Planner:
         Their state is complete then, and their plans are in ``plan_of``. The guard's counters
         belong to every parameter.
         """
-        plans = [planned.plan for planned in self.steps.values()]
-        for planned in self.steps.values():
-            self.collect(planned, states, begun)
-        planned_for = {p.name for plan in plans for p in plan.parameters}
-        rest = tuple(
-            is_in and name not in planned_for
-            for name, is_in in zip(self.named, chosen, strict=True)
-        )
-        if any(rest):
-            plans.append(self.plan(rest, states, begun).plan)
+        plans = [planned.plan for planned in self.planned_for(chosen, states, begun)]
         plan_of.update({p.name: plan for plan in plans for p in plan.parameters})
         found = {name: set(COUNTERS) for name in self.named}
         for key in [key for plan in plans for key in plan.state]:

@@ -45,7 +45,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         """A `state_dict` of all ranks, with ``Config(replicas="share")``: all of them call it."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        return self._packed(self._settled().gathered(self.state))
+        return self._packed(self._settled().gathered(self.state, self._begun))
 
     def _packed(self, states: States) -> dict[str, Any]:
         packed = saved_of.pack(self.param_groups, states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,11 +45,6 @@ def fitted(plan: Plan, name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
             )
         own[MOMENTUM.name] = to_dtensor(as_floats(codes, of_codes, blocks, spec), spec.sharded)
     return own
-
-
-def fitting(plans: Mapping[str, Plan]) -> Callable[[str, Mapping[str, Any]], Mapping[str, Any]]:
-    """`fitted` by the plan of each parameter, which may be added to ``plans`` later."""
-    return lambda name, kinds: fitted(plans[name], name, kinds) if name in plans else kinds
 
 
 def fitted_file(found: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:

@@ -289,9 +289,9 @@ def made_anew(rank: int) -> list[str]:
             nm.update(params, {**dict.fromkeys(lacking), **grads}, state, hyper, plan)  # noqa: B023
 
         errors += [error_of(step) for _ in range(steps)]
-        errors.append(error_of(lambda: step("bias")) if rank else "")  # noqa: B023
+        errors.append(error_of(lambda: step("bias")) if rank else "")
         step()  # in which rank 0 waits for rank 1
-        errors.append(error_of(lambda: step("bias")))  # noqa: B023
+        errors.append(error_of(lambda: step("bias")))
     return errors
 
 

@@ -165,9 +165,9 @@ def ddp(last: bool) -> dict[str, Any]:
 def owned(last: bool) -> dict[str, Any]:
     """As `ddp`, where each matrix's state is on its owner alone."""
 
-    def made(seed: int, lr: float = 0.02) -> tuple[nn.Module, nm.NorMuon]:
+    def made(seed: int, lr: float = 0.02, learns: bool = True) -> tuple[nn.Module, nm.NorMuon]:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        model = model_of(seed)
+        model = model_of(seed).requires_grad_(learns)
         config = dataclasses.replace(EXACT, replicas="share")
         return model, nm.NorMuon(groups(model, lr), guard="full", config=config, mesh=mesh)
 
@@ -187,12 +187,20 @@ def owned(last: bool) -> dict[str, Any]:
     saved = {"optimizer": dcp.get_optimizer_state_dict(model, optimizer)}
     checkpoint.save(saved, checkpoint_id=folder[0])
 
-    def resumed(load: Callable[[nn.Module, nm.NorMuon], None], one: bool = False) -> nn.Module:
-        other, again = made(1, 0.5)
+    model.requires_grad_(False)
+    optimizer.release()  # which forgets what was planned
+    gathered_frozen = copy.deepcopy(optimizer.gathered_state_dict())
+    model.requires_grad_(True)
+
+    def resumed(
+        load: Callable[[nn.Module, nm.NorMuon], None], one: bool = False, learns: bool = True
+    ) -> nn.Module:
+        other, again = made(1, 0.5, learns)
         if one:  # of a single device, which keeps all
             again = nm.NorMuon(groups(other, 0.5), guard="full", config=EXACT, mesh="alone")
         other.load_state_dict(copy.deepcopy(params))
         load(other, again)
+        other.requires_grad_(True)
         train(other, again, range(STEPS, STEPS + 2))
         return other
 
@@ -206,6 +214,12 @@ def owned(last: bool) -> dict[str, Any]:
         "checkpoint, one": resumed(from_checkpoint, one=True),
         "own part": resumed(lambda _, again: again.load_state_dict(part)),
         "gathered": resumed(lambda _, again: again.load_state_dict(gathered)),
+        "gathered, into a frozen model": resumed(
+            lambda _, again: again.load_state_dict(gathered), learns=False
+        ),
+        "gathered of a frozen model": resumed(
+            lambda _, again: again.load_state_dict(gathered_frozen)
+        ),
         "gathered, one": resumed(lambda _, again: again.load_state_dict(gathered), one=True),
     }
     error = ""
