@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ _NOT_COUNTED = (
     "Config(guard='full') into make_plan"
 )
 _SHOWN = 12  # parameters in a message; the table of an error has all of them
-# by the flags of a step: its number, and who has told about it
+# By the flags of a step: its number, and who has told about it. Weakly, because who tells keeps the
+# flags, and both would stay for good.
 _told: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -195,9 +197,9 @@ def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object, note: str =
     Nothing if somebody else has told about this step.
     """
     step, who = _told.get(flags, (None, None))
-    if step == outcome.step and who is not by:
+    if step == outcome.step and who is not None and who() is not by:
         return
-    _told[flags] = outcome.step, by
+    _told[flags] = outcome.step, weakref.ref(by)
     if warns_here(outcome, plan):
         warn_at_caller(
             message_of(outcome, plan) + note, RuntimeWarning

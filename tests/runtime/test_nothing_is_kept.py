@@ -68,6 +68,19 @@ def optimizer(folder: Path, **options: Any) -> Iterable[Any]:
     return [model, own, *model.parameters(), *grads, *state]
 
 
+def skipping(folder: Path) -> Iterable[Any]:
+    model = Model()
+    own = nm.NorMuon(model, lr=0.1, guard="full")
+    monitor = nm.SkipMonitor(own)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    with pytest.warns(RuntimeWarning, match="step 1 skipped"):
+        own.step()
+    assert monitor() == 1 and own.result is not None and own.plan is not None
+    assert nm.check(own.result, own.plan)
+    return [model, own, own.result.flags, own.plan, own._reports.skips, monitor]
+
+
 def table_of_routes(folder: Path) -> Iterable[Any]:
     model = Model()
     return [nm.routes_for(model), model, *model.parameters()]
@@ -106,6 +119,7 @@ USES: dict[str, Use] = {
         folder, guard="full", metrics=True
     ),
     "an optimizer": optimizer,
+    "an optimizer whose last step was skipped": skipping,
     "a table of routes": table_of_routes,
     "lists": lists,
     "qk_clip_": clipped,
