@@ -450,7 +450,7 @@ def test_parameters_whose_squares_are_no_float32_move_as_others_do(per: str, siz
         new = nm.update(params, grad, state, hyper, plan).params["w"]
         moved.append((new.double() - params["w"].double()) / each)
     assert moved[0].norm() > 0.03 * base.norm()
-    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-6)  # 3e-7 was seen
 
 
 def test_a_row_whose_update_has_tiny_entries_moves_by_the_floor_too() -> None:
