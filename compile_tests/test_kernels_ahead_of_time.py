@@ -62,23 +62,27 @@ class Case(NamedTuple):
 
 def product_cases() -> Iterator[tuple[str, Case]]:
     for generation, table in product_configs.CONFIGS.items():
-        for (kind, large), config in table.items():
-            name = f"{kind}-{generation}-{'large' if large else 'small'}"
+        seen = set()
+        for (kind, size), config in table.items():
+            if (kind, config) in seen:  # huge matrices as large ones
+                continue
+            seen.add((kind, config))
+            name = f"{kind}-{generation}-{size}"
             yield name, product_case(kind, config, ARCHITECTURES[generation])
             if config.variant != "pointers":
                 yield (
                     f"{name}-without-descriptors",
                     product_case(
-                        kind, product_configs.WITHOUT_DESCRIPTORS[large], ARCHITECTURES[generation]
+                        kind, product_configs.WITHOUT_DESCRIPTORS[size], ARCHITECTURES[generation]
                     ),
                 )
     descriptors, pointers = (
-        product_configs.CONFIGS[9]["symmetric_matmul", True],
-        product_configs.WITHOUT_DESCRIPTORS[True],
+        product_configs.CONFIGS[9]["symmetric_matmul", "large"],
+        product_configs.WITHOUT_DESCRIPTORS["large"],
     )
     yield "symmetric_matmul-bf16", product_case("symmetric_matmul", descriptors, 90, dtype="bf16")
     for kind in ("symmetric_matmul", "symmetric_addmm"):
-        config = product_configs.CONFIGS[9][kind, True]
+        config = product_configs.CONFIGS[9][kind, "large"]
         yield f"{kind}-equal-halves", product_case(kind, config, 90, mirror=False)
     yield (
         "symmetric_matmul-bf16-pointers",
@@ -90,7 +94,7 @@ def product_cases() -> Iterator[tuple[str, Case]]:
     )
     yield (
         "addmm-of-transposed",
-        product_case("addmm", product_configs.CONFIGS[9]["addmm", True], 90, transposed=True),
+        product_case("addmm", product_configs.CONFIGS[9]["addmm", "large"], 90, transposed=True),
     )
     yield "symmetric_matmul-odd", product_case("symmetric_matmul", pointers, 90, even=False)
 

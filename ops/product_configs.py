@@ -26,50 +26,59 @@ class TileConfig(NamedTuple):
     ends: bool = False
 
 
-_SMALL, _LARGE = False, True
-_LARGE_FROM = 1025  # rows
+Size = Literal["small", "large", "huge"]  # of matrices, by rows
+SIZES: tuple[Size, ...] = ("small", "large", "huge")
+_LARGE_FROM, _HUGE_FROM = 769, 4000  # huge: two matrices are more than L2 holds (50 MB)
 KINDS = ("symmetric_matmul", "symmetric_addmm", "addmm")
-Configs = dict[tuple[str, bool], TileConfig]  # by product, and whether the matrices are large
+Configs = dict[tuple[str, Size], TileConfig]  # by product and size
 
 
 def _for_all(small: TileConfig, large: TileConfig) -> Configs:
-    by_size = ((_SMALL, small), (_LARGE, large))
+    by_size: tuple[tuple[Size, TileConfig], ...] = (
+        ("small", small),
+        ("large", large),
+        ("huge", large),
+    )
     return {(kind, size): config for kind in KINDS for size, config in by_size}
 
 
 # By the device's generation: shared memory is 227 KiB on 9 and 10, 163 KiB on 8, and 99 KiB on
-# "lean" ones (8.6, 8.9, 12). For 9, the fastest that `python examples/benchmarks/tune.py` found;
-# the TFLOP/s count a full product (H100, torch 2.11, triton 3.6, 2026-11-22). The others are not
-# measured.
+# "lean" ones (8.6, 8.9, 12). For 9, the fastest that `python examples/benchmarks/tune.py` found, at
+# the clock that a GPU holds under load; in TFLOP/s of a full product, with cuBLAS in parentheses
+# (H200, torch 2.11, triton 3.6, 2026-11-29). The others are not measured.
 CONFIGS: dict[int | str, Configs] = {
     "lean": _for_all(TileConfig(128, 128, 32, 8, 8, 3), TileConfig(128, 128, 32, 8, 8, 3)),
     8: _for_all(TileConfig(128, 128, 32, 8, 8, 4), TileConfig(128, 128, 64, 8, 8, 4)),
     9: {
-        # 683 for 48 x 768 x 768 in bfloat16 (cuBLAS 649); 999 for 12 x 768 x 3072 in float16 (642)
-        ("symmetric_matmul", _SMALL): TileConfig(128, 128, 64, 8, 8, 3, "tma"),
-        # 1257 for 96 x 2048 x 2048 in bfloat16 (786); 1253 for 48 x 2048 x 8192 in float16 (H200,
-        # 2026-11-28, like the other two with ends; stored by pointers 1127 and 1191)
-        ("symmetric_matmul", _LARGE): TileConfig(128, 256, 64, 8, 8, 3, "persistent", ends=True),
-        # 606 for 48 x 768 x 768 in bfloat16 (341); 645 for 12 of them in float16 (363).
-        # With 8 warps 493 and 690.
-        ("symmetric_addmm", _SMALL): TileConfig(128, 128, 64, 8, 4, 3, "tma"),
-        # 1216 for 96 x 2048 x 2048 in bfloat16 (638); 1130 for 48 of them in float16. Without ends,
-        # in persistent programs, 1091 and 1046.
-        ("symmetric_addmm", _LARGE): TileConfig(128, 128, 64, 16, 4, 3, "tma", ends=True),
-        # 484 for 48 x 768 x 768 in bfloat16 (316); 503 for 12 x 768 x 3072 in float16 (334)
-        ("addmm", _SMALL): TileConfig(128, 256, 64, 8, 8, 4, "persistent"),
-        # 696 for 96 x 2048 x 2048 in bfloat16 (630); 660 for 48 x 2048 x 8192 in float16. Without
-        # ends 688 and 586.
-        ("addmm", _LARGE): TileConfig(128, 256, 64, 16, 8, 3, "persistent", ends=True),
+        # 760 for 48 x 768 x 768 in bfloat16 (575); 470 for 50 x 648 x 888 (369)
+        ("symmetric_matmul", "small"): TileConfig(128, 128, 64, 8, 4, 3, "tma", ends=True),
+        # 1065 for 96 x 2048 x 2048 (673); 624 for 61 x 864 x 920 (479); 1128 for 48 x 2048 x 8192
+        # in float16 (668)
+        ("symmetric_matmul", "large"): TileConfig(128, 256, 64, 16, 8, 3, "persistent", ends=True),
+        # 1314 for 12008 x 14336 (701), 1219 for 8 x 4096 x 4096 (682)
+        ("symmetric_matmul", "huge"): TileConfig(128, 256, 64, 4, 8, 3, "persistent", ends=True),
+        # 670 for 48 x 768 x 768 (362); 374 for 50 x 648 x 888 (219)
+        ("symmetric_addmm", "small"): TileConfig(128, 128, 64, 8, 4, 3, "tma", ends=True),
+        # 1034 for 96 x 2048 x 2048 (558); 636 for 61 x 864 x 920 (274)
+        ("symmetric_addmm", "large"): TileConfig(128, 128, 64, 16, 4, 3, "tma", ends=True),
+        # 1138 for 12008 x 14336 (618); in tiles of 128 x 128, 851. 1138 for 8 x 4096 x 4096 (621)
+        ("symmetric_addmm", "huge"): TileConfig(128, 256, 64, 4, 8, 3, "persistent", ends=True),
+        # 483 for 48 x 768 x 768 (347); 285 for 50 x 648 x 888 (212)
+        ("addmm", "small"): TileConfig(128, 256, 64, 4, 8, 3, "persistent", ends=True),
+        # 594 for 96 x 2048 x 2048 (538); 398 for 61 x 864 x 920 (302)
+        ("addmm", "large"): TileConfig(128, 256, 64, 16, 8, 3, "persistent", ends=True),
+        # 670 for 12008 x 14336 (642)
+        ("addmm", "huge"): TileConfig(128, 256, 64, 4, 8, 3, "persistent", ends=True),
     },
     10: _for_all(
         TileConfig(128, 128, 64, 8, 8, 3, "tma"), TileConfig(128, 128, 64, 8, 8, 3, "tma")
     ),
 }
 # On 9 and 10, for inputs that no descriptor takes.
-WITHOUT_DESCRIPTORS = {
-    _SMALL: TileConfig(128, 128, 64, 8, 4, 3),
-    _LARGE: TileConfig(128, 256, 64, 8, 8, 3),
+WITHOUT_DESCRIPTORS: dict[Size, TileConfig] = {
+    "small": TileConfig(128, 128, 64, 8, 4, 3),
+    "large": TileConfig(128, 256, 64, 8, 8, 3),
+    "huge": TileConfig(128, 256, 64, 8, 8, 3),
 }
 
 
@@ -79,10 +88,10 @@ def config_for(
     """The configuration for a product; the interpreter on the CPU takes that of generation 9."""
     kind = "addmm" if not symmetric else "symmetric_addmm" if has_c else "symmetric_matmul"
     generation = 9 if device.type == "cpu" else _generation(device.index)
-    large = rows >= _LARGE_FROM
-    config = CONFIGS[generation][kind, large]
+    size: Size = "small" if rows < _LARGE_FROM else "large" if rows < _HUGE_FROM else "huge"
+    config = CONFIGS[generation][kind, size]
     if config.variant != "pointers" and not fits_descriptor:
-        return WITHOUT_DESCRIPTORS[large]
+        return WITHOUT_DESCRIPTORS[size]
     return config
 
 

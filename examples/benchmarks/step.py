@@ -26,6 +26,10 @@ median) is good to less than the spread that stands beside it.
     floor            max(arithmetic, bytes) summed over the products of each bucket, plus 26 B per
                      parameter in float32 for the passes over parameters, gradients and momentum, at
                      this device's own ceilings: a matmul of 8192^3 and a large copy, measured here
+    share            floor over median
+    held             the same with the ceiling that the matmul holds when it is repeated for 1.5 s:
+                     a GPU under load is kept at its power limit, and its clock falls (H200: from
+                     1980 to 1470 MHz), as it does under every row of more than 50 ms
     host ms          of one call on an idle device
     peak GiB         the most that was allocated (2^30) above params + grads + state, including the
                      first call and the capture
@@ -83,6 +87,7 @@ WORKLOADS: dict[str, Shapes] = {
 GUARDS = ("off", "output", "full")
 BLOCK = 5  # calls in a row
 ROUNDS = 6
+HELD = 1.5  # seconds of a product, after which the clock does not fall any more
 
 
 @dataclass
@@ -94,6 +99,7 @@ class Row:
     host_ms: float | None = None
     flop: float | None = None
     floor_ms: float | None = None
+    held_floor_ms: float | None = None
     peak_gib: float | None = None
     first_s: float | None = None
     ratio: float | None = None  # against the first row of the workload
@@ -184,14 +190,23 @@ class Device:
         ms = self.warm_median(lambda: target.copy_(source))
         return 2 * source.numel() * 4 / ms * 1e3
 
+    def flops(self, dtype: torch.dtype, held: bool = False) -> float:
+        """FLOP a second of a large square product, at once or ``held`` under load.
+
+        float16 counts as bfloat16: the same units.
+        """
+        return self._flops(torch.bfloat16 if dtype == torch.float16 else dtype, held)
+
     @functools.cache  # noqa: B019 - one object, for the life of the process
-    def flops(self, dtype: torch.dtype) -> float:
-        """FLOP a second of a large square product. float16 counts as bfloat16: the same units."""
-        if dtype == torch.float16:
-            return self.flops(torch.bfloat16)
+    def _flops(self, dtype: torch.dtype, held: bool) -> float:
         n = (8192 if dtype == torch.bfloat16 else 4096) if self.cuda else 1024
         a, b = (torch.randn(n, n, dtype=dtype, device=self.device) for _ in range(2))
-        ms = self.warm_median(lambda: a @ b)
+        if held:
+            start = time.perf_counter()
+            while time.perf_counter() - start < HELD:
+                ms = statistics.median(self.block(lambda: a @ b, 20))
+        else:
+            ms = self.warm_median(lambda: a @ b)
         return 2 * n**3 / ms * 1e3
 
     def __str__(self) -> str:
@@ -266,14 +281,17 @@ def plan_products(plan: nm.Plan) -> list[tuple[torch.dtype, list[tuple[float, fl
 
 
 def floor_ms(
-    device: Device, parts: list[tuple[torch.dtype, list[tuple[float, float]]]], passes: float = 0.0
+    device: Device,
+    parts: list[tuple[torch.dtype, list[tuple[float, float]]]],
+    passes: float = 0.0,
+    held: bool = False,
 ) -> float:
     """``passes``: bytes moved besides the products."""
     total = passes / device.bandwidth
     for dtype, each in parts:
         scale = dtype.itemsize / 2
         total += sum(
-            max(flop / device.flops(dtype), scale * moved / device.bandwidth)
+            max(flop / device.flops(dtype, held), scale * moved / device.bandwidth)
             for flop, moved in each
         )
     return 1e3 * total
@@ -281,6 +299,17 @@ def floor_ms(
 
 def total_flop(parts: list[tuple[torch.dtype, list[tuple[float, float]]]]) -> float:
     return sum(flop for _, each in parts for flop, _ in each)
+
+
+def set_floor(
+    row: Row,
+    device: Device,
+    parts: list[tuple[torch.dtype, list[tuple[float, float]]]],
+    passes: float = 0.0,
+) -> None:
+    row.flop, row.floor_ms = total_flop(parts), floor_ms(device, parts, passes)
+    if device.cuda:
+        row.held_floor_ms = floor_ms(device, parts, passes, held=True)
 
 
 def pass_bytes(params: dict[str, Tensor]) -> float:
@@ -375,7 +404,7 @@ class Workload:
             (dtype, [(f / self.ranks, b / self.ranks) for f, b in each])
             for dtype, each in plan_products(plan)
         ]
-        row.flop, row.floor_ms = total_flop(parts), floor_ms(device, parts, pass_bytes(self.here))
+        set_floor(row, device, parts, pass_bytes(self.here))
         return Entry(row, call, graphed.release if graphed is not None else lambda: None)
 
     def peer(self, build: Callable[[list[Tensor]], torch.optim.Optimizer], row: Row) -> Entry:
@@ -618,7 +647,7 @@ def orthogonalize_rows(
             row.peak_gib = (device.peak() - before) / 2**30 if device.cuda else None
             row.host_ms = device.host_ms(functools.partial(function, x))
             parts = plan_products(plan)
-            row.flop, row.floor_ms = total_flop(parts), floor_ms(device, parts)
+            set_floor(row, device, parts)
             entries.append(Entry(row, functools.partial(function, x)))
     interleave(
         device, entries, options.rounds, f"orthogonalize {spec}", found[0] if found else None
@@ -649,6 +678,7 @@ def table(rows: list[Row], markdown: bool = False) -> str:
             "TFLOP/s",
             "floor ms",
             "share",
+            "held",
             "host ms",
             "peak GiB",
             "first s",
@@ -661,7 +691,7 @@ def table(rows: list[Row], markdown: bool = False) -> str:
             else "-"
         )
         speed = None if row.flop is None else row.flop / row.median * 1e-9
-        share = None if row.floor_ms is None else 100 * row.floor_ms / row.median
+        shares = [percent(floor, row.median) for floor in (row.floor_ms, row.held_floor_ms)]
         cells.append(
             (
                 row.name,
@@ -670,7 +700,7 @@ def table(rows: list[Row], markdown: bool = False) -> str:
                 rated,
                 number(speed, 1),
                 number(row.floor_ms, 2),
-                number(share, 0) + ("" if number(share, 0) == "-" else " %"),
+                *shares,
                 number(row.host_ms, 3),
                 number(row.peak_gib, 2),
                 number(row.first_s, 1),
@@ -682,6 +712,11 @@ def table(rows: list[Row], markdown: bool = False) -> str:
 
 def number(x: float | None, digits: int) -> str:
     return "-" if x is None or math.isnan(x) else f"{x:.{digits}f}"
+
+
+def percent(floor: float | None, ms: float) -> str:
+    share = number(None if floor is None else 100 * floor / ms, 0)
+    return share if share == "-" else f"{share} %"
 
 
 def render(cells: list[tuple[str, ...]], markdown: bool) -> str:
@@ -716,7 +751,10 @@ def environment(device: Device) -> dict[str, Any]:
     }
     for dtype in (torch.bfloat16, torch.float32):
         if device.cuda or dtype == torch.float32:
-            found[str(dtype).removeprefix("torch.")] = f"{device.flops(dtype) * 1e-12:.3g} TFLOP/s"
+            rate = f"{device.flops(dtype) * 1e-12:.3g} TFLOP/s"
+            if device.cuda:
+                rate += f" (held {device.flops(dtype, True) * 1e-12:.3g})"
+            found[str(dtype).removeprefix("torch.")] = rate
     device.clear()
     return {name: value for name, value in found.items() if value is not None}
 
@@ -815,7 +853,9 @@ def value(row: Row, what: str) -> tuple[float | None, str]:
     if got is not None and what == "percent" and row.spread is not None:
         note = f"± {100 * row.spread:.2g} %"
     if got is not None and what == "median" and row.floor_ms is not None:
-        note = f"floor here {row.floor_ms:.3g}, {100 * row.floor_ms / row.median:.0f} %"
+        note = f"floor here {row.floor_ms:.3g}, {percent(row.floor_ms, row.median)}"
+        if row.held_floor_ms is not None:
+            note += f"; at the clock held under load {percent(row.held_floor_ms, row.median)}"
     return got, note
 
 
@@ -838,10 +878,10 @@ def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, 
             )
         form = "graph" if graph else "step_"
         a, b = find(one, f"{form}, guard off"), find(two, f"{form}, guard off")
-        eager = find(two, "step_, guard off")
+        eager, full = find(two, "step_, guard off"), find(two, f"{form}, guard full")
         listed = [
-            (f"{small}, fp32", "ms", 3.8, 2.6, a, "median"),
-            (f"{large}, fp32", "ms", 74, 64, b, "median"),
+            (f"{small}, fp32", "ms", 2.8, 2.5, a, "median"),
+            (f"{large}, fp32", "ms", 64, 58, b, "median"),
             (
                 f'guard "output" on / off at {large}',
                 "%",
@@ -853,34 +893,42 @@ def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, 
             (
                 f'guard "full" on / off at {large}',
                 "%",
-                4,
-                1,
-                find(two, f"{form}, guard full"),
+                1.5,
+                0.5,
+                full,
                 "percent",
             ),
-            (f"peak memory over params + grads + state at {large}", "GiB", 3.5, 2.6, b, "peak_gib"),
+            (f"peak memory over params + grads + state at {large}", "GiB", 3.0, 2.3, b, "peak_gib"),
+            (
+                f'peak memory over params + grads + state at {large}, guard "full"',
+                "GiB",
+                3.5,
+                2.6,
+                full,
+                "peak_gib",
+            ),
             (f"host time of a replayed step, {large}", "ms", 0.1, None, b, "host_ms"),
             (f"host time of step_ without a graph, {large}", "ms", 3, 1, eager, "host_ms"),
             (
                 f"first step, empty caches, {small}",
                 "s",
-                25,
-                10,
+                12,
+                8,
                 find(one, "step_, guard off"),
                 "first_s",
             ),
             (
                 f"orthogonalize alone, {squares} bf16",
                 "ms",
-                31,
-                26,
+                28,
+                25,
                 results[f"orthogonalize {squares} bf16"][0],
                 "median",
             ),
             (
                 f"orthogonalize alone, {wides} bf16",
                 "ms",
-                29,
+                28,
                 25,
                 results[f"orthogonalize {wides} bf16"][0],
                 "median",

@@ -1,7 +1,7 @@
 """Which configuration of the product kernel is fastest on this CUDA device, beside cuBLAS.
 
     python examples/benchmarks/tune.py                                  # about 4 minutes
-    python examples/benchmarks/tune.py --quick              # fewer shapes and candidates: 1 minute
+    python examples/benchmarks/tune.py --quick              # fewer shapes and candidates
     python examples/benchmarks/tune.py --shape 48x768x768 --dtype bfloat16 --json results.json
 
 All three variants are in ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both
@@ -9,12 +9,15 @@ operands by tensor descriptors, and "persistent" does so in one program per SM. 
 `CONFIGS` in ``ops/product_configs.py``.
 
 Times are medians over replays of a CUDA graph of several launches, divided by their number: no host
-time is in them. "effective" counts 2 rows^2 cols of a symmetric product, as a full one costs,
-"real" only the tiles that are computed.
+time is in them. Replays follow one another for ``--seconds``, and the second half counts: a GPU
+that has multiplied for a while is held at its power limit, where the clock is a quarter lower
+(H200), and what takes less energy may win there. "effective" counts 2 rows^2 cols of a symmetric
+product, as a full one costs, "real" only the tiles that are computed.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -60,6 +63,10 @@ POINTERS = [
     TileConfig(256, 128, 64, 8, 8, 4),
 ]
 TMA = [
+    TileConfig(64, 64, 64, 8, 4, 4, "tma"),
+    TileConfig(64, 128, 64, 8, 4, 4, "tma"),
+    TileConfig(128, 64, 64, 8, 4, 4, "tma"),
+    TileConfig(64, 256, 64, 8, 4, 3, "tma"),
     TileConfig(128, 128, 64, 8, 4, 3, "tma"),
     TileConfig(128, 128, 64, 8, 8, 3, "tma"),
     TileConfig(128, 128, 64, 8, 8, 4, "tma"),
@@ -71,10 +78,19 @@ PERSISTENT = [
     TileConfig(128, 128, 64, 8, 8, 4, "persistent"),
     TileConfig(128, 256, 64, 8, 8, 3, "persistent"),
     TileConfig(128, 256, 64, 8, 8, 4, "persistent"),
+    TileConfig(256, 128, 64, 8, 8, 3, "persistent"),
 ]
 # c loaded and the result stored by descriptors, too
 ENDS = [
+    TileConfig(64, 64, 64, 8, 4, 4, "tma", ends=True),
+    TileConfig(64, 128, 64, 8, 4, 4, "tma", ends=True),
+    TileConfig(128, 64, 64, 8, 4, 4, "tma", ends=True),
+    TileConfig(64, 256, 64, 8, 4, 3, "tma", ends=True),
+    TileConfig(128, 128, 64, 4, 4, 3, "tma", ends=True),
     TileConfig(128, 128, 64, 8, 4, 3, "tma", ends=True),
+    TileConfig(128, 128, 64, 8, 8, 4, "persistent", ends=True),
+    TileConfig(128, 128, 128, 8, 8, 2, "persistent", ends=True),
+    TileConfig(128, 256, 64, 4, 8, 3, "persistent", ends=True),
     TileConfig(128, 128, 64, 16, 4, 3, "tma", ends=True),
     TileConfig(128, 256, 64, 8, 8, 3, "tma", ends=True),
     TileConfig(128, 256, 64, 8, 8, 3, "persistent", ends=True),
@@ -82,14 +98,8 @@ ENDS = [
 ]
 ALL = POINTERS + TMA + PERSISTENT + ENDS
 QUICK = [
-    *(
-        c
-        for c in POINTERS
-        if c[:3] in ((128, 128, 64), (128, 256, 64)) and c.group == 8 and c.num_stages < 5
-    ),
-    *TMA[2:],
-    *PERSISTENT[1:3],
-    *ENDS[1:4],
+    *(c for c in TMA + PERSISTENT if c.num_stages == 3 and c.block_m == 128 <= c.block_n),
+    *ENDS,
 ]
 
 
@@ -159,11 +169,12 @@ def compile_all(
     return failed
 
 
-def milliseconds(function: Callable[[], Any], replays: int) -> float:
-    """Median time of a call, without the host's part."""
+def milliseconds(function: Callable[[], Any], span: float) -> float:
+    """Median time of a call, without the host's part, in the second half of ``span`` seconds."""
     function()
     torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    mark = functools.partial(torch.cuda.Event, enable_timing=True)
+    start, end = mark(), mark()
     start.record()
     function()
     end.record()
@@ -173,15 +184,18 @@ def milliseconds(function: Callable[[], Any], replays: int) -> float:
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start.record()
+    marks = [mark()]
+    marks[0].record()
+    began = time.perf_counter()
+    while time.perf_counter() - began < span or len(marks) < 6:
         graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
+        marks.append(mark())
+        marks[-1].record()
+        if len(marks) > 4:  # the device is never without work, and the host is not far ahead
+            marks[-4].synchronize()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) / calls for a, b in itertools.pairwise(marks)]
+    return statistics.median(times[len(times) // 2 :])
 
 
 def difference(out: Tensor, reference: Tensor) -> float:
@@ -189,7 +203,7 @@ def difference(out: Tensor, reference: Tensor) -> float:
 
 
 def measure(
-    candidates: list[TileConfig], given: tuple[Any, ...], tolerance: float, replays: int
+    candidates: list[TileConfig], given: tuple[Any, ...], tolerance: float, span: float
 ) -> dict[str, Any]:
     """cuBLAS and every candidate on one product."""
     a, b, _, alpha, _, symmetric = given
@@ -198,7 +212,7 @@ def measure(
     reference = cublas(given) * (alpha if given[2] is None else 1.0)
     flop = 2 * n * rows * cols * depth
     found: dict[str, Any] = {
-        "cublas_ms": milliseconds(lambda: cublas(given), replays),
+        "cublas_ms": milliseconds(lambda: cublas(given), span),
         "candidates": [],
         "failed": {},
     }
@@ -214,7 +228,7 @@ def measure(
             if symmetric and not torch.equal(out, out.mT):
                 raise ArithmeticError("the result is not symmetric")
             del out
-            ms = milliseconds(functools.partial(run, candidate, given), replays)
+            ms = milliseconds(functools.partial(run, candidate, given), span)
         except Exception as error:  # out of resources: the sweep goes on
             found["failed"][name_of(candidate)] = (
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -280,11 +294,15 @@ def main() -> None:
         choices=["float16", "bfloat16"],
         help="default: the package's for the shape",
     )
+    parser.add_argument("--operation", action="append", choices=OPERATIONS, help="default: all")
     parser.add_argument("--variant", action="append", choices=["pointers", "tma", "persistent"])
     parser.add_argument(
         "--quick", action="store_true", help="three shapes, and the candidates most likely to win"
     )
-    parser.add_argument("--replays", type=int, default=5)
+    parser.add_argument(
+        "--seconds", type=float, default=0.3, help="for each; the first half does not count"
+    )
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache")
     parser.add_argument("--threads", type=int, default=12, help="that compile")
     parser.add_argument("--json", metavar="FILE", help="all numbers, written after every shape")
     args = parser.parse_args()
@@ -322,6 +340,8 @@ def main() -> None:
     for name, reason in failed.items():
         print(f"  {name}: {reason}")
     del small
+    if args.compile_only:
+        return
 
     results = []
     for (n, rows, cols), dtype in cases:
@@ -329,8 +349,8 @@ def main() -> None:
         tolerance = 2e-3 if dtype == torch.float16 else 1e-2
         given = inputs(n, rows, cols, dtype)
         found = {
-            operation: measure(candidates, given[operation], tolerance, args.replays)
-            for operation in OPERATIONS
+            operation: measure(candidates, given[operation], tolerance, args.seconds)
+            for operation in args.operation or OPERATIONS
         }
         shape, name = f"{n} x {rows} x {cols}", str(dtype).removeprefix("torch.")
         title = f"\n{shape}, {name} ({time.perf_counter() - start:.0f} s)"

@@ -84,11 +84,11 @@ def test_json_holds_numbers(benchmark, monkeypatch, capsys) -> None:
 def test_the_bars_are_one_markdown_table(benchmark, monkeypatch, capsys) -> None:
     printed = run(benchmark, monkeypatch, capsys, "--bars", "--tiny")
     bars = [line for line in printed.split("###")[0].splitlines() if line.startswith("| ")]
-    assert len(bars) == 2 + 10 + 2 and len({line.count("|") for line in bars}) == 1
+    assert len(bars) == 2 + 11 + 2 and len({line.count("|") for line in bars}) == 1
     missing = [
         line for line in bars if "not measured" in line
     ]  # what there is no number for without CUDA
-    assert len(missing) == 3 and all(
+    assert len(missing) == 4 and all(
         "peak memory" in line or "host time" in line for line in missing
     )
     assert "Error" not in printed

@@ -164,7 +164,7 @@ def check_choice() -> None:
         given = x, x.mT, c, torch.empty_like(c, memory_format=torch.contiguous_format)
         return hasattr(product_launch.prepare(*given, 1.0, 1.0, True, None).pointers[3], "base")
 
-    assert ends(1032) and not (ends(1030) or ends(64) or ends(1032, misaligned=True))
+    assert ends(1032) and ends(64) and not (ends(1030) or ends(1032, misaligned=True))
     with pytest.raises(ValueError, match="result"):
         product(*(torch.zeros(1, 20, 24).half(), torch.zeros(1, 24, 20).half(), None), 1.0, 0.0,
                 True, DESCRIPTORS[0]._replace(ends=True))  # fmt: skip
