@@ -302,7 +302,13 @@ def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: b
         for of in by_collective
     ]
     # Replicated matrices are where they are needed: no exchange comes before the first product.
-    ahead = times[0] if times and layout != "ddp" else 0.0
+    # The hops of the first exchange.
+    hops, met = 0, 1
+    while layout == "fsdp2" and met < world:
+        met *= len(ranks[0].collectives[hops].ranks)
+        hops += 1
+    hops = hops or 1
+    ahead = sum(times[:hops]) if layout != "ddp" else 0.0
     other = sum(times) - ahead
     totals = {
         way: max(sum(beyond(r, c.ranks, getattr(c, way))[0] for c in r.collectives) for r in ranks)

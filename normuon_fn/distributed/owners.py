@@ -110,11 +110,22 @@ class Shared(NamedTuple):
         return float(short * short * (short + long))
 
 
+def scattered(ranks: Sequence[int]) -> list[int]:
+    """The same ranks with the bits of their places reversed: the first lie far from one another.
+
+    If a few of many ranks own the matrices, they shall be of many nodes, whose links they use.
+    """
+    bits = (len(ranks) - 1).bit_length()
+    mirrored = [int(f"{k:0{bits}b}"[::-1], 2) for k in range(2**bits)] if bits else [0]
+    return [ranks[k] for k in mirrored if k < len(ranks)]
+
+
 def balance(groups: Sequence[Shared]) -> list[Ownership]:
     """The ownerships of all groups of a plan, in their order, with the counts filled in.
 
     Every rank owns an equal number of each group's matrices. The remainder goes to the ranks with
-    the least work so far; groups of the most expensive matrices come first.
+    the least work so far, scattered over all of them; groups of the most expensive matrices come
+    first.
     """
     found = [group.ownership for group in groups]
     load: dict[tuple[str, frozenset[int]], dict[int, float]] = {}
@@ -126,7 +137,7 @@ def balance(groups: Sequence[Shared]) -> list[Ownership]:
         among = ownership.group, frozenset(ranks)
         busy = load.setdefault(among, dict.fromkeys(ranks, 0.0))
         base, rest = divmod(matrices, len(ranks))
-        extra = set(sorted(ranks, key=lambda rank: busy[rank])[:rest])
+        extra = set(sorted(scattered(ranks), key=lambda rank: busy[rank])[:rest])
         counts = tuple(
             tuple(base + (rank in extra) for rank in of_replica) for of_replica in ownership.ranks
         )
