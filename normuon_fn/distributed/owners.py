@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..compat import Ranks, process_group
 from .placements import ALONE, RankGroup, ShardedLayout
@@ -110,14 +110,17 @@ class Shared(NamedTuple):
         return float(short * short * (short + long))
 
 
-def scattered(ranks: Sequence[int]) -> list[int]:
-    """The same ranks with the bits of their places reversed: the first lie far from one another.
+T = TypeVar("T")
+
+
+def scattered(shards: Sequence[T]) -> list[T]:
+    """The same with the bits of their places reversed: the first lie far from one another.
 
     If a few of many ranks own the matrices, they shall be of many nodes, whose links they use.
     """
-    bits = (len(ranks) - 1).bit_length()
+    bits = (len(shards) - 1).bit_length()
     mirrored = [int(f"{k:0{bits}b}"[::-1], 2) for k in range(2**bits)] if bits else [0]
-    return [ranks[k] for k in mirrored if k < len(ranks)]
+    return [shards[k] for k in mirrored if k < len(shards)]
 
 
 def balance(groups: Sequence[Shared]) -> list[Ownership]:
@@ -132,12 +135,13 @@ def balance(groups: Sequence[Shared]) -> list[Ownership]:
     for k in sorted(range(len(groups)), key=lambda k: groups[k].cost, reverse=True):
         ownership, matrices, _, _ = group = groups[k]
         # Alternately from all replicas, so that the remainder is divided among them too.
-        ranks = [rank for of_shard in zip(*ownership.ranks, strict=True) for rank in of_shard]
+        by_shard = scattered([*zip(*ownership.ranks, strict=True)])
+        ranks = [rank for of_shard in by_shard for rank in of_shard]
         # Blocks of replicas that work by themselves must all divide their work in the same way.
         among = ownership.group, frozenset(ranks)
         busy = load.setdefault(among, dict.fromkeys(ranks, 0.0))
         base, rest = divmod(matrices, len(ranks))
-        extra = set(sorted(scattered(ranks), key=lambda rank: busy[rank])[:rest])
+        extra = set(sorted(ranks, key=lambda rank: busy[rank])[:rest])
         counts = tuple(
             tuple(base + (rank in extra) for rank in of_replica) for of_replica in ownership.ranks
         )
