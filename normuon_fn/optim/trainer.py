@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.placements import rank_and_world_size
+from ..planning.before_ranks import OF_TRAINER, asks_for_ranks, is_before_ranks
+from ..routing.doubts import warn_at_caller
 from ..routing.modules import routes_for
 from ..routing.resolve import Routes
 from ..routing.route_table import RouteTable
-from .groups import check_arguments
+from .groups import check_arguments, with_guard
 from .normuon import NorMuon
 
 
@@ -33,21 +36,27 @@ def for_trainer(model: nn.Module | None = None, **kwargs: Any) -> tuple[Any, dic
         kwargs: as for `NorMuon`; ``routes`` go before those of the model.
 
     Raises:
-        TypeError, ValueError: as `routes_for`; or an argument that `NorMuon` does not have.
+        TypeError, ValueError: as `routes_for`; or an argument that `NorMuon` does not have. When
+            the Trainer makes the optimizer: ``mesh`` was ``None`` because the ranks came later.
     """
     check_arguments(NorMuon.__init__, kwargs)
     if model is not None and not isinstance(kwargs.get("routes"), RouteTable):
         routes_for(model, kwargs.get("routes"))
 
+    made = _of_model
+    ranks = [kwargs.get("mesh"), kwargs.get("guard_mesh")]
+    if {"mesh", "guard_mesh"} & kwargs.keys() and is_before_ranks(*ranks):
+        made = _before_ranks
+
     def make(groups: object = None, **given: Any) -> Any:
         if groups is None:  # a Trainer that hands its model to factories
-            return _of_model
+            return made
         if model is None:
             raise TypeError(
                 "for_trainer: this version of transformers does not hand its model to what makes "
                 "the optimizer; write nm.for_trainer(model, ...)"
             )
-        return _of_model(model, **given)
+        return made(model, **given)
 
     return make, kwargs
 
@@ -56,3 +65,23 @@ def _of_model(model: nn.Module, *, routes: Routes | None = None, **kwargs: Any) 
     if not isinstance(routes, RouteTable):
         routes = routes_for(model, routes, decay_vectors=False)
     return NorMuon(model, routes=routes, **kwargs)
+
+
+def _before_ranks(model: nn.Module, **kwargs: Any) -> NorMuon:
+    """The optimizer, whose ``mesh`` was written before there was a process group.
+
+    Raises:
+        ValueError: there are other ranks by now, and what they decide together depends on it.
+    """
+    config, guard = kwargs.get("config"), kwargs.get("guard")
+    config = with_guard(config, guard, kwargs.get("nan_guard_fallback", False))
+    if (world := rank_and_world_size()[1]) > 1:
+        text = (
+            f"for_trainer: mesh was None when it was called, and now there are {world} ranks: "
+            "torch.distributed.group.WORLD is None before the process group is there. Write in "
+            f"this order: {OF_TRAINER}"
+        )
+        if asks_for_ranks(config):
+            raise ValueError(f"{text}; or mesh='alone' if each rank is meant to decide alone")
+        warn_at_caller(f"{text}. Without it, no rank shares the work of another")
+    return _of_model(model, **kwargs)

@@ -17,6 +17,7 @@ from ..compat import Ranks, process_group
 from ..distributed.agreement import agree
 from ..distributed.placements import ShardedLayout
 from ..types import Grads
+from .before_ranks import check_ranks
 from .plan import Plan
 
 Said = dict[str, list[str]]  # by process group, what a rank has that another might not
@@ -74,8 +75,9 @@ def agree_on_step(plan: Plan, grads: Grads, found_inf: Tensor | None) -> None:
 
     Raises:
         ValueError: on every rank, naming what each of them lacks; or, of a change on this rank
-            alone, on this rank.
+            alone, on this rank; or the plan was made before there were ranks.
     """
+    check_ranks(plan)
     if not (plan.common or plan.guard.group) or not isinstance(grads, Mapping):
         return
     lacks = [grad is None for grad in grads.values()]

@@ -32,6 +32,7 @@ from ..routing.route_table import RouteTable
 from ..routing.routes import Decision
 from ..types import Config, config_given
 from ..types.other_names import F, with_hints
+from .before_ranks import asks_for_ranks, is_before_ranks
 from .buckets import AdamWBucket, Bucket, Group, SharedBucket
 from .checks import check_params
 from .common import common_of
@@ -180,6 +181,7 @@ def plan_of(
         common=common_of(placements, copies, rule, guard_mesh),
         notes=notes,
         streaming=streaming,
+        before_ranks=asks_for_ranks(config) and is_before_ranks(mesh, guard_mesh),
     )
 
 
