@@ -19,6 +19,7 @@ from ..distributed.placements import ShardedLayout
 from ..types import Grads
 from .before_ranks import check_ranks
 from .plan import Plan
+from .same_gradients import warn_of_own_gradients
 
 Said = dict[str, list[str]]  # by process group, what a rank has that another might not
 _FOUND = "found_inf"
@@ -92,6 +93,8 @@ def agree_on_step(plan: Plan, grads: Grads, found_inf: Tensor | None) -> None:
             return
         changed = {g: x for g, x in said.items() if last is None or last[1].get(g) != x}
         agree(changed, first=last is None, explain=explain)
+    if last is None:
+        warn_of_own_gradients(plan, grads)
     _agreed[plan] = key, said
 
 
