@@ -27,6 +27,7 @@ from ..runtime.recent import MANY, Recent
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
+from .new_parameters import notes_of
 from .rate_watch import RateWatch
 from .saved import Saved
 from .shared_state import gathered, taking
@@ -200,6 +201,8 @@ class Planner:
         )
         if self.before_ranks and asks_for_ranks(self._config) and plan.guard.group is None:
             plan = replace(plan, before_ranks=True)  # its ranks may have come since
+        if lines := notes_of(self.named, chosen, self._had_gradients or set()):
+            plan = replace(plan, notes=(*plan.notes, *lines))
         self._alike = plan.guard.alike
         for ranks in plan.shared_by:
             placements.check_alike(plan.summary, ranks)
