@@ -74,7 +74,7 @@ class GroupHyper:
         """
         found = []
         for field in map(Hyper._fields.index, ("lr", "adamw_lr")):
-            value = self._written[k][field] if k < len(self._written) else _NOTHING
+            value: Any = self._written[k][field] if k < len(self._written) else _NOTHING
             if value is _NOTHING:
                 own = self.hyper[field][k] if self.several else self.hyper[field]
                 value = own if self.followed else _values(group, k)[field]

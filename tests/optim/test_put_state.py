@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import normuon_fn as nm
 from normuon_fn.step import local_update_
+from tests import guides
 from tests.planning.test_front_door import Small
 
 STEPS = 3
@@ -171,3 +172,36 @@ def test_a_momentum_of_floats_becomes_one_of_codes() -> None:
     nm.put_state_(optimizer, state, model)
     assert optimizer.state[model.second.weight]["momentum"].dtype == torch.int8
     assert optimizer.state[model.second.weight]["momentum"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lines_of_the_guide_make_an_adamw_go_on_as_normuons_adamw_does(
+    eager: None, dtype: torch.dtype
+) -> None:
+    model = small().to(dtype)
+    model.first.to(torch.float32)  # where a step is larger than a rounding
+    optimizer = nm.NorMuon(model, lr=3e-3, weight_decay=0.1, adamw_betas=(0.9, 0.95))
+
+    def gradients(net: nn.Module, k: int) -> None:
+        for p in net.parameters():
+            seeded = torch.Generator().manual_seed(k + p.numel())
+            p.grad = torch.randn(p.shape, generator=seeded).to(p.dtype)
+
+    for k in range(STEPS):
+        gradients(model, k)
+        optimizer.step()
+    lines = guides.block_with("moving-a-run.md", "adamw.state[p]").partition("assert")[0]
+    other, expected = copy.deepcopy((model, optimizer))
+    scope: dict[str, Any] = {"torch": torch, "model": model, "optimizer": optimizer}
+    exec(lines, scope)
+    for k in range(STEPS, 2 * STEPS):
+        gradients(model, k)
+        gradients(other, k)
+        scope["adamw"].step()
+        expected.step()
+    close = {"rtol": 0.0, "atol": 1e-6 if dtype == torch.float32 else 0.02}
+    torch.testing.assert_close(model.first.weight, other.first.weight, rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(model.fourth.weight, other.fourth.weight, **close)
+    assert not torch.equal(model.second.weight, small().to(dtype).second.weight)
+    assert int(scope["adamw"].state[model.first.weight]["step"]) == 2 * STEPS
+    assert int(scope["adamw"].state[model.second.weight]["step"]) == STEPS
