@@ -11,7 +11,13 @@ from ..routing.resolve import Routes
 from ..routing.route_table import RouteTable
 from .groups import check_arguments
 from .normuon import NorMuon
-from .trainer_arguments import are_arguments, calling_trainer, check_agreement, with_arguments
+from .trainer_arguments import (
+    are_arguments,
+    calling_trainer,
+    check_agreement,
+    with_arguments,
+    with_replicas,
+)
 
 
 def for_trainer(
@@ -37,6 +43,7 @@ def for_trainer(
     defaults, (0.9, 0.95) and 1e-8, hold. What is written here goes before a default there; two
     numbers that are both written and differ are refused. ``max_grad_norm`` and the precisions are
     the Trainer's work and hold as ever. ``optim`` and its options are not read, which is said once.
+    Where the Trainer puts the model into DistributedDataParallel, ``mesh`` is all ranks.
 
     Args:
         model: the module that the Trainer is given, which is read at once, so that what is wrong is
@@ -54,9 +61,10 @@ def for_trainer(
     Source: ``Trainer.create_optimizer`` of transformers 5, which calls what is no optimizer's class
     with its model, and of transformers 4, which calls it with its groups.
     """
-    if model is not None and not isinstance(model, nn.Module) and are_arguments(model):
+    given: Any = model
+    if are_arguments(given):
         raise TypeError(
-            f"for_trainer: expected a model first, got {type(model).__name__}; write "
+            f"for_trainer: expected a model first, got {type(given).__name__}; write "
             "nm.for_trainer(args=arguments) or nm.for_trainer(model, arguments)"
         )
     if args is not None and not are_arguments(args):
@@ -73,6 +81,8 @@ def for_trainer(
     def of_model(model: nn.Module, **given: Any) -> NorMuon:
         trainer = calling_trainer(make)
         arguments = args if trainer is None else getattr(trainer, "args", args)
+        if trainer is not None:
+            given = with_replicas(given, trainer, model)
         return _of_model(
             model, **(given if arguments is None else with_arguments(given, arguments))
         )

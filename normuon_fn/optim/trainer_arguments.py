@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
+from ..distributed.dtensors import is_dtensor
+from ..distributed.sharing import all_ranks
 from ..routing.doubts import warn_at_caller
 
 _NUMBERS = {"lr": "learning_rate", "weight_decay": "weight_decay", "adamw_eps": "adam_epsilon"}
@@ -35,6 +39,23 @@ def calling_trainer(make: object) -> Any | None:
             return found
         frame = frame.f_back
     return None
+
+
+def with_replicas(written: Mapping[str, Any], trainer: Any, model: nn.Module) -> dict[str, Any]:
+    """What is written, and ``mesh`` where the Trainer puts the model into DistributedDataParallel.
+
+    All ranks then have the same parameters and gradients. Other ways to part a model are left to
+    what the parameters tell, or the user writes.
+    """
+    accelerator = getattr(trainer, "accelerator", None)
+    kind = str(_plain(getattr(accelerator, "distributed_type", "")))
+    replicated = (
+        kind.startswith("MULTI_")
+        and getattr(accelerator, "parallelism_config", None) is None
+        and not any(map(is_dtensor, model.parameters()))
+    )
+    ranks = all_ranks() if replicated and not {"mesh", "guard_mesh"} & {*written} else None
+    return dict(written) if ranks is None else {**written, "mesh": ranks}
 
 
 def check_agreement(written: Mapping[str, Any], arguments: object) -> None:
