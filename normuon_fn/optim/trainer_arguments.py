@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..diagnostics.monitor import find_inside
 from ..distributed.dtensors import is_dtensor
 from ..distributed.sharing import all_ranks
 from ..routing.doubts import warn_at_caller
@@ -39,6 +40,59 @@ def calling_trainer(make: object) -> Any | None:
             return found
         frame = frame.f_back
     return None
+
+
+def stepping_trainer(groups: Sequence[Mapping[str, Any]]) -> Any | None:
+    """The Trainer that is stepping the optimizer of these groups now; ``None`` if none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
+        own = getattr(found, "__dict__", {})
+        if are_arguments(own.get("args")) and "optimizer" in own:
+            inner = find_inside(own["optimizer"])
+            if inner is not None and inner.param_groups is groups:
+                return found
+        frame = frame.f_back
+    return None
+
+
+def say_if_unread(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warns once where a Trainer steps an optimizer that has other numbers than its arguments.
+
+    It is one that was given to the Trainer, or a class that the Trainer gave its groups to.
+    """
+    trainer = stepping_trainer(groups)
+    if trainer is None:
+        return
+    texts, called = [], type(trainer.args).__name__
+    rates = [group.get("initial_lr", group["lr"]) for group in groups]
+    for name, values in (
+        ("learning_rate", rates),
+        ("weight_decay", [group["weight_decay"] for group in groups]),
+    ):
+        theirs = getattr(trainer.args, name)
+        if _is_written(trainer.args, name) and _has_none_of(values, theirs):
+            shown = ", ".join(str(value) for value in dict.fromkeys(values))
+            mine = "lr" if name == "learning_rate" else name
+            texts.append(f"{name}={theirs} of {called} is not read, {mine} is {shown}")
+    kept = {group["weight_decay"] for group in groups}
+    if isinstance(trainer.__dict__.get("optimizer_cls_and_kwargs"), tuple):
+        written = trainer.optimizer_cls_and_kwargs[1].get("weight_decay")
+        if written is not None and written not in kept:
+            texts.append(
+                f"weight_decay={written} beside the class is not read, the Trainer's groups have "
+                f"weight_decay={trainer.args.weight_decay} of {called}"
+            )
+    if texts:
+        warn_at_caller(
+            f"NorMuon: {'; '.join(texts)}. Write each number once: "
+            "optimizer_cls_and_kwargs=nm.for_trainer(model, arguments) takes those of the "
+            "Trainer's arguments. This is said once"
+        )
+
+
+def _has_none_of(values: Sequence[Any], number: float) -> bool:
+    return not any(isinstance(value, Tensor) or float(value) == number for value in values)
 
 
 def with_replicas(written: Mapping[str, Any], trainer: Any, model: nn.Module) -> dict[str, Any]:

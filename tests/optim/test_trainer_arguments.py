@@ -184,6 +184,38 @@ def test_what_is_no_model_or_no_arguments_is_answered_with_the_line_to_write(
         made([{"params": list(other.model.parameters())}], **kwargs)
 
 
+@pytest.mark.parametrize("way", ["optimizers", "a class"])
+def test_numbers_that_an_optimizer_made_elsewhere_does_not_have_are_said_once(
+    tmp_path: Path, way: str
+) -> None:
+    def run(theirs: dict[str, Any], **mine: float) -> list[str]:
+        arguments, model = (
+            arguments_of(tmp_path, max_steps=2, save_strategy="no", **theirs),
+            llama(),
+        )
+        made = {"optimizer_cls_and_kwargs": (nm.NorMuon, {"routes": nm.routes_for(model), **mine})}
+        if way == "optimizers":
+            made = {"optimizers": (nm.NorMuon(model, **mine), None)}  # type: ignore[dict-item]
+        rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 16
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, **made)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.train()
+        own = [w for w in said if "NorMuon:" in str(w.message)]
+        assert all(w.filename == __file__ for w in own)
+        return [str(w.message) for w in own]
+
+    (text,) = run({"learning_rate": 0.003, "weight_decay": 0.2}, lr=0.02)
+    assert "learning_rate=0.003 of TrainingArguments is not read, lr is 0.02" in text
+    assert "nm.for_trainer(model, arguments)" in text
+    assert ("weight_decay=0.2 of TrainingArguments is not read" in text) == (way == "optimizers")
+    said = run({}, lr=0.02, weight_decay=0.1)
+    assert ["weight_decay=0.1 beside the class is not read" in text for text in said] == (
+        [True] if way == "a class" else []
+    )
+    assert run({"learning_rate": 0.003}, lr=0.003) == run({}, lr=0.02) == []
+
+
 class Rates(transformers.TrainerCallback):
     """The rates of matrices and of AdamW that the graph was given at every step."""
 
