@@ -40,7 +40,9 @@ def decide(
     speaks = _speaks_of_experts(own, owners)
     if not (named or ((known or speaks) and is_layer(owners[0]))):
         return None
-    if (_is_of_heads(owners) and not speaks) or _has_counterpart(own, owners[-1], few):
+    if _is_of_heads(owners) and not speaks:
+        return None
+    if named != "strong" and _has_counterpart(own, owners[-1], few):
         return None
     return judge(own, few, many, known=known, speaks=speaks)
 

@@ -184,7 +184,7 @@ class Reader:
         outputs_first = shape[::-1] if transposed else shape
         parts = unwrapped(use.name)
         router = routers.decide(
-            [part for part in parts if part != "weight"], use.owners, use.leaf, outputs_first
+            [part for part in parts if part != "weight"], use.around, use.leaf, outputs_first
         )
         if router is not None:
             return router

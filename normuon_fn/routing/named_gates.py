@@ -51,7 +51,9 @@ class NamedGates:
         of_heads = any(map(_MIXERS.search, holder[-1:])) or any(map(OF_ATTENTION.match, children))
         if of_heads and not speaks:
             return None
-        if not (named or known or speaks) or _has_counterpart(own, inside, few):
+        if not (named or known or speaks):
+            return None
+        if named != "strong" and _has_counterpart(own, inside, few):
             return None
         return judge(own, few, many, known=known, speaks=speaks)
 

@@ -238,3 +238,45 @@ def test_the_noise_of_a_router_and_a_second_router_have_its_rule() -> None:
     names = ("gate.weight", "w_noise", "noise_linear.weight")
     assert {table[f"layers.0.ff.{name}"] for name in names} == {nm.Route("adamw")}
     assert table["layers.0.ff.vision_gate.weight"] == nm.Route("adamw")
+
+
+def test_what_is_called_a_router_is_one_also_where_another_layer_reads_its_outputs() -> None:
+    model = model_of(modality_router=lambda: nn.Linear(D, 4), coefficients=lambda: nn.Linear(4, 16))
+    for found in decisions(model):
+        assert found["layers.0.ff.modality_router.weight"].route == nm.Route("adamw")
+        assert found["layers.0.ff.coefficients.weight"].route == nm.Route()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(4, 32), (16, 32), (64, 256), (64, 128), (256, 2048)]
+)
+def test_a_gate_of_few_rows_is_said_whatever_the_sizes(rows: int, columns: int) -> None:
+    block = made("Layer", gate=nn.Linear(columns, rows), up=nn.Linear(columns, 999))
+    vocabulary = {"tok": nn.Embedding(50_000, columns), "head": nn.Linear(columns, 50_000)}
+    model = made("LM", layers=nn.ModuleList([block]), **vocabulary)
+    for found in decisions(model):
+        decision = found["layers.0.gate.weight"]
+        assert decision.route == nm.Route("adamw") and decision.certainty == "untold"
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._checkpoint_wrapped_module = module
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed", "saved by an adapter", "parametrized"])
+@pytest.mark.parametrize("experts", ["stacks", "a list of another name"])
+def test_a_wrapped_router_is_told_as_well(experts: str, how: str) -> None:
+    model = with_experts("gate", layer, COUNTED[experts]())
+    ff: Any = model.layers[0].ff  # type: ignore[index]
+    if how == "compiled":
+        ff.gate = torch.compile(ff.gate)
+    elif how == "checkpointed":
+        ff.gate = Wrapper(ff.gate)
+    elif how == "saved by an adapter":
+        ff.gate = made("ModulesToSaveWrapper", modules_to_save=nn.ModuleDict({"default": ff.gate}))
+    else:
+        torch.nn.utils.parametrize.register_parametrization(ff.gate, "weight", nn.Identity())
+    (found,) = [d for n, d in nm.routes_for(model).decisions().items() if "ff.gate" in n]
+    assert found.route == nm.Route("adamw") and found.certainty == "certain"
