@@ -10,8 +10,9 @@
     hsdp     [Replicate, Shard(0)], 8 ranks a shard group, one node each
     ddp      replicated, every rank orthogonalizes its share
 
-Between nodes as many replicas share a bucket as the plan decides, by the same rates as here
-(normuon_fn/distributed/cost.py): with other rates it would decide otherwise.
+Between nodes as many replicas share a bucket as the plan decides, and the shards of very many ranks
+go in as many hops, by the same rates as here (normuon_fn/distributed/cost.py): with other rates it
+would decide otherwise.
 
 Counted: the step runs on tensors without values under a fake process group, and every collective
 that it calls is caught with the sizes it has for every other rank. A count is of one rank; of
@@ -302,7 +303,13 @@ def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: b
         for of in by_collective
     ]
     # Replicated matrices are where they are needed: no exchange comes before the first product.
-    ahead = times[0] if times and layout != "ddp" else 0.0
+    # The hops of the first exchange.
+    hops, met = 0, 1
+    while layout == "fsdp2" and met < world:
+        met *= len(ranks[0].collectives[hops].ranks)
+        hops += 1
+    hops = hops or 1
+    ahead = sum(times[:hops]) if layout != "ddp" else 0.0
     other = sum(times) - ahead
     totals = {
         way: max(sum(beyond(r, c.ranks, getattr(c, way))[0] for c in r.collectives) for r in ranks)
@@ -361,7 +368,7 @@ def plot(rows: list[Row], file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for k, layout in enumerate(dict.fromkeys(row.layout for row in rows)):
         own, color = [row for row in rows if row.layout == layout], f"C{k}"
         ranks = [row.ranks for row in own]
@@ -389,7 +396,7 @@ def plot(rows: list[Row], file: str) -> None:
         axes.set(xlabel="ranks", yscale="log")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

@@ -407,7 +407,10 @@ class Workload:
         set_floor(row, device, parts, pass_bytes(self.here))
         return Entry(row, call, graphed.release if graphed is not None else lambda: None)
 
-    def peer(self, build: Callable[[list[Tensor]], torch.optim.Optimizer], row: Row) -> Entry:
+    def peer(
+        self, build: Callable[[list[Tensor]], torch.optim.Optimizer], row: Row, graph: bool = False
+    ) -> Entry:
+        """``graph``: its step captured in a CUDA graph, with the rates of that step."""
         self.device.clear()
         leaves = []
         for name, p in self.params.items():
@@ -426,8 +429,15 @@ class Workload:
                 for x in tensors_of(s)
             )
             row.peak_gib = (self.device.peak() - before - own) / 2**30
-        row.host_ms = self.device.host_ms(optimizer.step)
-        return Entry(row, optimizer.step)
+        call: Callable[[], Any] = optimizer.step
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                optimizer.step()
+            call = captured.replay
+            self.changed(call)
+        row.host_ms = self.device.host_ms(call)
+        return Entry(row, call, optimizer.state.clear)
 
 
 def tensors_of(state: dict[str, Any]) -> list[Tensor]:
@@ -458,9 +468,12 @@ PEERS: dict[
     "torch Muon": ("torch", torch_muon),
     "dion NorMuon": ("dion", dion),
     "dion NorMuon Triton": ("dion", functools.partial(dion, use_triton=True)),
+    # with the kernels of quack, which gram-newton-schulz takes where it can be imported
     "dion NorMuon Gram": ("dion", functools.partial(dion, use_gram_newton_schulz=True)),
     "Emerging-Optimizers normuon": ("emerging_optimizers", emerging),
 }
+
+CAPTURED = ("dion NorMuon Triton", "dion NorMuon Gram")
 
 
 def importable(module: str) -> bool:
@@ -505,6 +518,9 @@ def rows_of(device: Device, spec: str, options: Options) -> list[Row]:
         for name, (module, build) in PEERS.items():
             if importable(module):
                 wanted[name] = functools.partial(Workload.peer, build=build)
+            if importable(module) and options.graph and name in CAPTURED:
+                peer = functools.partial(Workload.peer, build=build, graph=True)
+                wanted[f"{name}, captured"] = peer
     if options.only:
         wanted = {
             name: make

@@ -6,12 +6,13 @@ machine is another one, a decision may be less than the best, and never wrong.
 Sources of the rates: one H200, 1.3B parameters in float32, torch 2.11, 2026-11-22: 69.6 ms a step,
 60 ms of them products, the rest passes over parameters; two H200 with FSDP2, 44.3 ms, NCCL 5.4 ms
 for 1.2 GB, packing 5 ms. The network is an assumption: 400 Gbit/s per GPU at 80 %, 8 GPUs per node,
-1 us per message. examples/benchmarks/scale_model.py has the same rates, and counts the bytes of
-every rank that the plan really sends.
+1 us per message, 20 us per hop. examples/benchmarks/scale_model.py has the same rates (but for
+hops), and counts the bytes that the plan really sends.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ PACKING = 4.45  # B moved per byte of a buffer that is sent or received
 NVLINK = 224e9  # B/s each way, within a node
 NETWORK = 40e9  # B/s each way of a GPU, to other nodes
 MESSAGE = 1e-6  # s, for every rank that is met
+HOP = 20e-6  # s, to start one more all-to-all, and to sort what it sends
+
+# A prediction is not more exact than this. What is predicted to be faster by less is not done.
+RELATIVE, SECONDS = 1.02, 50e-6
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,35 @@ class Load:
     def _gathered(self, replicas: int) -> float:
         """The same with the flags of all matrices, of which every owner sends its own."""
         return self._part(replicas) + 4 * self.matrices * self.shards
+
+
+def grid_for_hops(ranks: Sequence[int], size: float, owners: int) -> tuple[int, ...]:
+    """The grid over which an all-to-all goes in a hop along each dimension; of one, in one hop.
+
+    Several hops are fewer messages, and what an owner sends to other nodes leaves by the links of
+    its whole block. For that, all bytes are sent several times.
+
+    ``ranks``: of one replica, as the whole process group numbers them. ``size``: bytes that an
+    owner sends to all of them or receives. ``owners``: how many of them own matrices.
+    """
+    every = len(ranks)
+
+    def seconds(grid: tuple[int, ...]) -> float:
+        total, block = (
+            HOP * (len(grid) - 1),
+            1,
+        )  # block: ranks over which the bytes of an owner are spread
+        for n in reversed(grid):
+            through = size * max(1.0, owners * block / every) / block  # bytes that pass each rank
+            total += _transfer(ranks[::block][:n], through)
+            block *= n
+        return total
+
+    sizes = [n for n in range(2, every + 1) if every % n == 0]
+    inner = [(n,) for n in sizes] + [(m, n) for m in sizes for n in sizes if every % (m * n) == 0]
+    grids = [(every // math.prod(dims), *dims) for dims in inner if math.prod(dims) < every]
+    best = min(grids, key=seconds, default=(every,))
+    return best if RELATIVE * seconds(best) + SECONDS < seconds((every,)) else (every,)
 
 
 def _transfer(ranks: Sequence[int], size: float) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..ops.repack import Boxes, Moves
 from .fields import Field, Message, Schema, pack, unpack
+from .hops import Grid, Route
 from .owners import GroupShards
 
 _PART = (
@@ -29,8 +30,7 @@ class Direction:
 
     pack: Moves
     unpack: Moves
-    incoming: tuple[int, ...]  # words, by rank of the process group of the shards
-    outgoing: tuple[int, ...]
+    route: Route
 
 
 class Layout:
@@ -42,8 +42,10 @@ class Layout:
         dtype: torch.dtype,  # of the products
         wide: torch.dtype,  # of everything else
         device: torch.device,
+        grid: Grid,  # of the shards, over which messages go in a hop along each dimension
     ) -> None:
         self.groups, self.dtype, self.wide, self.device = groups, dtype, wide, device
+        self.grid = grid
         self.shards, self.replicas = groups[0].ownership.shards, groups[0].ownership.replicas
         self.matrices = sum(group.count for group in groups)
         self.state_names = tuple(f"state {k}" for k in range(groups[0].states))
@@ -69,12 +71,13 @@ class Layout:
         packing, unpacking = Boxes(), Boxes()
         outgoing: list[Message] = []
         incoming: list[Message] = []
-        for owner in self.shards.order:
+        route = self._route(lambda shard, owner: self._part_message(0, owner, shard), inwards=True)
+        for owner in self._numbers(route.leaving):
             message = self._part_message(_end(outgoing), owner, here)
             firsts = [x.firsts[replica][owner] - x.firsts[replica][0] for x in self.groups]
             pack(packing, schema.shard_copies(message, here, firsts))
             outgoing.append(message)
-        for shard in self.shards.order:
+        for shard in self._numbers(route.arriving):
             message = self._part_message(_end(incoming), here, shard)
             unpack(unpacking, schema.owner_copies(message, shard, every=False))
             incoming.append(message)
@@ -89,8 +92,7 @@ class Layout:
         return Direction(
             packing.moves(self.device, [_end(outgoing) // 4], torch.int32),
             unpacking.moves(self.device, narrow, self.dtype, wide, self.wide),
-            _words(incoming),
-            _words(outgoing),
+            route,
         )
 
     def back(self) -> tuple[Direction, int]:
@@ -98,7 +100,10 @@ class Layout:
         here, replica, schema = self.shards.number, self.replicas.number, self.updates
         packing, unpacking = Boxes(), Boxes()
         outgoing: list[Message] = []
-        for shard in self.shards.order:
+        route = self._route(
+            lambda owner, shard: self._update_message(0, replica, owner, shard), inwards=False
+        )
+        for shard in self._numbers(route.leaving):
             message = self._update_message(_end(outgoing), replica, here, shard)
             if schema.flags:
                 pack(packing, [schema.flags_copy(message)])
@@ -126,13 +131,29 @@ class Layout:
         direction = Direction(
             packing.moves(self.device, [total // 4], torch.int32),
             unpacking.moves(self.device, narrow, self.dtype, wide, self.wide),
-            _words(incoming[replica]),
-            _words(outgoing),
+            route,
         )
         return direction, most // 4
 
+    def _route(self, message: Callable[[int, int], Message], inwards: bool) -> Route:
+        """``message(a, b)``: what number a sends to number b."""
+        order = self.shards.order
+
+        def words(rank: int, other: int) -> int:
+            found = message(order[rank], order[other])
+            return (found.end - found.start) // 4
+
+        return self.grid.route(words, self.device, inwards)
+
+    def _numbers(self, ranks: Sequence[int]) -> list[int]:
+        """Of ranks of the process group of the shards: their numbers."""
+        return [self.shards.order[rank] for rank in ranks]
+
     def _incoming(self, start: int, replica: int) -> list[Message]:
-        """The messages of all owners of a replica to this rank's shard, one behind the other."""
+        """The messages of all owners of a replica to this rank's shard, one behind the other.
+
+        In the order of the ranks, as they arrive after a route outwards.
+        """
         messages: list[Message] = []
         for owner in self.shards.order:
             at = _end(messages, start)
@@ -142,7 +163,3 @@ class Layout:
 
 def _end(messages: Sequence[Message], start: int = 0) -> int:
     return messages[-1].end if messages else start
-
-
-def _words(messages: Sequence[Message]) -> tuple[int, ...]:
-    return tuple((message.end - message.start) // 4 for message in messages)

@@ -18,6 +18,7 @@ Each replica owns an equal share of the matrices, so nothing is sent between rep
 FSDP2 and tensor parallelism (one replica) need steps 1 and 3: two collectives per bucket.
 Replicated parameters (one shard) need only one all-gather, which is started in send_back. HSDP
 needs three collectives. Matrices that no rank stores in part (experts, heads) are never sent.
+Among very many ranks, steps 1 and 3 go in several hops each: see hops.py.
 
 directions.py lists the fields that a message carries per matrix in either direction, and fields.py
 derives from that list which byte lies where. All ranks derive the same layout from the plan,
@@ -34,9 +35,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..compat import all_gather, all_to_all, wait
+from ..compat import all_gather, wait
 from ..ops.repack import Moves
 from .directions import Direction, Layout
+from .hops import Grid
 from .owners import GroupShards
 
 # How an error names the collectives.
@@ -103,7 +105,8 @@ class Exchange:
         self.group, self.shards = ownership.group, ownership.shards
         self.replicas = ownership.replicas
         self.matrices = sum(group.count for group in groups)
-        layout = Layout(self.groups, dtype, wide, device)
+        grid = Grid.of(self.shards, *self._of_owners())
+        layout = Layout(self.groups, dtype, wide, device, grid)
         self._parts, self._updates = layout.parts, layout.updates
         self.state_names = layout.state_names
         self.to_owners = layout.to_owners() if self.sharded else None
@@ -119,10 +122,21 @@ class Exchange:
     def sharded(self) -> bool:
         return self.shards.size > 1
 
+    def _of_owners(self) -> tuple[float, int]:
+        """Bytes of an owner's matrices, and how many ranks of a replica own any.
+
+        The same on all ranks, whatever the remainder of a division gave them.
+        """
+        ranks, replicas = self.shards.size, self.replicas.size
+        owners = min(ranks, -(-self.matrices // replicas))
+        entries = sum(group.count * group.rows * group.cols for group in self.groups)
+        return entries * self.dtype.itemsize / (replicas * owners), owners
+
     @property
     def moves(self) -> list[Moves]:
         directions = (self.to_owners, self.back) if self.to_owners else (self.back,)
-        return [moves for x in directions for moves in (x.pack, x.unpack)]
+        found = [moves for x in directions for moves in (x.pack, x.unpack)]
+        return found + [moves for x in directions for moves in x.route.between]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -241,8 +255,7 @@ class Exchange:
         return [*narrow, *wide]
 
     def _exchanged(self, words: Tensor, direction: Direction, name: str) -> Sent:
-        incoming, outgoing = list(direction.incoming), list(direction.outgoing)
-        return self._sent(all_to_all(words, incoming, outgoing, self.shards.group), name)
+        return self._sent(direction.route.start(words, name), name)
 
     def _sent(self, words: Tensor, name: str) -> Sent:
         if self.overlaps:

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..compat import Ranks, process_group
 from .placements import ALONE, RankGroup, ShardedLayout
@@ -110,18 +110,33 @@ class Shared(NamedTuple):
         return float(short * short * (short + long))
 
 
+T = TypeVar("T")
+
+
+def scattered(shards: Sequence[T]) -> list[T]:
+    """The same with the bits of their places reversed: the first lie far from one another.
+
+    If a few of many ranks own the matrices, they shall be of many nodes, whose links they use.
+    """
+    bits = (len(shards) - 1).bit_length()
+    mirrored = [int(f"{k:0{bits}b}"[::-1], 2) for k in range(2**bits)] if bits else [0]
+    return [shards[k] for k in mirrored if k < len(shards)]
+
+
 def balance(groups: Sequence[Shared]) -> list[Ownership]:
     """The ownerships of all groups of a plan, in their order, with the counts filled in.
 
     Every rank owns an equal number of each group's matrices. The remainder goes to the ranks with
-    the least work so far; groups of the most expensive matrices come first.
+    the least work so far, scattered over all of them; groups of the most expensive matrices come
+    first.
     """
     found = [group.ownership for group in groups]
     load: dict[tuple[str, frozenset[int]], dict[int, float]] = {}
     for k in sorted(range(len(groups)), key=lambda k: groups[k].cost, reverse=True):
         ownership, matrices, _, _ = group = groups[k]
         # Alternately from all replicas, so that the remainder is divided among them too.
-        ranks = [rank for of_shard in zip(*ownership.ranks, strict=True) for rank in of_shard]
+        by_shard = scattered([*zip(*ownership.ranks, strict=True)])
+        ranks = [rank for of_shard in by_shard for rank in of_shard]
         # Blocks of replicas that work by themselves must all divide their work in the same way.
         among = ownership.group, frozenset(ranks)
         busy = load.setdefault(among, dict.fromkeys(ranks, 0.0))

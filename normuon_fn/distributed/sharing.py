@@ -10,21 +10,14 @@ that on GPUs of one kind all of them get the same bits.
 from __future__ import annotations
 
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from . import cost
 from .cost import Load
+from .groups import group_of
 from .owners import Ownership
 from .placements import ALONE, RankGroup, ranks_of
-
-# A prediction is not more exact than this. Within it, more replicas share: one of them computes an
-# update, and the others need not be GPUs of the same kind to get the same bits.
-RELATIVE, SECONDS = 1.02, 50e-6
-
-_groups: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
 
 
 def replicas_to_share(load: Load) -> int:
@@ -33,7 +26,9 @@ def replicas_to_share(load: Load) -> int:
     if not is_open(load):
         return every
     seconds = {k: load.step(k) for k in range(1, every + 1) if every % k == 0}
-    enough = RELATIVE * min(seconds.values()) + SECONDS
+    # Within what a prediction can tell, more replicas share: one of them computes an update, and
+    # the others need not be GPUs of the same kind to get the same bits.
+    enough = cost.RELATIVE * min(seconds.values()) + cost.SECONDS
     return max(k for k, t in seconds.items() if t <= enough)
 
 
@@ -68,16 +63,7 @@ def narrowed(ownership: Ownership, replicas: int) -> Ownership | None:
         return found if found.shards.size > 1 else None
     shard = ownership.shards.number
     members = [of_replica[shard] for of_replica in global_ranks(ownership)[start:][:replicas]]
-    group = _group_of(tuple(members))
+    group = group_of(members)
     order = tuple(members.index(rank) for rank in dist.get_process_group_ranks(group))
     block = RankGroup(group.group_name, order[group.rank()], order)
     return replace(ownership, replicas=block, ranks=ranks, narrowed=True)
-
-
-def _group_of(members: tuple[int, ...]) -> ProcessGroup:
-    """The process group of these ranks, which alone make it, at the first call."""
-    assert dist.group.WORLD is not None
-    known = _groups.setdefault(dist.group.WORLD, {})
-    if members not in known:
-        known[members] = dist.new_group(list(members), use_local_synchronization=True)
-    return known[members]

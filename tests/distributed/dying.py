@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import normuon_fn as nm
 from normuon_fn.algorithm import guard
-from normuon_fn.distributed import messages
+from normuon_fn.distributed import hops, messages
 from normuon_fn.planning import tensors as written
 from normuon_fn.runtime import outside
 from tests.distributed.processes import GLOO_TIMEOUT
@@ -93,7 +93,7 @@ def end(how: str) -> None:
 def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
     """Lets this rank end where the stage says, the next time a step gets there."""
     exchanges = [0]
-    reduce, exchange, gather = guard.all_reduce_max, messages.all_to_all, messages.all_gather
+    reduce, exchange, gather = guard.all_reduce_max, hops.all_to_all, messages.all_gather
     count, after = written.CallersDicts.count, guard.Agreement.after
 
     def all_reduce_max(*given: Any) -> Tensor:
@@ -118,7 +118,7 @@ def die_at(case: Case, patch: Callable[[Any, str, Any], None]) -> None:
         count(tensors, counters)
 
     patch(guard, "all_reduce_max", all_reduce_max)
-    patch(messages, "all_to_all", all_to_all)
+    patch(hops, "all_to_all", all_to_all)
     patch(messages, "all_gather", all_gather)
     patch(written.CallersDicts, "count", counted)
 

@@ -85,6 +85,7 @@ MISSING = ("ddp", "Shard(0)", "Shard(1)", "Replicate")
 SAVED = ("Shard(0)", "Shard(1)", "HSDP")
 LOADED = ("Shard(0)", "Shard(1)")
 CUT = ("ddp", "HSDP", "Shard(0)")
+HOPS = ("Shard(0)", "Shard(1)", "2-D")  # of four ranks, in two hops
 # Of four ranks: a layout, and how many of its replicas share the matrices of a bucket.
 NARROWED = (("ddp", 2), ("ddp", 1), ("HSDP", 1))
 
@@ -397,7 +398,7 @@ class _Rank:
         parts += [self.metrics, self.clip]
         if self.world > 1:  # nothing to send, and nothing to differ in, with one rank
             parts += [self.faults, self.counts, self.errors, self.fsdp_tp, self.compiled]
-            parts += [self.narrowed, self.cut]
+            parts += [self.narrowed, self.cut, self.hops]
         parts += [self.owned]
         return {part.__name__: part() for part in parts}
 
@@ -734,6 +735,26 @@ class _Rank:
             before = layout.plan(layout.place(tensors(0)), config("standard"))
             seen[kind] = self.compare(layout, run, alone("standard", 3))
             seen[kind]["buckets"] = [len(before.buckets), len(plan.buckets)]
+        return seen
+
+    def hops(self) -> Seen:
+        """The bits of a run whose messages go in two hops, beside one hop."""
+        seen: Seen = {}
+        for kind in HOPS if self.world == 4 else ():
+            layout, runs, sent = self.layouts[kind], [], []
+            for grid in ((4,), (2, 2)):
+                with (
+                    mock.patch.object(
+                        import_module("normuon_fn.distributed.hops"),
+                        "grid_for_hops",
+                        lambda *_, grid=grid: grid,
+                    ),
+                    Collectives() as collectives,
+                ):
+                    runs.append(self.run(layout, config("standard", guard="full"), 3))
+                sent.append(collectives.counts["all_to_all_single"])
+            same = [name for name, x in runs[0].items() if _digest(x) == _digest(runs[1][name])]
+            seen[kind] = {"all": [*runs[0]], "same": same, "sent": sent}
         return seen
 
     def kept(self, before: Mapping[str, Tensor], result: nm.StepResult) -> dict[str, bool]:

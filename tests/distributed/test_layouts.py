@@ -19,6 +19,7 @@ from tests.distributed.layouts import (
     CUT,
     FAULTED,
     FORMS,
+    HOPS,
     LOADED,
     MAIN,
     NARROWED,
@@ -210,6 +211,14 @@ def test_matrices_of_one_shape_in_two_buckets_give_what_one_device_gives(
     cases = [seen["cut"][kind] for seen in worlds[4]]
     assert not far(cases), far(cases)
     assert all(seen["buckets"][1] == seen["buckets"][0] + 1 for seen in cases)
+
+
+@pytest.mark.parametrize("kind", HOPS)
+def test_messages_that_go_in_two_hops_change_no_bit(worlds: dict[int, Ranks], kind: str) -> None:
+    for seen in (seen["hops"][kind] for seen in worlds[4]):
+        assert seen["same"] == seen["all"]
+        one, two = seen["sent"]
+        assert two == 2 * one > 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -138,16 +138,18 @@ def test_the_table_has_its_columns_and_the_measurements_stand_beside(tmp_path: P
     assert file.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("layout", ["hsdp", "ddp"])
-def test_replicas_never_make_a_step_slower(model: ModuleType, layout: str) -> None:
-    """Of a 1.3B model, as many as there may be: with all that share, 4096 ranks took 69 ms under
-    HSDP (7 times as long as 8 ranks), and 4.3 s under DDP.
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "ddp"])
+def test_more_ranks_never_make_a_step_slower(model: ModuleType, layout: str) -> None:
+    """Of a 1.3B model, as many as there may be: with all replicas sharing, 4096 ranks took 69 ms
+    under HSDP (7 times as long as 8 ranks), and 4.3 s under DDP; with exchanges in one hop, 16 ms
+    under FSDP2.
     """
     shapes, best = model.shapes_of("1.3b"), float("inf")
     rates = model.Rates(544e12, 4.3e12, 34.2, 4.45, 224e9, 40e9, 1e-6)  # the script's own
-    for world in (8, 16, 32, 128, 512, 4096):
+    for world in (8, 16, 32, 128, 512, 2048, 4096):
         ms = model.predict(shapes, layout, world, rates).step_ms
-        assert ms <= 1.02 * best, (world, ms, best)  # RELATIVE of distributed/sharing.py
+        # Less is not predicted: RELATIVE and SECONDS of distributed/cost.py.
+        assert ms <= 1.02 * best + 0.05, (world, ms, best)
         best = min(best, ms)
 
 
