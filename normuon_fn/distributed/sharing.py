@@ -32,11 +32,6 @@ def replicas_to_share(load: Load) -> int:
     return max(k for k, t in seconds.items() if t <= enough)
 
 
-def all_ranks() -> ProcessGroup | None:
-    """The group of all ranks; ``None`` where there is one process."""
-    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-
-
 def is_open(load: Load) -> bool:
     """Whether it is a question at all: there are replicas, and ranks of several nodes."""
     nodes = {rank // cost.NODE for of_replica in load.ranks for rank in of_replica}

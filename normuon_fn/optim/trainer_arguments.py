@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..diagnostics.monitor import find_inside
 from ..distributed.dtensors import is_dtensor
-from ..distributed.sharing import all_ranks
+from ..distributed.groups import all_ranks
 from ..routing.doubts import warn_at_caller
 
 _NUMBERS = {"lr": "learning_rate", "weight_decay": "weight_decay", "adamw_eps": "adam_epsilon"}
@@ -84,10 +84,16 @@ def say_if_unread(groups: Sequence[Mapping[str, Any]]) -> None:
                 f"weight_decay={trainer.args.weight_decay} of {called}"
             )
     if texts:
+        is_resumed = bool(getattr(getattr(trainer, "state", None), "global_step", 0))
         warn_at_caller(
-            f"NorMuon: {'; '.join(texts)}. Write each number once: "
-            "optimizer_cls_and_kwargs=nm.for_trainer(model, arguments) takes those of the "
-            "Trainer's arguments. This is said once"
+            f"NorMuon: {'; '.join(texts)}. "
+            + (
+                "A resumed run goes on with the numbers of its checkpoint, as with any optimizer"
+                if is_resumed
+                else "Write each number once: optimizer_cls_and_kwargs=nm.for_trainer(model, "
+                "arguments) takes those of the Trainer's arguments"
+            )
+            + ". This is said once"
         )
 
 

@@ -251,3 +251,20 @@ def test_its_schedule_scales_every_rate_and_a_resumed_run_has_the_losses_of_an_u
     assert rates == [pytest.approx((0.02 * factor, 0.01 * factor)) for factor in factors]
     again, _ = run("again", 1, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert again == losses
+
+
+def test_a_resumed_run_whose_arguments_have_another_rate_says_that_the_checkpoints_holds(
+    tmp_path: Path,
+) -> None:
+    for rate, start in ((0.02, None), (0.01, str(tmp_path / "checkpoint-1"))):
+        arguments = arguments_of(
+            tmp_path, learning_rate=rate, max_steps=2, save_steps=1, lr_scheduler_type="constant"
+        )
+        trainer = trainer_of(arguments, nm.for_trainer(args=arguments))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.train(resume_from_checkpoint=start)
+        own = [str(w.message) for w in said if "NorMuon:" in str(w.message)]
+        assert trainer.optimizer.param_groups[0]["lr"] == 0.02  # as of AdamW
+        assert len(own) == (start is not None)
+    assert "learning_rate=0.01" in own[0] and "numbers of its checkpoint" in own[0]
