@@ -38,13 +38,26 @@ def decide(
     few, many = sorted(shape)
     named, known = words.router(own), few in counts
     speaks = _speaks_of_experts(own, owners)
-    if not (named or ((known or speaks) and is_layer(owners[0]))):
+    if not (named or ((known or speaks) and (is_layer(owners[0]) or words.of_experts(own)))):
         return None
     if _is_of_heads(owners) and not speaks:
         return None
     if named != "strong" and _has_counterpart(own, owners[-1], few):
         return None
     return judge(own, few, many, known=known, speaks=speaks)
+
+
+def counted(own: str, owners: Sequence[nn.Module], shape: tuple[int, ...]) -> Decision | None:
+    """As `decide`, of a layer with as many outputs as there are experts, which are not few."""
+    if words.router(own) is None or _is_of_heads(owners) or is_hidden(own, owners[-1], shape[0]):
+        return None
+    return of_many(shape)
+
+
+def of_many(shape: tuple[int, ...]) -> Decision:
+    """A layer that is named as a router and has an output per expert; a square one may be none."""
+    text = f"router: logits of {shape[0]} experts"
+    return Decision(Route("adamw"), text, "likely" if shape[0] == shape[1] else "certain")
 
 
 def judge(own: str, few: int, many: int, *, known: bool, speaks: bool) -> Decision | None:
@@ -96,7 +109,8 @@ def members(holder: nn.Module) -> set[int]:
             if module is not holder:
                 found |= {len(module._modules), len(module._parameters)}
             continue
-        found |= {p.shape[0] for p in _parameters(module) if p.ndim == 3}
+        if not is_a(module, nn.modules.conv._ConvNd):
+            found |= {p.shape[0] for p in _parameters(module) if p.ndim == 3}
         stems = [stem_of(name) for name, _ in module.named_children() if name[-1:].isdigit()]
         found |= {n for stem, n in Counter(stems).items() if is_a_list(stem, n)}
     return found - {0, 1}

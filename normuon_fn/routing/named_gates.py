@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 from . import words
-from .gates import OF_ATTENTION, has_few_outputs, is_a_list, judge, stem_of
+from .gates import OF_ATTENTION, has_few_outputs, is_a_list, judge, of_many, stem_of
 from .places import LEAVES, Named
 from .routes import Decision
-from .uses import unwrapped
+from .uses import is_window, unwrapped
 
 _MIXERS = re.compile(r"(^|_)(att(n|ention)|mixer|mamba|ssm|rnn|lstm|gru|indexer)", re.I)
 _DEPTH = 5  # parts of a path below the module that has a router, in which its experts are
@@ -35,22 +35,25 @@ class NamedGates:
 
     def decide(self, m: Named) -> Decision | None:
         """The rule of a router, or of what may be one; ``None`` if it is none."""
-        if not has_few_outputs(m.shape, either_way=not m.is_weight):
+        has_few = has_few_outputs(m.shape, either_way=not m.is_weight)
+        if not (has_few or (m.is_weight and any(map(words.router, m.layer[-2:])))):
             return None
         path = self._place(m)
         if path is None:
             return None
         own, holder = path[-1], path[:-1]
-        few, many = sorted(m.shape)
         named, inside = words.router(own), self._index[holder]
         children = {each.path[0] for each in inside}
-        if named is None and not (m.is_weight and m.in_block):
-            return None
-        known = few in _members(inside)
         speaks = any(map(words.of_experts, (*holder[-1:], *children)))
         of_heads = any(map(_MIXERS.search, holder[-1:])) or any(map(OF_ATTENTION.match, children))
-        if of_heads and not speaks:
+        if of_heads and not (speaks and has_few):
             return None
+        if not has_few:
+            return _of_many(own, m.shape, inside) if named else None
+        if named is None and not (m.is_weight and m.in_block) and not words.of_experts(own):
+            return None
+        few, many = sorted(m.shape)
+        known = few in _members(inside)
         if not (named or known or speaks):
             return None
         if named != "strong" and _has_counterpart(own, inside, few):
@@ -82,6 +85,16 @@ class NamedGates:
         return found
 
 
+def _of_many(own: str, shape: tuple[int, int], inside: list[_Inside]) -> Decision | None:
+    """A router with as many outputs as there are experts, which are not few."""
+    beside = [each for each in inside if len(each.path) == 1 and each.path[0] != own]
+    if shape[0] not in _members(inside) or any(
+        shape[0] in each.shape for each in beside if not words.router(each.path[0])
+    ):
+        return None
+    return of_many(shape)
+
+
 def _members(inside: list[_Inside]) -> set[int]:
     """How many members the lists and the stacks in a module have."""
     lists: dict[Path, set[str]] = defaultdict(set)
@@ -91,7 +104,8 @@ def _members(inside: list[_Inside]) -> set[int]:
         if at is not None:
             key = (*path[:at], stem_of(path[at]))
             lists[key].add(path[at])
-        if len(shape) == 3 and not any(part.isdigit() for part in path):
+        is_stack = len(shape) == 3 and not is_window(shape)
+        if is_stack and not any(part.isdigit() for part in path):
             found.add(shape[0])
     return found | {len(each) for stem, each in lists.items() if is_a_list(stem[-1], len(each))}
 

@@ -27,6 +27,8 @@ def decide(
     shape: tuple[int, ...],  # [outputs, inputs]
 ) -> Decision | None:
     """The rule of a router, or of what may be one; ``None`` if it is none."""
+    if leaf == "weight" and parts and words.router(parts[-1]) and set(shape[2:]) == {1}:
+        shape = shape[:2]  # a convolution of one place
     if len(shape) != 2 or _feeds_another(owners):
         return None
     weak = leaf == "weight" and len(owners) > 1 and parts and words.router(parts[-1]) == "weak"
@@ -35,7 +37,8 @@ def decide(
     text = _reason(parts, owners, leaf, shape)
     if text is not None:
         return Decision(Route("adamw"), text)
-    if not gates.has_few_outputs(shape, either_way=leaf != "weight"):
+    has_few = gates.has_few_outputs(shape, either_way=leaf != "weight")
+    if not (has_few or (leaf == "weight" and any(map(words.router, parts[-2:])))):
         return None
     place = _place(parts, owners, leaf)
     if place is None:
@@ -43,6 +46,8 @@ def decide(
     own, around = place
     count = experts(around)
     counts = gates.members(around[-1]) | ({count} if count else set())
+    if not has_few:
+        return gates.counted(own, around, shape) if shape[0] in counts else None
     return gates.decide(own, around, shape, counts)
 
 

@@ -280,3 +280,39 @@ def test_a_wrapped_router_is_told_as_well(experts: str, how: str) -> None:
         torch.nn.utils.parametrize.register_parametrization(ff.gate, "weight", nn.Identity())
     (found,) = [d for n, d in nm.routes_for(model).decisions().items() if "ff.gate" in n]
     assert found.route == nm.Route("adamw") and found.certainty == "certain"
+
+
+@pytest.mark.parametrize("experts", [D // 2 + 1, D, 2 * D])
+@pytest.mark.parametrize("name", ["gate", "router", "gate_proj"])
+def test_a_router_of_more_experts_than_half_its_inputs_is_told_by_their_number(
+    name: str, experts: int
+) -> None:
+    members = nn.ModuleList(feed_forward(24) for _ in range(experts))
+    model = with_experts(name, lambda: nn.Linear(D, experts), {"ffns": members})
+    for found in decisions(model):
+        decision = found[f"layers.0.ff.{name}.weight"]
+        assert decision.route == nm.Route("adamw")
+        assert decision.certainty == ("likely" if experts == D else "certain")
+        assert found["layers.0.ff.ffns.0.w1.weight"].route == nm.Route()
+
+
+def test_a_router_that_is_a_convolution_of_one_place_is_told() -> None:
+    convolutions = nn.ModuleList(nn.Conv2d(D, D, 3) for _ in range(E))
+    model = with_experts("gate", lambda: nn.Conv2d(D, E, 1), {"experts": convolutions})
+    table = nm.routes_for(model)
+    assert table["layers.0.ff.gate.weight"] == nm.Route("adamw")
+    assert table["layers.0.ff.experts.0.weight"] == nm.Route(flatten=True)
+
+
+def test_the_keys_of_experts_that_are_a_parameter_of_no_layer_are_said() -> None:
+    model = with_experts("expert_keys", lambda: stack(E, D), UNCOUNTED["fused layers"]())
+    for found in decisions(model):
+        assert found["layers.0.ff.expert_keys"].route == nm.Route("adamw")
+    assert "layers.0.ff.expert_keys" in nm.routes_for(model).unsure()
+
+
+def test_a_mixture_that_is_the_whole_model_has_a_router() -> None:
+    model = made("Mixture", gate=layer(), experts=listed())
+    for found in decisions(model):
+        assert found["gate.weight"].route == nm.Route("adamw")
+        assert found["experts.0.w1.weight"].route == nm.Route()
