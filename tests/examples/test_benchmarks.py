@@ -107,6 +107,12 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(benchmark, monkeypatch, 
     )  # no ratio to another row than the first
 
 
+def test_rows_for_which_there_is_no_time_say_so(benchmark, monkeypatch, capsys) -> None:
+    printed = run(benchmark, monkeypatch, capsys, "--workload", "tiny", "--seconds", "0")
+    assert printed.count("TimeoutError: left out: the time was over") == 5
+    assert "1.0000" not in printed
+
+
 def test_a_step_that_changes_nothing_or_is_not_finite_does_not_count(benchmark) -> None:
     workload = benchmark.Workload(benchmark.Device("cpu"), [(2, 8, 8)], torch.float32)
     with pytest.raises(RuntimeError, match="unchanged"):
