@@ -17,6 +17,7 @@ from ..routing.route_table import RouteTable
 from ..types import Config, StepResult
 from .group_keys import KeyWatch
 from .groups import AddedGroup
+from .trainer_arguments import say_if_unread
 
 OnSkip = monitor.OnSkip | Literal["auto"]
 _SHOWN = 8
@@ -24,6 +25,8 @@ _SHOWN = 8
 
 class Reports:
     """One optimizer's, with what it remembers to say things once."""
+
+    _asked_trainer = False
 
     def __init__(self, config: Config, on_skip: OnSkip, max_consecutive: int | None) -> None:
         if on_skip == "auto":  # without a guard only a GradScaler skips, as a part of its search
@@ -45,6 +48,9 @@ class Reports:
         An error comes before anything is written.
         """
         self._keys.look(groups, defaults)
+        if not self._asked_trainer:
+            self._asked_trainer = True
+            say_if_unread(groups)
         if self.skips is not None:
             self.skips.look()
 
