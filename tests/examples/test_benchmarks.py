@@ -176,3 +176,16 @@ def test_a_random_workload_is_decided_by_its_seed_alone(benchmark, monkeypatch, 
     for spec in ("random", "random:", "random:x"):
         with pytest.raises(SystemExit):
             run(benchmark, monkeypatch, capsys, "--workload", spec)
+
+
+def test_the_clock_is_measured_on_a_gpu_alone(monkeypatch, capsys) -> None:
+    path = ROOT / "examples" / "benchmarks" / "clock.py"
+    spec = importlib.util.spec_from_file_location("benchmark_clock", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["clock.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "needs a CUDA device" in capsys.readouterr().err
