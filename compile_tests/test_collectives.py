@@ -319,6 +319,7 @@ def test_the_hops_of_512_ranks_are_one_graph_and_meet_few_ranks_each() -> None:
         assert hops[0] == hops[1] > 1
         met = [len(hop.incoming) for hop in bucket.exchange.back.route.hops]
         assert math.prod(met) == 512 and max(met) <= 64
+        assert "messages go over a grid of" in str(given.plan).splitlines()[-1]
         check(graphs.record(local_update_, *local(given)), sharded=hops[0], reductions=1, flags=1)
 
 
