@@ -18,6 +18,7 @@ from ..types import Config, StepResult
 from .group_keys import KeyWatch
 from .groups import AddedGroup
 from .new_parameters import ModelWatch
+from .trainer_arguments import say_if_unread
 
 OnSkip = monitor.OnSkip | Literal["auto"]
 _SHOWN = 8
@@ -25,6 +26,8 @@ _SHOWN = 8
 
 class Reports:
     """One optimizer's, with what it remembers to say things once."""
+
+    _asked_trainer = False
 
     def __init__(self, config: Config, on_skip: OnSkip, max_consecutive: int | None) -> None:
         if on_skip == "auto":  # without a guard only a GradScaler skips, as a part of its search
@@ -48,6 +51,9 @@ class Reports:
         """
         self._keys.look(groups, defaults)
         self._watch.look(groups)
+        if not self._asked_trainer:
+            self._asked_trainer = True
+            say_if_unread(groups)
         if self.skips is not None:
             self.skips.look()
 

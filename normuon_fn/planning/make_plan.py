@@ -44,7 +44,7 @@ from .order import in_order, with_cut
 from .parameters import Decided, decide
 from .plan import OwnedState, Plan, Spec
 from .replicas import with_owned_state
-from .sharing import with_sharing
+from .sharing import notes_of_hops, with_sharing
 from .streaming import check_early, streaming_of
 
 
@@ -153,6 +153,7 @@ def plan_of(
     else:
         (decided, notes), owned = with_sharing(decided, chosen, config, device), OwnedState()
     buckets = _matrix_buckets(decided, chosen, config, stages, device, table)
+    notes = (*notes, *notes_of_hops(buckets))
     adamw = _adamw_buckets(decided, config, table)
     parameters = tuple(each.parameter for each in decided)
     rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
