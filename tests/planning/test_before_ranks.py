@@ -78,6 +78,14 @@ def test_what_was_made_before_the_ranks_were_there_is_refused_at_its_first_step(
     assert all(map(torch.equal, bits(model), before))
 
 
+def test_a_graph_of_ones_own_that_is_traced_when_the_ranks_are_there_is_refused() -> None:
+    own = torch.compile(nm.update, fullgraph=True, backend="eager")
+    step = with_plan(model_of(), own, guard="full")
+    with graphs.fake_ranks(2), pytest.raises(Exception, match="init_process_group"):
+        step()
+    step()
+
+
 @pytest.mark.parametrize("how", ["NorMuon", "step_"])
 def test_ranks_that_come_between_two_steps_are_noticed_at_the_next(
     without_inductor: None, eager: None, how: str
