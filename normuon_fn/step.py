@@ -90,7 +90,9 @@ def update(
 
     ``found_inf`` of any rank skips the step of all ranks that decide together. Ranks that share
     parameters must lack the same gradients, and give ``found_inf`` all or none: hosts compare it at
-    a plan's first step and when it changes, but nobody does in a graph of your own.
+    a plan's first step and when it changes, but nobody does in a graph of your own. At a plan's
+    first step they also compare, waiting for the device, the gradients of copies that are plain
+    tensors, and warn where nobody has averaged them.
 
     With ``weight_decay_form="hyperball"`` the first step of a plan that `init` and `load` have not
     seen waits for the device, once, to refuse a matrix of zeros. What a matrix becomes later, or is

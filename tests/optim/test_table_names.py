@@ -95,6 +95,11 @@ def test_names_that_the_caller_gave_stay_and_what_no_table_knows_has_its_number(
     assert {*nm.NorMuon(named, routes=table)._settled().named} == {name for name, _ in named}
     plain = nm.NorMuon(split(model), routes={"groups.0.*": nm.Route("adamw")})
     assert "groups.1.0" in plain._settled().named
+    first, second = split(model)
+    by_number = {**first, "routes": {"groups.0.1": nm.Route("adamw")}}
+    mixed = nm.NorMuon([by_number, second], routes=table)
+    assert {"groups.0.1", "second.bias"} <= {*mixed._settled().named}
+    assert "exp_avg" in mixed.state[model.second.weight]
 
 
 def test_two_models_with_the_same_names_keep_numbers_where_these_would_coincide() -> None:

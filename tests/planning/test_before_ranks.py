@@ -45,8 +45,15 @@ def with_optimizer(model: nn.Module, _: Any, **options: Any) -> Callable[[], Any
     return nm.NorMuon(model, lr=0.1, mesh=mesh, guard=guard, config=nm.Config(**options)).step
 
 
+def with_copy(model: nn.Module, _: Any, **options: Any) -> Callable[[], Any]:
+    step: Any = with_optimizer(model, None, **options)
+    step.__self__._planner = None  # as one that was unpickled has it
+    return step
+
+
 MADE: dict[str, tuple[Any, Any]] = {
     "NorMuon": (with_optimizer, None),
+    "NorMuon, unpickled": (with_copy, None),
     "step": (with_plan, nm.step),
     "step_": (with_plan, nm.step_),
     "update": (with_plan, nm.update),
