@@ -31,7 +31,12 @@ def put_state_(
     be used for something else afterwards. Hyperparameters and schedules are left alone. Of a model
     whose parts several optimizers have, each takes its part.
 
+    Returns nothing: ``optimizer`` is written.
+
     Shapes: of ``state``, as `init` makes it for the plan of the same options and routes.
+
+    Units: those of `init`'s state. A momentum of floats becomes one of int8, and the reverse, as
+    the optimizer keeps it.
 
     Args:
         optimizer: the NorMuon, also inside of a framework's wrapper.
@@ -43,6 +48,8 @@ def put_state_(
         TypeError: ``optimizer`` is no NorMuon and has none inside, or ``state`` is no flat state.
         ValueError: ``params`` lacks a parameter of the optimizer; or ``state`` lacks a parameter or
             a kind of state, or has an unknown one, or another shape. Nothing is written then.
+
+    Source: this library's own; what `convert_state` reads is of other optimizers.
     """
     own = find_inside(optimizer)
     if own is None:
