@@ -1,6 +1,7 @@
 """What a bucket of matrices costs a rank, predicted: for decisions at plan time, not for clocks.
 
-Every rank computes the same numbers from the plan alone, so all of them decide alike. Where the
+All ranks of a process group compute the same numbers, from what the plans of all of them have, and
+so decide alike. Where the
 machine is another one, a decision may be less than the best, and never wrong.
 
 Sources of the rates: one H200, 1.3B parameters in float32, torch 2.11, 2026-11-22: 69.6 ms a step,
