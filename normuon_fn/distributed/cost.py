@@ -27,6 +27,7 @@ NVLINK = 224e9  # B/s each way, within a node
 NETWORK = 40e9  # B/s each way of a GPU, to other nodes
 MESSAGE = 1e-6  # s, for every rank that is met
 HOP = 20e-6  # s, to start one more all-to-all, and to sort what it sends
+HOPS_FROM = 96  # ranks
 
 # A prediction is not more exact than this. What is predicted to be faster by less is not done.
 RELATIVE, SECONDS = 1.02, 50e-6
@@ -109,6 +110,8 @@ def grid_for_hops(ranks: tuple[int, ...], size: float, owners: int) -> tuple[int
     owner sends to all of them or receives. ``owners``: how many of them own matrices.
     """
     every = len(ranks)
+    if every < HOPS_FROM:
+        return (every,)
 
     def seconds(grid: tuple[int, ...]) -> float:
         return _over_grid(grid, ranks, size, owners)

@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..compat import all_to_all, wait
+from ..compat import all_to_all
 from ..ops.repack import Boxes, Moves
 from .cost import grid_for_hops
 from .groups import group_of
@@ -46,16 +45,10 @@ class Hop(NamedTuple):
 class Route(NamedTuple):
     """The hops of an all-to-all, how words are sorted between them, and in which order they lie."""
 
-    hops: tuple[Hop, ...]
-    between: tuple[Moves, ...]
+    first: Hop
+    onward: tuple[tuple[Moves, Hop], ...]  # what sorts the words before each other hop, and the hop
     leaving: tuple[int, ...]  # the ranks to which the messages go that are packed
     arriving: tuple[int, ...]  # the ranks from which those come that are unpacked
-
-    def start(self, words: Tensor, name: str) -> Tensor:
-        """All hops; the last one is still in transfer."""
-        for hop, moves in zip(self.hops, self.between, strict=False):
-            (words,) = ops.repack([wait(hop.start(words), name)], moves)
-        return self.hops[-1].start(words)
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,8 @@ class Grid:
             done.add(dim)
             sizes = {places: held(places) for places in sizes}
             hops.append(Hop(along(dim, sizes), outgoing, self.groups[dim]))
-        return Route(tuple(hops), tuple(between), leaving, self._ranks(axes))
+        onward = tuple(zip(between, hops[1:], strict=True))
+        return Route(hops[0], onward, leaving, self._ranks(axes))
 
     def _places(self, axes: Sequence[int]) -> list[tuple[int, ...]]:
         """All places of the grid, of which those along the first of ``axes`` change last."""

@@ -180,6 +180,7 @@ def plan_of(
         hypers=hypers,
         own_rates=rate_tensors(table, device),
         common=common_of(placements, copies, rule, guard_mesh),
+        hops=max((bucket.hops for bucket in buckets), default=0),
         notes=notes,
         streaming=streaming,
         before_ranks=asks_for_ranks(config) and is_before_ranks(mesh, guard_mesh),

@@ -34,24 +34,25 @@ def exchanged(routes: list[Route], words: list[list[Message]]) -> list[list[Mess
     """What every rank has after all hops. A word is the index of a message in ``every``."""
     every = sorted({word for of_rank in words for word in of_rank})
     held = [torch.tensor([every.index(w) for w in of], dtype=torch.int32) for of in words]
-    for number in range(len(routes[0].hops)):
+    hops = [[route.first, *(hop for _, hop in route.onward)] for route in routes]
+    for number in range(len(hops[0])):
         lines: dict[str, list[int]] = {}  # the ranks of every process group, in order
-        for rank, route in enumerate(routes):
-            lines.setdefault(route.hops[number].group, []).append(rank)
+        for rank, own in enumerate(hops):
+            lines.setdefault(own[number].group, []).append(rank)
         arrived = []
-        for rank, route in enumerate(routes):
-            peers = lines[route.hops[number].group]
+        for rank, own in enumerate(hops):
+            peers = lines[own[number].group]
             parts = []
             for at, peer in enumerate(peers):
-                sizes = routes[peer].hops[number].outgoing
+                sizes = hops[peer][number].outgoing
                 assert len(held[peer]) == sum(sizes) and len(sizes) == len(peers)
                 parts.append(held[peer].split(list(sizes))[peers.index(rank)])
-                assert len(parts[-1]) == route.hops[number].incoming[at]
+                assert len(parts[-1]) == own[number].incoming[at]
             arrived.append(torch.cat(parts))
         held = arrived
-        if number + 1 < len(routes[0].hops):
+        if number + 1 < len(hops[0]):
             held = [
-                ops.repack([x], route.between[number])[0]
+                ops.repack([x], route.onward[number][0])[0]
                 for x, route in zip(held, routes, strict=True)
             ]
     return [[every[k] for k in x.tolist()] for x in held]
