@@ -285,7 +285,6 @@ def test_a_convolution_read_as_kernels_warns() -> None:
             ValueError,
             "flatten, heads and splits are for 'normuon'",
         ),
-        ({"flatten": True, "heads": 2}, ValueError, "flatten cannot be combined"),
     ],
 )
 def test_route_options_are_checked(options: dict, error: type, message: str) -> None:
