@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..compat.collection import without_collection
-from . import adapters, low_rank, routers, words
+from . import adapters, convolutions, low_rank, routers, words
 from . import projections as fused
 from . import raw as raw_parameter
 from .attributes import get, is_a, is_conv1d_of_gpt2, is_linear, kind_of
@@ -191,7 +191,7 @@ class Reader:
         if use.leaf == "weight" and len(shape) == 2 and words.is_place_bias(use.own):
             return Decision(Route("adamw"), "table of relative positions, stored by columns")
         if is_a(module, nn.modules.conv._ConvNd):
-            return _convolution(module, shape)
+            return convolutions.decide(use, per_head=self.per_head)
         if is_a(module, nn.RNNBase, nn.RNNCellBase) and len(shape) == 2:
             gates = _GATES.get(kind.removesuffix("Cell"), 1)
             hidden = get(module, "hidden_size") or shape[0] // gates
@@ -253,17 +253,6 @@ def _is_norm(module: nn.Module) -> bool:
         return False
     norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
     return is_a(module, *norms) or bool(_NORM.search(kind_of(module)))
-
-
-def _convolution(module: nn.Module, shape: tuple[int, ...]) -> Decision:
-    kind, groups = kind_of(module), get(module, "groups")  # which a traced module does not have
-    if groups != 1 and shape[1] == 1:
-        return Decision(Route("adamw"), f"depthwise {kind}: every filter sees one channel")
-    what = f"{kind}, flattened to {shape[0]}x{torch.Size(shape[1:]).numel()}"
-    if is_a(module, nn.modules.conv._ConvTransposeNd) or get(module, "transposed"):
-        return Decision(Route(flatten=True, transposed=True), f"{what}: the rows are inputs")
-    together = "" if groups in (None, 1) else f": its {groups} groups together"
-    return Decision(Route(flatten=True), f"{what}{together}")
 
 
 def _with(cut: Cut | None, what: str, transposed: bool = False) -> Decision:

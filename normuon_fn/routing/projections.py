@@ -36,11 +36,18 @@ _TAKE_TURNS = ("GPTNeoX", "Bloom", "Falcon", "Persimmon", "InternLM2", "CodeGen"
 
 
 def cut(
-    own: str, owners: Sequence[nn.Module], outputs: int, inputs: int, *, per_head: bool
+    own: str,
+    owners: Sequence[nn.Module],
+    outputs: int,
+    inputs: int,
+    *,
+    per_head: bool,
+    by_neighbours: bool = True,
 ) -> Cut | None:
     """How the projection ``own`` of [outputs, inputs] falls into parts; ``None``: it is one matrix.
 
-    ``owners``: the modules around it, the nearest first.
+    ``owners``: the modules around it, the nearest first. ``by_neighbours``: whether it counts that
+    the next layer takes in half of the outputs.
     """
     declared = _declared(owners, outputs)
     if declared is not None:
@@ -67,7 +74,7 @@ def cut(
         return Cut((inputs,) * count, None, f"{count} modulations (shifts, scales, gates)")
     if per_head and (_QUERY.match(own) or _KEY_VALUE.match(own)):
         return _separate(own, owners, known, outputs)
-    if FIRST.match(own) and 2 * (second_inputs(owners) or 0) == outputs:
+    if by_neighbours and FIRST.match(own) and 2 * (second_inputs(owners) or 0) == outputs:
         return gate_up(owners, outputs, "gate and up: the next layer takes in half of the outputs")
     if own == "in_proj" and outputs % inputs == 0 and outputs > inputs:
         count = outputs // inputs
@@ -176,6 +183,19 @@ def _turns(
             None,
             None,
             f"fused qkv, left whole: in {name} q, k and v take turns head by head{blocks}",
+        )
+    # The attention of guided diffusion; its other order is a class without this word.
+    children = [child for owner in owners[1:2] for child in owner.children()]
+    if any(kind_of(child) == "QKVAttentionLegacy" for child in children):
+        count = 3 * known.heads if known.heads and outputs % (3 * known.heads) == 0 else None
+        how = f"heads={count}" if count else "heads= three times their number"
+        if per_head and count:
+            return Cut(None, count, f"fused qkv: {known.heads} heads, each with its q, k and v")
+        return Cut(
+            None,
+            None,
+            "fused qkv, left whole: in QKVAttentionLegacy q, k and v take turns head by head; "
+            f"{how} would give every head's q, k and v its own",
         )
     if own == "linear_qkv":
         return Cut(
