@@ -171,13 +171,13 @@ class Reader:
             return Decision(Route("adamw"), "biases or scales, one vector per row")
         if use.leaf == "bias":
             return Decision(Route("adamw"), "biases, one per member")
-        head = self.heads.reason(module, use.leaf)
+        head = self.heads.decide(module, use.leaf)
         if head is not None:
-            return Decision(Route("adamw"), head)
+            return head
         found = self._layer(use, is_conv1d_of_gpt2(module) and use.leaf == "weight")
         if found.route.flatten and shape[0] == 1:
             return Decision(Route("adamw"), f"vector: a {kind_of(module)} of one row, flattened")
-        return found
+        return self.heads.doubted(module, use.leaf, found)
 
     def _layer(self, use: Use, transposed: bool) -> Decision:
         module, shape, kind = use.module, use.shape, kind_of(use.module)

@@ -86,6 +86,11 @@ def cut(
     return None
 
 
+def is_of_attention(name: str) -> bool:
+    """Whether a layer is called as the queries, keys or values of an attention are."""
+    return any(x.match(name) for x in (_QUERY, _KEY_VALUE, _KV)) or bool(_QKV.search(name))
+
+
 def _is_attention(owners: Sequence[nn.Module]) -> bool:
     """Whether the nearest modules themselves, and not a configuration alone, count heads."""
     return any("att" in kind_of(o).lower() for o in owners[:2]) or bool(
