@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -81,10 +82,10 @@ class Heads:
         """Marks a layer that its name, or that of ``path`` around it, calls a head; or says what
         speaks against it."""
         owner, _, name = path.rpartition(".")
-        doubt = positions.against(
-            name, next(_layers_behind(layer)), self.modules[owner], is_strong=strength == "strong"
-        )
-        if doubt is None:
+        inner, strong = next(_layers_behind(layer)), strength == "strong"
+        doubt = positions.against(name, inner, self.modules[owner], is_strong=strong)
+        tables = map(_table, self.embeddings.values())
+        if doubt is None or outputs_and_inputs(inner) in tables:
             self._mark(layer, "output head, by name")
         elif not doubt.is_matrix:
             self._mark(layer, f"output head, {doubt.reason}", "likely")
@@ -108,7 +109,7 @@ class Heads:
                         self._mark(found, f"output head, by {method}() of {owner}")
 
     def _by_name(self) -> None:
-        said, tops = bool(self._found), self._tops()
+        said, tops = bool(self._found), {".".join(unwrapped(path)) for path in self._tops}
         for path, module in self.modules.items():
             owner, _, _ = path.rpartition(".")
             parts = unwrapped(path)
@@ -145,9 +146,7 @@ class Heads:
         parts = path.split(".")
         return (self.modules[".".join(parts[:k])] for k in range(len(parts)))
 
-    def _mark_last(
-        self, path: str, layers: list[nn.Module], strength: words.Strength
-    ) -> None:
+    def _mark_last(self, path: str, layers: list[nn.Module], strength: words.Strength) -> None:
         """Of a head of several layers the last, unless one of them is called a head itself, or the
         last has the width of the model, or is a part of an attention."""
         inside = [p for p in self.modules if p.startswith(f"{path}.")]
@@ -167,14 +166,15 @@ class Heads:
         behind = layers[layers.index(layer) + 1 :]
         return any(outputs_and_inputs(other)[1] == outputs for other in behind[:1])
 
+    @cached_property
     def _tops(self) -> set[str]:
-        """The unwrapped paths of the models proper: the model inside a wrapper, the attribute of a
+        """The paths of the models proper: the model inside a wrapper, the attribute of a
         LightningModule, and a copy (EMA, teacher) beside it."""
         tops, queue = set(), [""]
         while queue:
             path = queue.pop()
             module = self.modules[path]
-            tops.add(".".join(unwrapped(path)))
+            tops.add(path)
             kids = [
                 (name, child)
                 for name, child in module.named_children()
@@ -212,10 +212,8 @@ class Heads:
         What a model has inside that has a head itself is none.
         """
         ends = positions.Ends(self.modules.values())
-        paths = {".".join(unwrapped(path)): path for path in reversed(self.modules)}
-        tops = {paths[top] for top in self._tops()}
-        with_heads = {self._top_of(self.names[key], tops) for key in self._found}
-        for top in sorted(tops):
+        with_heads = {self._top_of(self.names[key]) for key in self._found}
+        for top in sorted(self._tops):
             around = {path for path in with_heads if not path or top.startswith(f"{path}.")}
             for layer in ends.of(self.modules[top]) if not around - {top} else ():
                 path = self.names[id(layer)]
@@ -223,10 +221,9 @@ class Heads:
                 if id(layer) not in self._found and (listed or not self._repeated(path)):
                     self._doubted.setdefault(id(layer), positions.LAST)
 
-    @staticmethod
-    def _top_of(path: str, tops: set[str]) -> str:
+    def _top_of(self, path: str) -> str:
         """The path of the nearest model proper around a module."""
-        while path and path not in tops:
+        while path and path not in self._tops:
             path = path.rpartition(".")[0]
         return path
 

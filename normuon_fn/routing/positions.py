@@ -40,7 +40,9 @@ def against(name: str, layer: nn.Module, owner: nn.Module, *, is_strong: bool) -
     if is_strong and (layers[0] is not layer or not behind or outputs < inputs):
         return None
     rest = (m for path, m in behind if not any(p == name or words.head(p) for p in path.split(".")))
-    later = next((m for m in rest if outputs_and_inputs(m)[1] != inputs), None)
+    first = next((m for path, m in found if path.split(".")[0] == name), layer)
+    taken_in = outputs_and_inputs(first)[1]
+    later = next((m for m in rest if outputs_and_inputs(m)[1] != taken_in), None)
     if later is None:
         square = outputs == inputs and len(layers) > 1 and not is_strong
         return Doubt(False, "by name, although it is square") if square else None
@@ -80,7 +82,7 @@ class Ends:
             if beside not in (None, first) or len(units) < 2:
                 return
             outputs, inputs = outputs_and_inputs(layers[-1])
-            is_last = is_chain and beside is None and outputs != inputs
+            is_last = is_chain and beside is None and unit is layers[-1]
             if not is_last and self._is_taken(outputs, inputs):
                 return
             yield layers[-1]

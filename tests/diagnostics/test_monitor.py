@@ -24,7 +24,8 @@ NAN = float("nan")
 def made(device: str = "cpu", **options: Any) -> tuple[nn.Module, nm.NorMuon]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).to(device)
-    return model, nm.NorMuon(model, lr=0.02, **{"guard": "full", **options})
+    routes = {"1.weight": nm.Route()}
+    return model, nm.NorMuon(model, lr=0.02, routes=routes, **{"guard": "full", **options})
 
 
 def step(model: nn.Module, optimizer: Any, bad: bool = False) -> None:
@@ -96,7 +97,7 @@ def test_a_function_hears_what_a_warning_says() -> None:
 def test_many_names_are_cut_short() -> None:
     got: list[nm.Skip] = []
     model = nn.ModuleList(nn.Linear(2, 2) for _ in range(20))
-    optimizer = nm.NorMuon(model, guard="full", on_skip=got.append)
+    optimizer = nm.NorMuon(model, guard="full", on_skip=got.append, routes={"1.weight": nm.Route()})
     for p in model.parameters():
         p.grad = torch.full_like(p, NAN)
     optimizer.step()

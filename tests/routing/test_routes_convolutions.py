@@ -17,7 +17,7 @@ class Attention(nn.Module):
         for key, value in own.items():
             setattr(self, key, value)
         self.add_module(name, qkv)
-        self.proj_out = out
+        self.proj = out
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -96,7 +96,7 @@ def test_heads_of_guided_diffusion_step_alone_where_asked() -> None:
 
 
 def test_outputs_that_may_be_a_pixel_shuffle_of_one_dimension_are_not_taken_for_a_gate() -> None:
-    made = Attention(nn.Conv1d(8, 16, 1), nn.Conv1d(8, 8, 3), name="up")
+    made = Attention(nn.Conv1d(8, 16, 1), nn.Identity(), name="up", out=nn.Conv1d(8, 8, 3))
     route, reason = routed(made, "up")
     assert route == nm.Route(flatten=True)
     assert reason.endswith("which may be gate and up; give splits=")
