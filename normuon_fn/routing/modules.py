@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from ..compat.collection import without_collection

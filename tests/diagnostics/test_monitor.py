@@ -152,7 +152,7 @@ def test_a_monitor_of_anything_else_is_refused(wrong: Any) -> None:
 )
 def test_what_waits_for_skips_is_refused_where_no_guard_skips_any(options: Any) -> None:
     model, optimizer = made(guard="off")
-    bare = nm.make_plan(model)
+    bare = nm.make_plan(model, routes={"1.weight": nm.Route()})
     for make in (
         lambda: made(guard="off", **options),
         lambda: nm.SkipMonitor(optimizer, **options),

@@ -48,7 +48,7 @@ def test_a_fused_qkv_that_is_a_convolution_is_split_as_a_linear_one(
     assert route == nm.Route(flatten=True, splits=(32, 32, 32), heads=(2, 2, 2))
 
 
-@pytest.mark.parametrize("name, outputs, splits", [
+@pytest.mark.parametrize(("name", "outputs", "splits"), [
     ("qkv", 64, (32, 16, 16)), ("kv", 64, (32, 32)), ("gate_up_proj", 128, (64, 64)),
     ("proj", 96, None), ("conv1", 96, None),
 ])  # fmt: skip
@@ -78,7 +78,7 @@ class QKVAttentionLegacy(nn.Module):
     """Named as in guided diffusion, whose heads bring their q, k and v one after the other."""
 
 
-@pytest.mark.parametrize("case, said", [
+@pytest.mark.parametrize(("case", "said"), [
     ({"num_heads": 3, "head_dim": 7}, "96 outputs are not those of 3 heads of 7; give splits="),
     ({"attention": QKVAttentionLegacy(), "num_heads": 2}, "take turns head by head; heads=6"),
 ])  # fmt: skip
@@ -96,7 +96,7 @@ def test_heads_of_guided_diffusion_step_alone_where_asked() -> None:
 
 
 def test_outputs_that_may_be_a_pixel_shuffle_of_one_dimension_are_not_taken_for_a_gate() -> None:
-    made = Attention(nn.Conv1d(8, 16, 1), nn.Identity(), name="up", out=nn.Conv1d(8, 8, 3))
+    made = Attention(nn.Conv1d(8, 16, 1), nn.Identity(), name="up", proj_out=nn.Conv1d(8, 8, 3))
     route, reason = routed(made, "up")
     assert route == nm.Route(flatten=True)
     assert reason.endswith("which may be gate and up; give splits=")
