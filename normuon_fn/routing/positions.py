@@ -71,7 +71,9 @@ class Ends:
 
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
         """The last layer of the last part of a model, and of the parts beside it."""
+        # A chain that puts out as many as it takes in may be a block of something larger.
         is_chain = type(model) is nn.Sequential
+        taken_in = next((outputs_and_inputs(m)[1] for m in model.modules() if is_layer(m)), 0)
         units = list(_units(model))
         beside = None
         for unit in reversed(units):
@@ -82,7 +84,7 @@ class Ends:
             if beside not in (None, first) or len(units) < 2:
                 return
             outputs, inputs = outputs_and_inputs(layers[-1])
-            is_last = is_chain and beside is None and unit is layers[-1]
+            is_last = is_chain and beside is None and unit is layers[-1] and outputs != taken_in
             if not is_last and self._is_taken(outputs, inputs):
                 return
             yield layers[-1]

@@ -161,7 +161,8 @@ def test_what_waits_for_skips_is_refused_where_no_guard_skips_any(options: Any) 
     ):
         with pytest.raises(ValueError, match=r"goes into the weights\. Write guard='full'"):
             make()
-    nm.SkipMonitor(nm.make_plan(model, nm.Config(guard="output")), **options)
+    routes = {"1.weight": nm.Route()}
+    nm.SkipMonitor(nm.make_plan(model, nm.Config(guard="output"), routes=routes), **options)
     made(**options)
 
 

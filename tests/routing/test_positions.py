@@ -176,6 +176,7 @@ CERTAIN: dict[str, Callable[[], nn.Module]] = {
     "a block alone": lambda: nn.TransformerEncoderLayer(D, 4, H),
     "an attention alone": lambda: attention(proj=nn.Linear(D, D)),
     "a feed-forward alone": lambda: Of(fc1=nn.Linear(D, H), fc2=nn.Linear(H, D)),
+    "a feed-forward alone, in a Sequential": lambda: mlp(D, H, D),
     "a layer alone": lambda: nn.Linear(16, 4),
     "a denoiser": lambda: Of(
         conv_in=nn.Conv2d(3, D, 3), mid=nn.Conv2d(D, D, 3), conv_out=nn.Conv2d(D, 3, 3)
