@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import nn
 
 from ..compat.collection import without_collection
-from . import adapters, convolutions, low_rank, routers, words
+from . import adapters, convolutions, low_rank, parametrized, routers, words
 from . import projections as fused
 from . import raw as raw_parameter
 from .attributes import get, is_a, is_conv1d_of_gpt2, is_linear, kind_of
@@ -176,7 +176,7 @@ class Reader:
         found = self._layer(use, is_conv1d_of_gpt2(module) and use.leaf == "weight")
         if found.route.flatten and shape[0] == 1:
             return Decision(Route("adamw"), f"vector: a {kind_of(module)} of one row, flattened")
-        return self.heads.doubted(module, use.leaf, found)
+        return parametrized.doubted(use, self.heads.doubted(module, use.leaf, found))
 
     def _layer(self, use: Use, transposed: bool) -> Decision:
         module, shape, kind = use.module, use.shape, kind_of(use.module)
@@ -216,7 +216,11 @@ class Reader:
             use.own, use.owners, outputs_first[0], outputs_first[1], per_head=self.per_head
         )
         what = "matrix" if not raw else f"matrix of {kind}"
-        return _with(cut, "Conv1D, stored [inputs, outputs]" if transposed else what, transposed)
+        found = _with(cut, "Conv1D, stored [inputs, outputs]" if transposed else what, transposed)
+        named = next((part for part in reversed(parts) if not part.isdigit()), use.leaf)
+        if raw and cut is None and not words.is_matrix(named):
+            return Decision(found.route, f"{what}, by its shape alone", "likely")
+        return found
 
     def _stack(self, use: Use) -> Decision:
         """[n, rows, cols]: experts, mostly."""
