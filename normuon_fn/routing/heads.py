@@ -124,6 +124,8 @@ class Heads:
                 strength = "strong"
             elif strength is None or self._repeated(path):
                 continue
+            if is_a(self.modules[owner], nn.MultiheadAttention):
+                continue
             if strength == "weak" and ".".join(unwrapped(owner)) not in tops:
                 continue
             layers = [m for m in module.modules() if is_layer(m)]

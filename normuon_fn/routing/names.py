@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import adapters, words
+from . import adapters, fused_names, words
 from .parametrized import doubted_by_name
 from .places import LEAVES, Named, chain_ends, experts, head_ends, leaf_of, read, template
 from .routes import Decision, Route
@@ -56,7 +56,10 @@ def _per_member(found: Decision, ndim: int) -> Decision:
 def _decide(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Decision]:
     context = _Context(shapes)
     found = {name: context.decide(name, shape) for name, shape in shapes.items()}
-    return {name: doubted_by_name(name, each) for name, each in found.items()}
+    return {
+        name: fused_names.doubted(name, shapes, doubted_by_name(name, each))
+        for name, each in found.items()
+    }
 
 
 class _Context:

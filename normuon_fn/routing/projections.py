@@ -86,6 +86,16 @@ def cut(
     return None
 
 
+def is_fused_qkv(own: str) -> bool:
+    """Whether a projection is called as q, k and v in one are."""
+    return bool(_QKV.search(own))
+
+
+def is_fused_kv(own: str) -> bool:
+    """Whether a projection is called as k and v in one are."""
+    return bool(_KV.match(own))
+
+
 def is_of_attention(name: str) -> bool:
     """Whether a layer is called as the queries, keys or values of an attention are."""
     return any(x.match(name) for x in (_QUERY, _KEY_VALUE, _KV)) or bool(_QKV.search(name))
