@@ -89,7 +89,7 @@ def matrices(
         flat = matrices(
             (shape[0], shape[1] * each), flatten=False, heads=heads, splits=splits, dim=dim
         )
-        return [(view.of_tensor(shape), *rest) for view, *rest in flat]
+        return [(view.of_tensor(shape), n, rows, cols) for view, n, rows, cols in flat]
     if len(shape) > 2 and splits is not None:
         return _split_stack(shape, splits, dim)
     if len(shape) > 2:

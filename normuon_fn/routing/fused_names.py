@@ -1,4 +1,4 @@
-"""Projections that a name alone says are fused: left whole, with the route that would split them."""
+"""Projections that are fused by name alone: left whole, with the route that splits them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CONV1D = re.compile(r"c_attn$")  # of GPT-2, stored [inputs, outputs]
 def doubted(name: str, shapes: Mapping[str, tuple[int, ...]], found: Decision) -> Decision:
     """The decision for a matrix, likely where its name says that it is several."""
     route, shape = found.route, shapes[name]
-    if route.algorithm != "normuon" or route.splits or route.heads or found.certainty == "untold":
+    if route.algorithm != "normuon" or route.splits or route.heads:
         return found
     recurrent = bool(_RECURRENT.search(name)) and len(shape) == 2
     what, sizes = _gates(name, shapes) if recurrent else _parts(name, shape)
@@ -26,7 +26,8 @@ def doubted(name: str, shapes: Mapping[str, tuple[int, ...]], found: Decision) -
         return found
     dim = _dim(name, shape)
     other = Route(flatten=route.flatten, splits=sizes, dim=dim, transposed=dim == 1)
-    return Decision(route, left_whole(f"{found.reason}: {what} by name", other), "likely")
+    reason = "matrix" if found.certainty == "untold" else found.reason  # the name tells more
+    return Decision(route, left_whole(f"{reason}: {what} by name", other), "likely")
 
 
 def _parts(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

@@ -72,7 +72,7 @@ def test_a_norm_does_not_fail_and_a_matrix_keeps_normuon() -> None:
 
 def test_splits_and_heads_of_a_later_entry_are_kept() -> None:
     own = nm.Route(splits=(D, D, D), heads=2, wd_mul=0.1)
-    found = routes(routes={"blocks.0.*": SLOW, "*.qkv.weight": own})["blocks.0.q.weight"]
+    found = routes(routes={"blocks.0.*": SLOW, "*.q.weight": own})["blocks.0.q.weight"]
     assert found == nm.Route(splits=(D, D, D), heads=2, lr_mul=0.5, wd_mul=0.1)
 
 
@@ -186,7 +186,7 @@ def test_the_optimizer_keeps_rules_and_a_group_its_algorithm() -> None:
         {"params": named[1:4], "routes": {"*norm*": nm.Route(lr_mul=0.1)}},
         {"params": named[4:], "algorithm": "adamw"},
     ]
-    optimizer = nm.NorMuon(groups, lr=0.02, routes={"*": SLOW, "*.qkv.*": nm.Route(heads=2)})
+    optimizer = nm.NorMuon(groups, lr=0.02, routes={"*": SLOW, "*.q.*": nm.Route(heads=2)})
     for _, p in named:
         p.grad = torch.ones_like(p)
     optimizer.step()
