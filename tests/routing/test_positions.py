@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from torch import nn
 
 import normuon_fn as nm
+from tests import guides
 
 D, H = 32, 64
 
@@ -187,3 +189,36 @@ CERTAIN: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("case", CERTAIN)
 def test_a_head_that_is_told_and_a_model_that_has_none_are_taken_without_a_word(case: str) -> None:
     assert weights(nm.routes_for(CERTAIN[case]())) == {}
+
+
+def named_by_the_page(begins: str, ends: str) -> list[str]:
+    """The words in backticks between two places of the first guide."""
+    text = guides.text("index.md").replace("\n", " ")
+    return re.findall(r"`([A-Za-z_0-9]+)`", text[text.index(begins) : text.index(ends)])
+
+
+def test_the_first_guide_names_the_heads_that_are_known_by_their_names() -> None:
+    strong = named_by_the_page("by their names:", "; and, where")
+    weak = named_by_the_page("; and, where", "A last layer of any")
+    other = [*named_by_the_page("A last layer of any", "The warning prints"), "3"]
+    assert len(strong) == 6 and len(weak) == 6 and {"fc3", "l3", "advantage"} <= {*other}
+    for name in (*strong, *weak):
+        last = Of(body=mlp(8, D), **{name: nn.Linear(D, 10)})
+        table = nm.routes_for(last)
+        assert table[f"{name}.weight"] == nm.Route("adamw") and table.unsure() == {}, name
+        inside = Of(body=Of(**{name: nn.Linear(8, 24)}, b=nn.Linear(24, D)), end=nn.Linear(D, 10))
+        is_head = nm.routes_for(inside)[f"body.{name}.weight"] == nm.Route("adamw")
+        assert is_head == (name in strong), name
+    for name in other:
+        if name == "Sequential":
+            continue
+        table = nm.routes_for(Of(body=mlp(8, D), **{name: nn.Linear(D, 10)}))
+        assert table[f"{name}.weight"] == nm.Route(), name
+        assert list(table.unsure()) == [f"{name}.weight"], name
+
+
+def test_the_first_guide_prints_the_table_that_its_model_has() -> None:
+    model = nn.Sequential(
+        nn.Embedding(64, 32), nn.Flatten(), nn.Linear(8 * 32, 64), nn.ReLU(), nn.Linear(64, 64)
+    )
+    assert f"```\n{nm.routes_for(model)}\n```" in guides.text("index.md")
