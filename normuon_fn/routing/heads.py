@@ -82,7 +82,7 @@ class Heads:
         """Marks a layer that its name, or that of ``path`` around it, calls a head; or says what
         speaks against it."""
         owner, _, name = path.rpartition(".")
-        inner, strong = next(_layers_behind(layer)), strength == "strong"
+        inner, strong = next(_layers_behind(layer), layer), strength == "strong"
         doubt = positions.against(name, inner, self.modules[owner], is_strong=strong)
         tables = map(_table, self.embeddings.values())
         if doubt is None or outputs_and_inputs(inner) in tables:

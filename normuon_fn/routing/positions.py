@@ -34,8 +34,11 @@ def against(name: str, layer: nn.Module, owner: nn.Module, *, is_strong: bool) -
     outputs, inputs = outputs_and_inputs(layer)
     found = [(path, m) for path, m in owner.named_modules() if is_layer(m)]
     layers = [m for _, m in found]
-    behind = found[next(k for k, m in enumerate(layers) if m is layer) + 1 :]
-    if not is_strong and _is_beside_queries(owner, layer):
+    at = next((k for k, m in enumerate(layers) if m is layer), None)
+    if at is None:  # a wrapper's own kind of layer
+        return None
+    behind = found[at + 1 :]
+    if (not is_strong or outputs == inputs) and _is_beside_queries(owner, layer):
         return Doubt(True, "named as a head, beside the queries of an attention")
     if is_strong and (layers[0] is not layer or not behind or outputs < inputs):
         return None

@@ -65,6 +65,9 @@ DOUBTFUL: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: Of(classifier=nn.Linear(8, D), blocks=blocks()), {"classifier.weight": "adamw"}
     ),
     "out of an attention": (lambda: attention(out=nn.Linear(D, D)), {"out.weight": "normuon"}),
+    "heads of an attention": (
+        lambda: attention(heads=nn.Linear(D, D)), {"heads.weight": "normuon"}
+    ),
     "proj_out of an attention": (
         lambda: Of(to_qkv=nn.Conv2d(D, 3 * D, 1), proj_out=nn.Conv2d(D, D, 1)),
         {"proj_out.weight": "normuon"},
@@ -179,6 +182,10 @@ CERTAIN: dict[str, Callable[[], nn.Module]] = {
     "an attention alone": lambda: attention(proj=nn.Linear(D, D)),
     "a feed-forward alone": lambda: Of(fc1=nn.Linear(D, H), fc2=nn.Linear(H, D)),
     "a feed-forward alone, in a Sequential": lambda: mlp(D, H, D),
+    "torch's attention alone": lambda: nn.MultiheadAttention(D, 4),
+    "torch's attention and a head": lambda: Of(
+        attn=nn.MultiheadAttention(D, 4), head=nn.Linear(D, 5)
+    ),
     "a layer alone": lambda: nn.Linear(16, 4),
     "a denoiser": lambda: Of(
         conv_in=nn.Conv2d(3, D, 3), mid=nn.Conv2d(D, D, 3), conv_out=nn.Conv2d(D, 3, 3)

@@ -146,6 +146,20 @@ def test_the_optimizer_goes_on_from_a_checkpoint_of_a_split_convolution() -> Non
     assert torch.equal(model.weight, other.weight)
 
 
+@pytest.mark.usefixtures("without_inductor")
+def test_a_graph_of_a_split_convolution_has_the_bits_of_the_eager_step() -> None:
+    shape, route = CASES["splits and heads"]
+    route = replace(route, flatten=True)
+    expected, _ = ran(shape, route, nm.Config())
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(shape, generator=generator)}
+    plan = nm.make_plan(params, routes={"w": route})
+    state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.02, weight_decay=0.1)
+    for _ in range(2):
+        nm.step_(params, {"w": torch.randn(shape, generator=generator)}, state, hyper, plan)
+    assert torch.equal(params["w"], expected)
+
+
 def test_foreach_steps_a_split_convolution_as_the_step_does() -> None:
     shape, route = CASES["one place"]
     route = replace(route, flatten=True)
