@@ -33,6 +33,7 @@ CONVOLUTIONS = {
         (6, 12, 2, 2), 1, nm.Route(flatten=True, splits=(7, 5), dim=1, transposed=True)
     ),
 }  # fmt: skip
+CODED: dict[str, Any] = {"momentum_dtype": "int8", "guard_scope": "step"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
         "convolutions": {
             case: _as_on_one_device(*given, guard_scope="step")
             for case, given in CONVOLUTIONS.items()
-        },
+        }
+        | {"int8": _as_on_one_device(*CONVOLUTIONS["rows"], **CODED)},
     }
 
 
@@ -134,7 +136,7 @@ def test_a_rank_may_have_no_expert_at_all(seen: list[dict[str, Any]], scope: str
     assert [found["few"][scope] for found in seen] == [True, True]
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, "int8"])
 def test_a_shard_of_a_split_convolution_gives_what_one_device_gives(
     seen: list[dict[str, Any]], case: str
 ) -> None:
