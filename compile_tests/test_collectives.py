@@ -8,6 +8,7 @@ looked at.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -308,6 +309,18 @@ def test_the_compiler_sees_one_graph_at_64_ranks() -> None:
     with graphs.fake_ranks(64):
         given = laid_out("FSDP2, rows", 64, nm.Config(guard="output", **SHORT), {"up": (64, 8)})
         check(graphs.record(local_update_, *local(given)), sharded=1, reductions=1, flags=1)
+
+
+def test_the_hops_of_512_ranks_are_one_graph_and_meet_few_ranks_each() -> None:
+    with graphs.fake_ranks(512):
+        given = laid_out("FSDP2, rows", 512, nm.Config(guard="output", **SHORT), {"up": (512, 8)})
+        (bucket,) = given.plan.buckets
+        hops = [len(x.route.hops) for x in (bucket.exchange.to_owners, bucket.exchange.back)]
+        assert hops[0] == hops[1] > 1
+        met = [len(hop.incoming) for hop in bucket.exchange.back.route.hops]
+        assert math.prod(met) == 512 and max(met) <= 64
+        assert "messages go over a grid of" in str(given.plan).splitlines()[-1]
+        check(graphs.record(local_update_, *local(given)), sharded=hops[0], reductions=1, flags=1)
 
 
 @pytest.fixture

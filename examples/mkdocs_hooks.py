@@ -40,7 +40,7 @@ SECTIONS = {
     "Skipped steps": ["check", "SkipMonitor", "Skip", "NonFiniteStepError", "capture"],
     "Metrics and attention logits": ["report_metrics", "MeasuredResult", "qk_clip", "qk_clip_"],
     "Checkpoints, conversion, memory": [
-        "save", "load", "Checkpoint", "CheckpointError", "convert_state", "names_in",
+        "save", "load", "Checkpoint", "CheckpointError", "convert_state", "put_state_", "names_in",
         "gather_state", "offload_", "reload_",
     ],
 }  # fmt: skip

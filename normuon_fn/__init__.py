@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .diagnostics.skips import NonFiniteStepError, check
     from .optim.callbacks import lightning_callback, trainer_callback
     from .optim.normuon import NorMuon
+    from .optim.put_state import put_state_
     from .optim.trainer import for_trainer
     from .persistence.checkpoint import Checkpoint, load, save
     from .persistence.converters import convert_state
@@ -70,6 +71,7 @@ __all__ = [
     "names_in",
     "offload_",
     "orthogonalize",
+    "put_state_",
     "qk_clip",
     "qk_clip_",
     "reload_",
@@ -101,6 +103,7 @@ _LATER = {
     "load": "persistence.checkpoint",
     "names_in": "persistence.names",
     "offload_": "runtime.offloading",
+    "put_state_": "optim.put_state",
     "reload_": "runtime.offloading",
     "report_metrics": "diagnostics.metrics",
     "save": "persistence.checkpoint",

@@ -18,6 +18,7 @@ from .algorithm.streamed import Conveyor
 from .compat import outside_inference_mode, without_autocast
 from .compat.graphs import is_functionalized, is_traced
 from .distributed.placements import check_alike, local, local_of, to_dtensor
+from .planning.before_ranks import check_ranks
 from .planning.checks import check_step, check_tensors
 from .planning.common import agree_on_step
 from .planning.hyperball import check_first_use, check_sizes
@@ -89,7 +90,9 @@ def update(
 
     ``found_inf`` of any rank skips the step of all ranks that decide together. Ranks that share
     parameters must lack the same gradients, and give ``found_inf`` all or none: hosts compare it at
-    a plan's first step and when it changes, but nobody does in a graph of your own.
+    a plan's first step and when it changes, but nobody does in a graph of your own. At a plan's
+    first step they also compare, waiting for the device, the gradients of copies that are plain
+    tensors, and warn where nobody has averaged them.
 
     With ``weight_decay_form="hyperball"`` the first step of a plan that `init` and `load` have not
     seen waits for the device, once, to refuse a matrix of zeros. What a matrix becomes later, or is
@@ -142,8 +145,11 @@ def _checked_step(
     *,
     in_place: bool,
 ) -> StepResult:
-    if isinstance(plan, Plan) and not is_traced():
-        agree_on_step(plan, grads, found_inf)
+    if isinstance(plan, Plan):
+        if is_traced():
+            check_ranks(plan)
+        else:
+            agree_on_step(plan, grads, found_inf)
     check_step(plan, params, grads, state, hyper, found_inf)
     if not is_traced():
         check_first_use(plan, params)

@@ -195,7 +195,11 @@ def files(params: dict[str, Tensor], state: dict[str, Tensor], plan: nm.Plan) ->
 def moving(model: nn.Module, old: torch.optim.Optimizer, plan: nm.Plan) -> dict[str, Tensor]:
     names = nm.names_in(old, model.named_parameters())
     names = nm.names_in(old, dict(model.named_parameters()))
-    return nm.convert_state(old.state_dict(), plan, names, missing="zeros")
+    state = nm.convert_state(old.state_dict(), plan, names, missing="zeros")
+    nm.put_state_(nm.NorMuon(model), state)
+    nm.put_state_(nm.NorMuon(model), state, model)
+    nm.put_state_(nm.NorMuon(model), state, model.named_parameters())
+    return state
 
 
 def trainers(model: nn.Module) -> tuple[Any, ...]:

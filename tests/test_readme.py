@@ -140,6 +140,14 @@ def test_the_readme_sums_the_table_up() -> None:
     tokens, seconds = (row[3] for row in rows if "AdamW's final loss" in row[0])
     assert f"A GPT of {size} parameters on {seen}" in text
     assert f"with {tokens} of the tokens and {seconds} of the time" in text
+    _, *small = table(
+        (ROOT / "examples/study/RESULTS.md").read_text(),
+        after="\n## Tokens per parameter",
+        first="tokens per parameter | run",
+    )
+    whole = [f"{float(row[10].rstrip('%')):.0f}" for row in small if row[1] == "NorMuon"][::-1]
+    said = f"with 3, 10 and 20, in smaller models, it takes {whole[0]}, {whole[1]} and {whole[2]} %"
+    assert f"{said} of the tokens" in text
 
 
 def test_the_guide_to_rates_has_the_grid_of_the_study() -> None:

@@ -179,10 +179,20 @@ def test_names_that_a_state_dict_has_are_taken_without_a_word() -> None:
 
 
 def test_names_that_a_state_dict_cannot_tell_are_refused_with_what_to_write() -> None:
-    groups = [{"params": [p for p in MODEL.parameters() if (p.ndim > 1) == on]} for on in (1, 0)]
+    model = GPT()
+    rest = [model.norm, model.embed, model.head]  # norm and layer both have vectors of 8
+    groups = [
+        {"params": [p for part in rest for p in part.parameters()]},
+        {"params": list(model.layer.parameters())},
+    ]
+    stepped = torch.optim.AdamW(groups)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    stepped.step()
     turned = adamw_of(nn.Sequential(*reversed([*GPT().children()]))).state_dict()
     for given, why in (
         (torch.optim.AdamW(groups).state_dict(), "it has 2 groups"),
+        (stepped.state_dict(), "it has 2 groups"),
         (torch.optim.AdamW(MODEL.head.parameters()).state_dict(), "it has 2 parameters where"),
         (turned, r"its state has shape \(16,\) where 'layer.weight' has \(8, 8\)"),
     ):
@@ -213,15 +223,32 @@ def test_the_lines_of_the_error_bring_adamws_state_into_the_optimizer(master: An
     optimizer.step()
 
 
-def test_a_flat_state_is_refused_with_the_loop_that_puts_it_into_the_optimizer() -> None:
+def test_the_lines_of_the_error_bring_in_two_groups_of_the_usual_split() -> None:
+    model = GPT()
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == on]} for on in (1, 0)]
+    adamw = torch.optim.AdamW(groups)
+    for k, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, k + 1.0)
+    adamw.step()
+    optimizer, state_dict = nm.NorMuon(model), adamw.state_dict()
+    with pytest.raises(ValueError, match="was saved by another optimizer") as raised:
+        optimizer.load_state_dict(state_dict)
+    with pytest.warns(UserWarning, match="has no names; its 2 groups"):
+        exec(lines_of(str(raised.value)), {"nm": nm} | locals())
+    for p in model.parameters():
+        if "exp_avg" in optimizer.state[p]:
+            assert torch.equal(optimizer.state[p]["exp_avg"], adamw.state[p]["exp_avg"])
+
+
+def test_a_flat_state_is_refused_with_the_line_that_puts_it_into_the_optimizer() -> None:
     model = GPT()
     optimizer = nm.NorMuon(model, lr=0.02)
     state = nm.convert_state(SAVED, nm.make_plan(model), [*PARAMS], missing="zeros")
     with pytest.raises(ValueError, match="the flat state of a plan") as raised:
         optimizer.load_state_dict(state)
     assert "It lacks" not in str(raised.value)
-    exec(lines_of(str(raised.value)), locals())
-    assert optimizer.state[model.head.weight]["exp_avg"] is state["head.weight.exp_avg"]
+    exec(lines_of(str(raised.value)), {"nm": nm} | locals())
+    assert torch.equal(optimizer.state[model.head.weight]["exp_avg"], state["head.weight.exp_avg"])
     other = nm.NorMuon(model.bfloat16(), lr=0.02, config=nm.Config(master="fp32"))
     with pytest.raises(ValueError, match=r"(?s)It lacks .*layer.weight.master.*optimizer\.config"):
         other.load_state_dict(state)

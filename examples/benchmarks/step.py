@@ -87,6 +87,7 @@ WORKLOADS: dict[str, Shapes] = {
 GUARDS = ("off", "output", "full")
 BLOCK = 5  # calls in a row
 ROUNDS = 6
+FIRST_CALLS = 0.6  # of the time that there is
 HELD = 1.5  # seconds of a product, after which the clock does not fall any more
 
 
@@ -407,7 +408,10 @@ class Workload:
         set_floor(row, device, parts, pass_bytes(self.here))
         return Entry(row, call, graphed.release if graphed is not None else lambda: None)
 
-    def peer(self, build: Callable[[list[Tensor]], torch.optim.Optimizer], row: Row) -> Entry:
+    def peer(
+        self, build: Callable[[list[Tensor]], torch.optim.Optimizer], row: Row, graph: bool = False
+    ) -> Entry:
+        """``graph``: its step captured in a CUDA graph, with the rates of that step."""
         self.device.clear()
         leaves = []
         for name, p in self.params.items():
@@ -426,8 +430,15 @@ class Workload:
                 for x in tensors_of(s)
             )
             row.peak_gib = (self.device.peak() - before - own) / 2**30
-        row.host_ms = self.device.host_ms(optimizer.step)
-        return Entry(row, optimizer.step)
+        call: Callable[[], Any] = optimizer.step
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                optimizer.step()
+            call = captured.replay
+            self.changed(call)
+        row.host_ms = self.device.host_ms(call)
+        return Entry(row, call, optimizer.state.clear)
 
 
 def tensors_of(state: dict[str, Any]) -> list[Tensor]:
@@ -458,9 +469,12 @@ PEERS: dict[
     "torch Muon": ("torch", torch_muon),
     "dion NorMuon": ("dion", dion),
     "dion NorMuon Triton": ("dion", functools.partial(dion, use_triton=True)),
+    # with the kernels of quack, which gram-newton-schulz takes where it can be imported
     "dion NorMuon Gram": ("dion", functools.partial(dion, use_gram_newton_schulz=True)),
     "Emerging-Optimizers normuon": ("emerging_optimizers", emerging),
 }
+
+CAPTURED = ("dion NorMuon Triton", "dion NorMuon Gram")
 
 
 def importable(module: str) -> bool:
@@ -483,6 +497,7 @@ class Options:
     rounds: int = ROUNDS
     mesh: DeviceMesh | None = None
     layout: str = ""
+    until: float = math.inf  # of time.monotonic(); what does not fit is left out, and said
 
 
 def rows_of(device: Device, spec: str, options: Options) -> list[Row]:
@@ -505,6 +520,9 @@ def rows_of(device: Device, spec: str, options: Options) -> list[Row]:
         for name, (module, build) in PEERS.items():
             if importable(module):
                 wanted[name] = functools.partial(Workload.peer, build=build)
+            if importable(module) and options.graph and name in CAPTURED:
+                peer = functools.partial(Workload.peer, build=build, graph=True)
+                wanted[f"{name}, captured"] = peer
     if options.only:
         wanted = {
             name: make
@@ -536,10 +554,16 @@ def measure(
 ) -> None:
     workload = Workload(device, shapes_of(spec), options.dtype, options.mesh, options.layout)
     entries: list[Entry] = []
+    started = time.monotonic()
     for name, make in tqdm(wanted.items(), desc=f"{spec}: first calls", disable=None):
         with reported(rows[name]):
+            before = time.monotonic()
+            if before - started > FIRST_CALLS * (options.until - started):
+                raise TimeoutError("left out: the time was over")
             entries.append(make(workload, row=rows[name]))  # type: ignore[call-arg]
-    interleave(device, entries, options.rounds, spec, next(iter(rows.values()), None))
+            took = time.monotonic() - before
+            print(f"{spec}, {name}: first calls in {took:.1f} s", file=sys.stderr, flush=True)
+    interleave(device, entries, options, spec, next(iter(rows.values()), None))
     for entry in entries:
         with reported(entry.row):
             entry.free()
@@ -554,19 +578,21 @@ def reported(row: Row) -> Iterator[None]:
 
 
 def interleave(
-    device: Device, entries: list[Entry], rounds: int, what: str, base: Row | None
+    device: Device, entries: list[Entry], options: Options, what: str, base: Row | None
 ) -> None:
-    """Blocks of calls in turn, forwards and backwards.
+    """Blocks of calls in turn, forwards and backwards, in as many rounds as there is time for.
 
     Then every row's ratio to ``base``, if that was measured.
     """
-    for k in tqdm(range(rounds), desc=f"{what}: rounds", disable=None):
+    for k in tqdm(range(options.rounds), desc=f"{what}: rounds", disable=None):
+        if k and time.monotonic() > options.until:
+            break
         for entry in entries[:: 1 if k % 2 == 0 else -1]:
             if entry.row.error is None:
                 with reported(entry.row):
                     entry.row.times.append(device.block(entry.call, BLOCK))
     for entry in entries:
-        if base is not None and len(base.times) == len(entry.row.times) == rounds:
+        if base is not None and len(base.times) == len(entry.row.times) > 0:
             entry.row.ratio, entry.row.spread = ratio(entry.row, base)
 
 
@@ -649,9 +675,7 @@ def orthogonalize_rows(
             parts = plan_products(plan)
             set_floor(row, device, parts)
             entries.append(Entry(row, functools.partial(function, x)))
-    interleave(
-        device, entries, options.rounds, f"orthogonalize {spec}", found[0] if found else None
-    )
+    interleave(device, entries, options, f"orthogonalize {spec}", found[0] if found else None)
     del x, plan
     device.clear()
     return found
@@ -1085,6 +1109,9 @@ def main() -> None:
     parser.add_argument(
         "--layout", choices=["ddp", "fsdp2"], help="on the ranks of torchrun: our rows alone"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="leave out the last rows that do not fit"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", metavar="FILE", help="a bar chart")
     parser.add_argument(
@@ -1115,6 +1142,7 @@ def main() -> None:
         args.first_step,
         args.only,
         max(1, args.rounds),
+        until=time.monotonic() + args.seconds,
     )
     if args.layout:
         if device.cuda:

@@ -1,6 +1,7 @@
 """What a bucket of matrices costs a rank, predicted: for decisions at plan time, not for clocks.
 
-Every rank computes the same numbers from the plan alone, so all of them decide alike. Where the
+All ranks of a process group compute the same numbers, from what the plans of all of them have, and
+so decide alike. Where the
 machine is another one, a decision may be less than the best, and never wrong.
 
 Sources of the rates: one H200, 1.3B parameters in float32, torch 2.11, 2026-11-22: 69.6 ms a step,
@@ -12,6 +13,7 @@ hops), and counts the bytes that the plan really sends.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +61,11 @@ class Load:
         """Seconds of one all-to-all between the shards of a replica: parts in, or updates back."""
         if self.shards == 1:
             return 0.0
+        owners = min(self.shards, -(-self.matrices // replicas))
+        size = self._part(replicas) * self.shards / owners
+        grid = grid_for_hops(self.ranks[0], size, owners)
+        if len(grid) > 1:
+            return _over_grid(grid, self.ranks[0], size, owners)
         sent = self._part(replicas) * (self.shards - 1) / self.shards
         return _transfer(self.ranks[0], sent)
 
@@ -91,7 +98,8 @@ class Load:
         return self._part(replicas) + 4 * self.matrices * self.shards
 
 
-def grid_for_hops(ranks: Sequence[int], size: float, owners: int) -> tuple[int, ...]:
+@functools.lru_cache(1024)
+def grid_for_hops(ranks: tuple[int, ...], size: float, owners: int) -> tuple[int, ...]:
     """The grid over which an all-to-all goes in a hop along each dimension; of one, in one hop.
 
     Several hops are fewer messages, and what an owner sends to other nodes leaves by the links of
@@ -103,21 +111,23 @@ def grid_for_hops(ranks: Sequence[int], size: float, owners: int) -> tuple[int, 
     every = len(ranks)
 
     def seconds(grid: tuple[int, ...]) -> float:
-        total, block = (
-            HOP * (len(grid) - 1),
-            1,
-        )  # block: ranks over which the bytes of an owner are spread
-        for n in reversed(grid):
-            through = size * max(1.0, owners * block / every) / block  # bytes that pass each rank
-            total += _transfer(ranks[::block][:n], through)
-            block *= n
-        return total
+        return _over_grid(grid, ranks, size, owners)
 
     sizes = [n for n in range(2, every + 1) if every % n == 0]
     inner = [(n,) for n in sizes] + [(m, n) for m in sizes for n in sizes if every % (m * n) == 0]
     grids = [(every // math.prod(dims), *dims) for dims in inner if math.prod(dims) < every]
     best = min(grids, key=seconds, default=(every,))
     return best if RELATIVE * seconds(best) + SECONDS < seconds((every,)) else (every,)
+
+
+def _over_grid(grid: tuple[int, ...], ranks: Sequence[int], size: float, owners: int) -> float:
+    """Seconds of all hops of an all-to-all."""
+    total, block = HOP * (len(grid) - 1), 1  # over a block of ranks an owner's bytes are spread
+    for n in reversed(grid):
+        through = size * max(1.0, owners * block / len(ranks)) / block  # bytes of each rank
+        total += _transfer(ranks[::block][:n], through)
+        block *= n
+    return total
 
 
 def _transfer(ranks: Sequence[int], size: float) -> float:

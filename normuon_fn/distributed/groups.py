@@ -1,4 +1,4 @@
-"""Process groups that the plan makes for itself, of ranks that are neighbours in some way."""
+"""Process groups: those that the plan makes for itself, of neighbours, and that of all ranks."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def group_of(members: Sequence[int]) -> ProcessGroup:
     if key not in known:
         known[key] = dist.new_group(list(key), use_local_synchronization=True)
     return known[key]
+
+
+def all_ranks() -> ProcessGroup | None:
+    """The group of all ranks; ``None`` where there is one process."""
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None

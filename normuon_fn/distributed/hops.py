@@ -76,7 +76,7 @@ class Grid:
         if shards.size == 1:
             return Grid((1,), (0,), (shards.group,))
         ranks, here = ranks_of(shards.group), shards.order.index(shards.number)
-        shape = grid_for_hops(ranks, size, owners)
+        shape = grid_for_hops(tuple(ranks), size, owners)
         if len(shape) == 1 or ranks != sorted(ranks):  # the groups made below are sorted
             return Grid((len(ranks),), (here,), (shards.group,))
         check_alike([f"{size:.0f} bytes of {owners} owners over a grid of {shape}"], shards.group)

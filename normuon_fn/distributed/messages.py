@@ -105,8 +105,8 @@ class Exchange:
         self.group, self.shards = ownership.group, ownership.shards
         self.replicas = ownership.replicas
         self.matrices = sum(group.count for group in groups)
-        grid = Grid.of(self.shards, *self._of_owners())
-        layout = Layout(self.groups, dtype, wide, device, grid)
+        self.grid = Grid.of(self.shards, *self._of_owners())
+        layout = Layout(self.groups, dtype, wide, device, self.grid)
         self._parts, self._updates = layout.parts, layout.updates
         self.state_names = layout.state_names
         self.to_owners = layout.to_owners() if self.sharded else None

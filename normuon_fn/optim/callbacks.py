@@ -22,9 +22,9 @@ def trainer_callback(*, prefix: str = "") -> Any:
 
     Whenever the Trainer logs, its entry in ``state.log_history`` and what it hands to the callbacks
     after this one have also: ``skipped`` (steps so far), ``consecutive`` (in a row, up to now),
-    ``lr`` and ``adamw_lr`` (with several groups ``lr/0``, ``lr/1``, ...), and with
-    ``Config(metrics=True)`` the numbers of `report_metrics`. It reads two counters, and the metrics
-    in one copy, from the device then, as the Trainer reads its loss.
+    ``lr`` and ``adamw_lr`` that the step used (with several groups ``lr/0``, ``lr/1``, ...), and
+    with ``Config(metrics=True)`` the numbers of `report_metrics`. It reads two counters, and the
+    metrics in one copy, from the device then, as the Trainer reads its loss.
 
     The Trainer asks those of ``report_to`` before its own callbacks. To have the numbers there too,
     put this callback first: ``trainer.callback_handler.callbacks.insert(0, callback)``.
@@ -60,12 +60,11 @@ def numbers_of(optimizer: Any, prefix: str = "") -> dict[str, float]:
     found: dict[str, float] = {
         f"{prefix}{kind}": int(state.get(f"guard.{kind}", 0)) for kind in ("skipped", "consecutive")
     }
-    several = len(own.param_groups) > 1
+    several, planner = len(own.param_groups) > 1, own._planner or own._settled()
     for k, group in enumerate(own.param_groups):
         place = f"/{k}" if several else ""
-        own_adamw = group.get("adamw_lr")
-        found[f"{prefix}lr{place}"] = float(group["lr"])
-        found[f"{prefix}adamw_lr{place}"] = float(group["lr"] if own_adamw is None else own_adamw)
+        rates = planner.hyper.rates(group, k)
+        found[f"{prefix}lr{place}"], found[f"{prefix}adamw_lr{place}"] = rates
     if own.config.metrics:
         found |= {f"{prefix}{key}": number for key, number in own.metrics().items()}
     return found

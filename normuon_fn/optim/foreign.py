@@ -10,11 +10,8 @@ from torch import Tensor
 from .saved import values_of
 from .state import COUNTERS, States
 
-_LOOP = """
-    for name, p in model.named_parameters():
-        for kind in optimizer.state[p]:
-            own = f"{name}.{kind}"
-            optimizer.state[p][kind] = state[own if own in state else f"guard.{kind}"]"""
+_PUT = """
+    nm.put_state_(optimizer, state, model)"""
 _CONVERT = """
     named = dict(model.named_parameters())
     plan = nm.make_plan(model, optimizer.config)
@@ -35,7 +32,7 @@ def refuse_foreign(given: Mapping[str, Any], named: Mapping[str, Tensor], states
     if any(values and not values.keys() >= _OWN for values in map(values_of, groups)):
         raise ValueError(
             "state_dict: was saved by another optimizer. What fits of its state is converted, and "
-            f"put into this one tensor by tensor:{_CONVERT}{_LOOP}\n"
+            f"put into this one:{_CONVERT}{_PUT}\n"
             "missing='zeros' starts anew what the other optimizer did not have. If this one was "
             "made with routes=, write them into make_plan too"
         )
@@ -56,6 +53,6 @@ def _refuse_flat(given: Mapping[str, Any], named: Mapping[str, Tensor], states: 
     )
     raise ValueError(
         "state_dict: expected what optimizer.state_dict() returned, got the flat state of a plan, "
-        f"as convert_state and init return it. Put it into the optimizer tensor by tensor:{_LOOP}"
+        f"as convert_state and init return it. Put it into the optimizer:{_PUT}"
         f"{config}"
     )

@@ -38,6 +38,7 @@ class GroupHyper:
         )
         self._written: list[list[Any]] = [[_NOTHING] * len(Hyper._fields) for _ in range(count)]
         self.written_rates = WrittenRates(groups)
+        self.followed = False  # whether a step has used these values
 
     @property
     def several(self) -> bool:
@@ -63,7 +64,22 @@ class GroupHyper:
                 else:
                     own.fill_(value)
                 written[field] = _NOTHING if is_tensor else value
+        self.followed = True
         self.written_rates.look(groups)
+
+    def rates(self, group: Mapping[str, Any], k: int) -> tuple[float, float]:
+        """``lr`` and AdamW's ``lr`` of the last step of group ``k``; before it, what it would use.
+
+        A tensor's value is read, which waits for the device.
+        """
+        found = []
+        for field in map(Hyper._fields.index, ("lr", "adamw_lr")):
+            value: Any = self._written[k][field] if k < len(self._written) else _NOTHING
+            if value is _NOTHING:
+                own = self.hyper[field][k] if self.several else self.hyper[field]
+                value = own if self.followed else _values(group, k)[field]
+            found.append(float(value))
+        return found[0], found[1]
 
 
 def _values(group: Mapping[str, Any], k: int) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat.graphs import constant_in_graphs
-from ..distributed.placements import mesh_and_placements
+from ..distributed.placements import mesh_and_placements, rank_and_world_size
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan, Spec
 from ..routing.doubts import warn_at_caller
@@ -64,7 +64,7 @@ def plan_for(looks: Looks, config: Config, routes: Routes, params: Sequence[Tens
 
 def _number(looks: Looks, config: Config, routes: Routes, params: Sequence[Tensor] | None) -> int:
     """The number of the plan. With ``params`` None, tensors of such looks stand in for them."""
-    key = (looks, config, routes)
+    key = (looks, config, routes, rank_and_world_size()[1])
     if config.orthogonalizer is not None and config.orthogonalizer.__hash__ is None:
         raise TypeError(
             "config: expected an orthogonalizer that can be hashed, by which foreach_step_ finds "

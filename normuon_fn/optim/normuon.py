@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode, read_by_grad_scaler
 from ..compat.graphs import outside_graphs
+from ..planning.before_ranks import check_ranks, is_before_ranks
 from ..planning.deciding import Alone
 from ..planning.plan import Plan
 from ..routing.resolve import Routes
@@ -34,7 +35,7 @@ from .scaled import forget_scale, unscaled
 LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
-    "_constructed", "_reports", "_owners", "_offloaded", "without_gradients",
+    "_constructed", "_reports", "_owners", "_offloaded", "without_gradients", "_before_ranks",
 )  # fmt: skip
 
 
@@ -124,6 +125,7 @@ class NorMuon(Offloading, SavedOptimizer):
         self.late_gradients, self.graphed = late_gradients, graphed
         self._reports = Reports(self.config, on_skip, max_consecutive)
         self._mesh, self._guard_mesh = mesh, guard_mesh
+        self._before_ranks = is_before_ranks(mesh, guard_mesh)
         self._added: list[groups_of.AddedGroup] = []
         self._owners: dict[str, int] = {}  # with Config(replicas="share")
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
@@ -196,6 +198,7 @@ class NorMuon(Offloading, SavedOptimizer):
             planned = planner.first(chosen, self.state, self._begun, **how)
         elif not planned.is_current(self.state):
             planner.collect(planned, self.state, self._begun)
+        check_ranks(planned.plan)
         fresh = planned.params.keys() - self._begun
         if fresh:  # their parameters may have been loaded since construction
             params = {name: planned.params[name] for name in fresh}
@@ -257,6 +260,7 @@ class NorMuon(Offloading, SavedOptimizer):
         write_forms(self.param_groups, self._added, self.config)
         ranks = self._mesh, self._guard_mesh, self._owners
         planner = Planner(self.param_groups, self._added, self.config, *ranks)
+        planner.before_ranks = self._before_ranks
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:
             del self.state[p]

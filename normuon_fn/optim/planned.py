@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import compress
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compat import Ranks, outside_inference_mode
 from ..compat.collection import without_collection
 from ..distributed import placements
+from ..planning.before_ranks import asks_for_ranks
 from ..planning.common import agree_on_gradients, common_of
 from ..planning.deciding import Alone, alone_doubt, checked_ranks
 from ..planning.hyperball import check_sizes
@@ -26,6 +27,7 @@ from ..runtime.recent import MANY, Recent
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
+from .new_parameters import notes_of
 from .rate_watch import RateWatch
 from .saved import Saved
 from .shared_state import gathered, taking
@@ -87,6 +89,7 @@ class Planner:
         self._watch: RateWatch | None = None
         self._chosen: Chosen | None = None  # what the ranks have agreed on
         self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
+        self.before_ranks = False  # whether the optimizer was made before the process group
         self.offloaded = False  # whether state stays where it is: see offloading.py
 
     @without_collection
@@ -196,6 +199,10 @@ class Planner:
             self._alike,
             self.owners,
         )
+        if self.before_ranks and asks_for_ranks(self._config) and plan.guard.group is None:
+            plan = replace(plan, before_ranks=True)  # its ranks may have come since
+        if lines := notes_of(self.named, chosen, self._had_gradients or set()):
+            plan = replace(plan, notes=(*plan.notes, *lines))
         self._alike = plan.guard.alike
         for ranks in plan.shared_by:
             placements.check_alike(plan.summary, ranks)

@@ -17,6 +17,8 @@ from ..routing.route_table import RouteTable
 from ..types import Config, StepResult
 from .group_keys import KeyWatch
 from .groups import AddedGroup
+from .new_parameters import ModelWatch
+from .trainer_arguments import say_if_unread
 
 OnSkip = monitor.OnSkip | Literal["auto"]
 _SHOWN = 8
@@ -24,6 +26,8 @@ _SHOWN = 8
 
 class Reports:
     """One optimizer's, with what it remembers to say things once."""
+
+    _asked_trainer = False
 
     def __init__(self, config: Config, on_skip: OnSkip, max_consecutive: int | None) -> None:
         if on_skip == "auto":  # without a guard only a GradScaler skips, as a part of its search
@@ -33,18 +37,23 @@ class Reports:
             self.skips = monitor.SkipReports(on_skip, max_consecutive)
             check_skips(config.guard, on_skip, max_consecutive)
         self._told_missing = self._told_gone = False
-        self._keys = KeyWatch()
+        self._keys, self._watch = KeyWatch(), ModelWatch()
         # by the optimizer's names: the model that the parameter was one of, and its name there
         self._of_models: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
 
     # --- skipped steps
 
     def before_step(self, groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
-        """Says what arrived since the last step, and which keys of the groups no step reads.
+        """Says what arrived since the last step, which keys of the groups no step reads, and which
+        parameters the model has got.
 
         An error comes before anything is written.
         """
         self._keys.look(groups, defaults)
+        self._watch.look(groups)
+        if not self._asked_trainer:
+            self._asked_trainer = True
+            say_if_unread(groups)
         if self.skips is not None:
             self.skips.look()
 
@@ -59,6 +68,7 @@ class Reports:
         """Remembers which parameters are a model's, as far as routes know the model."""
         tables = [routes, *(group.routes for group in added)]
         models = {id(t.model): t.model for t in tables if isinstance(t, RouteTable)}
+        self._watch.remember(model for model in models.values() if model is not None)
         for model in models.values():
             paths = {} if model is None else {id(p): path for path, p in _named(model).items()}
             for name, p in ((name, p) for group in added for name, p in group.params):
@@ -128,6 +138,9 @@ class Reports:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_of_models": {}}  # a copy's parameters are no model's
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"_watch": ModelWatch(), **state})
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from ..routing.resolve import Routes, asked, asked_of_group, decide_routes, is_w
 from ..routing.route_table import RouteTable
 from ..routing.routes import Decision, Route
 from .groups import AddedGroup, check_params, names_of, refuse_models
+from .table_names import with_names_of_table
 
 Params = (
     nn.Module
@@ -74,7 +75,7 @@ def of_model(params: Params, routes: Routes | None) -> tuple[Any, Routes | None]
 
 
 def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[AddedGroup]:
-    """The groups with a decision for every parameter.
+    """The groups with a decision for every parameter, and with a table's names for theirs.
 
     What was decided before stays. A group's routes go before its algorithm, and that goes before
     the optimizer's ``routes``. One warning says what could not be told.
@@ -82,9 +83,10 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
     Raises:
         TypeError, ValueError: as `decide_routes` and `refuse_flattened`.
     """
+    added = with_names_of_table(added, routes)
     named, _ = names_of(added)
     if all(group.decisions is not None for group in added):
-        return [*added]
+        return added
     routes = {} if routes is None else routes
     found = _trained(decide_routes(named, routes))
     written = {} if isinstance(routes, RouteTable) else asked(named, routes)

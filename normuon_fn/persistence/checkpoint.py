@@ -30,6 +30,7 @@ from ..types import Tensors
 from .description import CheckpointError
 from .file_format import DTYPES, read, require_safetensors, write
 from .meaning import Meaning, config_texts, differences, fields_of, listed, misfits, route_texts
+from .old_names import with_names_of
 
 
 class Checkpoint(NamedTuple):
@@ -126,6 +127,7 @@ def load(
         _check_targets({"params": params or {}, "state": state or {}})
     meta, found = read(Path(path))
     if plan is not None:
+        meta, found = with_names_of(path, meta, found, plan)
         _check_meaning(path, meta, found, plan)
         found = fitted_file(found, plan)
         want = {f"params/{p.name}": (p.spec.shape, p.spec.dtype) for p in plan.parameters}

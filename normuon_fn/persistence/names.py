@@ -24,8 +24,8 @@ def names_in(
 
     Args:
         optimizer: the optimizer; or, where only a file is left of it, its ``state_dict()``. One
-            without names is taken in the order of ``params`` if it has one group, as many
-            parameters and their shapes, with a warning.
+            without names is taken in the order of ``params``, with a warning, if it has as many
+            parameters and their shapes, and one group or groups without a shape in common.
         params: the model, ``model.named_parameters()``, or a dict of it.
 
     Raises:
@@ -73,6 +73,14 @@ def _names_in_state(source: StateDict, named: Mapping[str, Tensor]) -> list[str]
             "again as it was made and write nm.names_in(optimizer, model.named_parameters())"
         )
         return [*named]
+    if len(groups) > 1 and (found := _in_groups(source, named)) is not None:
+        warn_at_caller(
+            f"names_in: the state_dict has no names; its {len(groups)} groups have no shape in "
+            "common, and the parameters of each are taken in the order of params. If the optimizer "
+            "sorted them, make it again as it was made and write "
+            "nm.names_in(optimizer, model.named_parameters())"
+        )
+        return found
     several = f"it has {len(groups)} groups" if len(groups) > 1 else unlike
     raise ValueError(
         f"optimizer: its state_dict() has no names, and {several}, so its order is not that of "
@@ -80,6 +88,28 @@ def _names_in_state(source: StateDict, named: Mapping[str, Tensor]) -> list[str]
         "nm.names_in(optimizer, model.named_parameters()); or write the names in the order of its "
         "groups"
     )
+
+
+def _in_groups(source: StateDict, named: Mapping[str, Tensor]) -> list[str] | None:
+    """The names where each group has shapes of its own, as matrices and vectors have.
+
+    Every group is then in the order of ``named``; ``None`` where it cannot be told.
+    """
+    left = {name: tuple(p.shape) for name, p in named.items()}
+    found: list[str] = []
+    for group in source["param_groups"]:
+        shapes = [_shape_of(source["state"].get(key)) for key in group["params"]]
+        own = {name: shape for name, shape in left.items() if shape in shapes}
+        if None in shapes or [*own.values()] != shapes:
+            return None
+        found += own
+        left = {name: shape for name, shape in left.items() if name not in own}
+    return None if left else found
+
+
+def _shape_of(kinds: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+    shaped = [x for kind in _SHAPED if isinstance(x := (kinds or {}).get(kind), Tensor)]
+    return tuple(shaped[0].shape) if shaped else None
 
 
 def own_names(source: StateDict) -> list[str]:
@@ -95,8 +125,7 @@ def _unlike(source: StateDict, keys: list[Any], named: Mapping[str, Tensor]) -> 
     if len(keys) != len(named):
         return f"it has {len(keys)} parameters where params has {len(named)}"
     for key, (name, p) in zip(keys, named.items(), strict=True):
-        own = source["state"].get(key) or {}
-        shaped = next((own[kind] for kind in _SHAPED if isinstance(own.get(kind), Tensor)), None)
-        if shaped is not None and shaped.shape != p.shape:
-            return f"its state has shape {tuple(shaped.shape)} where {name!r} has {tuple(p.shape)}"
+        shape = _shape_of(source["state"].get(key))
+        if shape not in (None, tuple(p.shape)):
+            return f"its state has shape {shape} where {name!r} has {tuple(p.shape)}"
     return None

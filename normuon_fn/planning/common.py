@@ -17,7 +17,9 @@ from ..compat import Ranks, process_group
 from ..distributed.agreement import agree
 from ..distributed.placements import ShardedLayout
 from ..types import Grads
+from .before_ranks import check_ranks
 from .plan import Plan
+from .same_gradients import warn_of_own_gradients
 
 Said = dict[str, list[str]]  # by process group, what a rank has that another might not
 _FOUND = "found_inf"
@@ -74,8 +76,9 @@ def agree_on_step(plan: Plan, grads: Grads, found_inf: Tensor | None) -> None:
 
     Raises:
         ValueError: on every rank, naming what each of them lacks; or, of a change on this rank
-            alone, on this rank.
+            alone, on this rank; or the plan was made before there were ranks.
     """
+    check_ranks(plan)
     if not (plan.common or plan.guard.group) or not isinstance(grads, Mapping):
         return
     lacks = [grad is None for grad in grads.values()]
@@ -90,6 +93,8 @@ def agree_on_step(plan: Plan, grads: Grads, found_inf: Tensor | None) -> None:
             return
         changed = {g: x for g, x in said.items() if last is None or last[1].get(g) != x}
         agree(changed, first=last is None, explain=explain)
+    if last is None:
+        warn_of_own_gradients(plan, grads)
     _agreed[plan] = key, said
 
 

@@ -11,8 +11,9 @@ from ..algorithm.finishing import needs_of
 from ..algorithm.guard import Rule
 from ..compat import Ranks, gather_objects, process_group
 from ..distributed.placements import covering, rank_and_world_size, ranks_of
-from ..routing.doubts import warn_at_caller
+from ..routing.doubts import is_called_by, warn_at_caller
 from ..types import Config
+from .before_ranks import OF_TRAINER, launch_doubt
 from .buckets import AnyBucket, Bucket, members_of, parameter_of
 from .plan import Parameter, Plan
 
@@ -135,6 +136,8 @@ def _have_the_same(
 def alone_doubt(plan: Plan, mesh: Ranks | Alone | None, guard_mesh: Ranks | None) -> str | None:
     """The warning about ranks that decide alone, and probably should not."""
     world = rank_and_world_size()[1]
+    if doubt := launch_doubt(plan):
+        return doubt
     if plan.config.guard == "off" or world == 1 or mesh is not None or guard_mesh is not None:
         return None
     together = 1 if plan.guard.group is None else len(ranks_of(plan.guard.group))
@@ -147,7 +150,9 @@ def alone_doubt(plan: Plan, mesh: Ranks | Alone | None, guard_mesh: Ranks | None
             "which ranks have the same ones. After a fault that only some ranks see, their "
             "parameters differ. Write mesh=torch.distributed.group.WORLD if all ranks have the "
             "same parameters, guard_mesh=torch.distributed.group.WORLD if they have different ones "
-            "and skip together, or mesh='alone' if each is meant to decide alone"
+            "and skip together, or mesh='alone' if each is meant to decide alone. WORLD is None "
+            "before torch.distributed.init_process_group"
+            + (f": with transformers.Trainer {OF_TRAINER}" if is_called_by("transformers") else "")
         )
     return (
         f"{guard}the {together} that have parts of the same parameters decide alone whether they "

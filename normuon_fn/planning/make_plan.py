@@ -32,6 +32,7 @@ from ..routing.route_table import RouteTable
 from ..routing.routes import Decision
 from ..types import Config, config_given
 from ..types.other_names import F, with_hints
+from .before_ranks import asks_for_ranks, is_before_ranks
 from .buckets import AdamWBucket, Bucket, Group, SharedBucket
 from .checks import check_params
 from .common import common_of
@@ -43,7 +44,7 @@ from .order import in_order, with_cut
 from .parameters import Decided, decide
 from .plan import OwnedState, Plan, Spec
 from .replicas import with_owned_state
-from .sharing import with_sharing
+from .sharing import notes_of_hops, with_sharing
 from .streaming import check_early, streaming_of
 
 
@@ -152,6 +153,7 @@ def plan_of(
     else:
         (decided, notes), owned = with_sharing(decided, chosen, config, device), OwnedState()
     buckets = _matrix_buckets(decided, chosen, config, stages, device, table)
+    notes = (*notes, *notes_of_hops(buckets))
     adamw = _adamw_buckets(decided, config, table)
     parameters = tuple(each.parameter for each in decided)
     rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
@@ -180,6 +182,7 @@ def plan_of(
         common=common_of(placements, copies, rule, guard_mesh),
         notes=notes,
         streaming=streaming,
+        before_ranks=asks_for_ranks(config) and is_before_ranks(mesh, guard_mesh),
     )
 
 

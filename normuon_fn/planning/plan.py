@@ -100,6 +100,7 @@ class Plan:
     owned: OwnedState = field(default_factory=OwnedState)  # who keeps which of it
     notes: tuple[str, ...] = ()  # what was decided beyond the parameters, in lines
     streaming: Streaming | None = None  # of momentums in host memory
+    before_ranks: bool = False  # it would ask for other ranks, and there was no process group yet
 
     @property
     def all_buckets(self) -> tuple[AnyBucket, ...]:

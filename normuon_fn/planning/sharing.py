@@ -15,6 +15,7 @@ from ..distributed.owners import Ownership
 from ..distributed.placements import check_alike
 from ..distributed.sharing import global_ranks, is_open, narrowed, replicas_to_share
 from ..types import Config, Row
+from .buckets import Bucket, SharedBucket
 from .parameters import Decided, Piece
 
 # How much longer a product of float32 or float64 takes than one of 16 bits: H200 data sheet,
@@ -70,6 +71,17 @@ def with_sharing(
         replace(each, pieces=tuple([settled(each, piece) for piece in each.pieces]))
         for each in decided
     ], tuple(lines)
+
+
+def notes_of_hops(buckets: Sequence[Bucket]) -> tuple[str, ...]:
+    """A line for every bucket whose messages go in several hops."""
+    found = []
+    for bucket in buckets:
+        shape = bucket.exchange.grid.shape if isinstance(bucket, SharedBucket) else ()
+        if len(shape) > 1:
+            over = " x ".join(map(str, shape))
+            found.append(f"{bucket.rows}x{bucket.cols}: messages go over a grid of {over} ranks")
+    return tuple(found)
 
 
 def load_of(

@@ -182,11 +182,11 @@ class Reader:
         module, shape, kind = use.module, use.shape, kind_of(use.module)
         outputs_first = shape[::-1] if transposed else shape
         parts = unwrapped(use.name)
-        router = routers.reason(
-            [part for part in parts if part != "weight"], use.owners, use.leaf, outputs_first
+        router = routers.decide(
+            [part for part in parts if part != "weight"], use.around, use.leaf, outputs_first
         )
         if router is not None:
-            return Decision(Route("adamw"), router)
+            return router
         if use.leaf == "weight" and len(shape) == 2 and words.is_place_bias(use.own):
             return Decision(Route("adamw"), "table of relative positions, stored by columns")
         if is_a(module, nn.modules.conv._ConvNd):

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from . import adapters, fused_names, words
+from .named_gates import NamedGates
 from .parametrized import doubted_by_name
-from .places import LEAVES, Named, chain_ends, experts, head_ends, leaf_of, read, template
+from .places import LEAVES, Named, chain_ends, head_ends, leaf_of, read, template
 from .routes import Decision, Route
 from .uses import is_window, unwrapped
 
@@ -68,7 +69,7 @@ class _Context:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
         self.templates = Counter((template(name), shape) for name, shape in shapes.items())
-        self.experts = experts(shapes)
+        self.gates = NamedGates(shapes)
         windows = (name for name, s in shapes.items() if len(s) > 2 and s[0] > 1)
         self.first_window = next(windows, None)
         self.matrices: dict[str, Named] = {}
@@ -145,7 +146,7 @@ class _Context:
 
     def _matrix(self, m: Named) -> Decision:
         rows, cols = m.shape
-        found = self._router(m) or (None if m.is_weight else self._of_no_layer(m))
+        found = self.gates.decide(m) or (None if m.is_weight else self._of_no_layer(m))
         if found is not None:
             return found
         vocabulary = self._vocabulary(m)
@@ -250,18 +251,6 @@ class _Context:
                 return Decision(Route("adamw"), "output head of a block, by name", "likely")
             return Decision(Route(), "matrix: named as a head, inside a block", "untold")
         return Decision(Route(), "matrix")
-
-    def _router(self, m: Named) -> Decision | None:
-        near = [part.lower() for part in m.layer[-3:]]
-        router = any("router" in part for part in near)
-        if not (router or words.ROUTERS & {*near[-2:]}):
-            return None
-        counts = {n for stem, n in self.experts.items() if m.name.startswith(stem)}
-        if m.shape[0] in counts:
-            return Decision(Route("adamw"), f"router: logits of {m.shape[0]} experts")
-        if (counts or router) and m.shape[0] * 4 <= m.shape[1]:
-            return Decision(Route("adamw"), "router: logits of experts", "likely")
-        return None
 
     def _vocabulary(self, m: Named) -> bool:
         if m.shape in self.tables and m.embedding != "strong":

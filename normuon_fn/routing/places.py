@@ -99,23 +99,6 @@ def head_ends(matrices: Mapping[str, Named]) -> dict[str, bool]:
     }
 
 
-def experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """How many experts each prefix has: numbered modules, or the first size of a stack."""
-    counts: dict[str, set[str]] = {}
-    found: dict[str, int] = {}
-    for name, shape in shapes.items():
-        at = re.search(r"(^|\.)experts?(\.|_)", name)
-        if at is None:
-            continue
-        stem = name[: at.start()]
-        number = re.match(r"(?:\w+\.)?(\d+)\.", name[at.end() :])
-        if number:
-            counts.setdefault(stem, set()).add(number[1])
-        elif len(shape) == 3:
-            found[stem] = shape[0]
-    return found | {stem: len(numbers) for stem, numbers in counts.items()}
-
-
 def leaf_of(name: str) -> str:
     return name.rpartition(".")[2]
 

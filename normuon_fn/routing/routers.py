@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from . import words
-from .attributes import first, get, is_a, is_layer, kind_of, sources_of
+from . import gates, words
+from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs, sources_of
+from .routes import Decision, Route
 
 _EXPERTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "n_experts", "num_routed_experts",
@@ -16,19 +17,77 @@ _EXPERTS = (
 )  # fmt: skip
 _ROUTER_CLASS = re.compile(r"Router|(MoE?|Top_?K\w*|Switch|Routing|Expert)_?Gat(e|ing)$", re.I)
 _CHOOSES = frozenset(("gate", "gates", "gating", "router", "routers", "switch", "wg", "noise"))
-_LISTS = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
 _ROUTER_LEAF = re.compile(r"^w_?(gate|g|noise|router)$")
 
 
-def reason(
-    parts: Sequence[str],  # the module's unwrapped path
+def decide(
+    parts: Sequence[str],  # the module's unwrapped path, and what it calls the parameter
     owners: Sequence[nn.Module],  # the nearest first
     leaf: str,
     shape: tuple[int, ...],  # [outputs, inputs]
-) -> str | None:
-    """Why a weight is a router's; ``None`` if it is none."""
-    if len(shape) != 2:
+) -> Decision | None:
+    """The rule of a router, or of what may be one; ``None`` if it is none."""
+    if leaf == "weight" and parts and words.router(parts[-1]) and set(shape[2:]) == {1}:
+        shape = shape[:2]  # a convolution of one place
+    if len(shape) != 2 or _feeds_another(owners):
         return None
+    weak = leaf == "weight" and len(owners) > 1 and parts and words.router(parts[-1]) == "weak"
+    if weak and gates.is_hidden(parts[-1], owners[1], shape[0]):
+        return None
+    text = _reason(parts, owners, leaf, shape)
+    if text is not None:
+        return Decision(Route("adamw"), text)
+    has_few = gates.has_few_outputs(shape, either_way=leaf != "weight")
+    if not (has_few or (leaf == "weight" and any(map(words.router, parts[-2:])))):
+        return None
+    place = _place(parts, owners, leaf)
+    if place is None:
+        return None
+    own, around = place
+    count = experts(around)
+    counts = gates.members(around[-1]) | ({count} if count else set())
+    if not has_few:
+        return gates.counted(own, around, shape) if shape[0] in counts else None
+    return gates.decide(own, around, shape, counts)
+
+
+def _place(
+    parts: Sequence[str], owners: Sequence[nn.Module], leaf: str
+) -> tuple[str, Sequence[nn.Module]] | None:
+    """What a layer that may choose is called, and the modules around it up to the one that has it.
+
+    ``None`` for a member of a list, and for what is not the last layer of its router.
+    """
+    up = int(leaf == "weight")
+    if not parts or up >= len(owners):
+        return None
+    while len(parts) > 1 and up + 1 < len(owners):
+        holder = owners[up]
+        numbered = parts[-1].isdigit() and not is_a(holder, *gates.LISTS)
+        if not numbered and words.router(parts[-2]) is None:
+            break
+        layers = [
+            child for child in holder.children() if next(child.parameters(), None) is not None
+        ]
+        if up and owners[up - 1] is not layers[-1]:
+            return None
+        parts, up = parts[:-1], up + 1
+    return None if parts[-1].isdigit() else (parts[-1], owners[: up + 1])
+
+
+def _feeds_another(owners: Sequence[nn.Module]) -> bool:
+    """Whether a router multiplies a layer's outputs by a matrix that it has beside the layer."""
+    if len(owners) < 2 or not (is_layer(owners[0]) and _ROUTER_CLASS.search(kind_of(owners[1]))):
+        return False
+    outputs = outputs_and_inputs(owners[0])[0]
+    own = owners[1]._parameters.values()
+    return any(p is not None and p.ndim == 2 and outputs in p.shape for p in own)
+
+
+def _reason(
+    parts: Sequence[str], owners: Sequence[nn.Module], leaf: str, shape: tuple[int, ...]
+) -> str | None:
+    """Why a weight is certainly a router's; ``None`` if it may be none."""
     beside = _choice(parts, owners, leaf)
     if beside is not None:
         rows, inputs = shape if leaf == "weight" or shape[0] in beside else shape[::-1]
@@ -93,7 +152,7 @@ def _beside(holder: nn.Module) -> set[int]:
     """How many members the stacks and lists have that a module holds, or that its children do."""
     found = set()
     for module in (holder, *holder.children()):
-        if module is not holder and is_a(module, *_LISTS):
+        if module is not holder and is_a(module, *gates.LISTS):
             found |= {len(module._modules), len(module._parameters)}
         found |= {p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3}
     return found - {0, 1}

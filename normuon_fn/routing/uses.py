@@ -64,6 +64,19 @@ class Use:
         )
 
     @cached_property
+    def around(self) -> tuple[nn.Module, ...]:
+        """`module` and the modules around it, the nearest first, without those that only wrap."""
+        start = next(k for k, owner in enumerate(self.owners) if owner is self.module)
+        parts = self.name.split(".")[:-1]
+        found = [self.module]
+        for k in range(start + 1, len(self.owners)):
+            part, before = parts[-k], parts[-k - 1 : -k]
+            is_saved = part in _SAVED or (before and before[0] in _SAVED)
+            if not (is_saved or _WRAPPERS.match(part)):
+                found.append(self.owners[k])
+        return tuple(found)
+
+    @cached_property
     def leaf(self) -> str:
         """What its module calls the tensor."""
         found = _PARAMETRIZED.search(self.name)

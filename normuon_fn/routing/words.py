@@ -61,6 +61,15 @@ _STRONG_HEADS = _set(
 )
 _ENDS = ("class_embed", "bbox_embed")
 ROUTERS = _set("gate router wg gating routers switch classifier")
+_ROUTES = _set("router routers routing route")
+_CHOOSES = _set("gate gates gating gater wg switch selector dispatcher dispatch scorer noise")
+# What may stand beside such a word; attn_gate, input_gate and shared_expert_gate are no routers.
+_OF_ROUTERS = _set(
+    "moe expert experts mixture sparse token topk top proj projection linear layer layers net"
+    " network fn func function weight weights w logits logit fc head noisy score scores model mlp"
+    " dense module vision text image audio modality"
+)
+_OF_EXPERTS = _set("moe moes expert experts mixture smoe")
 
 
 def words_of(segment: str) -> list[str]:
@@ -106,6 +115,23 @@ def embedding(segment: str) -> Strength | None:
     ):
         return "strong"
     return None
+
+
+@_cached
+def router(segment: str) -> Strength | None:
+    """Whether a name says that its outputs choose: a router is strong, a gate may be another."""
+    own = {*words_of(segment)}
+    if own & _ROUTES and not own & {"shared", "bias"}:
+        return "strong"
+    return "weak" if own & _CHOOSES and own <= _CHOOSES | _OF_ROUTERS else None
+
+
+@_cached
+def of_experts(segment: str) -> bool:
+    """Whether a name, or a class's name, speaks of experts: ``SparseMoeBlock``, ``expert_bank``."""
+    return bool(_OF_EXPERTS & {*words_of(segment)}) or bool(
+        re.search(r"MoE|Moe(?![a-z])|Experts?(?![a-z])|MOE", segment)
+    )
 
 
 def is_projection(segment: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compat import observers
+from ..planning.before_ranks import check_ranks
 from ..planning.checks import check_step
 from ..planning.plan import Plan, check_plan
 from ..routing.doubts import warn_at_caller
@@ -116,6 +117,7 @@ class GraphedStep:
                 another device, because a graph would not see its value change.
             RuntimeError: the current stream is capturing already.
         """
+        check_ranks(self.plan)
         if self._stays_plain:
             return step_(params, grads, state, hyper, self.plan, found_inf=found_inf)
         if observers.is_capturing(self.plan.device):

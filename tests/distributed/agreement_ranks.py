@@ -217,6 +217,45 @@ def alone(rank: int) -> Seen:
     return said
 
 
+# ------------------------------------------------------------------ gradients that nobody averaged
+
+
+def unlike(rank: int) -> Seen:
+    """First steps of plain tensors that ranks are said to have alike: in the last ones the ranks
+    have the gradients of batches of their own.
+    """
+
+    def with_plan(grads: dict[str, Tensor], **on: Any) -> Callable[[], Any]:
+        params = tensors(0)
+        plan = nm.make_plan(params, nm.Config(guard="full", **EXACT), **on)
+        state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.1)
+        return lambda: nm.update(params, grads, state, hyper, plan)
+
+    def with_optimizer() -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+        optimizer = nm.NorMuon(model, mesh=dist.group.WORLD)
+        for _ in range(3):
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(rank))
+            model(x).square().sum().backward()
+            optimizer.step()
+
+    mesh: dict[str, Any] = {"mesh": dist.group.WORLD}
+    own, rounded = tensors(10 + rank), {n: x * (1 + 1e-4 * rank) for n, x in tensors(1).items()}
+    bad = tensors(1)
+    if rank == 1:
+        bad["tall"][0, 0] = torch.nan
+    return {
+        "alike": warned(with_plan(tensors(1), **mesh)),
+        "rounded": warned(with_plan(rounded, **mesh)),
+        "a NaN": warned(with_plan(bad, **mesh)),
+        "alone": warned(with_plan(own, mesh="alone")),
+        "stages": warned(with_plan(own, mesh="alone", guard_mesh=dist.group.WORLD)),
+        "their own": warned(with_optimizer),
+        "again": warned(with_plan(own, **mesh)),
+    }
+
+
 # ------------------------------------------------------------------------------------------ stages
 
 
@@ -333,6 +372,7 @@ def main(rank: int, world: int, device: torch.device) -> Seen:
     seen["untold"] = untold(rank)
     for pair in (("off", "full"), ("output", "full")):
         seen[f"guards {' '.join(pair)}"] = guards(rank, *pair)
+    seen["unlike"] = unlike(rank)
     seen["late stage"] = late_stage(rank)
     seen["made anew"] = made_anew(rank)
     seen["the end"] = the_end(rank)  # the last one: rank 1 leaves

@@ -134,6 +134,16 @@ def test_what_may_be_copies_or_stages_is_taken_for_copies_with_a_warning(ranks: 
         assert file.endswith("agreement_ranks.py")
 
 
+def test_replicas_whose_gradients_nobody_averaged_are_told_once_at_the_first_step(
+    ranks: Ranks,
+) -> None:
+    for seen in of(ranks, "unlike"):
+        assert [case for case in seen if seen[case]] == ["their own"]
+        ((text, file),) = seen["their own"]
+        assert "DistributedDataParallel" in text and "'weight'" in text and "2 ranks" in text
+        assert file.endswith("agreement_ranks.py")
+
+
 @pytest.mark.parametrize("pair", [("off", "full"), ("output", "full")])
 def test_stages_of_different_guards_are_refused_on_all_ranks(
     ranks: Ranks, pair: tuple[str, str]

@@ -88,23 +88,23 @@ MATRIX = 2.0 * 2048 * 8192  # bytes
 
 @pytest.mark.parametrize("ranks", [2, NODE, 64])
 def test_few_ranks_go_in_one_hop(ranks: int) -> None:
-    assert grid_for_hops(range(ranks), 3 * MATRIX, ranks) == (ranks,)
+    assert grid_for_hops((*range(ranks),), 3 * MATRIX, ranks) == (ranks,)
 
 
 @pytest.mark.parametrize("ranks", [127, 251])
 def test_a_prime_number_of_ranks_goes_in_one_hop(ranks: int) -> None:
-    assert grid_for_hops(range(ranks), MATRIX, 96) == (ranks,)
+    assert grid_for_hops((*range(ranks),), MATRIX, 96) == (ranks,)
 
 
 @pytest.mark.parametrize("ranks", [512, 1000, 4096])
 def test_many_ranks_meet_few_others_and_owners_send_by_the_links_of_their_node(ranks: int) -> None:
-    grid = grid_for_hops(range(ranks), MATRIX, 48)
+    grid = grid_for_hops((*range(ranks),), MATRIX, 48)
     assert math.prod(grid) == ranks and sum(grid) < ranks / 5
     assert grid[-1] == NODE
 
 
 def test_small_messages_are_not_sent_twice_for_nothing() -> None:
-    assert grid_for_hops(range(16), 1e3, 4) == (16,)
+    assert grid_for_hops((*range(16),), 1e3, 4) == (16,)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6, 8, 96, 512])

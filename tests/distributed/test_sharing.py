@@ -8,6 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import normuon_fn as nm
 from compile_tests import graphs
@@ -74,6 +76,35 @@ def test_all_ranks_decide_alike_and_blocks_divide_their_work_in_the_same_way() -
     assert len({x.counts for x in few if x is not None}) == 1
     assert [x.replicas.number for x in few if x is not None] == [0, 7, 0, 7]
     assert all(x is not None and not x.narrowed for x in every)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "shards", "shapes"),
+    [
+        (6, 4, [(1, 2048, 8192), (1, 2048, 2048), (96, 256, 1024), (8, 1024, 2048)]),
+        (6, 2, [(24, 512, 8192), (32, 256, 4096), (64, 2048, 4096), (16, 512, 4096)]),
+        (2, 12, [(16, 1024, 4096), (16, 512, 1024), (16, 2048, 2048), (96, 768, 4096)]),
+    ],
+)
+def test_all_ranks_have_their_buckets_in_one_order_however_blocks_lie_on_nodes(
+    replicas: int, shards: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    """Of 6 replicas of 4 ranks each, some lie in one node of 8 and others in two."""
+    found = set()
+    for replica in range(replicas):
+        with graphs.fake_ranks(replicas * shards, rank=replica * shards):
+            mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("copies", "shards"))
+            params = {}
+            for n, rows, cols in shapes:
+                part = torch.empty(n, -(-rows // shards), cols, device="meta")
+                params[f"{rows}x{cols}"] = DTensor.from_local(
+                    part, mesh, [Replicate(), Shard(1)], run_check=False,
+                    shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1),
+                )  # fmt: skip
+            config = nm.Config(method="standard", orthogonalize_dtype=torch.bfloat16)
+            plan = nm.make_plan(params, config, routes={"*": nm.Route("normuon")})
+            found.add(tuple(bucket.names[0] for bucket in plan.buckets))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("world", [NODE, 2 * NODE])

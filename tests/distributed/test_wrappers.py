@@ -76,6 +76,16 @@ def test_accelerate_on_two_ranks_is_ddp_and_resumes_exactly(ranks: list[dict[str
         assert seen["accelerate"]["resumed"] == 0.0
 
 
+def test_a_trainer_on_two_ranks_is_ddp_whose_ranks_skip_together_and_resumes_exactly(
+    ranks: list[dict[str, Any]],
+) -> None:
+    pytest.importorskip("transformers", minversion="5")
+    for seen in ranks:
+        found = seen["trainer"]
+        assert found["wrapped"] == "DistributedDataParallel" and found["learned"] < 0.9
+        assert found["resumed"] and found["skipped"] == 1 and found["from the first rank"] == 0.0
+
+
 def test_the_steps_of_two_ranks_are_compiled_once_and_they_skip_together(
     tmp_path: Path,
 ) -> None:

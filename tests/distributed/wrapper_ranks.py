@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ import normuon_fn as nm
 from normuon_fn.compat.graphs import compile_whole
 from normuon_fn.step import local_update_
 from tests.distributed.optimizer_ranks import EXACT, local, model_of, off, whole
+from tests.distributed.trainer_ranks import trained
 
 STEPS, MICRO, WORLD, CLIP = 6, 2, 2, 0.05
 
@@ -282,6 +284,8 @@ def main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str,
         pass
     else:
         cases["accelerate"] = lambda: accelerated(str(folder))
+    if importlib.util.find_spec("transformers"):
+        cases["trainer"] = lambda: trained(folder)
     return {name: case() for name, case in cases.items()}
 
 

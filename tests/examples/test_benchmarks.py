@@ -107,6 +107,12 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(benchmark, monkeypatch, 
     )  # no ratio to another row than the first
 
 
+def test_rows_for_which_there_is_no_time_say_so(benchmark, monkeypatch, capsys) -> None:
+    printed = run(benchmark, monkeypatch, capsys, "--workload", "tiny", "--seconds", "0")
+    assert printed.count("TimeoutError: left out: the time was over") == 5
+    assert "1.0000" not in printed
+
+
 def test_a_step_that_changes_nothing_or_is_not_finite_does_not_count(benchmark) -> None:
     workload = benchmark.Workload(benchmark.Device("cpu"), [(2, 8, 8)], torch.float32)
     with pytest.raises(RuntimeError, match="unchanged"):
@@ -170,3 +176,16 @@ def test_a_random_workload_is_decided_by_its_seed_alone(benchmark, monkeypatch, 
     for spec in ("random", "random:", "random:x"):
         with pytest.raises(SystemExit):
             run(benchmark, monkeypatch, capsys, "--workload", spec)
+
+
+def test_the_clock_is_measured_on_a_gpu_alone(monkeypatch, capsys) -> None:
+    path = ROOT / "examples" / "benchmarks" / "clock.py"
+    spec = importlib.util.spec_from_file_location("benchmark_clock", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["clock.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "needs a CUDA device" in capsys.readouterr().err

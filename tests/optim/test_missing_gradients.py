@@ -294,3 +294,102 @@ def test_steps_that_were_refused_are_no_new_sets_of_gradients(
     optimizer.param_groups[0]["lr"] = 0.01
     optimizer.step()
     assert [str(w.message) for w in recwarn.list if "set of parameters" in str(w.message)] == []
+
+
+# --- parameters that no step moves
+
+
+class Unused(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def test_a_plan_names_what_has_no_gradient_yet(eager: None) -> None:
+    model = Unused()
+    optimizer = nm.NorMuon(model)
+    assert optimizer.plan is None
+    backward(model)
+    optimizer.step()
+    assert "no gradient yet: unused.weight, unused.bias" in str(optimizer.plan)
+    assert "frozen" not in str(optimizer.plan)
+    backward(model)
+    model.unused.weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    assert "no gradient yet: unused.bias\n" in f"{optimizer.plan}\n"
+    model.unused.bias.grad, model.unused.weight.grad = torch.ones(4), None
+    optimizer.step()
+    text = str(optimizer.plan)
+    assert "no gradient in this step: unused.weight" in text and "no gradient yet" not in text
+
+
+@pytest.mark.parametrize("missing", ["skip", "zeros"])
+def test_a_plan_of_all_parameters_says_nothing_of_gradients(eager: None, missing: Any) -> None:
+    model = Tied() if missing == "skip" else Unused()
+    optimizer = nm.NorMuon(model, config=nm.Config(missing_grads=missing))
+    backward(model)
+    optimizer.step()
+    assert "no gradient" not in str(optimizer.plan)
+
+
+class Extended(Tied):
+    """Has a further layer from some time on."""
+
+    def extend(self) -> None:
+        self.extra = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.extra(x) if hasattr(self, "extra") else x)
+
+
+@pytest.mark.parametrize("of", ["model", "groups and a table", "wrapped"])
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_a_module_that_is_added_later_is_told_once(eager: None, of: str, before: int) -> None:
+    model = Extended()
+    whole: nn.Module = nn.Sequential(model) if of == "wrapped" else model
+    if of == "groups and a table":
+        optimizer = nm.NorMuon([{"params": list(model.parameters())}], routes=nm.routes_for(model))
+    else:
+        optimizer = nm.NorMuon(whole)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            backward(model)
+            optimizer.step()
+
+    assert heard(lambda: run(before)) == []
+    model.extend()
+    texts = heard(lambda: run(20))
+    prefix = "0." if of == "wrapped" else ""
+    assert len(texts) == 1
+    assert f"'{prefix}extra.weight', '{prefix}extra.bias'" in texts[0]
+    assert "nm.NorMuon(model, ...)" in texts[0]
+
+
+def test_parts_that_another_optimizer_has_or_that_are_frozen_are_not_told(eager: None) -> None:
+    model = Extended()
+    model.extend()
+    optimizer = nm.NorMuon(
+        [{"params": list(model.up.parameters())}, {"params": list(model.down.parameters())}],
+        routes=nm.routes_for(model),
+    )
+    later = nm.NorMuon(list(model.side.parameters()), routes=nm.routes_for(model))
+    model.adapter = nn.Linear(4, 4).requires_grad_(False)
+
+    def run() -> None:
+        for _ in range(4):
+            backward(model)
+            optimizer.step()
+            later.step()
+
+    assert heard(run) == []
+
+
+def test_a_copied_or_pickled_optimizer_watches_no_model(eager: None) -> None:
+    model = Extended()
+    optimizer = nm.NorMuon(model)
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    copied_model.extend()
+    backward(copied_model)
+    assert heard(copied.step) == []

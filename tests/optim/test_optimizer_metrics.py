@@ -141,3 +141,24 @@ def test_a_checkpoint_goes_on_with_metrics_without_a_warning(tmp_path: Any) -> N
     hyper = nm.Hyper.of(params, lr=0.02)
     result = nm.step(saved.params, {"layers.0": torch.randn(4, 6)}, saved.state, hyper, measured)
     assert result.metrics is not None and math.isfinite(result.metrics[0, 0].item())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_rates_that_are_logged_are_those_that_the_last_step_used(
+    eager: None, as_tensor: bool
+) -> None:
+    model = torch.nn.Linear(4, 4)
+    lr: Any = torch.tensor(0.5) if as_tensor else 0.5
+    optimizer = nm.NorMuon(model, lr=lr, adamw_lr=0.25)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 / (k + 1))
+    assert numbers_of(optimizer)["lr"] == 0.5  # before the first step: what it would use
+    for k in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        schedule.step()
+        found = numbers_of(optimizer)
+        assert found["lr"] == pytest.approx(0.5 / (k + 1))
+        assert found["adamw_lr"] == pytest.approx(0.25 / (k + 1))
+    schedule.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert numbers_of(optimizer)["lr"] == pytest.approx(0.5 / 3)

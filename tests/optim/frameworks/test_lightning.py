@@ -237,10 +237,10 @@ def test_lightning_warns_of_a_skip_and_its_callback_logs_counters_and_rates(
     assert [row["normuon/skipped"] for _, row in rows] == [0, 2, 3, 3]
     assert [row["normuon/consecutive"] for _, row in rows] == [0, 2, 1, 0]
     assert [row["normuon/lr/0"] for _, row in rows] == [
-        pytest.approx(0.05 * 0.9**step) for step, _ in rows
+        pytest.approx(0.05 * 0.9 ** (step - 1)) for step, _ in rows
     ]
     assert [row["normuon/adamw_lr/1"] for _, row in rows] == [
-        pytest.approx(0.025 * 0.9**step) for step, _ in rows
+        pytest.approx(0.025 * 0.9 ** (step - 1)) for step, _ in rows
     ]
 
 
