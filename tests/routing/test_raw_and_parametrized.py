@@ -22,7 +22,7 @@ class Raw(nn.Module):
 
 @pytest.mark.parametrize(
     "name",
-    ["log_A", "A_log", "log_decay", "mixture_logits", "memory", "memories", "slots", "slot_memory"],
+    ["log_A", "A_log", "log_decay", "decay_log", "memory", "memories", "slots", "slot_memory"],
 )
 def test_logarithms_and_tables_of_vectors_get_adamw(name: str) -> None:
     table = nm.routes_for(Raw(**{name: (7, D)}))
