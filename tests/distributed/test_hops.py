@@ -87,9 +87,10 @@ def test_one_side_of_a_route_is_in_the_order_of_the_ranks() -> None:
 MATRIX = 2.0 * 2048 * 8192  # bytes
 
 
-@pytest.mark.parametrize("ranks", [2, NODE, 64])
-def test_few_ranks_go_in_one_hop(ranks: int) -> None:
-    assert grid_for_hops((*range(ranks),), 3 * MATRIX, ranks) == (ranks,)
+@pytest.mark.parametrize("ranks", [2, NODE, 64, 95])
+@pytest.mark.parametrize("owners", [1, 8, 64])
+def test_few_ranks_go_in_one_hop(ranks: int, owners: int) -> None:
+    assert grid_for_hops((*range(ranks),), 3 * MATRIX, min(owners, ranks)) == (ranks,)
 
 
 @pytest.mark.parametrize("ranks", [127, 251])

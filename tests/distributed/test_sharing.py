@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import normuon_fn as nm
 from compile_tests import graphs
 from normuon_fn.distributed.cost import NODE, Load
+from normuon_fn.distributed.groups import group_of
 from normuon_fn.distributed.sharing import replicas_to_share
 
 pytestmark = pytest.mark.skipif(
@@ -117,6 +119,26 @@ def test_ranks_of_several_nodes_compare_what_they_decide_before_one_waits_for_an
     plan_of(world, 0, [(8, 24)] * 5)
     asked = ["5 matrices 8x24: 16 of 16 replicas share"]
     assert said == ([] if world == NODE else [asked])
+
+
+def test_a_group_is_not_split_off_a_world_that_is_bound_to_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL would wait for the ranks that are not in it."""
+    with graphs.fake_ranks(4):
+        world, seen = dist.group.WORLD, []
+        assert world is not None
+        new_group = dist.new_group
+
+        def watched(*given: Any, **options: Any) -> Any:
+            seen.append(world.bound_device_id)
+            return new_group(*given, **options)
+
+        monkeypatch.setattr(dist, "new_group", watched)
+        world.bound_device_id = torch.device("cuda:0")
+        first = group_of((0, 2))
+        assert seen == [None] and world.bound_device_id == torch.device("cuda:0")
+        assert group_of((0, 2)) is first and len(seen) == 1
 
 
 def test_an_orthogonalizer_of_ones_own_is_shared_by_all() -> None:
