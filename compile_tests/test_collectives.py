@@ -315,7 +315,7 @@ def test_the_hops_of_512_ranks_are_one_graph_and_meet_few_ranks_each() -> None:
     with graphs.fake_ranks(512):
         given = laid_out("FSDP2, rows", 512, nm.Config(guard="output", **SHORT), {"up": (512, 8)})
         (bucket,) = given.plan.buckets
-        there, back = (x.route for x in (bucket.exchange.to_owners, bucket.exchange.back))
+        there, back = (x.hops for x in (bucket.exchange.to_owners, bucket.exchange.back))
         hops = 1 + given.plan.hops
         assert len(there.onward) == len(back.onward) == given.plan.hops > 0
         met = [len(hop.incoming) for hop in (back.first, *(hop for _, hop in back.onward))]

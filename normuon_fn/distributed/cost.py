@@ -79,6 +79,7 @@ class Load:
 
     def packing(self, replicas: int) -> float:
         """Seconds of packing and unpacking all messages."""
+        # Both ways, each packed and unpacked.
         moved = 4 * self._part(replicas) if self.shards > 1 else 0.0
         if replicas > 1:
             moved += (replicas + 1) * self._gathered(replicas)

@@ -14,8 +14,8 @@ A and B in two replicas, owned by rank A of replica 0:
                                            5. receive_back         every rank has its part of every
                                               update, of all owners in all replicas
 
-Each replica owns an equal share of the matrices, so nothing is sent between replicas before step 4.
-FSDP2 and tensor parallelism (one replica) need steps 1 and 3: two collectives per bucket.
+Each replica owns as equal a share of the matrices as can be, so nothing is sent between replicas
+before step 4. FSDP2 and tensor parallelism (one replica) need steps 1 and 3: two collectives per bucket.
 Replicated parameters (one shard) need only one all-gather, which is started in send_back. HSDP
 needs three collectives. Matrices that no rank stores in part (experts, heads) are never sent.
 Among very many ranks, steps 1 and 3 go in several hops each: see hops.py.
@@ -38,7 +38,7 @@ from .. import ops
 from ..compat import all_gather, wait
 from ..ops.repack import Moves
 from .directions import Direction, Layout
-from .hops import Grid, Hop
+from .hops import Hop, RankGrid
 from .owners import GroupShards
 
 # How an error names the collectives.
@@ -106,7 +106,7 @@ class Exchange:
         self.group, self.shards = ownership.group, ownership.shards
         self.replicas = ownership.replicas
         self.matrices = sum(group.count for group in groups)
-        self.grid = Grid.of(self.shards, *self._of_owners())
+        self.grid = RankGrid.of(self.shards, *self._of_owners())
         layout = Layout(self.groups, dtype, wide, device, self.grid)
         self._parts, self._updates = layout.parts, layout.updates
         self.state_names = layout.state_names
@@ -137,7 +137,7 @@ class Exchange:
     def moves(self) -> list[Moves]:
         directions = (self.to_owners, self.back) if self.to_owners else (self.back,)
         found = [moves for x in directions for moves in (x.pack, x.unpack)]
-        return found + [moves for x in directions for moves, _ in x.route.onward]
+        return found + [moves for x in directions for moves, _ in x.hops.onward]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -270,8 +270,8 @@ class Exchange:
         return [*narrow, *wide]
 
     def _exchanged(self, words: Tensor, direction: Direction, name: str) -> Sent:
-        route = direction.route
-        return self._sent(route.first.start(words), name, route.onward)
+        hops = direction.hops
+        return self._sent(hops.first.start(words), name, hops.onward)
 
     def _sent(self, words: Tensor, name: str, onward: tuple[tuple[Moves, Hop], ...] = ()) -> Sent:
         if self.overlaps:

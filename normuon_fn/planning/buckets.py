@@ -145,7 +145,7 @@ class SharedBucket(Bucket):
 
     @property
     def hops(self) -> int:
-        return len(self.exchange.back.route.onward)
+        return len(self.exchange.back.hops.onward)
 
     @property
     def heard_by(self) -> str | None:
