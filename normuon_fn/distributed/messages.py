@@ -15,9 +15,9 @@ A and B in two replicas, owned by rank A of replica 0:
                                               update, of all owners in all replicas
 
 Each replica owns as equal a share of the matrices as can be, so nothing is sent between replicas
-before step 4. FSDP2 and tensor parallelism (one replica) need steps 1 and 3: two collectives per bucket.
-Replicated parameters (one shard) need only one all-gather, which is started in send_back. HSDP
-needs three collectives. Matrices that no rank stores in part (experts, heads) are never sent.
+before step 4. FSDP2 and tensor parallelism (one replica) need steps 1 and 3: two collectives per
+bucket. Replicated parameters (one shard) need only one all-gather, which is started in send_back.
+HSDP needs three collectives. Matrices that no rank stores in part (experts, heads) are never sent.
 Among very many ranks, steps 1 and 3 go in several hops each: see hops.py.
 
 directions.py lists the fields that a message carries per matrix in either direction, and fields.py
