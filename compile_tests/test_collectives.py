@@ -315,12 +315,13 @@ def test_the_hops_of_512_ranks_are_one_graph_and_meet_few_ranks_each() -> None:
     with graphs.fake_ranks(512):
         given = laid_out("FSDP2, rows", 512, nm.Config(guard="output", **SHORT), {"up": (512, 8)})
         (bucket,) = given.plan.buckets
-        hops = [len(x.route.hops) for x in (bucket.exchange.to_owners, bucket.exchange.back)]
-        assert hops[0] == hops[1] > 1
-        met = [len(hop.incoming) for hop in bucket.exchange.back.route.hops]
+        there, back = (x.hops for x in (bucket.exchange.to_owners, bucket.exchange.back))
+        hops = 1 + given.plan.hops
+        assert len(there.onward) == len(back.onward) == given.plan.hops > 0
+        met = [len(hop.incoming) for hop in (back.first, *(hop for _, hop in back.onward))]
         assert math.prod(met) == 512 and max(met) <= 64
         assert "messages go over a grid of" in str(given.plan).splitlines()[-1]
-        check(graphs.record(local_update_, *local(given)), sharded=hops[0], reductions=1, flags=1)
+        check(graphs.record(local_update_, *local(given)), sharded=hops, reductions=1, flags=1)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ and `normuon_fn.step_` the same in place: see runtime/compiled.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .algorithm.guard import Agreement
 from .algorithm.streamed import Conveyor
+from .algorithm.work import Work
 from .compat import outside_inference_mode, without_autocast
 from .compat.graphs import is_functionalized, is_traced
 from .distributed.placements import check_alike, local, local_of, to_dtensor
@@ -58,7 +60,7 @@ def init(params: Tensors | Plan, plan: Plan | Tensors) -> dict[str, Tensor]:
     plan, params = cast(Plan, plan), cast(Tensors, params)
     check_tensors(plan, "params", params, {p.name: p.spec for p in plan.parameters})
     for group in plan.shared_by:
-        check_alike(plan.summary, group)
+        check_alike(plan.summary(group), group)
     check_sizes(plan, params)
     state = {}
     for key, spec in plan.state.items():
@@ -166,6 +168,13 @@ def _checked_step(
         return result_of(*dicts.after(), flags, skipped, metrics)
 
 
+def _pass_on(works: Sequence[Work], times: int) -> None:
+    """Lets messages that take several hops go so many further."""
+    for _ in range(times):
+        for work in works:
+            work.pass_on()
+
+
 def step_of(
     dicts: Dicts, hyper: Hyper, plan: Plan, found_inf: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -183,8 +192,11 @@ def step_of(
     agreement.before(works)  # guard="full": are all gradients finite?
     for work in works:
         work.advance()  # momentum; what other ranks need of it sets out
-    for work in works:
+    _pass_on(works, plan.hops)
+    for k, work in enumerate(works):
         work.orthogonalize()  # and normalize, while messages travel
+        _pass_on(works[:k], min(1, plan.hops))
+    _pass_on(works, plan.hops)
     for work in works:
         work.relay()
     for work in works:

@@ -52,7 +52,13 @@ def made() -> tuple[nn.Module, nm.NorMuon]:
         model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-    return model, nm.NorMuon(model, lr=0.02, guard="full", config=nm.Config(guard="full"))
+    return model, nm.NorMuon(
+        model,
+        lr=0.02,
+        guard="full",
+        config=nm.Config(guard="full"),
+        routes={"1.weight": nm.Route()},
+    )
 
 
 def test_an_optimizer_on_the_host_has_the_same_bits_whatever_the_default_device(

@@ -25,7 +25,7 @@ pack and unpack what is sent. A collective takes its bytes to and from other nod
 speed, or those within the node (8 ranks) at NVLink's, whichever takes longer, in or out, and a
 message's cost for every rank that is met. Then
 
-    ms = first exchange in + max(compute, all other exchanges)
+    ms = what comes before the first product + max(compute, all other exchanges)
 
 The guard is off: it adds one all_reduce of 8 bytes a parameter. Not in it: that few matrices keep a
 GPU less busy than many do, launches, congestion, and that packing comes before the first exchange.
@@ -41,6 +41,7 @@ assumption, 400 Gbit/s a GPU at 80 %; a message: another one, 1 us.
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -287,6 +288,17 @@ def packed(given: Rank) -> int:
     )
 
 
+def before_products(given: Rank, world: int) -> int:
+    """How many collectives come before the first product: the first bucket's parts, and, where
+    exchanges go in hops, those of the other buckets but for their last hop.
+    """
+    sizes = [len(c.ranks) for c in given.collectives if c.name == "all_to_all_single"]
+    if not sizes or world in sizes or min(sizes) == max(sizes):  # none of them goes in hops
+        return 1
+    parts = sizes[: len(sizes) // 2]
+    return len(parts) - round(math.log(math.prod(parts), world)) + 1
+
+
 def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: bool = True) -> Row:
     ranks, most = counts(shapes, layout, world)
     flop = 1e3 * max(r.flop for r in ranks) / rates.product
@@ -303,13 +315,7 @@ def predict(shapes: Shapes, layout: str, world: int, rates: Rates, *, overlap: b
         for of in by_collective
     ]
     # Replicated matrices are where they are needed: no exchange comes before the first product.
-    # The hops of the first exchange.
-    hops, met = 0, 1
-    while layout == "fsdp2" and met < world:
-        met *= len(ranks[0].collectives[hops].ranks)
-        hops += 1
-    hops = hops or 1
-    ahead = sum(times[:hops]) if layout != "ddp" else 0.0
+    ahead = sum(times[: before_products(ranks[0], world)]) if times and layout != "ddp" else 0.0
     other = sum(times) - ahead
     totals = {
         way: max(sum(beyond(r, c.ranks, getattr(c, way))[0] for c in r.collectives) for r in ranks)

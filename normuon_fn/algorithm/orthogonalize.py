@@ -85,12 +85,12 @@ def choose(
     restarts = (
         () if method == "standard" else gram_restarts(chosen.rows, careful=rows < FEW or not wide)
     )
-    pays = (
+    kernels = (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
         and rows >= SYMMETRIC_FROM
     )
-    return Form(method, dtype, restarts, "symmetric" if pays else "library")
+    return Form(method, dtype, restarts, "symmetric" if kernels else "library")
 
 
 # Rows. Five steps on 48 square matrices in bfloat16, by cuBLAS and by our kernels: 192 133 and

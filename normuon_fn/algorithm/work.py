@@ -173,6 +173,9 @@ class Work:
     def advance(self) -> None:
         """The new momentum, and messages that can set out by then."""
 
+    def pass_on(self) -> None:
+        """The next hop of a message that takes several: see distributed/hops.py."""
+
     def orthogonalize(self) -> None:
         """The update of every matrix that this rank orthogonalizes."""
 

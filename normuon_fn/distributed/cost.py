@@ -1,6 +1,7 @@
 """What a bucket of matrices costs a rank, predicted: for decisions at plan time, not for clocks.
 
-Every rank computes the same numbers from the plan alone, so all of them decide alike. Where the
+All ranks of a process group compute the same numbers, from what the plans of all of them have, and
+so decide alike. Where the
 machine is another one, a decision may be less than the best, and never wrong.
 
 Sources of the rates: one H200, 1.3B parameters in float32, torch 2.11, 2026-11-22: 69.6 ms a step,
@@ -26,6 +27,7 @@ NVLINK = 224e9  # B/s each way, within a node
 NETWORK = 40e9  # B/s each way of a GPU, to other nodes
 MESSAGE = 1e-6  # s, for every rank that is met
 HOP = 20e-6  # s, to start one more all-to-all, and to sort what it sends
+HOPS_FROM = 96  # ranks
 
 # A prediction is not more exact than this. What is predicted to be faster by less is not done.
 RELATIVE, SECONDS = 1.02, 50e-6
@@ -77,6 +79,7 @@ class Load:
 
     def packing(self, replicas: int) -> float:
         """Seconds of packing and unpacking all messages."""
+        # Both ways, each packed and unpacked.
         moved = 4 * self._part(replicas) if self.shards > 1 else 0.0
         if replicas > 1:
             moved += (replicas + 1) * self._gathered(replicas)
@@ -108,6 +111,8 @@ def grid_for_hops(ranks: tuple[int, ...], size: float, owners: int) -> tuple[int
     owner sends to all of them or receives. ``owners``: how many of them own matrices.
     """
     every = len(ranks)
+    if every < HOPS_FROM:
+        return (every,)
 
     def seconds(grid: tuple[int, ...]) -> float:
         return _over_grid(grid, ranks, size, owners)

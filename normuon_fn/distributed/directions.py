@@ -9,7 +9,7 @@ import torch
 
 from ..ops.repack import Boxes, Moves
 from .fields import Field, Message, Schema, pack, unpack
-from .hops import Grid, Route
+from .hops import Hops, RankGrid
 from .owners import GroupShards
 
 _PART = (
@@ -30,7 +30,7 @@ class Direction:
 
     pack: Moves
     unpack: Moves
-    route: Route
+    hops: Hops
 
 
 class Layout:
@@ -42,7 +42,7 @@ class Layout:
         dtype: torch.dtype,  # of the products
         wide: torch.dtype,  # of everything else
         device: torch.device,
-        grid: Grid,  # of the shards, over which messages go in a hop along each dimension
+        grid: RankGrid,  # of the shards, over which messages go in a hop along each dimension
     ) -> None:
         self.groups, self.dtype, self.wide, self.device = groups, dtype, wide, device
         self.grid = grid
@@ -71,13 +71,13 @@ class Layout:
         packing, unpacking = Boxes(), Boxes()
         outgoing: list[Message] = []
         incoming: list[Message] = []
-        route = self._route(lambda shard, owner: self._part_message(0, owner, shard), inwards=True)
-        for owner in self._numbers(route.leaving):
+        hops = self._hops(lambda shard, owner: self._part_message(0, owner, shard), inwards=True)
+        for owner in self._numbers(hops.leaving):
             message = self._part_message(_end(outgoing), owner, here)
             firsts = [x.firsts[replica][owner] - x.firsts[replica][0] for x in self.groups]
             pack(packing, schema.shard_copies(message, here, firsts))
             outgoing.append(message)
-        for shard in self._numbers(route.arriving):
+        for shard in self._numbers(hops.arriving):
             message = self._part_message(_end(incoming), here, shard)
             unpack(unpacking, schema.owner_copies(message, shard, every=False))
             incoming.append(message)
@@ -92,7 +92,7 @@ class Layout:
         return Direction(
             packing.moves(self.device, [_end(outgoing) // 4], torch.int32),
             unpacking.moves(self.device, narrow, self.dtype, wide, self.wide),
-            route,
+            hops,
         )
 
     def back(self) -> tuple[Direction, int]:
@@ -100,10 +100,10 @@ class Layout:
         here, replica, schema = self.shards.number, self.replicas.number, self.updates
         packing, unpacking = Boxes(), Boxes()
         outgoing: list[Message] = []
-        route = self._route(
+        hops = self._hops(
             lambda owner, shard: self._update_message(0, replica, owner, shard), inwards=False
         )
-        for shard in self._numbers(route.leaving):
+        for shard in self._numbers(hops.leaving):
             message = self._update_message(_end(outgoing), replica, here, shard)
             if schema.flags:
                 pack(packing, [schema.flags_copy(message)])
@@ -131,11 +131,11 @@ class Layout:
         direction = Direction(
             packing.moves(self.device, [total // 4], torch.int32),
             unpacking.moves(self.device, narrow, self.dtype, wide, self.wide),
-            route,
+            hops,
         )
         return direction, most // 4
 
-    def _route(self, message: Callable[[int, int], Message], inwards: bool) -> Route:
+    def _hops(self, message: Callable[[int, int], Message], inwards: bool) -> Hops:
         """``message(a, b)``: what number a sends to number b."""
         order = self.shards.order
 
@@ -143,7 +143,7 @@ class Layout:
             found = message(order[rank], order[other])
             return (found.end - found.start) // 4
 
-        return self.grid.route(words, self.device, inwards)
+        return self.grid.hops(words, self.device, inwards)
 
     def _numbers(self, ranks: Sequence[int]) -> list[int]:
         """Of ranks of the process group of the shards: their numbers."""
@@ -152,7 +152,7 @@ class Layout:
     def _incoming(self, start: int, replica: int) -> list[Message]:
         """The messages of all owners of a replica to this rank's shard, one behind the other.
 
-        In the order of the ranks, as they arrive after a route outwards.
+        In the order of the ranks, as they arrive after hops outwards.
         """
         messages: list[Message] = []
         for owner in self.shards.order:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -12,16 +13,36 @@ _groups: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = 
 
 
 def group_of(members: Sequence[int]) -> ProcessGroup:
-    """The process group of these ranks, which alone make it, at the first call.
+    """The process group of these ranks. Its members alone call this; made at the first call.
 
     ``members``: as the whole process group numbers them.
     """
-    assert dist.group.WORLD is not None
-    known = _groups.setdefault(dist.group.WORLD, {})
+    world = dist.group.WORLD
+    assert world is not None
+    known = _groups.setdefault(world, {})
     key = tuple(members)
     if key not in known:
-        known[key] = dist.new_group(list(key), use_local_synchronization=True)
+        with _by_itself(world):
+            known[key] = dist.new_group(list(key), use_local_synchronization=True)
     return known[key]
+
+
+@contextlib.contextmanager
+def _by_itself(world: ProcessGroup) -> Iterator[None]:
+    """Groups made within are not split off the group of all ranks.
+
+    NCCL would do so where that is bound to a device (``init_process_group(device_id=)``), and then
+    waits for all ranks, of which only the members call.
+    """
+    device = getattr(world, "bound_device_id", None)
+    if device is None:
+        yield
+        return
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def all_ranks() -> ProcessGroup | None:

@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..compat import all_to_all, wait
+from ..compat import all_to_all
 from ..ops.repack import Boxes, Moves
 from .cost import grid_for_hops
 from .groups import group_of
@@ -44,23 +43,17 @@ class Hop(NamedTuple):
         return all_to_all(words, list(self.incoming), list(self.outgoing), self.group)
 
 
-class Route(NamedTuple):
+class Hops(NamedTuple):
     """The hops of an all-to-all, how words are sorted between them, and in which order they lie."""
 
-    hops: tuple[Hop, ...]
-    between: tuple[Moves, ...]
+    first: Hop
+    onward: tuple[tuple[Moves, Hop], ...]  # what sorts the words before each other hop, and the hop
     leaving: tuple[int, ...]  # the ranks to which the messages go that are packed
     arriving: tuple[int, ...]  # the ranks from which those come that are unpacked
 
-    def start(self, words: Tensor, name: str) -> Tensor:
-        """All hops; the last one is still in transfer."""
-        for hop, moves in zip(self.hops, self.between, strict=False):
-            (words,) = ops.repack([wait(hop.start(words), name)], moves)
-        return self.hops[-1].start(words)
-
 
 @dataclass(frozen=True)
-class Grid:
+class RankGrid:
     """The ranks of a process group as a grid, in row-major order."""
 
     shape: tuple[int, ...]
@@ -68,18 +61,18 @@ class Grid:
     groups: tuple[str, ...]  # by dimension: the process group of its line through this rank
 
     @staticmethod
-    def of(shards: RankGroup, size: float, owners: int) -> Grid:
+    def of(shards: RankGroup, size: float, owners: int) -> RankGrid:
         """The grid that is predicted to be fastest. A collective where it is of several dimensions.
 
         ``size``: bytes that an owner sends or receives; ``owners``: how many of the shards own
         matrices. Both are the same on all ranks.
         """
         if shards.size == 1:
-            return Grid((1,), (0,), (shards.group,))
+            return RankGrid((1,), (0,), (shards.group,))
         ranks, here = ranks_of(shards.group), shards.order.index(shards.number)
         shape = grid_for_hops(tuple(ranks), size, owners)
         if len(shape) == 1 or ranks != sorted(ranks):  # the groups made below are sorted
-            return Grid((len(ranks),), (here,), (shards.group,))
+            return RankGrid((len(ranks),), (here,), (shards.group,))
         check_alike([f"{size:.0f} bytes of {owners} owners over a grid of {shape}"], shards.group)
         strides = _strides(shape)
         place = tuple(here // stride % n for stride, n in zip(strides, shape, strict=True))
@@ -87,9 +80,9 @@ class Grid:
         for at, stride, n in zip(place, strides, shape, strict=True):
             first = here - at * stride
             groups.append(group_of(ranks[first : first + n * stride : stride]).group_name)
-        return Grid(shape, place, tuple(groups))
+        return RankGrid(shape, place, tuple(groups))
 
-    def route(self, words: Callable[[int, int], int], device: torch.device, inwards: bool) -> Route:
+    def hops(self, words: Callable[[int, int], int], device: torch.device, inwards: bool) -> Hops:
         """``words(k, j)``: how many rank k of the process group sends to rank j.
 
         ``inwards``: the first hop is along the outermost dimension. Before a hop, this rank holds
@@ -98,7 +91,7 @@ class Grid:
         messages lie in the order of these places, those of the latest hop's dimension first.
         """
         strides, dims = _strides(self.shape), [*range(len(self.shape))]
-        hops, between = list[Hop](), list[Moves]()
+        made, between = list[Hop](), list[Moves]()
         done: set[int] = set()
 
         def held(places: Sequence[int]) -> int:
@@ -118,15 +111,16 @@ class Grid:
         leaving: tuple[int, ...] = ()
         for dim in dims if inwards else reversed(dims):
             before, axes = axes, [dim, *(axis for axis in axes if axis != dim)]
-            if hops:
+            if made:
                 between.append(_sorted(sizes, self._places(before), self._places(axes), device))
             else:
                 leaving = self._ranks(axes)
             outgoing = along(dim, sizes)
             done.add(dim)
             sizes = {places: held(places) for places in sizes}
-            hops.append(Hop(along(dim, sizes), outgoing, self.groups[dim]))
-        return Route(tuple(hops), tuple(between), leaving, self._ranks(axes))
+            made.append(Hop(along(dim, sizes), outgoing, self.groups[dim]))
+        onward = tuple(zip(between, made[1:], strict=True))
+        return Hops(made[0], onward, leaving, self._ranks(axes))
 
     def _places(self, axes: Sequence[int]) -> list[tuple[int, ...]]:
         """All places of the grid, of which those along the first of ``axes`` change last."""

@@ -14,10 +14,10 @@ A and B in two replicas, owned by rank A of replica 0:
                                            5. receive_back         every rank has its part of every
                                               update, of all owners in all replicas
 
-Each replica owns an equal share of the matrices, so nothing is sent between replicas before step 4.
-FSDP2 and tensor parallelism (one replica) need steps 1 and 3: two collectives per bucket.
-Replicated parameters (one shard) need only one all-gather, which is started in send_back. HSDP
-needs three collectives. Matrices that no rank stores in part (experts, heads) are never sent.
+Each replica owns as equal a share of the matrices as can be, so nothing is sent between replicas
+before step 4. FSDP2 and tensor parallelism (one replica) need steps 1 and 3: two collectives per
+bucket. Replicated parameters (one shard) need only one all-gather, which is started in send_back.
+HSDP needs three collectives. Matrices that no rank stores in part (experts, heads) are never sent.
 Among very many ranks, steps 1 and 3 go in several hops each: see hops.py.
 
 directions.py lists the fields that a message carries per matrix in either direction, and fields.py
@@ -38,7 +38,7 @@ from .. import ops
 from ..compat import all_gather, wait
 from ..ops.repack import Moves
 from .directions import Direction, Layout
-from .hops import Grid
+from .hops import Hop, RankGrid
 from .owners import GroupShards
 
 # How an error names the collectives.
@@ -82,9 +82,10 @@ class Sent(NamedTuple):
     words: Tensor
     arrived: bool
     name: str  # of the collective
+    onward: tuple[tuple[Moves, Hop], ...] = ()  # the hops that are left
 
     def received(self) -> Tensor:
-        """The words, after the transfer has ended."""
+        """The words, after the transfer has ended: what the next hop sends, if one is left."""
         return self.words if self.arrived else wait(self.words, self.name)
 
 
@@ -105,7 +106,7 @@ class Exchange:
         self.group, self.shards = ownership.group, ownership.shards
         self.replicas = ownership.replicas
         self.matrices = sum(group.count for group in groups)
-        self.grid = Grid.of(self.shards, *self._of_owners())
+        self.grid = RankGrid.of(self.shards, *self._of_owners())
         layout = Layout(self.groups, dtype, wide, device, self.grid)
         self._parts, self._updates = layout.parts, layout.updates
         self.state_names = layout.state_names
@@ -136,7 +137,7 @@ class Exchange:
     def moves(self) -> list[Moves]:
         directions = (self.to_owners, self.back) if self.to_owners else (self.back,)
         found = [moves for x in directions for moves in (x.pack, x.unpack)]
-        return found + [moves for x in directions for moves in x.route.between]
+        return found + [moves for x in directions for moves, _ in x.hops.onward]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -158,10 +159,24 @@ class Exchange:
         (words,) = ops.repack(sources, self.to_owners.pack)
         return self._exchanged(words, self.to_owners, GATHER)
 
+    def pass_on(self, sent: Sent) -> Sent:
+        """The next hop, after the one in transfer has ended; the same if it was the last."""
+        if not sent.onward:
+            return sent
+        moves, hop = sent.onward[0]
+        (words,) = ops.repack([sent.received()], moves)
+        return self._sent(hop.start(words), sent.name, sent.onward[1:])
+
+    def _arrived(self, sent: Sent) -> Tensor:
+        """The words of a message after its last hop."""
+        while sent.onward:
+            sent = self.pass_on(sent)
+        return sent.received()
+
     def receive(self, sent: Sent) -> list[Whole | None]:
         """The matrices that this rank owns, by group; ``None`` where it owns none."""
         assert self.to_owners is not None
-        found = ops.repack([sent.received()], self.to_owners.unpack)
+        found = ops.repack([self._arrived(sent)], self.to_owners.unpack)
         return [
             self._whole(k, found[k], found[k + len(self.groups)])
             if group.ownership.local_count
@@ -210,14 +225,14 @@ class Exchange:
         """Passes the updates of this replica's share on to the other replicas."""
         if not self.sharded or self.replicas.size == 1:
             return sent
-        words = sent.received()
+        words = self._arrived(sent)
         if len(words) < self.gathered:
             words = torch.nn.functional.pad(words, (0, self.gathered - len(words)))
         return self._sent(all_gather(words, self.replicas.size, self.replicas.group), RELAY)
 
     def receive_back(self, sent: Sent) -> list[Update]:
         """This rank's parts of the updates of all matrices, by group."""
-        found = ops.repack([sent.received()], self.back.unpack)
+        found = ops.repack([self._arrived(sent)], self.back.unpack)
         everywhere = None
         if self.replicas.size > 1:
             everywhere = (found[-1].view(-1, self.matrices) > 0).all(0)
@@ -255,12 +270,13 @@ class Exchange:
         return [*narrow, *wide]
 
     def _exchanged(self, words: Tensor, direction: Direction, name: str) -> Sent:
-        return self._sent(direction.route.start(words, name), name)
+        hops = direction.hops
+        return self._sent(hops.first.start(words), name, hops.onward)
 
-    def _sent(self, words: Tensor, name: str) -> Sent:
+    def _sent(self, words: Tensor, name: str, onward: tuple[tuple[Moves, Hop], ...] = ()) -> Sent:
         if self.overlaps:
-            return Sent(words, False, name)
-        return Sent(wait(words, name), True, name)
+            return Sent(words, False, name, onward)
+        return Sent(wait(words, name), True, name, onward)
 
 
 def _first(numbers: slice, count: int) -> slice:

@@ -30,6 +30,8 @@ class Ownership:
     counts: tuple[tuple[int, ...], ...] = ()  # [replicas, shards]: matrices owned, in order
     # There are more replicas than these, which do the same work by themselves: see sharing.py.
     narrowed: bool = False
+    # Then as `ranks`, of the first block of replicas: the same on all ranks of the process group.
+    first: tuple[tuple[int, ...], ...] = ()
 
     @staticmethod
     def of(

@@ -46,6 +46,10 @@ class SharedWork(MatrixWork):
         self.sent: messages.Sent | None = None
         self.finite: Tensor | None = None  # [n_matrices] bool, the same on all ranks
 
+    def pass_on(self) -> None:
+        if self.sent is not None:
+            self.sent = self.exchange.pass_on(self.sent)
+
     # ----------------------------------------- parts of momentums, to the owners of their matrices
 
     def advance(self) -> None:

@@ -40,9 +40,15 @@ def is_open(load: Load) -> bool:
 
 
 def global_ranks(ownership: Ownership) -> tuple[tuple[int, ...], ...]:
-    """[replicas, shards]: as the whole process group numbers them."""
+    """[replicas, shards]: as the whole process group numbers them; of the first block of replicas
+    where these do the work by themselves.
+
+    So all ranks of the process group decide by the same numbers. Blocks may lie differently on
+    nodes, but the buckets that all replicas share must come in one order everywhere.
+    """
     numbers = ranks_of(ownership.group)
-    return tuple(tuple(numbers[rank] for rank in of_replica) for of_replica in ownership.ranks)
+    ranks = ownership.first or ownership.ranks
+    return tuple(tuple(numbers[rank] for rank in of_replica) for of_replica in ranks)
 
 
 def narrowed(ownership: Ownership, replicas: int) -> Ownership | None:
@@ -54,13 +60,15 @@ def narrowed(ownership: Ownership, replicas: int) -> Ownership | None:
         return ownership
     start = ownership.replicas.number // replicas * replicas
     ranks = ownership.ranks[start : start + replicas]
+    alone = replace(
+        ownership, replicas=ALONE, ranks=ranks, narrowed=True, first=ownership.ranks[:replicas]
+    )
     if replicas == 1:
-        found = replace(ownership, replicas=ALONE, ranks=ranks, narrowed=True)
-        return found if found.shards.size > 1 else None
+        return alone if alone.shards.size > 1 else None
     shard = ownership.shards.number
     members = [of_replica[shard] for of_replica in global_ranks(ownership)[start:][:replicas]]
     group = group_of(members)
     number = {rank: k for k, rank in enumerate(members)}
     order = tuple(number[rank] for rank in dist.get_process_group_ranks(group))
     block = RankGroup(group.group_name, order[group.rank()], order)
-    return replace(ownership, replicas=block, ranks=ranks, narrowed=True)
+    return replace(alone, replicas=block)

@@ -205,7 +205,7 @@ class Planner:
             plan = replace(plan, notes=(*plan.notes, *lines))
         self._alike = plan.guard.alike
         for ranks in plan.shared_by:
-            placements.check_alike(plan.summary, ranks)
+            placements.check_alike(plan.summary(ranks), ranks)
         check_sizes(plan, params)
         planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)
         self.collect(planned, states, begun)

@@ -156,8 +156,7 @@ def _scaled(
     if layout is not None:
         start, length = layout.local_part[dim]
         scale = scale[start : start + length]
-    if own.ndim == 2:
-        scale = scale[:, None] if dim == 0 else scale[None, :]
+    scale = scale.view([-1 if k == dim else 1 for k in range(own.ndim)])
     key = next((k for k in (f"{name}.mantissa", f"{name}.master") if k in plan.state), None)
     if key is None:
         wide = torch.promote_types(own.dtype, scale.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..planning.plan import Plan
-from ..routing.doubts import is_called_by, warn_at_caller
+from ..routing.doubts import is_called_by, is_left_whole, warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
 from ..routing.resolve import Routes, asked, asked_of_group, decide_routes, is_written
 from ..routing.route_table import RouteTable
@@ -125,9 +125,9 @@ def _of_group(
                     decision = written[name].over(decision)
             of_group[name] = decision
         elif decision.route.algorithm == "normuon" and not (is_written(decision) or by_table):
-            if is_split and not decision.route.flatten:
+            if is_split and not decision.route.flatten and not is_left_whole(decision):
                 of_group[name] = decision._replace(certainty="certain")
-            elif not (group.has_names or decision.route.flatten):
+            elif not (is_split or group.has_names or decision.route.flatten):
                 of_group[name] = Decision(decision.route, _NAMELESS, "untold")
     if isinstance(group.routes, RouteTable):
         return of_group | _trained(decide_routes(dict(group.params), group.routes))

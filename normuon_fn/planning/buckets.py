@@ -89,6 +89,11 @@ class Bucket(Stack):
         """The process group whose ranks all hear of its updates in its messages."""
         return None
 
+    @property
+    def hops(self) -> int:
+        """How many hops its messages take beyond the first."""
+        return 0
+
     def how(self, config: Config) -> str:
         """How its matrices are orthogonalized, for the table of the plan."""
         if config.orthogonalizer is not None:
@@ -137,6 +142,10 @@ class SharedBucket(Bucket):
     @property
     def shared_by(self) -> str | None:
         return self.exchange.group
+
+    @property
+    def hops(self) -> int:
+        return len(self.exchange.back.hops.onward)
 
     @property
     def heard_by(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -22,6 +22,7 @@ class View:
     start: int = 0
     length: int | None = None  # None: all of the tensor
     swap: bool = False  # the count lies in the middle: [rows, count, cols]
+    flat: bool = False  # the dimensions behind the second one are read into the columns
 
     @property
     def is_whole(self) -> bool:
@@ -46,12 +47,33 @@ class View:
             part = part.reshape(self.shape)
         return part.transpose(0, 1) if self.swap else part
 
+    @property
+    def of_flattened(self) -> View:
+        """The same slice of the tensor that is flattened to [base[0], base[1] * ...]."""
+        if not self.flat:
+            return self
+        each = size_of(self.base[2:])
+        by = each if self.dim == 1 else 1
+        return replace(
+            self,
+            base=(self.base[0], self.base[1] * each),
+            start=self.start * by,
+            length=None if self.length is None else self.length * by,
+            flat=False,
+        )
+
+    def of_tensor(self, base: tuple[int, ...]) -> View:
+        """The inverse of `of_flattened`, for a tensor of the shape ``base``."""
+        by = size_of(base[2:]) if self.dim == 1 else 1
+        length = None if self.length is None else self.length // by
+        return replace(self, base=base, start=self.start // by, length=length, flat=True)
+
     def is_view(self, tensor: Tensor) -> bool:
         """Whether `read` gives a view. Of channels_last filters it does not: a copy, row by row."""
         if tensor.is_contiguous() or tensor.ndim <= len(self.shape):
             return True
         part = self._slice(tensor)
-        merged = slice(1, None) if len(self.shape) == 2 else slice(0, -2)
+        merged = slice(1, None) if self.flat else slice(0, -2)
         pairs = zip(part.shape[merged], part.stride()[merged], strict=True)
         kept = [(n, stride) for n, stride in pairs if n != 1]
         return all(outer == n * inner for (_, outer), (n, inner) in pairwise(kept))
@@ -108,12 +130,13 @@ def part_of(
             is flattened.
     """
     here = tuple(length for _, length in part)
-    if len(view.base) > 2 and len(view.shape) == 2:  # flattened
+    if view.flat:
         if any(span != (0, size) for span, size in zip(part[2:], view.base[2:], strict=True)):
             raise ValueError("a flattened dimension other than the first is sharded")
         each = size_of(view.base[2:])
-        rect = Rect(*part[0], part[1][0] * each, part[1][1] * each)
-        return View(here, (rect.rows, rect.cols)), count, rect
+        flat = part[0], (part[1][0] * each, part[1][1] * each)
+        found, n, rect = part_of(view.of_flattened, count, rows, cols, flat)
+        return found.of_tensor(here), n, rect
     if len(view.base) > 2:
         spans, n = list(part[-2:]), size_of(here[:-2])
         if view.length is None:

@@ -77,7 +77,8 @@ def make_plan(
             warning. Or the table of `routes_for`, which has an entry for every parameter.
         mesh: the ranks that have the same plain tensors (DeviceMesh or ProcessGroup): each of them
             orthogonalizes a share. Replicas on several nodes share in blocks where that is
-            predicted to be faster, which ``str(plan)`` says: with them, this is a collective.
+            predicted to be faster, which ``str(plan)`` says: with them, this is a collective, and
+            so it is where the shards of DTensors are 96 ranks or more.
             ``"alone"``: no other rank has them, so that this rank decides alone what its guard
             skips, unless there is a ``guard_mesh``. ``None`` beside a guard is taken for that with
             a warning, where there are other ranks. DTensors bring their own mesh.
@@ -180,6 +181,7 @@ def plan_of(
         hypers=hypers,
         own_rates=rate_tensors(table, device),
         common=common_of(placements, copies, rule, guard_mesh),
+        hops=max((bucket.hops for bucket in buckets), default=0),
         notes=notes,
         streaming=streaming,
         before_ranks=asks_for_ranks(config) and is_before_ranks(mesh, guard_mesh),

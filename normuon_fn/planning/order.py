@@ -55,9 +55,35 @@ def with_cut(
     Not with ``guard_scope="bucket"``, where a bucket is what skips a step together.
     """
     whole = [(key, list(groups)) for key, groups in stacks.items()]
-    shared = [k for k, (_, groups) in enumerate(whole) if groups[0].ownership is not None]
-    if config.guard_scope == "bucket" or config.orthogonalizer is not None or not shared:
+    if config.guard_scope == "bucket" or config.orthogonalizer is not None:
         return whole
+    owners = [groups[0].ownership for _, groups in whole]
+    sets = _by_ranks([None if x is None else x.group for x in owners])
+    cut = {_best_cut(whole, of_ranks, coefficients) for of_ranks in sets}
+    found = []
+    for k, (key, groups) in enumerate(whole):
+        halves = halves_of(groups) if k in cut else None
+        found += [(key, half) for half in halves or (groups,)]
+    return found
+
+
+def _by_ranks(groups: Sequence[str | None]) -> list[list[int]]:
+    """The places of buckets of one process group, for each that has any.
+
+    Whatever is decided about order is decided for each by itself: ranks of one group have its
+    buckets in common, but may have different ones beside them.
+    """
+    found: dict[str, list[int]] = {}
+    for k, group in enumerate(groups):
+        if group is not None:
+            found.setdefault(group, []).append(k)
+    return [*found.values()]
+
+
+def _best_cut(
+    whole: Sequence[tuple[Key, list[Group]]], shared: Sequence[int], coefficients: Sequence[Row]
+) -> int | None:
+    """Of buckets of the same ranks, the one to cut in two; ``None`` if none is predicted to pay."""
     times = [_times(*whole[k], coefficients) for k in shared]
     best, at = (1 - _GAIN) * duration(times, best_order(times)) - _SECONDS, None
     for place, k in enumerate(shared):
@@ -70,10 +96,7 @@ def with_cut(
         seconds = duration(cut, best_order(cut))
         if seconds < best:
             best, at = seconds, k
-    if at is None:
-        return whole
-    key, groups = whole[at]
-    return [*whole[:at], *((key, half) for half in halves_of(groups) or ()), *whole[at + 1 :]]
+    return at
 
 
 def halves_of(groups: Sequence[Group]) -> tuple[list[Group], list[Group]] | None:
@@ -111,8 +134,13 @@ def in_order(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
     """Those of one device first, whose arithmetic lies over the messages of the others."""
     alone = [bucket for bucket in buckets if not isinstance(bucket, SharedBucket)]
     shared = [bucket for bucket in buckets if isinstance(bucket, SharedBucket)]
-    times = [_times((x.rows, x.cols, x.form), x.groups, x.coefficients.rows) for x in shared]
-    return (*alone, *(shared[k] for k in best_order(times)))
+    found = list(shared)
+    for places in _by_ranks([bucket.exchange.group for bucket in shared]):
+        own = [shared[k] for k in places]
+        times = [_times((x.rows, x.cols, x.form), x.groups, x.coefficients.rows) for x in own]
+        for place, k in zip(places, best_order(times), strict=True):
+            found[place] = own[k]
+    return (*alone, *found)
 
 
 def best_order(times: Sequence[Times]) -> tuple[int, ...]:

@@ -98,6 +98,7 @@ class Plan:
     common: dict[str, tuple[str, ...]] = field(default_factory=dict)
     whole_state: dict[str, Spec] = field(default_factory=dict)  # of all ranks that share a state
     owned: OwnedState = field(default_factory=OwnedState)  # who keeps which of it
+    hops: int = 0  # that a message takes beyond the first, at most
     notes: tuple[str, ...] = ()  # what was decided beyond the parameters, in lines
     streaming: Streaming | None = None  # of momentums in host memory
     before_ranks: bool = False  # it would ask for other ranks, and there was no process group yet
@@ -132,15 +133,19 @@ class Plan:
             groups.append(self.guard.group)
         return list(dict.fromkeys(group for group in groups if group is not None))
 
-    @property
-    def summary(self) -> list[str]:
-        """What must be the same on all ranks, in lines."""
+    def summary(self, group: str | None = None) -> list[str]:
+        """What must be the same on all ranks of a process group, in lines."""
         lines = []
         for p in self.parameters:
             hyper = f" hyper {p.hyper}" if self.hypers else ""
             lines.append(f"{p.name}: {p.looks} {p.route}{hyper}")
         options = (option.name for option in fields(self.config) if option.name != "orthogonalizer")
-        return [*lines, *(f"Config.{name}: {getattr(self.config, name)!r}" for name in options)]
+        lines += [f"Config.{name}: {getattr(self.config, name)!r}" for name in options]
+        shared = [x for x in self.buckets if group is not None and x.shared_by == group]
+        return lines + [
+            f"bucket {k}: {x.rows}x{x.cols}, {len(x.names)} parameters from {x.names[0]}"
+            for k, x in enumerate(shared)
+        ]
 
     @property
     def names(self) -> tuple[str, ...]:

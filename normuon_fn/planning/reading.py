@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops.codes import blocks_of
 from ..routing.routes import Route
+from ..routing.uses import is_window
 from .layout import View, size_of
 
 
@@ -19,14 +20,16 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
             f"params[{name!r}]: NorMuon needs at least 2 dimensions, got shape {shape}; route it "
             "to 'adamw'"
         )
-    if len(shape) > 2 and route.heads is not None:
-        raise ValueError(
-            f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack "
-            "can have splits"
-        )
     if len(shape) == 2 and route.flatten:
         route = replace(route, flatten=False)
-    at = len(shape) - 2 + route.dim  # in a stack, `Route.dim` counts from its matrices on
+    _check_parts_of_a_window(name, shape, route)
+    if len(shape) > 2 and route.heads is not None and not route.flatten:
+        raise ValueError(
+            f"params[{name!r}]: heads and splits need a 2-D parameter, got shape {shape}; a stack "
+            "can have splits, and a convolution has both with Route(flatten=True)"
+        )
+    # In a stack, `Route.dim` counts from its matrices on.
+    at = route.dim if route.flatten else len(shape) - 2 + route.dim
     size = shape[at]
     splits = None if route.splits is None else tuple(route.splits)
     if splits is not None and sum(splits) != size:
@@ -35,8 +38,6 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
             f"(of {shape}: Route(dim={route.dim}) splits the "
             f"{'columns' if route.dim else 'rows'} of its matrices)"
         )
-    if route.flatten:
-        return matrices(shape, flatten=True, heads=(None,), splits=None, dim=0)
     parts = splits or (size,)
     heads: tuple[int | None, ...]
     if isinstance(route.heads, Sequence):
@@ -51,7 +52,25 @@ def read_as_matrices(name: str, tensor: Tensor, route: Route) -> list[tuple[View
                 f"params[{name!r}]: {part} along dimension {route.dim} cannot be cut into {count} "
                 "equal heads"
             )
-    return matrices(shape, flatten=False, heads=heads, splits=splits, dim=route.dim)
+    return matrices(shape, flatten=route.flatten, heads=heads, splits=splits, dim=route.dim)
+
+
+def _check_parts_of_a_window(name: str, shape: tuple[int, ...], route: Route) -> None:
+    """Refuses heads or splits of what is a convolution, and is not read as one."""
+    parts = route.splits is not None or route.heads is not None
+    if not parts or route.flatten or len(shape) < 3 or not is_window(shape):
+        return
+    if route.splits is not None and sum(route.splits) == shape[len(shape) - 2 + route.dim]:
+        return  # a stack of matrices whose shape is a window's too
+    given = ", ".join(
+        f"{field}={getattr(route, field)!r}"
+        for field in ("splits", "heads", "dim", "transposed")
+        if getattr(route, field) not in (None, 0, False)
+    )
+    raise ValueError(
+        f"params[{name!r}]: heads and splits along the window of a convolution, of shape {shape}; "
+        f"write Route(flatten=True, {given}) to cut its {'inputs' if route.dim else 'outputs'}"
+    )
 
 
 def matrices(
@@ -63,13 +82,19 @@ def matrices(
     dim: int,
 ) -> list[tuple[View, int, int, int]]:
     """(view, count, rows, cols) of every block of a parameter. ``heads``: one entry per split."""
+    if flatten and len(shape) > 2:
+        each = size_of(shape[2:])
+        if splits is not None and dim == 1:
+            splits = tuple(size * each for size in splits)
+        flat = matrices(
+            (shape[0], shape[1] * each), flatten=False, heads=heads, splits=splits, dim=dim
+        )
+        return [(view.of_tensor(shape), n, rows, cols) for view, n, rows, cols in flat]
     if len(shape) > 2 and splits is not None:
         return _split_stack(shape, splits, dim)
-    if flatten or len(shape) > 2:
-        rows, cols = (shape[0], size_of(shape[1:])) if flatten else shape[-2:]
-        count = 1 if flatten else size_of(shape[:-2])
-        read = (rows, cols) if flatten else (count, rows, cols)
-        return [(View(shape, read), count, rows, cols)]
+    if len(shape) > 2:
+        count, rows, cols = size_of(shape[:-2]), *shape[-2:]
+        return [(View(shape, (count, rows, cols)), count, rows, cols)]
     blocks, start = [], 0
     whole = splits is None
     for length, cut in zip(splits or (shape[dim],), heads, strict=True):
@@ -135,6 +160,7 @@ def line_views(
     vector.
     """
     each = [1] * len(blocks) if each is None else each
+    blocks = [(view.of_flattened, n, r, c) for view, n, r, c in blocks]
     first, count, rows, cols = blocks[0]
     parts = (
         len(blocks) > 1
@@ -143,7 +169,7 @@ def line_views(
         or first.swap
     )
     if not parts:
-        lead = () if len(first.base) == 2 or len(first.shape) == 2 else first.base[:-2]
+        lead = first.base[:-2]
         across = (rows, each[0]) if per_row[0] else (1, cols)
         base = (*lead, *across)
         return base, [View(base, (count, *across) if len(first.shape) == 3 else across)]

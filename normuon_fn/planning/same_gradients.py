@@ -32,7 +32,7 @@ def warn_of_own_gradients(plan: Plan, grads: Grads) -> None:
 
     It waits for the device, and is a collective of hosts: for the first step of a plan alone.
     """
-    if is_functionalized() or observers.is_capturing(plan.device):
+    if is_functionalized() or observers.is_capturing(plan.device) or plan.device.type == "meta":
         return
     plain = {p.name for p in plan.parameters if p.spec.sharded is None}
     for group in sorted(plan.common):

@@ -102,7 +102,10 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def outputs_and_inputs(module: nn.Module) -> tuple[int, int]:
-    """Of a linear layer, or of a convolution whose window is flattened into its inputs."""
+    """Of a linear layer, or the channels of a convolution."""
+    channels = get(module, "out_channels"), get(module, "in_channels")
+    if is_a(module, nn.modules.conv._ConvNd) and all(isinstance(n, int) for n in channels):
+        return channels
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     if is_conv1d_of_gpt2(module):
         return shape[1], shape[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 
-from .routes import Decision
+from .routes import Decision, Route
 from .uses import is_window
 
 _FRAMEWORKS = re.compile(
@@ -18,6 +18,7 @@ _FRAMEWORKS = re.compile(
 )
 _PACKAGE = str(Path(__file__).parents[1])
 _SHOWN = 20
+_PARTS = re.compile(r"; split it is (nm\.Route\([^;]*\))")
 _MANY = 3  # parameters that one glob stands for
 
 
@@ -36,11 +37,26 @@ def line_to_write(name: str, decision: Decision, shape: tuple[int, ...] = ()) ->
 
 
 def _other(decision: Decision, shape: tuple[int, ...]) -> str:
-    """The route for the other rule."""
+    """The route for the other rule, or for the parts of a matrix that was left whole."""
     route = decision.route
+    parts = _PARTS.search(decision.reason)
+    if parts is not None:
+        return parts[1]
     if len(shape) > 2 and is_window(shape) and not route.flatten:
         return "nm.Route(flatten=True)"
     return 'nm.Route("adamw")' if route.algorithm == "normuon" else "nm.Route()"
+
+
+def left_whole(reason: str, parts: Route) -> str:
+    """The reason for a matrix that may be several, with the route that would split it."""
+    fields = ("flatten", "splits", "heads", "dim", "transposed")
+    given = [f"{name}={getattr(parts, name)!r}" for name in fields if getattr(parts, name)]
+    return f"{reason}, left whole; split it is nm.Route({', '.join(given)})"
+
+
+def is_left_whole(decision: Decision) -> bool:
+    """Whether its reason is one of `left_whole`."""
+    return _PARTS.search(decision.reason) is not None
 
 
 def warning_text(
@@ -78,7 +94,10 @@ def warning_text(
         ]
     shown = sorted(doubtful.items(), key=lambda item: item[1].certainty != "untold")
     said = {
-        name: (f"got {found.route} ({found.reason})", _other(found, shapes.get(name, ())))
+        name: (
+            f"got {found.route} ({_PARTS.sub('', found.reason)})",
+            _other(found, shapes.get(name, ())),
+        )
         for name, found in shown
     }
     together = _together(said, [*names] or [*decisions])
@@ -91,6 +110,10 @@ def warning_text(
         left = [name for _, own in rest[_SHOWN:] for name in own]
         lines.append(f"  and {len(left)} more: {', '.join(left)}")
     return "\n".join(lines)
+
+
+def _got(found: Decision) -> str:
+    return f"got {found.route} ({_PARTS.sub('', found.reason)})"
 
 
 def _together(said: Mapping[str, tuple[str, str]], names: Iterable[str]) -> dict[str, list[str]]:

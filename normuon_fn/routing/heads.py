@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from . import words
+from . import positions, words
 from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs, sources_of
+from .routes import Certainty, Decision, Route
 from .uses import unwrapped
 
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim")
@@ -41,18 +43,29 @@ class Heads:
         if not self.widths:
             width = first(sources_of([model]), _WIDTHS)
             self.widths = set() if width is None else {width}
-        self._found: dict[int, str] = {}
+        self._found: dict[int, Decision] = {}
+        self._doubted: dict[int, str] = {}  # matrices that may be heads, and why
         self._counts: dict[
             int, tuple[dict[str, tuple[object, ...]], Counter[tuple[object, ...]]]
         ] = {}
         self._said_by_the_models()
         self._by_name()
         self._by_vocabulary()
+        self._by_position()
         self._asked: dict[int, bool] = {}  # by the id of a module
 
-    def reason(self, module: nn.Module, leaf: str) -> str | None:
-        """Why a module's weight gets AdamW as an output head."""
+    def decide(self, module: nn.Module, leaf: str) -> Decision | None:
+        """AdamW, for the weight of an output head."""
         return self._found.get(id(module)) if leaf.startswith(("weight", "original")) else None
+
+    def doubted(self, module: nn.Module, leaf: str, found: Decision) -> Decision:
+        """The decision for a layer's weight, untold where it may be an output head's."""
+        why = self._doubted.get(id(module)) if leaf.startswith(("weight", "original")) else None
+        route = found.route
+        if why is None or route.algorithm != "normuon" or route.splits or route.heads:
+            return found
+        apart = ":" if found.reason.startswith("matrix") else ";"
+        return Decision(route, f"{found.reason}{apart} {why}", "untold")
 
     def is_head(self, module: nn.Module) -> bool:
         known = self._asked.get(id(module))
@@ -61,9 +74,23 @@ class Heads:
             self._asked[id(module)] = known
         return known
 
-    def _mark(self, module: nn.Module, reason: str) -> None:
+    def _mark(self, module: nn.Module, reason: str, certainty: Certainty = "certain") -> None:
         for layer in _layers_behind(module):
-            self._found.setdefault(id(layer), reason)
+            self._found.setdefault(id(layer), Decision(Route("adamw"), reason, certainty))
+
+    def _mark_by_name(self, path: str, layer: nn.Module, strength: words.Strength) -> None:
+        """Marks a layer that its name, or that of ``path`` around it, calls a head; or says what
+        speaks against it."""
+        owner, _, name = path.rpartition(".")
+        inner, strong = next(_layers_behind(layer), layer), strength == "strong"
+        doubt = positions.against(name, inner, self.modules[owner], is_strong=strong)
+        tables = map(_table, self.embeddings.values())
+        if doubt is None or outputs_and_inputs(inner) in tables:
+            self._mark(layer, "output head, by name")
+        elif not doubt.is_matrix:
+            self._mark(layer, f"output head, {doubt.reason}", "likely")
+        elif id(layer) not in self._found:
+            self._doubted |= {id(each): doubt.reason for each in _layers_behind(layer)}
 
     def _said_by_the_models(self) -> None:
         """Hugging Face models say it by get_output_embeddings(), timm's by get_classifier()."""
@@ -82,7 +109,7 @@ class Heads:
                         self._mark(found, f"output head, by {method}() of {owner}")
 
     def _by_name(self) -> None:
-        said, tops = bool(self._found), self._tops()
+        said, tops = bool(self._found), {".".join(unwrapped(path)) for path in self._tops}
         for path, module in self.modules.items():
             owner, _, _ = path.rpartition(".")
             parts = unwrapped(path)
@@ -96,6 +123,8 @@ class Heads:
             if _HEAD_CLASS.search(kind_of(module)):
                 strength = "strong"
             elif strength is None or self._repeated(path):
+                continue
+            if is_a(self.modules[owner], nn.MultiheadAttention):
                 continue
             if strength == "weak" and ".".join(unwrapped(owner)) not in tops:
                 continue
@@ -111,15 +140,15 @@ class Heads:
                     continue
             if itself:
                 if strength == "strong" or not self._is_between(layers[-1]):
-                    self._mark(module, "output head, by name")
+                    self._mark_by_name(path, module, strength)
             elif strength == "strong" or (is_a(module, nn.Sequential) and not said):
-                self._mark_last(path, layers)
+                self._mark_last(path, layers, strength)
 
     def _owners(self, path: str) -> Iterator[nn.Module]:
         parts = path.split(".")
         return (self.modules[".".join(parts[:k])] for k in range(len(parts)))
 
-    def _mark_last(self, path: str, layers: list[nn.Module]) -> None:
+    def _mark_last(self, path: str, layers: list[nn.Module], strength: words.Strength) -> None:
         """Of a head of several layers the last, unless one of them is called a head itself, or the
         last has the width of the model, or is a part of an attention."""
         inside = [p for p in self.modules if p.startswith(f"{path}.")]
@@ -130,7 +159,7 @@ class Heads:
         attention = any("att" in part.lower() for p in inside for part in p.split("."))
         wide = outputs == inputs or (outputs in self.widths and 4 * outputs >= inputs)
         if not wide and not attention and not _PART.match(own):
-            self._mark(layers[-1], "output head, by name")
+            self._mark_by_name(path, layers[-1], strength)
 
     def _is_between(self, layer: nn.Module) -> bool:
         """Whether more layers take the same width in as this one puts out, behind it."""
@@ -139,14 +168,15 @@ class Heads:
         behind = layers[layers.index(layer) + 1 :]
         return any(outputs_and_inputs(other)[1] == outputs for other in behind[:1])
 
+    @cached_property
     def _tops(self) -> set[str]:
-        """The unwrapped paths of the models proper: the model inside a wrapper, the attribute of a
+        """The paths of the models proper: the model inside a wrapper, the attribute of a
         LightningModule, and a copy (EMA, teacher) beside it."""
         tops, queue = set(), [""]
         while queue:
             path = queue.pop()
             module = self.modules[path]
-            tops.add(".".join(unwrapped(path)))
+            tops.add(path)
             kids = [
                 (name, child)
                 for name, child in module.named_children()
@@ -177,6 +207,27 @@ class Heads:
                 and not self._repeated(other)
             ):
                 self._mark(module, f"output head: as many outputs as {path} has rows")
+
+    def _by_position(self) -> None:
+        """The last layers of the models proper that no name calls heads.
+
+        What a model has inside that has a head itself is none.
+        """
+        ends = positions.Ends(self.modules.values())
+        with_heads = {self._top_of(self.names[key]) for key in self._found}
+        for top in sorted(self._tops):
+            around = {path for path in with_heads if not path or top.startswith(f"{path}.")}
+            for layer in ends.of(self.modules[top]) if not around - {top} else ():
+                path = self.names[id(layer)]
+                listed = is_a(self.modules[path.rpartition(".")[0]], *positions.CONTAINERS)
+                if id(layer) not in self._found and (listed or not self._repeated(path)):
+                    self._doubted.setdefault(id(layer), positions.LAST)
+
+    def _top_of(self, path: str) -> str:
+        """The path of the nearest model proper around a module."""
+        while path and path not in self._tops:
+            path = path.rpartition(".")[0]
+        return path
 
     def _repeated(self, path: str) -> bool:
         """Whether it belongs to one of many blocks: in a list, or a numbered place of a Sequential

@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from ..compat.collection import without_collection
-from . import adapters, low_rank, routers, words
+from . import adapters, convolutions, low_rank, parametrized, routers, words
 from . import projections as fused
 from . import raw as raw_parameter
 from .attributes import get, is_a, is_conv1d_of_gpt2, is_linear, kind_of
@@ -171,13 +170,13 @@ class Reader:
             return Decision(Route("adamw"), "biases or scales, one vector per row")
         if use.leaf == "bias":
             return Decision(Route("adamw"), "biases, one per member")
-        head = self.heads.reason(module, use.leaf)
+        head = self.heads.decide(module, use.leaf)
         if head is not None:
-            return Decision(Route("adamw"), head)
+            return head
         found = self._layer(use, is_conv1d_of_gpt2(module) and use.leaf == "weight")
         if found.route.flatten and shape[0] == 1:
             return Decision(Route("adamw"), f"vector: a {kind_of(module)} of one row, flattened")
-        return found
+        return parametrized.doubted(use, self.heads.doubted(module, use.leaf, found))
 
     def _layer(self, use: Use, transposed: bool) -> Decision:
         module, shape, kind = use.module, use.shape, kind_of(use.module)
@@ -191,7 +190,7 @@ class Reader:
         if use.leaf == "weight" and len(shape) == 2 and words.is_place_bias(use.own):
             return Decision(Route("adamw"), "table of relative positions, stored by columns")
         if is_a(module, nn.modules.conv._ConvNd):
-            return _convolution(module, shape)
+            return convolutions.decide(use, per_head=self.per_head)
         if is_a(module, nn.RNNBase, nn.RNNCellBase) and len(shape) == 2:
             gates = _GATES.get(kind.removesuffix("Cell"), 1)
             hidden = get(module, "hidden_size") or shape[0] // gates
@@ -217,7 +216,11 @@ class Reader:
             use.own, use.owners, outputs_first[0], outputs_first[1], per_head=self.per_head
         )
         what = "matrix" if not raw else f"matrix of {kind}"
-        return _with(cut, "Conv1D, stored [inputs, outputs]" if transposed else what, transposed)
+        found = _with(cut, "Conv1D, stored [inputs, outputs]" if transposed else what, transposed)
+        named = next((part for part in reversed(parts) if not part.isdigit()), use.leaf)
+        if raw and cut is None and not words.is_matrix(named):
+            return Decision(found.route, f"{what}, by its shape alone", "likely")
+        return found
 
     def _stack(self, use: Use) -> Decision:
         """[n, rows, cols]: experts, mostly."""
@@ -253,17 +256,6 @@ def _is_norm(module: nn.Module) -> bool:
         return False
     norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
     return is_a(module, *norms) or bool(_NORM.search(kind_of(module)))
-
-
-def _convolution(module: nn.Module, shape: tuple[int, ...]) -> Decision:
-    kind, groups = kind_of(module), get(module, "groups")  # which a traced module does not have
-    if groups != 1 and shape[1] == 1:
-        return Decision(Route("adamw"), f"depthwise {kind}: every filter sees one channel")
-    what = f"{kind}, flattened to {shape[0]}x{torch.Size(shape[1:]).numel()}"
-    if is_a(module, nn.modules.conv._ConvTransposeNd) or get(module, "transposed"):
-        return Decision(Route(flatten=True, transposed=True), f"{what}: the rows are inputs")
-    together = "" if groups in (None, 1) else f": its {groups} groups together"
-    return Decision(Route(flatten=True), f"{what}{together}")
 
 
 def _with(cut: Cut | None, what: str, transposed: bool = False) -> Decision:

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import adapters, words
+from . import adapters, fused_names, words
 from .named_gates import NamedGates
+from .parametrized import doubted_by_name
 from .places import LEAVES, Named, chain_ends, head_ends, leaf_of, read, template
 from .routes import Decision, Route
 from .uses import is_window, unwrapped
@@ -55,7 +56,11 @@ def _per_member(found: Decision, ndim: int) -> Decision:
 
 def _decide(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Decision]:
     context = _Context(shapes)
-    return {name: context.decide(name, shape) for name, shape in shapes.items()}
+    found = {name: context.decide(name, shape) for name, shape in shapes.items()}
+    return {
+        name: fused_names.doubted(name, shapes, doubted_by_name(name, each))
+        for name, each in found.items()
+    }
 
 
 class _Context:
@@ -187,7 +192,9 @@ class _Context:
         ends = (m.name in self.last and unique) or (
             m.name in self.first | self.last and rows > cols and self.columns[rows] == 0
         )
-        if len(self.matrices) > 2 and ends and cols in self.sizes:
+        chained = m.name in self.last and m.is_weight and self.columns[rows] == 0
+        enough = len(self.matrices) > 2 or (len(self.matrices) == 2 and chained)
+        if enough and ends and cols in self.sizes:
             what = (
                 "last layer, which may be an output head"
                 if m.name in self.last

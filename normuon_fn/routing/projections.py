@@ -36,11 +36,18 @@ _TAKE_TURNS = ("GPTNeoX", "Bloom", "Falcon", "Persimmon", "InternLM2", "CodeGen"
 
 
 def cut(
-    own: str, owners: Sequence[nn.Module], outputs: int, inputs: int, *, per_head: bool
+    own: str,
+    owners: Sequence[nn.Module],
+    outputs: int,
+    inputs: int,
+    *,
+    per_head: bool,
+    by_neighbours: bool = True,
 ) -> Cut | None:
     """How the projection ``own`` of [outputs, inputs] falls into parts; ``None``: it is one matrix.
 
-    ``owners``: the modules around it, the nearest first.
+    ``owners``: the modules around it, the nearest first. ``by_neighbours``: whether it counts that
+    the next layer takes in half of the outputs.
     """
     declared = _declared(owners, outputs)
     if declared is not None:
@@ -67,7 +74,7 @@ def cut(
         return Cut((inputs,) * count, None, f"{count} modulations (shifts, scales, gates)")
     if per_head and (_QUERY.match(own) or _KEY_VALUE.match(own)):
         return _separate(own, owners, known, outputs)
-    if FIRST.match(own) and 2 * (second_inputs(owners) or 0) == outputs:
+    if by_neighbours and FIRST.match(own) and 2 * (second_inputs(owners) or 0) == outputs:
         return gate_up(owners, outputs, "gate and up: the next layer takes in half of the outputs")
     if own == "in_proj" and outputs % inputs == 0 and outputs > inputs:
         count = outputs // inputs
@@ -77,6 +84,21 @@ def cut(
             return Cut((inputs,) * count, None, f"{count} projections of {inputs} in one")
         return Cut(None, None, f"in_proj, left whole: what its {outputs} outputs are is not known")
     return None
+
+
+def is_fused_qkv(own: str) -> bool:
+    """Whether a projection is called as q, k and v in one are."""
+    return bool(_QKV.search(own))
+
+
+def is_fused_kv(own: str) -> bool:
+    """Whether a projection is called as k and v in one are."""
+    return bool(_KV.match(own))
+
+
+def is_of_attention(name: str) -> bool:
+    """Whether a layer is called as the queries, keys or values of an attention are."""
+    return any(x.match(name) for x in (_QUERY, _KEY_VALUE, _KV)) or bool(_QKV.search(name))
 
 
 def _is_attention(owners: Sequence[nn.Module]) -> bool:
@@ -176,6 +198,19 @@ def _turns(
             None,
             None,
             f"fused qkv, left whole: in {name} q, k and v take turns head by head{blocks}",
+        )
+    # The attention of guided diffusion; its other order is a class without this word.
+    children = [child for owner in owners[1:2] for child in owner.children()]
+    if any(kind_of(child) == "QKVAttentionLegacy" for child in children):
+        count = 3 * known.heads if known.heads and outputs % (3 * known.heads) == 0 else None
+        how = f"heads={count}" if count else "heads= three times their number"
+        if per_head and count:
+            return Cut(None, count, f"fused qkv: {known.heads} heads, each with its q, k and v")
+        return Cut(
+            None,
+            None,
+            "fused qkv, left whole: in QKVAttentionLegacy q, k and v take turns head by head; "
+            f"{how} would give every head's q, k and v its own",
         )
     if own == "linear_qkv":
         return Cut(

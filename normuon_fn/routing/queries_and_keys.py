@@ -211,7 +211,7 @@ def _divided(layer: str, weight: Known, size: int, heads: int) -> int:
 
 
 def _projection(known: Sequence[Known], weight: Known, rows: tuple[Rows, ...]) -> Projection:
-    if len(weight.shape) != 2:
+    if not _is_matrix(weight):
         raise ValueError(
             f"params[{weight.name!r}]: expected a matrix, got shape {weight.shape}; clip each "
             "attention as a parameter of its own"
@@ -242,9 +242,14 @@ def _dim(weight: Known) -> int:
 
 
 def _outputs(weight: Known) -> int:
-    if len(weight.shape) != 2:
+    if not _is_matrix(weight):
         raise ValueError(f"params[{weight.name!r}]: expected a matrix, got shape {weight.shape}")
     return weight.shape[_dim(weight)]
+
+
+def _is_matrix(weight: Known) -> bool:
+    """A convolution, whose first dimension is its outputs, is one too."""
+    return len(weight.shape) == 2 or (weight.route.flatten and not weight.route.transposed)
 
 
 def _inside(layer: str, name: str) -> bool:

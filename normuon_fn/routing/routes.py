@@ -48,7 +48,8 @@ class Route:
             state).
         lr_mul, wd_mul: multiply the learning rate and the weight decay.
         flatten: a tensor [o, i, ...] is the matrix [o, i * ...] (convolutions) instead of a stack
-            of its last two dimensions.
+            of its last two dimensions; ``splits`` and ``heads`` cut its outputs o, or with
+            ``dim=1`` its inputs i.
         splits: sizes along ``dim`` of projections fused in one matrix; each gets the update that a
             parameter of its own would get.
         heads: the number of equal matrices along ``dim``; with ``splits``, one number for all
@@ -111,8 +112,6 @@ class Route:
             )
         self._check_options()
         self._check_read()
-        if self.flatten and (self.heads is not None or self.splits is not None):
-            raise ValueError("Route: flatten cannot be combined with heads or splits")
         if self.unfrozen is not None and (
             self.algorithm != "frozen" or not isinstance(self.unfrozen, Route)
         ):

@@ -24,7 +24,7 @@ _EMBED = _set(
 )
 _TABLE = _set(
     "token tokens tok toks table tables queries latents registers register prompt prompts"
-    " mask_emb position positions"
+    " mask_emb position positions memory memories slot slots"
 )
 # What an embed_... is made of; embed_dim or embed_proj are not among them.
 _EMBEDDED = _set(
@@ -43,6 +43,9 @@ _OF_LAYERS = _set(
     "proj projection projections mixer mixing gate gates gating mlp dense linear fc net conv attn"
     " attention norm ln key keys value values query q k v up down in1 in2 transform net block"
     " adapter mix lin scale kv qkv"
+)
+_OF_MATRICES = _OF_LAYERS | _set(
+    "weight weights kernel kernels matrix matrices mat fn lora wq wk wv wo"
 )
 _VECTOR = _set("bias biases norm ln layernorm rmsnorm gamma beta gain scale scales ls alpha")
 _HEAD = _set("head heads classifier unembed unembedding logits classifiers unembeddings")
@@ -184,7 +187,16 @@ def is_table(leaf: str) -> bool:
         or joined in ("latent", "latent_query", "latent_queries", "cls", "class_token", "a_log")
         or re.search(r"(^|_)(a_logs?|embed\w*|centroids?|prototypes?|anchors?|level_\w+)$", joined)
         or is_biases(leaf)
+        or words[0] == "log"  # logarithms, each of which counts by itself
+        or words[-1] in ("log", "logs", "logit", "logits")
     )
+
+
+@_cached
+def is_matrix(leaf: str) -> bool:
+    """Whether a parameter that belongs to no layer is named as a matrix; a letter alone is one."""
+    words = words_of(leaf)
+    return not words or len(words[0]) == 1 or bool(_OF_MATRICES & {*words})
 
 
 @_cached

@@ -24,7 +24,8 @@ NAN = float("nan")
 def made(device: str = "cpu", **options: Any) -> tuple[nn.Module, nm.NorMuon]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).to(device)
-    return model, nm.NorMuon(model, lr=0.02, **{"guard": "full", **options})
+    routes = {"1.weight": nm.Route()}
+    return model, nm.NorMuon(model, lr=0.02, routes=routes, **{"guard": "full", **options})
 
 
 def step(model: nn.Module, optimizer: Any, bad: bool = False) -> None:
@@ -96,7 +97,7 @@ def test_a_function_hears_what_a_warning_says() -> None:
 def test_many_names_are_cut_short() -> None:
     got: list[nm.Skip] = []
     model = nn.ModuleList(nn.Linear(2, 2) for _ in range(20))
-    optimizer = nm.NorMuon(model, guard="full", on_skip=got.append)
+    optimizer = nm.NorMuon(model, guard="full", on_skip=got.append, routes={"1.weight": nm.Route()})
     for p in model.parameters():
         p.grad = torch.full_like(p, NAN)
     optimizer.step()
@@ -151,7 +152,7 @@ def test_a_monitor_of_anything_else_is_refused(wrong: Any) -> None:
 )
 def test_what_waits_for_skips_is_refused_where_no_guard_skips_any(options: Any) -> None:
     model, optimizer = made(guard="off")
-    bare = nm.make_plan(model)
+    bare = nm.make_plan(model, routes={"1.weight": nm.Route()})
     for make in (
         lambda: made(guard="off", **options),
         lambda: nm.SkipMonitor(optimizer, **options),
@@ -160,7 +161,8 @@ def test_what_waits_for_skips_is_refused_where_no_guard_skips_any(options: Any) 
     ):
         with pytest.raises(ValueError, match=r"goes into the weights\. Write guard='full'"):
             make()
-    nm.SkipMonitor(nm.make_plan(model, nm.Config(guard="output")), **options)
+    routes = {"1.weight": nm.Route()}
+    nm.SkipMonitor(nm.make_plan(model, nm.Config(guard="output"), routes=routes), **options)
     made(**options)
 
 

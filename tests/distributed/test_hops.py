@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from normuon_fn import ops
 from normuon_fn.distributed.cost import NODE, grid_for_hops
-from normuon_fn.distributed.hops import Grid, Route
+from normuon_fn.distributed.hops import Hops, RankGrid
 from normuon_fn.distributed.owners import scattered
 
 pytestmark = pytest.mark.skipif(
@@ -21,37 +21,38 @@ pytestmark = pytest.mark.skipif(
 Message = tuple[int, int, int]  # sender, receiver, number of the word
 
 
-def grids(shape: tuple[int, ...]) -> list[Grid]:
+def grids(shape: tuple[int, ...]) -> list[RankGrid]:
     """Of every rank; a group's name says along which line of the grid it is."""
     found = []
     for place in itertools.product(*map(range, shape)):
         lines = [(dim, *place[:dim], "*", *place[dim + 1 :]) for dim in range(len(shape))]
-        found.append(Grid(shape, place, tuple(map(str, lines))))
+        found.append(RankGrid(shape, place, tuple(map(str, lines))))
     return found
 
 
-def exchanged(routes: list[Route], words: list[list[Message]]) -> list[list[Message]]:
+def exchanged(routes: list[Hops], words: list[list[Message]]) -> list[list[Message]]:
     """What every rank has after all hops. A word is the index of a message in ``every``."""
     every = sorted({word for of_rank in words for word in of_rank})
     held = [torch.tensor([every.index(w) for w in of], dtype=torch.int32) for of in words]
-    for number in range(len(routes[0].hops)):
+    hops = [[route.first, *(hop for _, hop in route.onward)] for route in routes]
+    for number in range(len(hops[0])):
         lines: dict[str, list[int]] = {}  # the ranks of every process group, in order
-        for rank, route in enumerate(routes):
-            lines.setdefault(route.hops[number].group, []).append(rank)
+        for rank, own in enumerate(hops):
+            lines.setdefault(own[number].group, []).append(rank)
         arrived = []
-        for rank, route in enumerate(routes):
-            peers = lines[route.hops[number].group]
+        for rank, own in enumerate(hops):
+            peers = lines[own[number].group]
             parts = []
             for at, peer in enumerate(peers):
-                sizes = routes[peer].hops[number].outgoing
+                sizes = hops[peer][number].outgoing
                 assert len(held[peer]) == sum(sizes) and len(sizes) == len(peers)
                 parts.append(held[peer].split(list(sizes))[peers.index(rank)])
-                assert len(parts[-1]) == route.hops[number].incoming[at]
+                assert len(parts[-1]) == own[number].incoming[at]
             arrived.append(torch.cat(parts))
         held = arrived
-        if number + 1 < len(routes[0].hops):
+        if number + 1 < len(hops[0]):
             held = [
-                ops.repack([x], route.between[number])[0]
+                ops.repack([x], route.onward[number][0])[0]
                 for x, route in zip(held, routes, strict=True)
             ]
     return [[every[k] for k in x.tolist()] for x in held]
@@ -66,7 +67,7 @@ def test_every_word_arrives_in_the_order_that_the_route_says(
     # Few ranks own matrices, and some pairs have nothing to say.
     sizes = [[rng.choice([0, 0, 1, 2, 5]) for _ in ranks] for _ in ranks]
     device = torch.device("cpu")
-    routes = [g.route(lambda k, j: sizes[k][j], device, inwards) for g in grids(shape)]
+    routes = [g.hops(lambda k, j: sizes[k][j], device, inwards) for g in grids(shape)]
     words = [
         [(k, j, n) for j in route.leaving for n in range(sizes[k][j])]
         for k, route in enumerate(routes)
@@ -79,16 +80,17 @@ def test_every_word_arrives_in_the_order_that_the_route_says(
 def test_one_side_of_a_route_is_in_the_order_of_the_ranks() -> None:
     for grid in grids((2, 3, 2)):
         for inwards in (True, False):
-            route = grid.route(lambda k, j: 1, torch.device("cpu"), inwards)
+            route = grid.hops(lambda k, j: 1, torch.device("cpu"), inwards)
             assert (route.leaving if inwards else route.arriving) == tuple(range(12))
 
 
 MATRIX = 2.0 * 2048 * 8192  # bytes
 
 
-@pytest.mark.parametrize("ranks", [2, NODE, 64])
-def test_few_ranks_go_in_one_hop(ranks: int) -> None:
-    assert grid_for_hops((*range(ranks),), 3 * MATRIX, ranks) == (ranks,)
+@pytest.mark.parametrize("ranks", [2, NODE, 64, 95])
+@pytest.mark.parametrize("owners", [1, 8, 64])
+def test_few_ranks_go_in_one_hop(ranks: int, owners: int) -> None:
+    assert grid_for_hops((*range(ranks),), 3 * MATRIX, min(owners, ranks)) == (ranks,)
 
 
 @pytest.mark.parametrize("ranks", [127, 251])

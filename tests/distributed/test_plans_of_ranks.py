@@ -24,6 +24,16 @@ pytestmark = pytest.mark.skipif(
 SCOPES = ("step", "bucket")
 # A shape and the dimension that is sharded: the first rank has all of it.
 ONE_LINE = (((1, 8), 0), ((8, 1), 1))
+# Fused projections that are convolutions: a shape, the dimension that is sharded, and a route.
+CONVOLUTIONS = {
+    "rows": ((12, 4, 1, 1), 0, nm.Route(flatten=True, splits=(5, 4, 3))),
+    "inputs": ((12, 4, 3), 1, nm.Route(flatten=True, splits=(6, 6), heads=(3, 2))),
+    "whole heads": ((12, 4, 1, 1), 0, nm.Route(flatten=True, heads=4)),
+    "columns": (
+        (6, 12, 2, 2), 1, nm.Route(flatten=True, splits=(7, 5), dim=1, transposed=True)
+    ),
+}  # fmt: skip
+CODED: dict[str, Any] = {"momentum_dtype": "int8", "guard_scope": "step"}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +50,11 @@ def _main(rank: int, world: int, device: torch.device) -> dict[str, Any]:
             str(case): _as_on_one_device(*case, guard_scope="step", reduction="short")
             for case in ONE_LINE
         },
+        "convolutions": {
+            case: _as_on_one_device(*given, guard_scope="step")
+            for case, given in CONVOLUTIONS.items()
+        }
+        | {"int8": _as_on_one_device(*CONVOLUTIONS["rows"], **CODED)},
     }
 
 
@@ -91,7 +106,12 @@ def _stages(rank: int, guard: Any) -> dict[str, Any]:
     }
 
 
-def _as_on_one_device(shape: tuple[int, ...], dim: int, **options: Any) -> bool:
+def _as_on_one_device(
+    shape: tuple[int, ...],
+    dim: int,
+    route: nm.Route = nm.Route(),  # noqa: B008
+    **options: Any,
+) -> bool:
     """Whether two steps of what the first of two ranks has alone are those of one device."""
     generator = torch.Generator().manual_seed(0)
     whole, grad = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -102,7 +122,7 @@ def _as_on_one_device(shape: tuple[int, ...], dim: int, **options: Any) -> bool:
         lambda x: distribute_tensor(x, init_device_mesh("cpu", (2,)), [Shard(dim)]),
     ):
         params, grads = {"w": place(whole)}, {"w": place(grad)}
-        plan = nm.make_plan(params, config, routes={"w": nm.Route()}, mesh=None)
+        plan = nm.make_plan(params, config, routes={"w": route}, mesh=None)
         state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.02)
         for _ in range(2):
             params, state, *_ = nm.update(params, grads, state, hyper, plan)
@@ -114,6 +134,13 @@ def _as_on_one_device(shape: tuple[int, ...], dim: int, **options: Any) -> bool:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_rank_may_have_no_expert_at_all(seen: list[dict[str, Any]], scope: str) -> None:
     assert [found["few"][scope] for found in seen] == [True, True]
+
+
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, "int8"])
+def test_a_shard_of_a_split_convolution_gives_what_one_device_gives(
+    seen: list[dict[str, Any]], case: str
+) -> None:
+    assert [found["convolutions"][case] for found in seen] == [True, True]
 
 
 @pytest.mark.parametrize("case", ONE_LINE)

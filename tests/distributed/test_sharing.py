@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import normuon_fn as nm
 from compile_tests import graphs
 from normuon_fn.distributed.cost import NODE, Load
+from normuon_fn.distributed.groups import group_of
 from normuon_fn.distributed.sharing import replicas_to_share
 
 pytestmark = pytest.mark.skipif(
@@ -76,6 +80,35 @@ def test_all_ranks_decide_alike_and_blocks_divide_their_work_in_the_same_way() -
     assert all(x is not None and not x.narrowed for x in every)
 
 
+@pytest.mark.parametrize(
+    ("replicas", "shards", "shapes"),
+    [
+        (6, 4, [(1, 2048, 8192), (1, 2048, 2048), (96, 256, 1024), (8, 1024, 2048)]),
+        (6, 2, [(24, 512, 8192), (32, 256, 4096), (64, 2048, 4096), (16, 512, 4096)]),
+        (2, 12, [(16, 1024, 4096), (16, 512, 1024), (16, 2048, 2048), (96, 768, 4096)]),
+    ],
+)
+def test_all_ranks_have_their_buckets_in_one_order_however_blocks_lie_on_nodes(
+    replicas: int, shards: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    """Of 6 replicas of 4 ranks each, some lie in one node of 8 and others in two."""
+    found = set()
+    for replica in range(replicas):
+        with graphs.fake_ranks(replicas * shards, rank=replica * shards):
+            mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("copies", "shards"))
+            params = {}
+            for n, rows, cols in shapes:
+                part = torch.empty(n, -(-rows // shards), cols, device="meta")
+                params[f"{rows}x{cols}"] = DTensor.from_local(
+                    part, mesh, [Replicate(), Shard(1)], run_check=False,
+                    shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1),
+                )  # fmt: skip
+            config = nm.Config(method="standard", orthogonalize_dtype=torch.bfloat16)
+            plan = nm.make_plan(params, config, routes={"*": nm.Route("normuon")})
+            found.add(tuple(bucket.names[0] for bucket in plan.buckets))
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("world", [NODE, 2 * NODE])
 def test_ranks_of_several_nodes_compare_what_they_decide_before_one_waits_for_another(
     world: int, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +119,26 @@ def test_ranks_of_several_nodes_compare_what_they_decide_before_one_waits_for_an
     plan_of(world, 0, [(8, 24)] * 5)
     asked = ["5 matrices 8x24: 16 of 16 replicas share"]
     assert said == ([] if world == NODE else [asked])
+
+
+def test_a_group_is_not_split_off_a_world_that_is_bound_to_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL would wait for the ranks that are not in it."""
+    with graphs.fake_ranks(4):
+        world, seen = dist.group.WORLD, []
+        assert world is not None
+        new_group = dist.new_group
+
+        def watched(*given: Any, **options: Any) -> Any:
+            seen.append(world.bound_device_id)
+            return new_group(*given, **options)
+
+        monkeypatch.setattr(dist, "new_group", watched)
+        world.bound_device_id = torch.device("cuda:0")
+        first = group_of((0, 2))
+        assert seen == [None] and world.bound_device_id == torch.device("cuda:0")
+        assert group_of((0, 2)) is first and len(seen) == 1
 
 
 def test_an_orthogonalizer_of_ones_own_is_shared_by_all() -> None:

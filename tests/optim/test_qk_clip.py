@@ -329,6 +329,20 @@ def test_multihead_attention_of_torch_is_found_by_its_routes() -> None:
     assert torch.equal(params[weight], old[weight] * expected)
 
 
+def test_a_convolution_of_one_place_is_clipped_as_the_linear_layer_of_the_same_numbers() -> None:
+    (weight,) = made((3 * HEADS * SIZE, WIDTH))
+    maxima = {"a": torch.tensor([1.0, 20.0, 2.0, 3.0])}
+    splits, found = (HEADS * SIZE,) * 3, []
+    for flatten in (False, True):
+        params = {"a.qkv.weight": weight[:, :, None, None].clone() if flatten else weight.clone()}
+        routes = {"a.qkv.weight": nm.Route(flatten=flatten, splits=splits)}
+        plan = nm.make_plan(params, nm.Config(), routes=routes)
+        new, _ = nm.qk_clip(params, maxima, plan, TAU)
+        found.append(new["a.qkv.weight"].flatten(1))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], weight)
+
+
 def test_a_weight_in_two_entries_is_refused() -> None:
     params = {f"a.{k}_proj.weight": torch.randn(32, 32) for k in "qk"}
     plan = nm.make_plan(params, routes={"*": nm.Route()})

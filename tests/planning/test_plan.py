@@ -55,7 +55,7 @@ def test_embeddings_and_heads_get_adamw_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["attn.heads_proj.weight", "overhead.weight", "blocks.0.attn.qkv.weight", "remember.weight"],
+    ["attn.heads_proj.weight", "overhead.weight", "blocks.0.attn.key.weight", "remember.weight"],
 )
 def test_names_that_only_contain_such_a_word_are_matrices(name: str) -> None:
     assert algorithms(nm.make_plan({name: torch.randn(8, 4)})) == {name: "normuon"}
@@ -285,7 +285,6 @@ def test_a_convolution_read_as_kernels_warns() -> None:
             ValueError,
             "flatten, heads and splits are for 'normuon'",
         ),
-        ({"flatten": True, "heads": 2}, ValueError, "flatten cannot be combined"),
     ],
 )
 def test_route_options_are_checked(options: dict, error: type, message: str) -> None:

@@ -81,31 +81,16 @@ def vit() -> nn.Module:
     return model
 
 
-def convnet() -> nn.Module:
-    def block() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(D, D, 3, groups=D), nn.Conv2d(D, D, 1), nn.BatchNorm2d(D))
-
-    return nn.Sequential(
-        nn.Conv2d(3, D, 3), block(), block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(D, 10),
-    )  # fmt: skip
-
-
 ORDINARY: dict[str, Callable[[], nn.Module]] = {
     "GPT": Gpt,
     "ViT": vit,
-    "ConvNet": convnet,
     "MoE": lambda: Gpt(Experts),
     "MoE of stacks": lambda: Gpt(StackedExperts),
     "Mamba": lambda: Gpt(Mamba),
-    "MLP": lambda: nn.Sequential(nn.Linear(8, D), nn.ReLU(), nn.Linear(D, 3)),
     "LSTM": lambda: nn.ModuleDict(
         {"embed": nn.Embedding(V, D), "lstm": nn.LSTM(D, D, 2), "fc": nn.Linear(D, V)}
     ),
     "torch's Transformer": lambda: nn.Transformer(D, 4, 1, 1, F, batch_first=True),
-    "U-Net's upward half": lambda: nn.Sequential(
-        nn.ConvTranspose2d(8, 4, 2, 2), nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 1)
-    ),
 }
 
 

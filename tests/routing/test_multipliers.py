@@ -25,7 +25,7 @@ def zeros(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 PARAMS = zeros(
-    embed__weight=(V, D), blocks__0__qkv__weight=(3 * D, D), blocks__0__norm__weight=(D,),
+    embed__weight=(V, D), blocks__0__q__weight=(3 * D, D), blocks__0__norm__weight=(D,),
     blocks__0__up__weight=(4 * D, D), blocks__1__up__weight=(4 * D, D),
 )  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_a_norm_does_not_fail_and_a_matrix_keeps_normuon() -> None:
     found = routes(routes={"blocks.0.*": nm.Route(lr_mul=0.5, wd_mul=0.0)})
     assert found == {
         "embed.weight": nm.Route("adamw"),
-        "blocks.0.qkv.weight": nm.Route("normuon", lr_mul=0.5, wd_mul=0.0),
+        "blocks.0.q.weight": nm.Route("normuon", lr_mul=0.5, wd_mul=0.0),
         "blocks.0.norm.weight": nm.Route("adamw", lr_mul=0.5, wd_mul=0.0),
         "blocks.0.up.weight": nm.Route("normuon", lr_mul=0.5, wd_mul=0.0),
         "blocks.1.up.weight": nm.Route(),
@@ -72,7 +72,7 @@ def test_a_norm_does_not_fail_and_a_matrix_keeps_normuon() -> None:
 
 def test_splits_and_heads_of_a_later_entry_are_kept() -> None:
     own = nm.Route(splits=(D, D, D), heads=2, wd_mul=0.1)
-    found = routes(routes={"blocks.0.*": SLOW, "*.qkv.weight": own})["blocks.0.qkv.weight"]
+    found = routes(routes={"blocks.0.*": SLOW, "*.q.weight": own})["blocks.0.q.weight"]
     assert found == nm.Route(splits=(D, D, D), heads=2, lr_mul=0.5, wd_mul=0.1)
 
 
@@ -161,7 +161,7 @@ def test_the_multipliers_of_several_entries_apply_up_to_the_first_that_decides()
     )
     assert found["blocks.0.up.weight"].route == nm.Route("adamw", lr_mul=0.5, wd_mul=0.0)
     assert found["blocks.1.up.weight"].route == nm.Route("adamw", lr_mul=0.7, wd_mul=0.3)
-    assert found["blocks.0.qkv.weight"].route == nm.Route(lr_mul=0.5, wd_mul=0.3)
+    assert found["blocks.0.q.weight"].route == nm.Route(lr_mul=0.5, wd_mul=0.3)
     assert found["embed.weight"].route == nm.Route("adamw", lr_mul=9.0)
     reason = found["blocks.0.up.weight"].reason
     assert reason.startswith("routes['*up*']") and reason.endswith("routes['blocks.0.up.weight']")
@@ -186,14 +186,14 @@ def test_the_optimizer_keeps_rules_and_a_group_its_algorithm() -> None:
         {"params": named[1:4], "routes": {"*norm*": nm.Route(lr_mul=0.1)}},
         {"params": named[4:], "algorithm": "adamw"},
     ]
-    optimizer = nm.NorMuon(groups, lr=0.02, routes={"*": SLOW, "*.qkv.*": nm.Route(heads=2)})
+    optimizer = nm.NorMuon(groups, lr=0.02, routes={"*": SLOW, "*.q.*": nm.Route(heads=2)})
     for _, p in named:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.plan is not None
     assert {p.name: p.route for p in optimizer.plan.parameters} == {
         "embed.weight": nm.Route("adamw", lr_mul=0.5, wd_mul=0.0),
-        "blocks.0.qkv.weight": nm.Route(heads=2, lr_mul=0.5),
+        "blocks.0.q.weight": nm.Route(heads=2, lr_mul=0.5),
         "blocks.0.norm.weight": nm.Route("adamw", lr_mul=0.1),
         "blocks.0.up.weight": nm.Route("normuon", lr_mul=0.5),
         "blocks.1.up.weight": nm.Route("adamw", lr_mul=0.5),

@@ -130,14 +130,15 @@ def originals(model: nn.Module) -> dict[str, str]:
 
 PARAMETRIZED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, str]]] = {
     "weight_norm": (parametrizations.weight_norm, {"original0": "adamw", "original1": "normuon"}),
-    "orthogonal": (parametrizations.orthogonal, {"original": "normuon"}),
+    "orthogonal": (parametrizations.orthogonal, {"original": "adamw"}),
     "spectral_norm": (parametrizations.spectral_norm, {"original": "normuon"}),
 }
 
 
 @pytest.mark.parametrize("kind", PARAMETRIZED)
 def test_a_parametrized_weight_has_the_rule_of_the_weight(kind: str) -> None:
-    """Of a layer the direction is a matrix; of an output head all of it gets AdamW."""
+    """Of a layer the direction is a matrix, but for a triangle that stands for an orthogonal one;
+    of an output head all of it gets AdamW."""
     apply, expected = PARAMETRIZED[kind]
     model = Named()
     apply(model.layers[0].fc)  # type: ignore[union-attr, index]

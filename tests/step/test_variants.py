@@ -216,7 +216,7 @@ def test_a_route_has_a_decay_form_and_a_caution_of_its_own() -> None:
     plain = stepped(nm.Config(), ROUTES)
     assert not any(same_bits(mixed[name], plain[name]) for name in own)
     assert str(own["tall"]) == "decay cautious"
-    assert "hyperball" in str(nm.make_plan(params, routes={**own, "wide": nm.Route()}).summary)
+    assert "hyperball" in str(nm.make_plan(params, routes={**own, "wide": nm.Route()}).summary())
 
 
 def test_a_parameter_group_has_them_by_its_routes(eager: None) -> None:
