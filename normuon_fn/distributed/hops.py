@@ -28,7 +28,8 @@ from ..compat import all_to_all
 from ..ops.repack import Boxes, Moves
 from .cost import grid_for_hops
 from .groups import group_of
-from .placements import RankGroup, check_alike, ranks_of
+from .mesh_ranks import RankGroup
+from .placements import check_alike, ranks_of
 
 
 class Hop(NamedTuple):

@@ -13,7 +13,8 @@ from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 from ..compat import Ranks, process_group
-from .placements import ALONE, RankGroup, ShardedLayout
+from .mesh_ranks import ALONE, RankGroup
+from .placements import ShardedLayout
 from .shards import Rect
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product, zip_longest
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,25 +23,10 @@ from ..compat import (
     group_named,
     is_strided,
     process_group,
-    process_group_of,
 )
 from .dtensors import from_local, is_dtensor, replicate
+from .mesh_ranks import MeshRanks, RankGroup, mesh_ranks
 from .shards import Span
-
-
-class RankGroup(NamedTuple):
-    """Some ranks, numbered from 0 in the order of the mesh."""
-
-    group: str  # the name of their process group
-    number: int  # the number of this rank
-    order: tuple[int, ...]  # the number of each rank, by its rank in the process group
-
-    @property
-    def size(self) -> int:
-        return len(self.order)
-
-
-ALONE = RankGroup("", 0, (0,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,72 +65,30 @@ def sharded_layout(name: str, tensor: Tensor) -> ShardedLayout | None:
                 f"params[{name!r}]: expected Shard and Replicate placements, got {placements}; "
                 "redistribute it"
             )
-    group = process_group(mesh)
-    by_rank = _coordinates(mesh)
-    parts = _parts(tuple(tensor.shape), placements, tuple(mesh.mesh.shape), tuple(by_rank))
+    ranks = mesh_ranks(mesh)
+    parts = _parts(tuple(tensor.shape), placements, ranks)
     replicas = [k for k, p in enumerate(placements) if p.is_replicate()]
     shards = [k for k in range(len(placements)) if k not in replicas]
-    rank_at = {coordinate: k for k, coordinate in enumerate(by_rank)}
-    ranks = tuple(
-        tuple(rank_at[_coordinate(len(placements), {**r, **s})] for s in _along(mesh, shards))
-        for r in _along(mesh, replicas)
-    )
-    mine = tuple(length for _, length in parts[group.rank()])
+    mine = tuple(length for _, length in parts[ranks.rank])
     if mine != tuple(tensor.to_local().shape):
         raise ValueError(
             f"params[{name!r}]: expected a local tensor of shape {mine} for {placements}, got "
             f"{tuple(tensor.to_local().shape)}; create it by distribute_tensor"
         )
-    rank = group.rank()
-    groups = _rank_group(mesh, shards), _rank_group(mesh, replicas)
     return ShardedLayout(
-        tuple(tensor.shape), mesh, placements, group.group_name, rank, parts, *groups, ranks
-    )
-
-
-def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
-    """Of every rank of the mesh, by its number in the process group of all of them."""
-    group = process_group(mesh)
-    places = product(*map(range, mesh.mesh.shape))
-    of = dict(zip(mesh.mesh.flatten().tolist(), places, strict=True))
-    return [of[dist.get_global_rank(group, k)] for k in range(group.size())]
-
-
-def _along(mesh: DeviceMesh, dims: Sequence[int]) -> list[dict[int, int]]:
-    """All coordinates along some dimensions of a mesh, in order, each by dimension."""
-    return [
-        dict(zip(dims, at, strict=True)) for at in product(*(range(mesh.size(k)) for k in dims))
-    ]
-
-
-def _coordinate(ndim: int, at: Mapping[int, int]) -> tuple[int, ...]:
-    return tuple(at[k] for k in range(ndim))
-
-
-def _rank_group(mesh: DeviceMesh, dims: Sequence[int]) -> RankGroup:
-    """The ranks that differ from this one at most along ``dims``, in the order of the mesh."""
-    dims = [k for k in dims if mesh.size(k) > 1]
-    if not dims:
-        return ALONE
-    group = process_group_of(mesh, dims)
-    mine = mesh.get_coordinate()
-    assert mine is not None
-    ranks = [
-        int(mesh.mesh[_coordinate(mesh.ndim, {**dict(enumerate(mine)), **at})])
-        for at in _along(mesh, dims)
-    ]
-    order = tuple(ranks.index(dist.get_global_rank(group, k)) for k in range(group.size()))
-    return RankGroup(group.group_name, order[group.rank()], order)
+        tuple(tensor.shape), mesh, placements, ranks.group, ranks.rank, parts,
+        ranks.along(mesh, shards), ranks.along(mesh, replicas), ranks.table(replicas),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
 def _parts(
     shape: tuple[int, ...],
     placements: tuple[Any, ...],
-    sizes: tuple[int, ...],
-    coordinates: tuple[tuple[int, ...], ...],
+    ranks: MeshRanks,
 ) -> tuple[tuple[Span, ...], ...]:
-    return tuple(_part(shape, placements, sizes, at) for at in coordinates)
+    """By rank."""
+    return tuple(_part(shape, placements, ranks.sizes, at) for at in ranks.by_rank)
 
 
 def _part(
@@ -253,8 +196,8 @@ def per_row_layout(
 
 def block_layout(layout: ShardedLayout, shape: tuple[int, ...]) -> ShardedLayout:
     """The layout of a state of ``shape`` with fewer columns, placed as its parameter is."""
-    sizes, by_rank = tuple(layout.mesh.mesh.shape), tuple(_coordinates(layout.mesh))
-    return replace(layout, shape=shape, parts=_parts(shape, layout.placements, sizes, by_rank))
+    parts = _parts(shape, layout.placements, mesh_ranks(layout.mesh))
+    return replace(layout, shape=shape, parts=parts)
 
 
 def covering(layouts: Sequence[ShardedLayout | None]) -> str | None:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from . import cost
 from .cost import Load
 from .groups import group_of
+from .mesh_ranks import ALONE, RankGroup
 from .owners import Ownership
-from .placements import ALONE, RankGroup, ranks_of
+from .placements import ranks_of
 
 
 def replicas_to_share(load: Load) -> int:
@@ -67,6 +68,7 @@ def narrowed(ownership: Ownership, replicas: int) -> Ownership | None:
     shard = ownership.shards.number
     members = [of_replica[shard] for of_replica in global_ranks(ownership)[start:][:replicas]]
     group = group_of(members)
-    order = tuple(members.index(rank) for rank in dist.get_process_group_ranks(group))
+    number = {rank: k for k, rank in enumerate(members)}
+    order = tuple(number[rank] for rank in dist.get_process_group_ranks(group))
     block = RankGroup(group.group_name, order[group.rank()], order)
     return replace(alone, replicas=block)

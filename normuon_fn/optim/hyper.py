@@ -56,7 +56,7 @@ class GroupHyper:
                 if not is_tensor and value == written[field]:
                     continue
                 if not is_tensor or value.numel() != 1:
-                    _check_value(f"param_groups[{k}]: {_KEYS[field]}", value)
+                    check_value(f"param_groups[{k}]: {_KEYS[field]}", value)
                 own = self.hyper[field][k] if self.several else self.hyper[field]
                 if is_tensor:
                     # The device reads pinned memory later, when it may contain the next value.
@@ -86,7 +86,7 @@ def _values(group: Mapping[str, Any], k: int) -> tuple[Any, ...]:
     """The hyperparameters of group ``k`` in the order of `Hyper`'s fields."""
     try:
         decay, betas = group["weight_decay"], group["adamw_betas"]
-        _check_betas(f"param_groups[{k}]: ", betas)
+        check_betas(f"param_groups[{k}]: ", betas)
         of_adamw = group.get("adamw_weight_decay")
         return (
             group["lr"], group["momentum"], group["beta2"], decay,
@@ -100,7 +100,8 @@ def _values(group: Mapping[str, Any], k: int) -> tuple[Any, ...]:
         ) from None
 
 
-def _check_betas(where: str, betas: Any) -> None:
+def check_betas(where: str, betas: Any) -> None:
+    """Refuses what are not two values, with a TypeError."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{where}adamw_betas: expected two numbers, got {betas!r}")
 
@@ -158,16 +159,16 @@ def check_hyperparameters(group: dict[str, Any], where: str = "") -> None:
             "to freeze parameters, set requires_grad to False"
         )
     betas = group["adamw_betas"]
-    _check_betas(where, betas)
+    check_betas(where, betas)
     group |= {key: _number(group[key]) for key in _NUMBERS if key in group}
     numbers = [*map(_number, betas)]
     group["adamw_betas"] = numbers if isinstance(betas, list) else tuple(numbers)
     own = {key: group.get(key) for key in ("lr", *OF_ADAMW.values())}
     for name, value in own.items():  # before AdamW's rate is computed from them
         if value is not None:
-            _check_value(where + name, value)
+            check_value(where + name, value)
     for name, value in zip(_KEYS, _values(group, 0), strict=True):
-        _check_value(where + name, value)
+        check_value(where + name, value)
 
 
 def check_read(group: Mapping[str, Any], config: Config) -> None:
@@ -206,7 +207,8 @@ def say_if_nothing_decays(
         )
 
 
-def _check_value(name: str, value: Any) -> None:
+def check_value(name: str, value: Any) -> None:
+    """Refuses what is no number of its kind, with a TypeError or ValueError that names it."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(

@@ -19,6 +19,7 @@ from .trainer_arguments import (
     are_arguments,
     calling_trainer,
     check_agreement,
+    check_numbers,
     with_arguments,
     with_replicas,
 )
@@ -47,7 +48,8 @@ def for_trainer(
     defaults, (0.9, 0.95) and 1e-8, hold. What is written here goes before a default there; two
     numbers that are both written and differ are refused. ``max_grad_norm`` and the precisions are
     the Trainer's work and hold as ever. ``optim`` and its options are not read, which is said once.
-    Where the Trainer puts the model into DistributedDataParallel, ``mesh`` is all ranks.
+    Where the Trainer puts the model into DistributedDataParallel, ``mesh`` is all ranks. Where that
+    is told to ignore parameters, which may differ by rank, it is left out, which is said once.
 
     Args:
         model: the module that the Trainer is given, which is read at once, so that what is wrong is
@@ -59,17 +61,17 @@ def for_trainer(
     Units: ``lr`` as in `Hyper`; AdamW's rates carry over.
 
     Raises:
-        TypeError, ValueError: as `routes_for`; an argument that `NorMuon` does not have; a number
-            that contradicts one of ``args``, here or when the Trainer makes the optimizer; or then,
-            that ``mesh`` was ``None`` because the ranks came later, and is not told otherwise.
+        TypeError, ValueError: as `routes_for`; an argument that `NorMuon` does not have; what is no
+            number in the place of one; a number that contradicts one of ``args``, here or when the
+            Trainer makes the optimizer; or then, that ``mesh`` was ``None`` because the ranks came
+            later, and is not told otherwise.
 
     Source: ``Trainer.create_optimizer`` of transformers 5, which calls what is no optimizer's class
     with its model, and of transformers 4, which calls it with its groups.
     """
-    given: Any = model
-    if are_arguments(given):
+    if are_arguments(model):
         raise TypeError(
-            f"for_trainer: expected a model first, got {type(given).__name__}; write "
+            f"for_trainer: expected a model first, got {type(model).__name__}; write "
             "nm.for_trainer(args=arguments) or nm.for_trainer(model, arguments)"
         )
     if args is not None and not are_arguments(args):
@@ -78,6 +80,7 @@ def for_trainer(
             f"{type(args).__name__}; write nm.for_trainer(model, arguments)"
         )
     check_arguments(NorMuon.__init__, kwargs)
+    check_numbers(kwargs)
     if args is not None:
         check_agreement(kwargs, args)
     if model is not None and not isinstance(kwargs.get("routes"), RouteTable):

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..diagnostics.monitor import find_inside
 from ..distributed.dtensors import is_dtensor
 from ..distributed.groups import all_ranks
 from ..routing.doubts import warn_at_caller
+from .hyper import check_betas, check_value
 
 _NUMBERS = {"lr": "learning_rate", "weight_decay": "weight_decay", "adamw_eps": "adam_epsilon"}
 _BETAS = ("adam_beta1", "adam_beta2")
@@ -104,8 +106,9 @@ def _has_none_of(values: Sequence[Any], number: float) -> bool:
 def with_replicas(written: Mapping[str, Any], trainer: Any, model: nn.Module) -> dict[str, Any]:
     """What is written, and ``mesh`` where the Trainer puts the model into DistributedDataParallel.
 
-    All ranks then have the same parameters and gradients. Other ways to part a model are left to
-    what the parameters tell, or the user writes.
+    All ranks then have the same parameters and gradients, but for those that it is told to ignore,
+    as experts of which each rank has its own: then ``mesh`` is left out, with one warning. Other
+    ways to part a model are left to what the parameters tell, or the user writes.
     """
     accelerator = getattr(trainer, "accelerator", None)
     kind = str(_plain(getattr(accelerator, "distributed_type", "")))
@@ -116,7 +119,44 @@ def with_replicas(written: Mapping[str, Any], trainer: Any, model: nn.Module) ->
     )
     asked = [written.get(key) for key in ("mesh", "guard_mesh")]  # WORLD is None before the ranks
     ranks = all_ranks() if replicated and asked == [None, None] else None
-    return dict(written) if ranks is None else {**written, "mesh": ranks}
+    if ranks is None:
+        return dict(written)
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    own = [n for n, p in model.named_parameters() if p.requires_grad and n in ignored]
+    if not own:
+        return {**written, "mesh": ranks}
+    more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+    warn_at_caller(
+        "for_trainer: mesh is left out, so that no rank shares the work of another, because "
+        f"DistributedDataParallel is told to ignore {own[0]}{more}: ranks may have different "
+        "values there, as each its own experts. Write guard_mesh="
+        "torch.distributed.group.WORLD if that is so and all ranks skip a step together, "
+        "mesh='alone' if each decides alone, or mesh=torch.distributed.group.WORLD if all "
+        "parameters and gradients are the same on all ranks"
+    )
+    return dict(written)
+
+
+def check_numbers(written: Mapping[str, Any]) -> None:
+    """That the numbers which may stand in both places are numbers.
+
+    Raises:
+        TypeError, ValueError: naming the parameter and what to write.
+    """
+    try:
+        for key in _NUMBERS:
+            if key in written:
+                check_value(key, written[key])
+        if "adamw_betas" in written:
+            check_betas("", written["adamw_betas"])
+            for beta in written["adamw_betas"]:
+                check_value("adamw_betas", beta)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"for_trainer: {error}; leave it out of nm.for_trainer(...), which then takes that of "
+            "TrainingArguments, or write what is expected"
+        ) from None
 
 
 def check_agreement(written: Mapping[str, Any], arguments: object) -> None:
@@ -132,7 +172,7 @@ def check_agreement(written: Mapping[str, Any], arguments: object) -> None:
         if _is_written(arguments, name) and key in written and _differ(written[key], theirs):
             raise ValueError(_contradiction(key, written[key], name, theirs))
     if "adamw_betas" in written:
-        for mine, name in zip(written["adamw_betas"], _BETAS, strict=False):
+        for mine, name in zip(written["adamw_betas"], _BETAS, strict=True):
             theirs = getattr(arguments, name, None)
             if _is_written(arguments, name) and _differ(mine, theirs):
                 raise ValueError(
@@ -202,6 +242,13 @@ def _plain(value: object) -> object:
 
 
 def _differ(mine: Any, theirs: Any) -> bool:
+    """Whether two numbers differ, both rounded to the precision of the one that is written."""
+    if isinstance(mine, Tensor):
+        mine = mine.detach().reshape(()).cpu()
+        if mine.is_floating_point():
+            theirs = torch.tensor(float(theirs), dtype=mine.dtype)
+    elif not isinstance(mine, (int, float)):  # a numpy scalar, as of float32
+        theirs = type(mine)(theirs)
     return float(mine) != float(theirs)
 
 

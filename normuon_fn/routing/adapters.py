@@ -113,6 +113,11 @@ def _rule(part: str) -> tuple[str, str] | None:
     return next(((text, rule) for pattern, text, rule in _RULES if pattern.match(part)), None)
 
 
+def is_adapters(part: str) -> bool:
+    """Whether a part of a path is what an adapter calls its parameter, as a factor of low rank."""
+    return part.lower() not in _PLAIN and _rule(part) is not None
+
+
 def by_name(name: str, shape: tuple[int, ...]) -> Decision | None:
     """As `decide`, where no module can be asked."""
     parts = name.split(".")

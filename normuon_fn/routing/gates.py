@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from . import words
-from .attributes import get, is_a, is_layer, kind_of, outputs_and_inputs
+from . import adapters, words
+from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs
 from .routes import Decision, Route
 
+EXPERTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "n_experts", "num_routed_experts",
+    "moe_num_experts", "num_moe_experts", "n_expert",
+)  # fmt: skip
 LISTS = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
 MANY = 64  # outputs of a gate of which nothing says that it chooses among experts
 _MANY_EXPERTS = 1024
@@ -42,7 +46,8 @@ def decide(
         return None
     if _is_of_heads(owners) and not speaks:
         return None
-    if named != "strong" and _has_counterpart(own, owners[-1], few):
+    sure = named == "strong" or (named and _has_experts(own, owners[-1], few))
+    if not sure and _has_counterpart(own, owners[-1], few):
         return None
     return judge(own, few, many, known=known, speaks=speaks)
 
@@ -103,8 +108,7 @@ def members(holder: nn.Module) -> set[int]:
     """How many members the lists, stacks and numbered attributes have that a module holds, or that
     its children and theirs do."""
     found = {0, 1}
-    inside = [holder, *_inside(holder)]
-    for module in inside:
+    for module in (holder, *inside(holder)):
         if is_a(module, *LISTS):
             if module is not holder:
                 found |= {len(module._modules), len(module._parameters)}
@@ -126,12 +130,15 @@ def is_a_list(stem: str, count: int) -> bool:
     return count > 1 and (not stem or count > 3 or words.of_experts(stem))
 
 
-def _inside(holder: nn.Module, depth: int = 3) -> Iterator[nn.Module]:
-    """The modules in it, to a depth; those in a list are not looked at."""
+def inside(
+    holder: nn.Module, depth: int = 3, *, skip: Callable[[str], bool] | None = None
+) -> Iterator[nn.Module]:
+    """The modules in it, to a depth, without those in a list and those of a name to ``skip``."""
     if depth and not is_a(holder, *LISTS):
-        for child in holder.children():
-            yield child
-            yield from _inside(child, depth - 1)
+        for name, child in holder.named_children():
+            if skip is None or not skip(name):
+                yield child
+                yield from inside(child, depth - 1, skip=skip)
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -164,26 +171,39 @@ def _speaks_of_experts(own: str, owners: Sequence[nn.Module]) -> bool:
 
 
 def is_hidden(name: str, holder: nn.Module, outputs: int) -> bool:
-    """Whether a layer directly beside it has the same outputs, or takes them in."""
-    return any(
-        child is not None and n != name and not words.router(n) and is_layer(child)
-        and outputs in outputs_and_inputs(child)
+    """Whether a layer directly beside it has the same outputs, or takes them in.
+
+    The factors of an adapter do not tell, nor does another layer where there are as many experts.
+    """
+    beside = any(
+        child is not None and n != name and not words.router(n) and not adapters.is_adapters(n)
+        and is_layer(child) and outputs in outputs_and_inputs(child)
         for n, child in holder._modules.items()
     )  # fmt: skip
+    return beside and not _has_experts(name, holder, outputs)
+
+
+def _has_experts(name: str, holder: nn.Module, count: int) -> bool:
+    """Whether a module itself has so many experts, and says that they are experts."""
+    if _is_of_heads([holder]) or not _speaks_of_experts(name, [holder]):
+        return False
+    return first([holder], EXPERTS) == count or count in members(holder)
 
 
 def _has_counterpart(own: str, holder: nn.Module, few: int) -> bool:
     """Whether a matrix beside it has as many rows or columns as it has outputs, which are then
-    hidden ones. Another router beside it, its noise and one bias per expert are no such matrix."""
+    hidden ones. Another router beside it, its noise, one bias per expert and the factors of an
+    adapter are no such matrix."""
+    skip = adapters.is_adapters
     beside = [(n, p) for n, p in holder._parameters.items() if n != own]
     for name, child in holder._modules.items():
-        if child is not None and name != own and not words.router(name):
-            for module in (child, *_inside(child)):
+        if child is not None and name != own and not (words.router(name) or skip(name)):
+            for module in (child, *inside(child, skip=skip)):
                 one = next(iter(module.children()), None) if is_a(module, *LISTS) else None
-                for each in (module, *((one, *_inside(one)) if one is not None else ())):
+                for each in (module, *((one, *inside(one, skip=skip)) if one is not None else ())):
                     beside += each._parameters.items()
     return any(
         p is not None and p.ndim in (2, 3) and few in p.shape[-2:]
         for name, p in beside
-        if not (words.router(name) or words.is_biases(name))
+        if not (words.router(name) or words.is_biases(name) or skip(name))
     )

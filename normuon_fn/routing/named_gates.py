@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
-from . import words
+from . import adapters, words
 from .gates import OF_ATTENTION, has_few_outputs, is_a_list, judge, of_many, stem_of
 from .places import LEAVES, Named
 from .routes import Decision
@@ -25,6 +25,15 @@ class _Inside(NamedTuple):
     path: Path  # from the module on, without the leaf of a layer
     shape: tuple[int, ...]
     is_raw: bool  # of no layer
+
+    @property
+    def is_adapters(self) -> bool:
+        return any(map(adapters.is_adapters, self.path))
+
+    @property
+    def is_of_others(self) -> bool:
+        """Whether it is no layer of the module itself: one of its experts, or of an adapter."""
+        return self.is_adapters or words.of_experts(self.path[0])
 
 
 class NamedGates:
@@ -49,14 +58,15 @@ class NamedGates:
         if of_heads and not (speaks and has_few):
             return None
         if not has_few:
-            return _of_many(own, m.shape, inside) if named else None
+            return _of_many(own, m.shape, inside, speaks=speaks) if named else None
         if named is None and not (m.is_weight and m.in_block) and not words.of_experts(own):
             return None
         few, many = sorted(m.shape)
         known = few in _members(inside)
         if not (named or known or speaks):
             return None
-        if named != "strong" and _has_counterpart(own, inside, few):
+        sure = named == "strong" or (named and known and speaks)
+        if not sure and _has_counterpart(own, inside, few):
             return None
         return judge(own, few, many, known=known, speaks=speaks)
 
@@ -65,9 +75,17 @@ class NamedGates:
         path = m.layer
         while len(path) > 1 and words.router(path[-2]):
             inside = self._index[path[:-1]]
-            matrices = [each for each in inside if len(each.shape) == 2]
+            matrices = [
+                each
+                for each in inside
+                if len(each.shape) == 2 and (each.path[0] == path[-1] or not each.is_of_others)
+            ]
             fed = any(m.shape[0] in each.shape for each in matrices if each.is_raw)
-            layers = [each for each in matrices if not each.is_raw]
+            layers = [
+                each
+                for each in matrices
+                if not each.is_raw and (each.path[0] == path[-1] or each.shape != m.shape)
+            ]
             if m.is_weight and (fed or layers[-1].path[0] != path[-1]):
                 return None
             path = path[:-1]
@@ -85,14 +103,15 @@ class NamedGates:
         return found
 
 
-def _of_many(own: str, shape: tuple[int, int], inside: list[_Inside]) -> Decision | None:
+def _of_many(
+    own: str, shape: tuple[int, int], inside: list[_Inside], *, speaks: bool
+) -> Decision | None:
     """A router with as many outputs as there are experts, which are not few."""
-    beside = [each for each in inside if len(each.path) == 1 and each.path[0] != own]
-    if shape[0] not in _members(inside) or any(
-        shape[0] in each.shape for each in beside if not words.router(each.path[0])
-    ):
+    if shape[0] not in _members(inside):
         return None
-    return of_many(shape)
+    beside = [each for each in inside if len(each.path) == 1 and each.path[0] != own]
+    hidden = any(shape[0] in each.shape for each in beside if not words.router(each.path[0]))
+    return None if hidden and not speaks else of_many(shape)
 
 
 def _members(inside: list[_Inside]) -> set[int]:
@@ -113,7 +132,8 @@ def _members(inside: list[_Inside]) -> set[int]:
 def _has_counterpart(own: str, inside: list[_Inside], few: int) -> bool:
     """As `gates.decide` asks: whether a matrix beside it has hidden units as many as it has."""
     return any(
-        len(shape) in (2, 3) and few in shape[-2:]
-        for path, shape, _ in inside
-        if path[0] != own and not (words.router(path[0]) or words.is_biases(path[-1]))
+        len(each.shape) in (2, 3) and few in each.shape[-2:] and not each.is_adapters
+        for each in inside
+        if each.path[0] != own
+        and not (words.router(each.path[0]) or words.is_biases(each.path[-1]))
     )

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from . import gates, words
+from . import adapters, gates, words
 from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs, sources_of
 from .routes import Decision, Route
 
-_EXPERTS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "n_experts", "num_routed_experts",
-    "moe_num_experts", "num_moe_experts", "n_expert",
-)  # fmt: skip
 _ROUTER_CLASS = re.compile(r"Router|(MoE?|Top_?K\w*|Switch|Routing|Expert)_?Gat(e|ing)$", re.I)
 _CHOOSES = frozenset(("gate", "gates", "gating", "router", "routers", "switch", "wg", "noise"))
 _ROUTER_LEAF = re.compile(r"^w_?(gate|g|noise|router)$")
@@ -30,6 +26,8 @@ def decide(
     if leaf == "weight" and parts and words.router(parts[-1]) and set(shape[2:]) == {1}:
         shape = shape[:2]  # a convolution of one place
     if len(shape) != 2 or _feeds_another(owners):
+        return None
+    if leaf == "weight" and _is_followed(parts, owners, shape[0]):
         return None
     weak = leaf == "weight" and len(owners) > 1 and parts and words.router(parts[-1]) == "weak"
     if weak and gates.is_hidden(parts[-1], owners[1], shape[0]):
@@ -80,8 +78,36 @@ def _feeds_another(owners: Sequence[nn.Module]) -> bool:
     if len(owners) < 2 or not (is_layer(owners[0]) and _ROUTER_CLASS.search(kind_of(owners[1]))):
         return False
     outputs = outputs_and_inputs(owners[0])[0]
-    own = owners[1]._parameters.values()
-    return any(p is not None and p.ndim == 2 and outputs in p.shape for p in own)
+    return any(
+        p is not None and p.ndim == 2 and outputs in p.shape
+        for name, p in owners[1]._parameters.items()
+        if not adapters.is_adapters(name)
+    )
+
+
+def _is_followed(parts: Sequence[str], owners: Sequence[nn.Module], outputs: int) -> bool:
+    """Whether a router has a later layer: one in its Sequential, or one that takes the outputs."""
+    for up in range(1, min(len(parts), len(owners))):
+        holder, name = owners[up], parts[-up]
+        numbered = name.isdigit() and not is_a(holder, *gates.LISTS)
+        if not numbered and words.router(parts[-up - 1]) is None:
+            return False
+        names = list(holder._modules)
+        if name not in names:
+            return False
+        layers = [
+            module
+            for after in names[names.index(name) + 1 :]
+            if not (words.of_experts(after) or adapters.is_adapters(after))
+            and (child := holder._modules[after]) is not None
+            for module in (child, *gates.inside(child, skip=adapters.is_adapters))
+            if is_layer(module)
+        ]
+        if is_a(holder, nn.Sequential) and layers:
+            return True
+        if any(outputs == outputs_and_inputs(m)[1] for m in layers):
+            return True
+    return False
 
 
 def _reason(
@@ -123,7 +149,7 @@ def _logits(count: int) -> str:
 def experts(owners: Sequence[nn.Module]) -> int | None:
     """How many experts the nearest module has that says so, or that has a list or a stack."""
     for owner in owners:
-        count = first(sources_of([owner]), _EXPERTS)
+        count = first(sources_of([owner]), gates.EXPERTS)
         if count is not None:
             return count
         inner = get(owner, "experts")

@@ -6,12 +6,15 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import normuon_fn as nm
+from normuon_fn.optim import trainer_arguments
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -268,3 +271,62 @@ def test_a_resumed_run_whose_arguments_have_another_rate_says_that_the_checkpoin
         assert trainer.optimizer.param_groups[0]["lr"] == 0.02  # as of AdamW
         assert len(own) == (start is not None)
     assert "learning_rate=0.01" in own[0] and "numbers of its checkpoint" in own[0]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64, np.float32])
+def test_a_number_in_another_precision_than_pythons_agrees_with_the_same_number(
+    tmp_path: Path, kind: Any
+) -> None:
+    def of(value: float) -> Any:
+        return torch.tensor(value, dtype=kind) if isinstance(kind, torch.dtype) else kind(value)
+
+    written = {"learning_rate": 0.01, "adam_beta1": 0.8, "adam_epsilon": 1e-7, "weight_decay": 0.1}
+    arguments = arguments_of(tmp_path, **written)
+    betas = (of(0.8), 0.95)
+    nm.for_trainer(
+        llama(), arguments, lr=of(0.01), adamw_betas=betas, adamw_eps=of(1e-7), weight_decay=of(0.1)
+    )
+    with pytest.raises(ValueError, match=r"contradicts learning_rate=0\.01"):
+        nm.for_trainer(llama(), arguments, lr=of(0.011))
+    with pytest.raises(ValueError, match=r"contradicts adam_beta1=0\.8"):
+        nm.for_trainer(llama(), arguments, adamw_betas=(of(0.9), 0.95))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight_decay", None), ("lr", None), ("adamw_eps", None), ("lr", "0.1"),
+        ("lr", torch.ones(2)), ("adamw_betas", 0.8), ("adamw_betas", None),
+        ("adamw_betas", (0.8,)), ("adamw_betas", (0.8, None)), ("adamw_betas", (0.8, 1.5)),
+        ("weight_decay", True),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_is_refused_by_the_parameters_name(
+    tmp_path: Path, key: str, value: Any, first: bool
+) -> None:
+    written = {"learning_rate": 0.01, "adam_beta1": 0.8, "weight_decay": 0.1, "adam_epsilon": 1e-7}
+    given = (llama(), arguments_of(tmp_path, **written)) if first else ()
+    with pytest.raises((TypeError, ValueError), match=rf"for_trainer: {key}: expected .*leave it"):
+        nm.for_trainer(*given, **{key: value})
+
+
+def test_all_ranks_are_the_mesh_unless_ddp_is_told_to_ignore_what_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accelerator = SimpleNamespace(distributed_type="MULTI_GPU", parallelism_config=None)
+    trainer, model = SimpleNamespace(accelerator=accelerator), llama()
+    monkeypatch.setattr(trainer_arguments, "all_ranks", lambda: "all")
+    own, frozen = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    model.get_parameter(frozen).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ignored in ([], ["a.buffer"], [frozen]):
+            model._ddp_params_and_buffers_to_ignore = ignored
+            assert trainer_arguments.with_replicas({"lr": 1}, trainer, model)["mesh"] == "all"
+        model._ddp_params_and_buffers_to_ignore = [own, frozen]
+        for written in ({"mesh": "alone"}, {"guard_mesh": "group"}):
+            assert trainer_arguments.with_replicas(written, trainer, model) == written
+    with pytest.warns(UserWarning, match=rf"to ignore {own}: .*guard_mesh=") as seen:
+        assert trainer_arguments.with_replicas({"lr": 1}, trainer, model) == {"lr": 1}
+    assert len(seen) == 1 and seen[0].filename == __file__
