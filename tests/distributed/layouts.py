@@ -803,8 +803,10 @@ class _Rank:
                         layout.place({name: tensors(1)[name] for name in names}),
                         nm.init(plan, params),
                     )
+                    # At the first step hosts compare what they have.
+                    warm = nm.update(params, grads, state, hyper_of(params), plan)
                     with Collectives() as collectives:
-                        nm.update(params, grads, state, hyper_of(params), plan)
+                        nm.update(warm.params, grads, warm.state, hyper_of(params), plan)
                     seen[f"{kind} {which} {guard}"] = dict(collectives.counts)
         return seen
 
