@@ -246,7 +246,7 @@ def _differ(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, Tensor):
         mine = mine.detach().reshape(()).cpu()
         if mine.is_floating_point():
-            theirs = torch.tensor(float(theirs), dtype=mine.dtype)
+            theirs = torch.tensor(float(theirs), dtype=mine.dtype, device="cpu")
     elif not isinstance(mine, (int, float)):  # a numpy scalar, as of float32
         theirs = type(mine)(theirs)
     return float(mine) != float(theirs)
