@@ -150,6 +150,24 @@ def test_the_readme_sums_the_table_up() -> None:
     assert f"{said} of the tokens" in text
 
 
+@pytest.mark.usefixtures("eager")
+def test_the_first_update_of_adamw_is_five_times_as_large_as_one_of_a_matrix() -> None:
+    assert "AdamW's first updates are up to five times larger" in README.replace("\n", " ")
+    moved = []
+    for make in (lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.0), nm_at):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+        optimizer, before = make(model), model[0].weight.detach().clone()
+        model(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+        moved.append(float((model[0].weight.detach() - before).square().mean().sqrt()))
+    assert moved[0] / moved[1] == pytest.approx(5.0, rel=0.01)
+
+
+def nm_at(model: torch.nn.Module) -> nm.NorMuon:
+    return nm.NorMuon(model, lr=0.01)
+
+
 def test_the_guide_to_rates_has_the_grid_of_the_study() -> None:
     text = guides.text("rates.md")
     _, *rows = table(text, after="## Pretraining", first="lr")

@@ -110,7 +110,9 @@ def test_small_messages_are_not_sent_twice_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6, 8, 96, 512])
-def test_any_beginning_of_the_scattered_ranks_is_of_as_many_nodes_as_can_be(ranks: int) -> None:
+def test_of_any_beginning_of_the_scattered_ranks_no_node_has_over_twice_its_share(
+    ranks: int,
+) -> None:
     found = scattered(range(ranks))
     assert sorted(found) == list(range(ranks))
     nodes = -(-ranks // NODE)

@@ -148,7 +148,8 @@ def test_more_ranks_never_make_a_step_slower(model: ModuleType, layout: str) -> 
     rates = model.Rates(544e12, 4.3e12, 34.2, 4.45, 224e9, 40e9, 1e-6)  # the script's own
     for world in (8, 16, 32, 128, 512, 2048, 4096):
         ms = model.predict(shapes, layout, world, rates).step_ms
-        # Less is not predicted: RELATIVE and SECONDS of distributed/cost.py.
+        # Less is not predicted: RELATIVE and SECONDS of distributed/cost.py. Seen: FSDP2 on 4096
+        # ranks takes 0.025 ms more than on 2048, and nothing else takes more than before.
         assert ms <= 1.02 * best + 0.05, (world, ms, best)
         best = min(best, ms)
 
