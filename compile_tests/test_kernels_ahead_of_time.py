@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from normuon_fn.ops import (
     adamw,
@@ -534,6 +535,53 @@ def test_it_compiles_and_fits(name: str) -> None:
         assert set(sizes) == {16}
     elif case.wide:
         assert sizes.count(16) >= case.wide
+    assert ".local" not in ptx
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(kind, size) for kind in product_configs.KINDS for size in product_configs.SIZES],
+)
+def test_the_warp_specialized_kernel_compiles_and_fits(
+    kind: str, size: product_configs.Size
+) -> None:
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    special = importlib.import_module("normuon_fn.ops.warp_specialized")
+    config = product_configs.WARP_SPECIALIZED[kind, size]
+    symmetric, has_c = kind != "addmm", kind != "symmetric_matmul"
+    m, n, k, _, warps, stages = config[:6]
+
+    def block(*shape: int) -> str:
+        layout = special.layout_of(shape, torch.float16)
+        return f"tensordesc<fp16{list(shape)},{layout!r}>"
+
+    constants = {
+        "SYMMETRIC": symmetric, "HAS_C": has_c, "B_TRANSPOSED": symmetric, "MIRROR": True,
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+        "STAGES": stages, "CONSUMERS": 8 // warps, "WARPS": warps,
+    }  # fmt: skip
+    signature = {
+        "a": block(1, m, k), "b": block(1, n, k) if symmetric else block(1, k, n),
+        "c": block(1, m, m), "out": block(1, m, m), "first_entries": "*i64",
+        **dict.fromkeys(("alpha", "beta"), "fp32"),
+        **dict.fromkeys(("depth", "tiles", "total"), "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }  # fmt: skip
+    assert list(signature) == special.warp_specialized_kernel.arg_names
+    kernel = triton.compile(
+        GluonASTSource(special.warp_specialized_kernel, signature, constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "enable_fp_fusion": True},
+    )
+    ptx = kernel.asm["ptx"]
+    assert kernel.metadata.shared <= SHARED_MEMORY[90]
+    assert f"wgmma.mma_async.sync.aligned.m64n{n}k16" in ptx
+    assert "setmaxnreg" in ptx
+    assert "cp.async.bulk.tensor.3d.global.shared" in ptx
+    assert not re.findall(r"st\.global", ptx)
     assert ".local" not in ptx
 
 

@@ -4,8 +4,9 @@ Shipped as ``normuon_fn.ops``, and imports nothing of ``normuon_fn``.
 
 Read operators.py first: it is what the step calls. Then lists.py (what a list is), reference.py
 (what is computed), and per operation one file with kernel, launch and registration: advance.py,
-gather.py, apply.py, adamw.py, orient.py, repack.py; products*.py for Newton-Schulz. They stand on
-launch.py, tables.py, registration.py and implementations.py.
+gather.py, apply.py, adamw.py, orient.py, repack.py; product*.py for Newton-Schulz, with a second
+kernel in warp_specialized.py. They stand on launch.py, tables.py, registration.py and
+implementations.py.
 
 A device, a dtype and memory are all that an operator knows: nothing of names, plans or ranks.
 """

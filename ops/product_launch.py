@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .launch import HAS_TRITON, INTERPRETED, launch
-from .product_configs import TileConfig, config_for, tile_count
+from .product_configs import TileConfig, config_for, first_entries, tile_count
 from .product_kernels import descriptor_kernel, pointer_kernel
+from .tables import shared_table
 
 PRODUCT_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -22,14 +25,24 @@ def takes_kernel(x: Tensor) -> bool:
 
 
 @functools.cache
-def _descriptor_class() -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def _warp_specialized() -> Any:
+    """The module of that kernel, which imports Triton."""
+    return importlib.import_module(f"{__package__}.warp_specialized")
 
-    return TensorDescriptor
+
+@functools.cache
+def _make_descriptor(specialized: bool) -> Callable[..., Any]:
+    """What makes a descriptor of a tensor and of a `_Descriptor`, for one of the kernels."""
+    make: Callable[..., Any]
+    if specialized:
+        make = _warp_specialized().descriptor
+    else:
+        make = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    return make
 
 
 class _Descriptor(NamedTuple):
-    """What `TensorDescriptor` takes besides its tensor."""
+    """What `_make_descriptor` takes besides a tensor."""
 
     shape: list[int]
     strides: list[int]
@@ -43,9 +56,10 @@ class _Static(NamedTuple):
     programs: int
     constants: tuple[Any, ...]
     options: dict[str, Any]
-    descriptors: tuple[
-        _Descriptor | None, ...
-    ]  # of a, b, c and out, as far as they are loaded by one
+    # of a, b, c and out, as far as they are loaded by one
+    descriptors: tuple[_Descriptor | None, ...] = ()
+    # of the warp-specialized kernel, which has its own kind of descriptors too
+    first_entries: Callable[[], Tensor] | None = None
 
 
 class _Layout(NamedTuple):
@@ -118,12 +132,16 @@ def prepare(
         a.device, a.dtype, symmetric, c is not None, aligned, ends_aligned, same,
         a.shape, b.shape[2], a.stride(), b.stride(), c_or_a.stride(),
     )  # fmt: skip
-    kernel, programs, constants, options, descriptors = _static(layout, config)
+    static = _static(layout, config)
+    specialized = static.first_entries is not None
     given: list[Any] = [a, b, c_or_a, out]
-    for k, descriptor in enumerate(descriptors):
+    for k, descriptor in enumerate(static.descriptors):
         if descriptor is not None:
-            given[k] = _descriptor_class()(given[k], *descriptor)
-    return Launch(kernel, programs, (*given, alpha, beta), constants, options)
+            given[k] = _make_descriptor(specialized)(given[k], *descriptor)
+    if static.first_entries is not None:
+        given.append(static.first_entries())
+    pointers = (*given, alpha, beta)
+    return Launch(static.kernel, static.programs, pointers, static.constants, static.options)
 
 
 @functools.lru_cache(4096)
@@ -147,8 +165,7 @@ def _static(layout: _Layout, config: TileConfig | None) -> _Static:
     )
     if config is None:
         rows = layout.shape[1]
-        config = config_for(layout.device, layout.symmetric, layout.has_c, rows, fits)
-        config = config._replace(ends=config.ends and ends_fit)
+        config = config_for(layout.device, layout.symmetric, layout.has_c, rows, fits, ends_fit)
     if config.variant == "pointers":
         return _with_pointers(layout, config)
     if not fits or (config.ends and not ends_fit):
@@ -161,6 +178,15 @@ def _static(layout: _Layout, config: TileConfig | None) -> _Static:
     return _with_descriptors(layout, config, transposed, b_strides)
 
 
+def tile_table(
+    symmetric: bool, rows: int, cols: int, config: TileConfig, device: torch.device
+) -> Tensor:
+    """`first_entries` on the device: [tiles, 2], int64."""
+    key = ("first entries", symmetric, rows, cols, config)
+    make = functools.partial(first_entries, symmetric, rows, cols, config)
+    return shared_table(key, device, make)
+
+
 def _with_pointers(layout: _Layout, config: TileConfig) -> _Static:
     n, rows, depth = layout.shape
     tiles = tile_count(layout.symmetric, rows, layout.cols, config)
@@ -170,7 +196,7 @@ def _with_pointers(layout: _Layout, config: TileConfig) -> _Static:
         *layout.a_strides, *layout.b_strides, *layout.c_strides,
         layout.symmetric, layout.has_c, even, INTERPRETED, *_blocks(config),
     )  # fmt: skip
-    return _Static(pointer_kernel, n * tiles, constants, options_of(config), ())
+    return _Static(pointer_kernel, n * tiles, constants, options_of(config))
 
 
 def _with_descriptors(
@@ -179,7 +205,8 @@ def _with_descriptors(
     n, rows, depth = layout.shape
     tiles = tile_count(layout.symmetric, rows, layout.cols, config)
     total = n * tiles
-    persistent = config.variant == "persistent"
+    specialized = config.variant == "specialized"
+    persistent = specialized or config.variant == "persistent"
     block_m, block_n, block_k, _ = _blocks(config)
     if transposed:
         b_shape, b_block = [n, layout.cols, depth], [1, block_n, block_k]
@@ -192,14 +219,28 @@ def _with_descriptors(
     if config.ends:  # see `end_of_tile`
         shape, out_strides = [n, rows, layout.cols], [rows * layout.cols, layout.cols, 1]
         block = [1, block_m, block_m if block_n == 2 * block_m else block_n]
-        c = _Descriptor(shape, list(layout.c_strides), block) if layout.has_c else None
-        descriptors += [c, _Descriptor(shape, out_strides, block)]
+        stored = _Descriptor(shape, out_strides, block)
+        unread = stored if specialized else None
+        c = _Descriptor(shape, list(layout.c_strides), block) if layout.has_c else unread
+        descriptors += [c, stored]
+    programs = min(total, _programs(layout.device)) if persistent else total
+    if specialized:
+        consumers = 8 // config.num_warps
+        given = (
+            depth, tiles, total, layout.symmetric, layout.has_c, transposed, not layout.same,
+            block_m, block_n, block_k, config.num_stages, consumers, config.num_warps,
+        )  # fmt: skip
+        kernel = _warp_specialized().warp_specialized_kernel
+        options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+        table = functools.partial(
+            tile_table, layout.symmetric, rows, layout.cols, config, layout.device
+        )
+        return _Static(kernel, programs, given, options, tuple(descriptors), table)
     constants = (
         rows, layout.cols, depth, tiles, total, *layout.c_strides,
         layout.symmetric, layout.has_c, transposed, persistent, config.ends,
         config.ends and (INTERPRETED or not layout.same), INTERPRETED, *_blocks(config),
     )  # fmt: skip
-    programs = min(total, _programs(layout.device)) if persistent else total
     return _Static(descriptor_kernel, programs, constants, options_of(config), tuple(descriptors))
 
 

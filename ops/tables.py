@@ -112,6 +112,13 @@ def chunk_table(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tab
     return _cached((chunk, sizes), device, make, shared=True)
 
 
+def shared_table(
+    key: Hashable, device: torch.device, make: Callable[[], list[list[int]]]
+) -> Tensor:
+    """Rows of numbers on the device, int64. ``key`` says all that they depend on: no address."""
+    return _cached(key, device, lambda: _Contents(make(), True, True), shared=True).entries
+
+
 def salt_table(salts: Sequence[int], device: torch.device) -> Tensor:
     """The salts on the device, int64: see `rounding.noise`."""
 

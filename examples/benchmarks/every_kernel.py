@@ -109,6 +109,16 @@ def products(device: torch.device) -> None:
         product(x, x.mT, None, 1.0, 0.0, True, tiles)
         product(a, a, a, 0.5, 2.0, True, tiles)
         product(a, x, x, 1.0, 2.0, False, tiles)
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return
+    for rows, (block_n, warps) in itertools.product((96, 200, 1160), ((128, 4), (256, 8))):
+        torch.manual_seed(0)
+        x = torch.randn(70, rows, 264, device=device).to(torch.bfloat16)
+        a = torch.randn(70, rows, rows, device=device).to(torch.bfloat16)
+        tiles = TileConfig(128, block_n, 64, 4, warps, 3, "specialized", ends=True)
+        product(x, x.mT, None, 1.0, 0.0, True, tiles)
+        product(a, a, a, 0.5, 2.0, True, tiles)
+        product(a, x, x, 1.0, 2.0, False, tiles)
 
 
 def settings() -> list[tuple[torch.dtype, nm.Config]]:

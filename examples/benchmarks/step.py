@@ -883,17 +883,24 @@ def value(row: Row, what: str) -> tuple[float | None, str]:
     return got, note
 
 
-def bars(device: Device, tiny: bool, rounds: int) -> tuple[list[Bar], dict[str, list[Row]]]:
-    """Everything that the project's bars name, in this process (the first step in its own)."""
+def bars(
+    device: Device, tiny: bool, rounds: int, until: float
+) -> tuple[list[Bar], dict[str, list[Row]]]:
+    """Everything that the project's bars name, in this process (the first step in its own).
+
+    ``until``: of the time that there is, the small workload gets a third.
+    """
+    now = time.monotonic()
+    until_small = until if math.isinf(until) else now + (until - now) / 3
     small, large = ("tiny", "tiny") if tiny else ("gpt2", "1.3b")
     squares, wides = ("2x64x64", "2x64x256") if tiny else ("96x2048x2048", "48x2048x8192")
     found: list[Bar] = []
     results: dict[str, list[Row]] = {}
     graph = device.cuda
     if device.cuda or tiny:
-        fast = Options(guards=("off",), graph=graph, rounds=rounds)
+        fast = Options(guards=("off",), graph=graph, rounds=rounds, until=until_small)
         results[f"{small} fp32"] = one = guarded(small, lambda: rows_of(device, small, fast))
-        every = Options(graph=graph, rounds=rounds, first_step=False)
+        every = Options(graph=graph, rounds=rounds, first_step=False, until=until)
         results[f"{large} fp32"] = two = guarded(large, lambda: rows_of(device, large, every))
         alone = Options(rounds=rounds)
         for spec in (squares, wides):  # bfloat16, as peers hand it on
@@ -1162,7 +1169,7 @@ def main() -> None:
         header |= {"ranks": str(dist.get_world_size()), "layout": args.layout}
     found: list[Bar] = []
     if args.bars:
-        found, results = bars(device, args.tiny, options.rounds)
+        found, results = bars(device, args.tiny, options.rounds, options.until)
     else:
         results = {
             f"{args.workload} {args.dtype}": guarded(

@@ -4,9 +4,10 @@
     python examples/benchmarks/tune.py --quick              # fewer shapes and candidates
     python examples/benchmarks/tune.py --shape 48x768x768 --dtype bfloat16 --json results.json
 
-All three variants are in ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both
-operands by tensor descriptors, and "persistent" does so in one program per SM. What wins goes into
-`CONFIGS` in ``ops/product_configs.py``.
+Three variants are in ``ops/product_kernels.py``: "pointers" takes any strides; "tma" loads both
+operands by tensor descriptors, and "persistent" does so in one program per SM. "specialized" is in
+``ops/warp_specialized.py``. What wins goes into ``ops/product_configs.py``: of the three into
+`CONFIGS`, and of the last into `WARP_SPECIALIZED`.
 
 Times are medians over replays of a CUDA graph of several launches, divided by their number: no host
 time is in them. Replays follow one another for ``--seconds``, and the second half counts: a GPU
@@ -96,10 +97,22 @@ ENDS = [
     TileConfig(128, 256, 64, 8, 8, 3, "persistent", ends=True),
     TileConfig(128, 256, 64, 16, 8, 3, "persistent", ends=True),
 ]
-ALL = POINTERS + TMA + PERSISTENT + ENDS
+# one consumer of 8 warps, or two of 4
+SPECIALIZED = [
+    TileConfig(128, 256, 64, 4, 8, 3, "specialized", ends=True),
+    TileConfig(128, 256, 64, 8, 8, 3, "specialized", ends=True),
+    TileConfig(128, 256, 64, 16, 8, 3, "specialized", ends=True),
+    TileConfig(128, 128, 64, 8, 8, 5, "specialized", ends=True),
+    TileConfig(128, 128, 64, 8, 4, 4, "specialized", ends=True),
+    TileConfig(128, 128, 64, 4, 4, 5, "specialized", ends=True),
+    TileConfig(128, 128, 64, 8, 4, 5, "specialized", ends=True),
+    TileConfig(128, 128, 64, 16, 4, 5, "specialized", ends=True),
+]
+ALL = POINTERS + TMA + PERSISTENT + ENDS + SPECIALIZED
 QUICK = [
     *(c for c in TMA + PERSISTENT if c.num_stages == 3 and c.block_m == 128 <= c.block_n),
     *ENDS,
+    *SPECIALIZED,
 ]
 
 
@@ -295,7 +308,9 @@ def main() -> None:
         help="default: the package's for the shape",
     )
     parser.add_argument("--operation", action="append", choices=OPERATIONS, help="default: all")
-    parser.add_argument("--variant", action="append", choices=["pointers", "tma", "persistent"])
+    parser.add_argument(
+        "--variant", action="append", choices=["pointers", "tma", "persistent", "specialized"]
+    )
     parser.add_argument(
         "--quick", action="store_true", help="three shapes, and the candidates most likely to win"
     )

@@ -5,6 +5,7 @@ The paths are torch's products, the interpreted kernel and the kernel on CUDA.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from normuon_fn.ops import product_configs, products
+from normuon_fn.ops.product_launch import product
 from normuon_fn.ops.products import addmm, symmetric_addmm, symmetric_matmul
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -287,10 +289,27 @@ def test_the_tiles_of_a_symmetric_result_are_those_that_meet_its_lower_triangle(
             for j in range(0, rows, config.block_n)
         )
         assert product_configs.tile_count(True, rows, rows, config) == below
+        places = product_configs.first_entries(True, rows, rows, config)
+        assert len(places) == len(set(map(tuple, places))) == below
+        assert all(
+            j <= i + block_m - 1 and i % block_m == j % config.block_n == 0 for i, j in places
+        )
+
+
+def test_the_tiles_of_a_full_result_are_all_of_them_some_rows_at_a_time() -> None:
+    config = product_configs.TileConfig(16, 32, 64, 2, 4, 3)
+    for rows, cols in itertools.product((1, 16, 40, 100), (8, 64, 70)):
+        places = product_configs.first_entries(False, rows, cols, config)
+        every = itertools.product(range(0, rows, 16), range(0, cols, 32))
+        assert sorted(map(tuple, places)) == sorted(every)
+        assert len(places) == product_configs.tile_count(False, rows, cols, config)
+        groups = [i // 32 for i, _ in places]
+        assert groups == sorted(groups)
 
 
 def test_every_config_fits_the_kernel() -> None:
-    for generation, table in product_configs.CONFIGS.items():
+    tables = {**product_configs.CONFIGS, "specialized": product_configs.WARP_SPECIALIZED}
+    for generation, table in tables.items():
         assert set(table) == {
             (kind, size) for kind in product_configs.KINDS for size in product_configs.SIZES
         }
@@ -298,7 +317,8 @@ def test_every_config_fits_the_kernel() -> None:
             assert kind == "addmm" or config.block_n in (config.block_m, 2 * config.block_m), (
                 generation
             )
-            assert config.variant == "pointers" or generation in (9, 10)
+            assert config.variant == "pointers" or generation in (9, 10, "specialized")
+            assert (config.variant == "specialized") == (generation == "specialized")
 
 
 # --------------------------------------------------------------------------------------------- CUDA
@@ -358,6 +378,74 @@ def test_on_cuda_the_error_is_that_of_cublas(
     )
     full = expected("addmm", x, a, x, 3.0)
     assert error(addmm(x, a, x, 3.0), full) <= 1.05 * error(torch.baddbmm(x, a, x, beta=3.0), full)
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs an H100 or H200",
+)
+CONSUMERS = {  # of the warp-specialized kernel
+    "one, wide tiles": product_configs.TileConfig(128, 256, 64, 4, 8, 3, "specialized", True),
+    "one, square tiles": product_configs.TileConfig(128, 128, 64, 8, 8, 5, "specialized", True),
+    "two": product_configs.TileConfig(128, 128, 64, 16, 4, 5, "specialized", True),
+}
+
+
+@hopper
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("consumers", CONSUMERS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 2048, 2048),
+        (48, 768, 768),  # many tiles a program
+        (2, 1000, 1496),  # tiles and steps along k beyond the end
+        (5, 648, 888),  # a row of tiles left over
+        (1, 1160, 4104),
+        (3, 1416, 72),  # two steps along k
+        (2, 256, 64),  # one
+        (4, 128, 8),
+        (3, 72, 40),  # less than a tile
+        (1, 5008, 80),
+    ],
+)
+def test_the_warp_specialized_kernel_has_the_bits_of_the_other_one(
+    shape: tuple[int, int, int], consumers: str, dtype: torch.dtype
+) -> None:
+    n, rows, cols = shape
+    x = (gaussian(n, rows, cols) / cols**0.5).cuda().to(dtype)
+    b, _ = polynomials(x)
+    a, c = gaussian(n, rows, rows).cuda().to(dtype), gaussian(n, rows, cols).cuda().to(dtype)
+    wide = torch.full((n, rows + 8, cols + 16), torch.nan, device="cuda", dtype=dtype)
+    wide[:, 8:, 8:-8] = x
+    view = wide[:, 8:, 8:-8]
+    plain = product_configs.TileConfig(128, 256, 64, 8, 8, 3, "persistent", True)
+    for given in (
+        (x, x.mT, None, 0.5, 0.0, True),
+        (view, view.mT, None, 0.5, 0.0, True),
+        (b, b, b, 0.5, 2.0, True),
+        (a, b, a, -0.5, 1.0, True),  # the lower triangle alone decides
+        (b, x, c, 1.0, 3.0, False),
+        (a, view, view, 1.0, 3.0, False),
+        (b, x, None, 2.0, 0.0, False),
+    ):
+        expected_bits = product(*given, config=plain)
+        for _ in range(3):
+            out = product(*given, config=CONSUMERS[consumers])
+            assert torch.equal(out, expected_bits)
+
+
+@hopper
+def test_the_warp_specialized_kernel_is_taken_where_it_was_measured() -> None:
+    import triton
+
+    device, measured = torch.device("cuda", 0), triton.__version__.startswith("3.6.")
+    for symmetric, has_c, rows in itertools.product(
+        (False, True), (False, True), (512, 2048, 4096)
+    ):
+        for fits, ends_fit in itertools.product((False, True), repeat=2):
+            config = product_configs.config_for(device, symmetric, has_c, rows, fits, ends_fit)
+            assert (config.variant == "specialized") == (measured and fits and ends_fit)
 
 
 @cuda
