@@ -501,7 +501,7 @@ class _Rank:
             )
         if layout.replicas == "share":
             whole = nm.gather_state(state, plan)
-            assert all(torch.equal(x.cpu(), whole[key]) for key, x in state.items())
+            assert all(torch.equal(x.cpu(), whole[key].cpu()) for key, x in state.items())
             state = {key: x.to(self.device) for key, x in whole.items()}
         return {**params, **state}
 
