@@ -9,8 +9,8 @@ its warps do. So this module is imported when its kernel is first wanted, and no
 
 A program goes from tile to tile. Loads of the next tile run while a tile ends, and its stores leave
 while the next one's product runs. With two consumers of 4 warps each, which take turns, one's
-product hides the other's end. Where a tile begins is read from a table, because a single warp would
-take as long to compute it as the ring lasts.
+product hides the other's end (warp_specialized_ends.py). Where a tile begins is read from a table:
+divisions and roots by the one warp that loads would delay the loads.
 
 Every buffer of the ring has two barriers, ``full`` (the loads have arrived) and ``empty`` (its
 product is done). A consumer's result has one buffer for each square of BLOCK_M: c is loaded into it
@@ -35,9 +35,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Since Triton 3.8 they have shorter names, and since 3.9 these alone.
+from .warp_specialized_ends import end_of_square, store_mirrored
+
+# Since Triton 3.8 it has a shorter name, and since 3.9 that alone.
 load_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_block = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @functools.cache
@@ -85,8 +86,7 @@ def _load(
     matrix, tile = gl.program_id(0) // tiles, gl.program_id(0) % tiles
     i0, j0 = _first_entry(first_entries, tile)
     for _ in range(gl.program_id(0), total, gl.num_programs(0)):
-        # The next tile's place is read while this one is loaded: one warp alone waits for nothing
-        # as long as for memory and divisions.
+        # The next tile's place is read while this one is loaded, so that no load waits for it.
         next_matrix, next_tile = _after(matrix, tile, tiles)
         next_i0, next_j0 = _first_entry(first_entries, next_tile)
         for step in range(steps):
@@ -112,49 +112,6 @@ def _load(
             count += 1
         turn += 1
         matrix, tile, i0, j0 = next_matrix, next_tile, next_i0, next_j0
-
-
-@gluon.jit
-def _end_of_square(
-    acc, out, square, alpha, beta, matrix, i0, j0,
-    SYMMETRIC: gl.constexpr, HAS_C: gl.constexpr, MIRROR: gl.constexpr, BLOCK: gl.constexpr,
-):  # fmt: skip
-    """Finishes a square of the result and stores it. Returns what its mirror image is made of.
-
-    ``square``: its buffer, in which c is, where there is one.
-    """
-    layout: gl.constexpr = acc.type.layout
-    flat = square.reshape((BLOCK, BLOCK))
-    acc = acc * alpha
-    if HAS_C:
-        acc += beta * flat.load(layout).to(gl.float32)
-    block = acc.to(out.dtype)
-    if SYMMETRIC:
-        if MIRROR:
-            if i0 == j0:
-                flat.permute((1, 0)).store(block)
-                mirrored = flat.load(layout)
-                i = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
-                j = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-                block = gl.where(gl.expand_dims(i, 1) >= gl.expand_dims(j, 0), block, mirrored)
-        if i0 >= j0:
-            flat.store(block)
-            fence_async_shared()
-            store_block(out, [matrix, i0, j0], square)
-    else:
-        flat.store(block)
-        fence_async_shared()
-        store_block(out, [matrix, i0, j0], square)
-    return block
-
-
-@gluon.jit
-def _store_mirrored(block, out, square, matrix, i0, j0, BLOCK: gl.constexpr):
-    """Stores a square's mirror image, if it is not on the diagonal."""
-    if i0 > j0:
-        square.reshape((BLOCK, BLOCK)).permute((1, 0)).store(block)
-        fence_async_shared()
-        store_block(out, [matrix, j0, i0], square)
 
 
 @gluon.jit
@@ -214,27 +171,27 @@ def _consume(
             mbarrier.wait(c_full.index(CONSUMER), turn & 1)
         first = squares.index(CONSUMER * SQUARES)
         if SQUARES == 1:
-            block = _end_of_square(
+            block = end_of_square(
                 acc, out, first, alpha, beta, matrix, i0, j0, SYMMETRIC, HAS_C, MIRROR, BLOCK_M
             )
             if SYMMETRIC:
                 tma.store_wait(0)
-                _store_mirrored(block, out, first, matrix, i0, j0, BLOCK_M)
+                store_mirrored(block, out, first, matrix, i0, j0, BLOCK_M)
         else:  # two squares, whose entries belong to the same threads
             second = squares.index(CONSUMER * SQUARES + 1)
             j1 = j0 + BLOCK_M
             left, right = gl.split(gl.permute(gl.reshape(acc, (BLOCK_M, 2, BLOCK_M)), (0, 2, 1)))
-            left = _end_of_square(
+            left = end_of_square(
                 left, out, first, alpha, beta, matrix, i0, j0, SYMMETRIC, HAS_C, MIRROR, BLOCK_M
             )
-            right = _end_of_square(
+            right = end_of_square(
                 right, out, second, alpha, beta, matrix, i0, j1, SYMMETRIC, HAS_C, MIRROR, BLOCK_M
             )
             if SYMMETRIC:
                 tma.store_wait(1)
-                _store_mirrored(left, out, first, matrix, i0, j0, BLOCK_M)
+                store_mirrored(left, out, first, matrix, i0, j0, BLOCK_M)
                 tma.store_wait(1)
-                _store_mirrored(right, out, second, matrix, i0, j1, BLOCK_M)
+                store_mirrored(right, out, second, matrix, i0, j1, BLOCK_M)
         turn += 1
     tma.store_wait(0)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import normuon_fn as nm
+from normuon_fn.compat import has_bfloat16_matrix_unit
 
 Fields = dict[str, Any]
 
@@ -27,6 +28,8 @@ def own_orthogonalizer(x: Tensor) -> Tensor:
     return x / torch.where(norm == 0, 1.0, norm)
 
 
+# A CPU with units for bfloat16 multiplies in it by default.
+OTHER_DTYPE = torch.float32 if has_bfloat16_matrix_unit(torch.device("cpu")) else torch.bfloat16
 # By field: values that are not its default.
 VALUES: dict[str, list[Any]] = {
     "momentum_form": ["sum"],
@@ -49,7 +52,7 @@ VALUES: dict[str, list[Any]] = {
     "safety_factor": [1.2],
     "steps": [4],
     "method": ["standard", "gram"],
-    "orthogonalize_dtype": [torch.bfloat16],
+    "orthogonalize_dtype": [OTHER_DTYPE],
     "orthogonalizer": [own_orthogonalizer],
     "momentum_dtype": [torch.bfloat16, "int8"],
     "state_device": ["cpu"],

@@ -281,6 +281,15 @@ def test_the_speeds_are_those_of_the_results() -> None:
         full = rows["normuon_fn graph, guard full"][1] if name == "1.3b" else ""
     assert [gpt2[1:], large[1:]] == found and guarded[1] == f"{float(full):.3g}"
     assert f"{found[1][0]} to {found[1][3]} with the 1.2 billion" in README
+    after = "## One H200, with the warp-specialized products"
+    peers = {row[0]: row for row in table(MEASURED, after=after, first="1.3B fp32")}
+    theirs = [
+        float(r[4].split()[0]) for k, r in peers.items() if k.startswith(("dion", "Emerging"))
+    ]
+    assert len(theirs) == 6
+    assert f"[{min(theirs):.1f} to {max(theirs):.1f} times](examples/guides/speed.md)" in README
+    now = peers["normuon_fn graph, guard off"][1]
+    assert f"GPT-2 124M and {now} ms for the 1.3B matrices, captured" in SPEED
     host = re.search(r"warm `step_` \| 144 / 1000 \| ([\d.]+) / ([\d.]+) ms", MEASURED)
     assert host
     few, many = (f"{float(x):.0f}" for x in host.groups())
