@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import compiling
 from .handles import remembered
 from .lazy import HAS_TRITON, INTERPRETED, jit, loaded, tl
 
@@ -52,8 +52,6 @@ def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
 
 
 _compiled: dict[Hashable, Any] = {}
-# A step and the thread that compiles its kernels beside it may want the same kernel.
-_one_at_a_time = threading.Lock()
 
 
 def launch(
@@ -66,6 +64,8 @@ def launch(
     **options: Any,
 ) -> None:
     """``kernel[(programs,)](*pointers, *constants, **options)``.
+
+    In `compiling.beforehand` the kernel is compiled and does not run.
 
     ``enable_fp_fusion``: whether a product and a sum may be rounded once, as one instruction. Every
     launch says so, because Triton's default depends on its version and on the environment.
@@ -86,9 +86,12 @@ def launch(
     if device.index != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(device):
             launch(kernel, programs, pointers, constants, **options)
+    elif compiling.is_beforehand():
+        if found is None:
+            compiling.begin(key, kernel, programs, (*pointers, *constants), options)
     elif found is None:
-        with _one_at_a_time:
-            _compiled[key] = kernel[(programs,)](*pointers, *constants, **options)
+        given = (*pointers, *constants)
+        _compiled[key] = compiling.first_launch(key, kernel, programs, given, options)
     else:
         found[(programs, 1, 1)](*pointers, *constants)
 

@@ -888,10 +888,10 @@ def bars(
 ) -> tuple[list[Bar], dict[str, list[Row]]]:
     """Everything that the project's bars name, in this process (the first step in its own).
 
-    ``until``: of the time that there is, the small workload gets a third.
+    ``until``: of the time that there is, the small workload gets two fifths.
     """
     now = time.monotonic()
-    until_small = until if math.isinf(until) else now + (until - now) / 3
+    until_small = until if math.isinf(until) else now + 0.4 * (until - now)
     small, large = ("tiny", "tiny") if tiny else ("gpt2", "1.3b")
     squares, wides = ("2x64x64", "2x64x256") if tiny else ("96x2048x2048", "48x2048x8192")
     found: list[Bar] = []

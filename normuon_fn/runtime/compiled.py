@@ -19,6 +19,7 @@ from torch import Tensor
 from ..compat import apart, observers, plain, without_autocast
 from ..distributed import placements
 from ..distributed.failures import named as named_failure
+from ..ops.compiling import beforehand
 from ..planning.checks import check_placements, check_plain, check_step
 from ..planning.common import agree_on_step
 from ..planning.hyperball import check_first_use, is_new
@@ -214,18 +215,19 @@ def _check_writable(plan: Plan, params: Tensors, state: Tensors) -> None:
 def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
     """Starts a thread that compiles the Triton kernels of a step while dynamo traces it.
 
-    It runs a step of one parameter of each kind, on zeros: the first step then finds its kernels.
-    Where matrices have rates of their own it takes two, because kernels for one are others. A
-    process that ends meanwhile waits for it: Python may not end under a thread in a compiler.
+    It takes a step of one parameter of each kind in `beforehand`: the first step then finds its
+    kernels. Where matrices have rates of their own it takes two, because kernels for one are
+    others. A process that ends meanwhile waits for it: Python may not end under a thread in a
+    compiler.
     """
     if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
         return
     threading.Thread(
-        target=_step_on_zeros, args=(plan, function), name="normuon_fn kernels", daemon=False
+        target=_compile_kernels, args=(plan, function), name="normuon_fn kernels", daemon=False
     ).start()
 
 
-def _step_on_zeros(plan: Plan, function: StepFunction) -> None:
+def _compile_kernels(plan: Plan, function: StepFunction) -> None:
     kinds: dict[Any, dict[Any, Any]] = {}
     for p in plan.parameters:
         kind = p.spec, p.route.algorithm, tuple((b.count, b.param) for b in p.blocks)
@@ -237,6 +239,7 @@ def _step_on_zeros(plan: Plan, function: StepFunction) -> None:
         contextlib.suppress(Exception),  # the step itself will raise it
         torch.cuda.device(plan.device),
         torch.cuda.stream(streams.beside(plan.device)),
+        beforehand(plan.device),
     ):
         params = {
             p.name: torch.zeros(p.spec.shape, dtype=p.spec.dtype, device=plan.device) for p in some

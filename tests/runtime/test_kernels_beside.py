@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import normuon_fn as nm
+from normuon_fn.ops.lazy import HAS_TRITON
 from normuon_fn.runtime import compiled
 from normuon_fn.step import local_update_
 
+from ..scripts import run
 
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize("own", [False, True])
 def test_kernels_for_rates_of_their_own_are_compiled_beside_where_matrices_have_them(
     own: bool, monkeypatch: pytest.MonkeyPatch
@@ -26,5 +32,45 @@ def test_kernels_for_rates_of_their_own_are_compiled_beside_where_matrices_have_
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.no_grad())
     monkeypatch.setattr(compiled.streams, "beside", lambda _: None)
-    compiled._step_on_zeros(plan, function)  # type: ignore[arg-type]
+    compiled._compile_kernels(plan, function)  # type: ignore[arg-type]
     assert seen == [(2, True, torch.Size([2])) if own else (1, False, torch.Size([]))]
+
+
+FIRST_STEP = """
+import threading
+import torch, triton
+import normuon_fn as nm
+from normuon_fn.runtime import compiled
+from normuon_fn.step import local_update_
+
+beforehand, first_step = [], []
+seen = beforehand
+
+def listener(src, **_):
+    seen.append(src.fn.__name__)
+    assert seen is first_step or threading.current_thread().name.startswith("normuon_fn compiler")
+
+shapes = {"embed.weight": (512, 384), "norm": (384,)}
+shapes |= {f"{k}.weight": (384, 384) for k in range(6)}
+shapes |= {f"up.{k}": (1536, 384) for k in range(3)} | {f"down.{k}": (384, 1536) for k in range(3)}
+params = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
+grads = {name: torch.randn_like(p) for name, p in params.items()}
+routes = {"embed.weight": nm.Route("adamw"), "norm": nm.Route("adamw"), "*": nm.Route("normuon")}
+plan = nm.make_plan(params, nm.Config(guard=GUARD), routes=routes)
+state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.01)
+triton.knobs.compilation.listener = listener
+compiled._compile_kernels(plan, local_update_)
+seen = first_step
+nm.step_(params, grads, state, hyper, plan)
+ours = [name for name in first_step if not name.startswith("triton_")]
+assert beforehand and not ours, ours
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("guard", ["off", "full"])
+def test_the_first_step_finds_every_kernel_compiled(guard: str, tmp_path: Path) -> None:
+    script = tmp_path / "first_step.py"
+    script.write_text(FIRST_STEP.replace("GUARD", repr(guard)))
+    caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    run(script, env={name: str(tmp_path / name) for name in caches})
