@@ -98,6 +98,10 @@ ALLOWED: dict[str, tuple[Callable[[Fields], bool], str]] = {
         lambda beside: True,
         "both are the same products in another order, and 'auto' is one of them",
     ),
+    "orthogonalize_dtype": (
+        lambda beside: "orthogonalizer" in beside and torch.float32 == OTHER_DTYPE,
+        "float32 is what an orthogonalizer of one's own is given; where that is narrow, it is said",
+    ),
     "guard_scope": (
         lambda beside: "guard" not in beside,
         "NorMuon(guard=) and dataclasses.replace add the guard later",

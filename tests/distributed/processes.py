@@ -78,8 +78,6 @@ def _rank(
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    else:  # accelerate numbers a CPU as it would a GPU that it sees: "cpu:0"
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         init_method=f"file://{folder}/store-{world}",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -284,9 +284,18 @@ def main(folder: Path, rank: int, world: int, device: torch.device) -> dict[str,
         pass
     else:
         cases["accelerate"] = lambda: accelerated(str(folder))
-    if importlib.util.find_spec("transformers"):
+    if resumes_on_cpu_ranks():
         cases["trainer"] = lambda: trained(folder)
     return {name: case() for name, case in cases.items()}
+
+
+def resumes_on_cpu_ranks() -> bool:
+    """Whether the Trainer does: before 5.18, transformers has torch load to "cpu:0"."""
+    try:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, found.split(".")[:2])) >= (5, 18)
 
 
 def compiled(rank: int, world: int, device: torch.device) -> dict[str, Any]:
