@@ -271,15 +271,27 @@ def test_what_a_restart_leaves_is_what_the_soaks_saw() -> None:
 
 def test_the_speeds_are_those_of_the_results() -> None:
     _, gpt2, large, guarded, plain, plain_gpt2 = table(SPEED, after="## Cost", first="matrices")
-    found = []
-    for name in ("gpt2", "1.3b"):
-        rows = {row[0]: row for row in table(MEASURED, after=f"#### {name} fp32", first="row")}
-        row = [rows[k] for k in ("normuon_fn graph, guard off", "torch Muon", "torch AdamW fused")]
-        found.append([f"{float(x):.3g}" for x in (row[0][1], row[0][6], row[1][1], row[2][1])])
-        alone = {"gpt2": plain_gpt2, "1.3b": plain}[name]
-        assert alone[1] == f"{float(rows['normuon_fn step_, guard off'][1]):.3g}"
-        full = rows["normuon_fn graph, guard full"][1] if name == "1.3b" else ""
-    assert [gpt2[1:], large[1:]] == found and guarded[1] == f"{float(full):.3g}"
+    ours, full, eager = (
+        f"normuon_fn {what}"
+        for what in ("graph, guard off", "graph, guard full", "step_, guard off")
+    )
+    muon, adamw = "torch Muon", "torch AdamW fused"
+    found, newest = [], "## One H200, at 0f06f88"
+    for name, line, alone in (("GPT-2", gpt2, plain_gpt2), ("1.3B", large, plain)):
+        rows = {row[0]: row for row in table(MEASURED, after=newest, first=f"{name} fp32")}
+        taken = (rows[ours][1], rows[ours][5], rows[muon][1], rows[adamw][1])
+        found.append([f"{float(x):.3g}" for x in taken])
+        assert [*line[1:3], *line[5:]] == found[-1]
+        assert alone[1] == f"{float(rows[eager][1]):.3g}"
+        peers = [float(row[1]) for k, row in rows.items() if k.startswith("dion")]
+        digits = 2 if name == "GPT-2" else 3
+        assert line[3].removesuffix(", captured") == f"{min(peers):.{digits}g}"
+        assert ("captured" in line[3]) == (name == "GPT-2")
+        others = [float(row[1]) for k, row in rows.items() if k.startswith("Emerging")]
+        assert line[4] == "".join(f"{x:.3g}" for x in others)
+        if name == "GPT-2":
+            assert plain_gpt2[3] == f"{float(rows['dion NorMuon Triton'][1]):.3g}"
+    assert guarded[1] == f"{float(rows[full][1]):.3g}"
     assert f"{found[1][0]} to {found[1][3]} with the 1.2 billion" in README
     after = "## One H200, with the warp-specialized products"
     peers = {row[0]: row for row in table(MEASURED, after=after, first="1.3B fp32")}
@@ -288,7 +300,7 @@ def test_the_speeds_are_those_of_the_results() -> None:
     ]
     assert len(theirs) == 6
     assert f"[{min(theirs):.1f} to {max(theirs):.1f} times](examples/guides/speed.md)" in README
-    now = peers["normuon_fn graph, guard off"][1]
+    now = peers[ours][1]
     assert f"GPT-2 124M and {now} ms for the 1.3B matrices, captured" in SPEED
     host = re.search(r"warm `step_` \| 144 / 1000 \| ([\d.]+) / ([\d.]+) ms", MEASURED)
     assert host
@@ -313,7 +325,8 @@ def test_the_speeds_are_those_of_the_results() -> None:
 
 def test_the_memory_and_the_first_step_are_those_of_the_results() -> None:
     text, memory = (" ".join(page.split()) for page in (README, guides.text("memory.md")))
-    above = re.search(r"memory over .* at 1.3B, .*\| ([\d.]+) / ([\d.]+) GiB \| met", MEASURED)
+    newest = MEASURED[MEASURED.index("## One H200, at 0f06f88") :]
+    above = re.search(r"memory over .* at 1.3B, .*\| ([\d.]+) / ([\d.]+) GiB \| met", newest)
     assert above
     assert f"At 1.3B the step takes {above[1]} GiB ({above[2]} with a guard)" in text
     assert f"{above[1]} GiB above parameters, gradients and state, and {above[2]} with a" in memory

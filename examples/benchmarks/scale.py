@@ -214,6 +214,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             place = os.path.join(caches, cache.replace(" ", "_") or "none")
             found = in_process(args.device, part, matrices, args.calls, count, place)
             rows.append({"name": name, "part": part, "matrices": matrices, **found})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # kept if this is cut off
     for row in rows:
         kind = "part" if row["part"] == "groups" else "name"  # whose first row is the baseline
         base = next(other for other in rows if other[kind] == row[kind])
