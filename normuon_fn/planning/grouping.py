@@ -15,7 +15,7 @@ import torch
 from ..algorithm.work import Own, OwnRates
 from ..types import Config
 from .buckets import Group
-from .parameters import Decided, Piece
+from .parameters import Decided, SizedBlock
 
 
 def stays_apart(shared: bool, config: Config) -> bool:
@@ -47,18 +47,18 @@ def rate_tensors(table: Sequence[Own], device: torch.device) -> OwnRates | None:
 
 def groups_of(decided: Sequence[Decided], config: Config) -> list[tuple[torch.dtype, Group]]:
     """Blocks of one shape and dtype, and their dtype."""
-    alike: dict[tuple[Any, ...], list[tuple[Piece, Own]]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[SizedBlock, Own]]] = {}
     for each in decided:
         p, route = each.parameter, each.parameter.route
-        for piece in each.pieces:
+        for sized in each.sized_blocks:
             key: tuple[Any, ...] = (
-                piece.rows, piece.cols, p.spec.dtype, piece.ownership, each.master,
+                sized.rows, sized.cols, p.spec.dtype, sized.ownership, each.master,
                 route.transposed, *route.of_matrices(config),
             )  # fmt: skip
             own = own_of(each)
-            if stays_apart(piece.ownership is not None, config):
+            if stays_apart(sized.ownership is not None, config):
                 key = (*key, own)
-            alike.setdefault(key, []).append((piece, own))
+            alike.setdefault(key, []).append((sized, own))
     found = []
     for (
         rows,
@@ -72,14 +72,14 @@ def groups_of(decided: Sequence[Decided], config: Config) -> list[tuple[torch.dt
         *apart,
     ), pairs in alike.items():
         pairs.sort(key=lambda pair: pair[0].owner or 0)
-        owners = [piece.owner for piece, _ in pairs if piece.block.count]
-        local = [(piece.block, own) for piece, own in pairs if piece.block.count]
+        owners = [sized.owner for sized, _ in pairs if sized.block.count]
+        local = [(sized.block, own) for sized, own in pairs if sized.block.count]
         shared = ownership is not None
         group = Group(
             rows=rows, cols=cols, master=master, transposed=transposed,
             decay=decay, cautious_update=cautious,
             blocks=tuple(block for block, _ in local),
-            names=tuple(piece.name for piece, _ in pairs), ownership=ownership,
+            names=tuple(sized.name for sized, _ in pairs), ownership=ownership,
             owners=tuple(owner for owner in owners if owner is not None),
             own=tuple(apart if shared or not local else (own for _, own in local)),
         )  # fmt: skip

@@ -36,8 +36,8 @@ Read = tuple[
 ]  # a block: how it is read, as how many matrices of how many rows and columns
 
 
-class Piece(NamedTuple):
-    """One block of a parameter, and what groups it with others."""
+class SizedBlock(NamedTuple):
+    """One block of a parameter, the size of its matrices, and who computes them."""
 
     name: str
     block: Block
@@ -55,7 +55,7 @@ class Decided:
     state: dict[str, Spec]
     master: str  # the state that makes a float32 master of it, or none
     chance: bool  # it is rounded by chance instead
-    pieces: tuple[Piece, ...] = ()
+    sized_blocks: tuple[SizedBlock, ...] = ()
     salts: tuple[int, ...] = ()  # of a parameter of AdamW's
 
 
@@ -104,15 +104,17 @@ def decide(
             )
     entries = [state for state in stages.states if state.per == "entry"]
     found = _entry_states(parameter, [*states, *entries], config)
-    pieces, specs = _matrices(parameter, tensor, config, mesh, chance, stages)
+    sized_blocks, specs = _matrices(parameter, tensor, config, mesh, chance, stages)
     for state, spec in specs:
         found[f"{name}.{state.name}"] = replace(spec, dtype=state.dtype_for(config, tensor.dtype))
     if config.state_device == "cpu":
-        check_alone(name, placed, [piece.ownership for piece in pieces])
-        own, found = in_host_memory(name, [piece.block for piece in pieces], found)
-        pieces = tuple(x._replace(block=block) for x, block in zip(pieces, own, strict=True))
-    blocks = tuple(piece.block for piece in pieces if piece.block.count)
-    return Decided(replace(parameter, blocks=blocks), found, master, chance, pieces)
+        check_alone(name, placed, [sized.ownership for sized in sized_blocks])
+        own, found = in_host_memory(name, [sized.block for sized in sized_blocks], found)
+        sized_blocks = tuple(
+            x._replace(block=block) for x, block in zip(sized_blocks, own, strict=True)
+        )
+    blocks = tuple(sized.block for sized in sized_blocks if sized.block.count)
+    return Decided(replace(parameter, blocks=blocks), found, master, chance, sized_blocks)
 
 
 def _entry_states(parameter: Parameter, states: Sequence[State], config: Config) -> dict[str, Spec]:
@@ -166,7 +168,7 @@ def _matrices(
     mesh: Ranks | None,
     chance: bool,
     stages: Stages,
-) -> tuple[tuple[Piece, ...], list[tuple[State, Spec]]]:
+) -> tuple[tuple[SizedBlock, ...], list[tuple[State, Spec]]]:
     """The blocks of a parameter; states with a number per row, column or block, and their specs."""
     name, route, placed = parameter.name, parameter.route, parameter.spec.sharded
     read = read_as_matrices(name, tensor, route)
@@ -175,12 +177,14 @@ def _matrices(
     shape, views = line_views(local, by_row)
     of_scales, scale_of = scale_views(local)
     where = () if placed is None else placed.local_part
-    pieces = []
+    sized_blocks = []
     for (_, _, rows, cols), (view, n, _, _), line, scale, ownership in zip(
         read, local, views, scale_of, ownerships, strict=True
     ):
         salts = _salts(config.seed, name, (where, view.start), n if chance else 0)
-        pieces.append(Piece(name, Block(name, n, view, line, scale, salts), rows, cols, ownership))
+        sized_blocks.append(
+            SizedBlock(name, Block(name, n, view, line, scale, salts), rows, cols, ownership)
+        )
     specs = []
     for state in stages.states:
         if state.per == "line":
@@ -189,7 +193,7 @@ def _matrices(
         elif state.per == "block":
             placement = _scale_placement(name, read, of_scales, placed)
             specs.append((state, Spec(of_scales, torch.uint8, placement)))
-    return tuple(pieces), specs
+    return tuple(sized_blocks), specs
 
 
 def _local(

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..algorithm.stages import Stages
 from ..distributed.owners import Shared
-from .parameters import Decided, Piece
+from .parameters import Decided, SizedBlock
 from .plan import OwnedState
 
 
@@ -24,19 +24,21 @@ def with_owned_state(
     Raises:
         ValueError: a DTensor has replicas: where it is, and with it its state, its placements say.
     """
-    shared: dict[str, list[Piece]] = {}
+    shared: dict[str, list[SizedBlock]] = {}
     for each in decided:
-        pieces = [piece for piece in each.pieces if piece.ownership is not None]
-        if any(p.ownership is not None and p.ownership.replicas.size > 1 for p in pieces):
+        sized_blocks = [sized for sized in each.sized_blocks if sized.ownership is not None]
+        if any(p.ownership is not None and p.ownership.replicas.size > 1 for p in sized_blocks):
             _check_plain(each)
-            shared[each.parameter.name] = pieces
+            shared[each.parameter.name] = sized_blocks
     if not shared:
         return list(decided), OwnedState()
     ownership = next(iter(shared.values()))[0].ownership
     assert ownership is not None
     _add_owners(shared, ownership.replicas.size, owners)
     found = [
-        replace(each, pieces=tuple(x._replace(owner=owners[x.name]) for x in each.pieces))
+        replace(
+            each, sized_blocks=tuple(x._replace(owner=owners[x.name]) for x in each.sized_blocks)
+        )
         if each.parameter.name in shared
         else each
         for each in decided
@@ -52,9 +54,9 @@ def with_owned_state(
     return found, OwnedState(ownership.group, own, kinds, elsewhere, (note,))
 
 
-def _add_owners(shared: dict[str, list[Piece]], replicas: int, owners: dict[str, int]) -> None:
+def _add_owners(shared: dict[str, list[SizedBlock]], replicas: int, owners: dict[str, int]) -> None:
     """The most expensive parameter first, each to the replica with the least work so far."""
-    costs = {name: sum(map(_cost, pieces)) for name, pieces in shared.items()}
+    costs = {name: sum(map(_cost, sized_blocks)) for name, sized_blocks in shared.items()}
     busy = [0.0] * replicas
     for name in [name for name in shared if name in owners]:  # in an order that all ranks have
         busy[owners[name]] += costs[name]
@@ -64,10 +66,10 @@ def _add_owners(shared: dict[str, list[Piece]], replicas: int, owners: dict[str,
         busy[owners[name]] += costs[name]
 
 
-def _cost(piece: Piece) -> float:
-    assert piece.ownership is not None
-    matrices = piece.block.count
-    return matrices * Shared(piece.ownership, matrices, piece.rows, piece.cols).cost
+def _cost(sized: SizedBlock) -> float:
+    assert sized.ownership is not None
+    matrices = sized.block.count
+    return matrices * Shared(sized.ownership, matrices, sized.rows, sized.cols).cost
 
 
 def _check_plain(each: Decided) -> None:

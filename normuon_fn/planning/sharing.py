@@ -16,7 +16,7 @@ from ..distributed.placements import check_alike
 from ..distributed.sharing import global_ranks, is_open, narrowed, replicas_to_share
 from ..types import Config, Row
 from .buckets import Bucket, SharedBucket
-from .parameters import Decided, Piece
+from .parameters import Decided, SizedBlock
 
 # How much longer a product of float32 or float64 takes than one of 16 bits: H200 data sheet,
 # 67 TFLOP/s against the 544 that were measured.
@@ -37,18 +37,21 @@ def with_sharing(
     """
     if config.orthogonalizer is not None:
         return list(decided), ()
-    alike: dict[Any, list[Piece]] = {}
+    alike: dict[Any, list[SizedBlock]] = {}
     for each in decided:
-        for piece in each.pieces:
-            if piece.ownership is not None and piece.ownership.replicas.size > 1:
-                alike.setdefault(_key(each, piece), []).append(piece)
+        for sized in each.sized_blocks:
+            if sized.ownership is not None and sized.ownership.replicas.size > 1:
+                alike.setdefault(_key(each, sized), []).append(sized)
     found: dict[Any, int] = {}
     lines: list[str] = []
     said: dict[str, list[str]] = {}  # by process group
-    for key, pieces in alike.items():
+    for key, sized_blocks in alike.items():
         (short, long), dtype, *_ = key
         form = choose(chosen, config.method, config.orthogonalize_dtype, short, long, device, dtype)
-        ownership, matrices = pieces[0].ownership, sum(piece.block.count for piece in pieces)
+        ownership, matrices = (
+            sized_blocks[0].ownership,
+            sum(sized.block.count for sized in sized_blocks),
+        )
         assert ownership is not None
         load = load_of(form, chosen.rows, short, long, matrices, ownership)
         found[key], every = replicas_to_share(load), len(load.ranks)
@@ -62,13 +65,13 @@ def with_sharing(
     if not lines:
         return list(decided), ()
 
-    def settled(each: Decided, piece: Piece) -> Piece:
-        if piece.ownership is None or (key := _key(each, piece)) not in found:
-            return piece
-        return piece._replace(ownership=narrowed(piece.ownership, found[key]))
+    def settled(each: Decided, sized: SizedBlock) -> SizedBlock:
+        if sized.ownership is None or (key := _key(each, sized)) not in found:
+            return sized
+        return sized._replace(ownership=narrowed(sized.ownership, found[key]))
 
     return [
-        replace(each, pieces=tuple([settled(each, piece) for piece in each.pieces]))
+        replace(each, sized_blocks=tuple([settled(each, sized) for sized in each.sized_blocks]))
         for each in decided
     ], tuple(lines)
 
@@ -107,11 +110,11 @@ def flop_of(form: Form, coefficients: Sequence[Row], rows: int, cols: int) -> fl
     return starts * whole + (squares + 3 * (steps - starts)) * small
 
 
-def _key(each: Decided, piece: Piece) -> tuple[Any, ...]:
+def _key(each: Decided, sized: SizedBlock) -> tuple[Any, ...]:
     """Which matrices are decided about together: about those of a bucket."""
-    ownership: Ownership | None = piece.ownership
+    ownership: Ownership | None = sized.ownership
     assert ownership is not None
-    size = tuple(sorted((piece.rows, piece.cols)))
+    size = tuple(sorted((sized.rows, sized.cols)))
     dtype = each.parameter.spec.dtype
     return size, dtype, ownership.group, ownership.shards, ownership.replicas
 
