@@ -1,6 +1,6 @@
 """A kernel's compilation: at its first launch, or beforehand, many at a time.
 
-A kernel takes Triton 0.1 to 2 s, and the first step of GPT-2 needs 17. While it compiles Triton
+A kernel takes Triton 0.1 to 2 s, and the first step of GPT-2 needs 16. While it compiles Triton
 lets other threads of Python run, so threads do it beside each other.
 """
 
