@@ -91,7 +91,7 @@ def launch(
             compiling.begin(key, kernel, programs, (*pointers, *constants), options)
     elif found is None:
         given = (*pointers, *constants)
-        _compiled[key] = compiling.first_launch(key, kernel, programs, given, options)
+        _compiled[key] = compiling.first_launch(kernel, programs, given, options)
     else:
         found[(programs, 1, 1)](*pointers, *constants)
 

@@ -8,6 +8,7 @@ A step that cannot be compiled, or that somebody observes, runs operation by ope
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,8 @@ from .lost_updates import warn_of_lost_updates
 from .outside import free, graph_of
 from .recent import MANY, Recent
 from .unread import warn_of_unread
+
+logger = logging.getLogger("normuon_fn")
 
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
@@ -235,21 +238,24 @@ def _compile_kernels(plan: Plan, function: StepFunction) -> None:
         if len(alike) < (1 if plan.own_rates is None else 2):
             alike.setdefault(rates, p)
     some = [p for alike in kinds.values() for p in alike.values()]
-    with (
-        contextlib.suppress(Exception),  # the step itself will raise it
-        torch.cuda.device(plan.device),
-        torch.cuda.stream(streams.beside(plan.device)),
-        beforehand(plan.device),
-    ):
-        params = {
-            p.name: torch.zeros(p.spec.shape, dtype=p.spec.dtype, device=plan.device) for p in some
-        }
-        decisions = {p.name: Decision(p.route, p.reason) for p in some}
-        hyper, hyper_of = Hyper.of(params, lr=0.0), None
-        if plan.hypers:
-            hyper, hyper_of = (
-                Hyper.stack([hyper] * len(some)),
-                {p.name: k for k, p in enumerate(some)},
-            )
-        few = plan_of(params, decisions, plan.config, hyper_of=hyper_of)
-        function(params, params, init(params, few), hyper, few)
+    try:
+        with (
+            torch.cuda.device(plan.device),
+            torch.cuda.stream(streams.beside(plan.device)),
+            beforehand(plan.device),
+        ):
+            params = {
+                p.name: torch.ones(p.spec.shape, dtype=p.spec.dtype, device=plan.device)
+                for p in some
+            }
+            decisions = {p.name: Decision(p.route, p.reason) for p in some}
+            hyper, hyper_of = Hyper.of(params, lr=0.0), None
+            if plan.hypers:
+                hyper, hyper_of = (
+                    Hyper.stack([hyper] * len(some)),
+                    {p.name: k for k, p in enumerate(some)},
+                )
+            few = plan_of(params, decisions, plan.config, hyper_of=hyper_of)
+            function(params, params, init(params, few), hyper, few)
+    except Exception:  # the step itself raises what is wrong with it
+        logger.debug("The first step compiles its kernels by itself", exc_info=True)

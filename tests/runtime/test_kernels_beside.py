@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from ..scripts import run
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("form", ["decoupled", "hyperball"])
 def test_kernels_for_rates_of_their_own_are_compiled_beside_where_matrices_have_them(
-    own: bool, monkeypatch: pytest.MonkeyPatch
+    form: Literal["decoupled", "hyperball"], own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = {f"{k}.weight": torch.randn(8, 16) for k in range(6)}
     hyper_of = {name: k for k, name in enumerate(params)} if own else None
-    plan = nm.make_plan(params, nm.Config(), hyper_of=hyper_of)
+    plan = nm.make_plan(params, nm.Config(weight_decay_form=form), hyper_of=hyper_of)
     seen: list[tuple[int, bool, torch.Size]] = []
 
     def function(p: object, g: object, s: object, hyper: nm.Hyper, few: nm.Plan) -> None:
