@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +16,14 @@ from .rounding_kernels import joined_with, parted, rounded_by_chance
 from .tables import address_table, chunk_table, salt_table
 
 CHUNK, BLOCK = 16384, 2048  # entries of a program, and entries that it loads at a time
-_NUMBERS = (  # loaded one at a time: no variant of the kernel is needed for where they begin
-    "flags_ptr", "lr_ptr", "decay_ptr", "beta1_ptr", "beta2_ptr", "eps_ptr",
-    "correction1_ptr", "correction2_ptr", "skip_ptr", "step_ptr",
+
+
+@jit(
+    do_not_specialize_on_alignment=[  # loaded one at a time, wherever they begin
+        "flags_ptr", "lr_ptr", "decay_ptr", "beta1_ptr", "beta2_ptr", "eps_ptr",
+        "correction1_ptr", "correction2_ptr", "skip_ptr", "step_ptr",
+    ]
 )  # fmt: skip
-
-
-@functools.partial(jit, do_not_specialize_on_alignment=_NUMBERS)
 def adamw_kernel(
     addresses, chunks, flags_ptr, lr_ptr, decay_ptr, beta1_ptr, beta2_ptr, eps_ptr,
     correction1_ptr, correction2_ptr, skip_ptr, salts, step_ptr, norms_ptr, stride,

@@ -8,7 +8,6 @@ three measure each of the n matrices, and return `Measures`: largest, power and 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from .tables import matrix_table
 TILE, LOOP = 2048, 4  # entries of a tile, and tiles of a strip
 
 
-@functools.partial(jit, do_not_specialize_on_alignment=["beta_ptr", "keep_ptr"])
+@jit(do_not_specialize_on_alignment=["beta_ptr", "keep_ptr"])
 def front_kernel(
     table, beta_ptr, keep_ptr, largest_ptr, squares_ptr, norms_ptr, scales,
     rows, cols, across, strips, beta_stride,
@@ -114,7 +113,7 @@ def front_kernel(
         tl.store(norms_ptr + 2 * pid + 1, tl.sum(tl.sum(total_new, 1), 0))
 
 
-@functools.partial(jit, do_not_specialize=["n"])
+@jit(do_not_specialize=["n"])
 def combine_kernel(largest_ptr, squares_ptr, out_ptr, n, strips, BLOCK: tl.constexpr):
     """From the strips of one matrix to out [3, n] float32: largest, power, squares."""
     matrix = tl.program_id(0).to(tl.int64)

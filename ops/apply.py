@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from .rounding_kernels import joined_with, parted, rounded_by_chance
 from .tables import matrix_table, salt_table
 
 
-@functools.partial(jit, do_not_specialize_on_alignment=["decay_ptr", "skip_ptr", "step_ptr"])
+@jit(do_not_specialize_on_alignment=["decay_ptr", "skip_ptr", "step_ptr"])
 def apply_kernel(
     table, update_ptr, factor_ptr, decay_ptr, skip_ptr, salts, step_ptr, norms_ptr,
     rows, cols, across, tiles, stride_n, stride_r, stride_c, decay_stride,

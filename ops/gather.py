@@ -5,8 +5,6 @@ The momentum's update is scaled, cast, and transposed where it is tall.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from .lists import part_of_list, total
 from .tables import matrix_table
 
 
-@functools.partial(jit, do_not_specialize_on_alignment=["beta_ptr", "power_ptr", "inverse_ptr"])
+@jit(do_not_specialize_on_alignment=["beta_ptr", "power_ptr", "inverse_ptr"])
 def gather_kernel(
     table, beta_ptr, power_ptr, inverse_ptr, out_ptr, scales,
     rows, cols, across, tiles, beta_stride,

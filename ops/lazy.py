@@ -7,6 +7,7 @@ the places of the functions, where kernels that call others find them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -48,8 +49,10 @@ _waiting: list[Kernel] = []
 _lock = threading.RLock()
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Any:
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """`triton.jit`, later; the function itself where triton is not installed."""
+    if function is None:  # a decorator with options
+        return functools.partial(jit, **options)
     if not HAS_TRITON:
         return function
     if _IS_THERE:

@@ -10,8 +10,6 @@ stored twice: as it is, and mirrored. Both triangles therefore agree bit for bit
 
 from __future__ import annotations
 
-import functools
-
 from .launch import jit, tl
 from .product_ends import end_of_tile
 
@@ -125,7 +123,7 @@ def _store(
         tl.store(out + wide_i[:, None] * cols + j[None, :], block, mask=inside)
 
 
-@functools.partial(jit, do_not_specialize=["tiles"])
+@jit(do_not_specialize=["tiles"])
 def pointer_kernel(
     a,  # [n, rows, depth]
     b,  # [n, depth, cols]
@@ -225,7 +223,7 @@ def _descriptor_tile(
         )  # fmt: skip
 
 
-@functools.partial(jit, do_not_specialize=["tiles", "total"])
+@jit(do_not_specialize=["tiles", "total"])
 def descriptor_kernel(
     a,  # descriptor of [n, rows, depth]
     b,  # of [n, depth, cols], or of [n, cols, depth] when B_TRANSPOSED
