@@ -28,7 +28,6 @@ import math
 import os
 import statistics
 import tarfile
-import threading
 import time
 import traceback
 from collections.abc import Generator, Sequence
@@ -389,9 +388,6 @@ class Lane:
 
     def _capture(self) -> None:
         """Both as CUDA graphs; where that fails, it is said, and kernels are launched singly."""
-        for thread in threading.enumerate():
-            if thread.name == "normuon_fn kernels":
-                thread.join()
         torch.cuda.synchronize()
         try:
             graphs, pool = [], torch.cuda.graph_pool_handle()  # one pool: they never run together

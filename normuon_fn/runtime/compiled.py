@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -151,6 +151,7 @@ def _run_compiled(
         graphs = _graphs.setdefault(plan, Recent(dropped=free))
         finalize(plan, graphs.drop_all).atexit = False
     compiled = graphs.get((function, missing))
+    kernels_beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if compiled is None:
         if not graphs:
             warn_of_lost_updates(plan, params, hyper)
@@ -160,7 +161,7 @@ def _run_compiled(
                 check_first_use(plan, params)
         if not graphs and plan.device.type == "cuda" and not observers.is_capturing(plan.device):
             check_step(plan, *passed, hyper, found_inf)
-            _compile_kernels_beside(plan, function)
+            kernels_beside = _compiling_kernels_beside(plan, function)
     try:
         if function is local_update_:
             _check_writable(plan, params, state)
@@ -178,7 +179,7 @@ def _run_compiled(
             params, grads, state = map(_plain_of, (params, grads, state))
         if plan.one_storage:
             params = {name: apart(p) for name, p in params.items()}
-        with without_autocast(plan.device):
+        with kernels_beside, without_autocast(plan.device):
             return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
     except NotCompiled:
         raise
@@ -215,19 +216,28 @@ def _check_writable(plan: Plan, params: Tensors, state: Tensors) -> None:
         _written[plan] = tensors
 
 
-def _compile_kernels_beside(plan: Plan, function: StepFunction) -> None:
-    """Starts a thread that compiles the Triton kernels of a step while dynamo traces it.
+@contextlib.contextmanager
+def _compiling_kernels_beside(plan: Plan, function: StepFunction) -> Iterator[None]:
+    """A thread compiles the Triton kernels of a step while dynamo traces it here.
 
     It takes a step of one parameter of each kind in `beforehand`: the first step then finds its
     kernels. Where matrices have rates of their own it takes two, because kernels for one are
-    others. A process that ends meanwhile waits for it: Python may not end under a thread in a
-    compiler.
+    others. At the end it is done: a capture that the user begins after the first step would fail
+    if another thread were at work on the device.
     """
     if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
+        yield
         return
-    threading.Thread(
-        target=_compile_kernels, args=(plan, function), name="normuon_fn kernels", daemon=False
-    ).start()
+    thread = threading.Thread(
+        target=_compile_kernels, args=(plan, function), name="normuon_fn kernels"
+    )
+    with contextlib.suppress(RuntimeError):  # no thread can be had: the step compiles by itself
+        thread.start()
+    try:
+        yield
+    finally:
+        if thread.ident is not None:  # it began
+            thread.join()
 
 
 def _compile_kernels(plan: Plan, function: StepFunction) -> None:

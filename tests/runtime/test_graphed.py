@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -606,9 +605,6 @@ MUCH = (
 
 def allocated_by_us_sync() -> int:
     """Bytes that are left when all is done and gone."""
-    for thread in threading.enumerate():
-        if thread.name == "normuon_fn kernels":
-            thread.join()
     gc.collect()
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()

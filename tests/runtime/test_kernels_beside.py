@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,34 @@ def test_kernels_for_rates_of_their_own_are_compiled_beside_where_matrices_have_
     assert seen == [(2, True, torch.Size([2])) if own else (1, False, torch.Size([]))]
 
 
+def plan_of_one() -> nm.Plan:
+    return nm.make_plan({"0.weight": torch.randn(8, 16)}, nm.Config())
+
+
+def test_no_thread_is_left_at_work_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, done = threading.Event(), threading.Event()
+
+    def compile_kernels(*_: object) -> None:
+        assert traced.wait(20)
+        done.set()
+
+    monkeypatch.setattr(compiled, "_compile_kernels", compile_kernels)
+    with compiled._compiling_kernels_beside(plan_of_one(), local_update_):
+        traced.set()
+    assert done.is_set()
+
+
+def test_without_a_thread_the_first_step_compiles_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with compiled._compiling_kernels_beside(plan_of_one(), local_update_):
+        pass
+
+
 FIRST_STEP = """
 import threading
 import torch, triton
@@ -66,6 +95,8 @@ nm.step_(params, grads, state, hyper, plan)
 assert beforehand and all(thread.startswith("normuon_fn compiler") for _, thread in beforehand)
 ours = [name for name, _ in first_step if not name.startswith("triton_")]
 assert not ours, ours
+left = [t.name for t in threading.enumerate() if t.name.startswith("normuon_fn")]
+assert not left, left  # a capture may begin at once
 """
 
 
