@@ -698,19 +698,19 @@ def section(about: dict[str, Any], runs: Runs) -> str:
         if not all(map(math.isfinite, (*normuon, *muon))):
             continue
         apart = max(normuon) < min(muon) or min(normuon) > max(muon)
-        words = "further apart than their seeds" if apart else "no further apart than their seeds"
+        words = "do not overlap" if apart else "differ by no more than their seeds do"
         mean = statistics.mean(normuon) - statistics.mean(muon)
-        seen.append(f"- {ratio} tokens per parameter: NorMuon and Muon are {words} ({mean:+.4f}).")
+        seen.append(f"- {ratio} tokens per parameter: NorMuon and Muon {words} ({mean:+.4f}).")
         others = {o: [runs[j][-1][2] for j in by_seed(runs, ratio, o)] for o in VARIANTS}
         means = {o: statistics.mean(found) for o, found in others.items() if found}
         if means:
             best = min(means, key=lambda o: means[o])
             far = max(others[best]) < min(normuon) or min(others[best]) > max(normuon)
-            words = "further apart from NorMuon" if far else "no further apart from NorMuon"
+            words = "do not overlap" if far else "overlap"
             seen.append(
-                f"- {ratio} tokens per parameter: the lowest variant is {best}, {words} than the "
-                f"seeds\n  ({means[best] - statistics.mean(normuon):+.4f}). One rate was chosen "
-                "for each, with one seed."
+                f"- {ratio} tokens per parameter: the lowest variant is {best}; its losses and "
+                f"NorMuon's {words}\n  ({means[best] - statistics.mean(normuon):+.4f}). One rate "
+                "was chosen for each, with one seed."
             )
     lost = [j for j in runs if not math.isfinite(runs[j][-1][2])]
     for ratio in ratios:
@@ -769,10 +769,10 @@ these two with AdamW at `lr`, untuned. Variants: {variants()}.
   step in one CUDA graph.
 {chr(10).join(seen)}
 - Run nothing else on the GPU: where processes share one, cuBLAS's products are wrong at times (see
-  examples/benchmarks/RESULTS.md, several processes on one GPU). At 3 tokens per parameter Muon,
-  NorMuon and the variants had a GPU to themselves; of 16 runs before them, beside tests, 7 went to
-  NaN. AdamW at 3, whose time is left out for that, and the runs at 10 and 20 were beside tests at
-  times and were not made again; none of them was lost.
+  examples/benchmarks/RESULTS.md, several processes on one GPU). 16 earlier runs at 3 tokens per
+  parameter shared their GPUs with tests, and 7 of them went to NaN; Muon, NorMuon and the variants
+  were then run with a GPU to themselves. AdamW at 3, and the runs at 10 and 20, shared theirs with
+  tests at times and were not repeated; none went to NaN. AdamW's time at 3 is left out for that.
 - What it does not show: here a model with more tokens per parameter is also a smaller model, so a
   change of the gain may come from either. The models are far smaller than those that people train.
 {unfinished}

@@ -157,9 +157,9 @@ def _apart(a: list[Result], b: list[Result]) -> bool:
 
 def section(about: dict[str, Any]) -> str:
     forms = (
-        "further apart than their seeds"
+        "beyond the spread of the seeds"
         if about["Gram and standard apart"]
-        else "no further apart than their seeds"
+        else "within the spread of the seeds"
     )
     epoch = ", one epoch" if about["command"] == COMMAND else ""
     same = "have" if about["guard keeps the bits"] else "do NOT have"
@@ -198,18 +198,19 @@ How to read the columns:
 - `loss` is the mean of three seeds, and `spread` the largest difference between them.
 - `to AdamW` is the loss minus AdamW's, and `to Muon, by seed` each loss minus Muon's with the same
   seed. `apart from AdamW` says whether all seeds of the row are on one side of all of AdamW's.
-  AdamW is here and in the next columns the better of its two rows, "{about["baseline"]}".
+  Here and in the next columns AdamW means the better of its two rows, "{about["baseline"]}".
 - `tokens to AdamW's loss` is the share of AdamW's tokens after which the validation loss first
-  reaches AdamW's final loss. Each run has its own schedule meanwhile, and between two evaluations
-  (one every {about["steps"] // FULL.evaluations} steps) the loss is taken to lie on a line. `time`
-  is the same with each optimizer's time per step. `-`: not every seed reached it.
+  reaches AdamW's final loss. Every run's rate decays over its full length, so it gets there before
+  the end of its schedule. Between evaluations (every {about["steps"] // FULL.evaluations} steps)
+  the loss is interpolated linearly. `time to AdamW's loss` multiplies that share by the ratio of
+  the times per step. `-`: not every seed reached it.
 - `ms a step` is time on the device: the median of a run's last 100 steps, for the fastest run of
   this optimizer at any rate, with its step in a captured graph. `optimizer` is the optimizer's part
   of it, with the copy of all gradients to where the graph reads them. Differences of less than 1 %
   between two rows are noise.
 
-What it shows beyond the table: runs with the guard {same} the bits of those without, in all
-parameters and for all seeds. Gram and standard Newton-Schulz are {forms}.
+What it shows beyond the table: runs with the guard {same} bit for bit the parameters of those
+without it, for all seeds. The difference between Gram and standard Newton-Schulz is {forms}.
 
 What it does not show: this is one token per parameter, and models are trained on far more. AdamW
 might come closer with rates of its own for embedding and head, with other betas or with another
