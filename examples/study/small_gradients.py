@@ -247,13 +247,14 @@ def section(facts: Row) -> str:
 {facts["measured_on"]}
 
 Do small gradients still train the matrices? The gradients of the matrices are multiplied by
-`scale`, the same factor at every step. (In NVIDIA/Megatron-LM#5394, a gradient clip brought them to 2e-8 of their
-size.) AdamW's parameters (embedding, head, norms) get plain gradients in every arm, because AdamW's
-eps is another matter. "Muon" is `Config(normalize=False, scale="rms")`, which does not scale an
-update to a given RMS. "norm + 1e-7" replaces normuon_fn's Newton-Schulz with a textbook one that
-divides by the norm plus 1e-7. NorMuon scales every update to RMS 0.2, even one that is far from
-orthogonal; the stable rank shows how far. Blocks start as the identity, so where the matrices do not move, the rest of the model still learns which
-character follows which.
+`scale`, the same factor at every step. (In NVIDIA/Megatron-LM#5394, a gradient clip brought them
+to 2e-8 of their size.) AdamW's parameters (embedding, head, norms) get plain gradients in every
+arm, because AdamW's eps is another matter. "Muon" is `Config(normalize=False, scale="rms")`,
+which does not scale an update to a given RMS. "norm + 1e-7" replaces normuon_fn's Newton-Schulz
+with a textbook one that divides by the norm plus 1e-7. NorMuon scales every update to RMS 0.2,
+even one that is far from orthogonal; the stable rank shows how far. Blocks start as the identity,
+so where the matrices do not move, the rest of the model still learns which character follows
+which.
 
 {said}
 

@@ -75,7 +75,8 @@ is read after `gc.collect()` and glibc's `malloc_trim(0)`."""
 ABOUT_TIME = {
     "cpu": "",
     "cuda": """ The batch is large enough that the GPU, not the host, limits the speed, so
-the time of a step is the GPU's. With a batch of 16 it was the host's, which varied by 20 % over a run.""",
+the time of a step is the GPU's. With a batch of 16 it was the host's, which varied by 20 % over a
+run.""",
 }
 
 
