@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..planning.plan import Plan
 from ..types import StepResult
+from ..types.other_names import F, with_hints
 from .skips import (
     NonFiniteStepError,
     Outcome,
@@ -159,6 +160,10 @@ def _read(sent: _Sent) -> Outcome | None:
     return Outcome.of(sent.plan, sent.arriving.tolist())
 
 
+def _with_hints(function: F) -> F:
+    return with_hints(function, example="nm.SkipMonitor(optimizer), or nm.SkipMonitor(plan)")
+
+
 class SkipMonitor:
     """`check` without the wait for the device.
 
@@ -191,6 +196,7 @@ class SkipMonitor:
             (``"raise"``, a function, ``max_consecutive``) where no guard skips any.
     """
 
+    @_with_hints
     def __init__(
         self, of: Any, *, on_skip: OnSkip = "warn", max_consecutive: int | None = None
     ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..distributed.dtensors import is_dtensor
 from ..persistence.meaning import (
+    BEGIN_ANEW,
     FORM,
     Meaning,
     differences,
@@ -76,7 +77,12 @@ def check_meaning(
     Raises:
         ValueError: naming the options or the parameters, and what to write.
     """
-    stepped = {name: route for name, route in routes.items() if saved.states[name]}
+    stepped = {
+        name: route
+        for name, route in routes.items()
+        # Of another rule there is other state, which is said where it is copied.
+        if saved.states[name] and ("momentum" in saved.states[name]) == route.is_of_matrices
+    }
     forms = {
         k: read_form(group[FORM], f"state_dict: group {k}: ")
         for k, group in enumerate(groups)
@@ -100,10 +106,7 @@ def check_meaning(
         harmless |= dict.fromkeys(each.harmless)
     if fatal:
         lines = listed([*dict.fromkeys(fatal)])
-        raise ValueError(
-            f"state_dict: its state has another meaning: {lines}. Or leave it out, and the state "
-            "begins anew"
-        )
+        raise ValueError(f"state_dict: its state has another meaning: {lines}. {BEGIN_ANEW}")
     if harmless:
         warn_at_caller(f"state_dict was saved with another configuration: {listed([*harmless])}")
 

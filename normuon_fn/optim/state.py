@@ -20,7 +20,7 @@ from torch import Tensor
 from ..compat import outside_inference_mode
 from ..distributed import placements
 from ..distributed.dtensors import is_dtensor
-from ..persistence.meaning import field_of_variance, fields_of
+from ..persistence.meaning import BEGIN_ANEW, field_of_variance, fields_of
 from ..planning.plan import Plan, Spec
 from ..planning.streaming import in_place_of_host
 
@@ -231,7 +231,8 @@ def _hint(kinds: set[str], saved: Mapping[str, Any]) -> str:
             "with torch.distributed.checkpoint"
         )
     write = fields_of(kinds - {*COUNTERS}, saved)
-    return "was it saved with another config?" + (f" Then {write}" if write else "")
+    then = f" Then {write}." if write else ""
+    return f"was it saved with another config?{then} {BEGIN_ANEW}"
 
 
 def _added(saved: Mapping[str, Any], kinds: set[str], device: torch.device) -> dict[str, Any]:

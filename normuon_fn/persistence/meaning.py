@@ -26,6 +26,10 @@ _MULTIPLIERS = ("lr_mul", "wd_mul")
 _ROUTE_OF_STEPS = (*_MULTIPLIERS, "weight_decay_form", "cautious_update")
 _NOT_OF_A_RUN = ("orthogonalizer", "metrics", "state_device")
 _SHOWN = 8
+BEGIN_ANEW = (
+    "To begin a parameter's state anew instead, delete its entry of state_dict['state'] before "
+    "loading"
+)
 FORM = "state_form"  # the key of a parameter group
 Texts = Mapping[str, str]  # field -> repr of its value
 

@@ -72,6 +72,8 @@ def entries(
         own_names = [name for group in groups for name in group.get("param_names", ())]
         names = keys if all(isinstance(key, str) for key in keys) else own_names
     if len(names) != len(keys):
+        for key in keys:
+            _check_foreign(key, source["state"].get(key) or {})
         raise ValueError(
             f"names: expected {len(keys)} for the optimizer's parameters, in its order, got "
             f"{len(names)}; normuon_fn.names_in(optimizer, model.named_parameters()) has them"
@@ -84,14 +86,20 @@ def entries(
                 yield name, _found(name, own, group, form)
 
 
-def _found(
-    name: str, own: Mapping[str, Any], group: Mapping[str, Any], form: MomentumForm | None
-) -> Found:
+def _check_foreign(name: object, own: Mapping[str, Any]) -> None:
     if "consecutive" in own:
         raise ValueError(
             f"source: {name!r} has the state of normuon_fn.NorMuon, whose own load_state_dict "
-            "reads it as it is"
+            "reads it, with the config and the routes that it was saved with. To change the route "
+            "of a parameter, delete its entry of source['state'] before loading: its state begins "
+            "anew"
         )
+
+
+def _found(
+    name: str, own: Mapping[str, Any], group: Mapping[str, Any], form: MomentumForm | None
+) -> Found:
+    _check_foreign(name, own)
     found = _adam(name, own, group)
     if found is None:
         found = _of_dion(name, own, group, form) if "momentum" in own else None

@@ -33,9 +33,7 @@ def check_step(
     if plan.streaming is not None:
         check_unmapped({"params": params, "grads": grads, "state": state})
     if not isinstance(hyper, Hyper):
-        raise TypeError(
-            f"hyper: expected a Hyper, got {type(hyper).__name__}; write nm.Hyper.of(params)"
-        )
+        raise TypeError(_no_hyper(hyper))
     for name, value in zip(Hyper._fields, hyper, strict=True):
         shape = (plan.hypers,) if plan.hypers else ()
         if not isinstance(value, Tensor) or value.shape != shape:
@@ -48,7 +46,9 @@ def check_step(
                 else "a 0-d tensor"
             )
             raise TypeError(
-                f"hyper.{name}: expected {kind}, got {what}; Hyper.of makes them from numbers"
+                f"hyper.{name}: expected {kind}, got {what}; "
+                + ("Hyper.stack([Hyper.of(...), ...])" if shape else "Hyper.of")
+                + " makes them from numbers"
             )
     missing = [
         block.name
@@ -66,6 +66,12 @@ def check_step(
         )
     if found_inf is not None and not (isinstance(found_inf, Tensor) and found_inf.numel() == 1):
         raise TypeError(f"found_inf: expected None or a tensor with one element, got {found_inf!r}")
+
+
+def _no_hyper(given: object) -> str:
+    several = isinstance(given, (tuple, list)) and all(isinstance(h, Hyper) for h in given)
+    write = "nm.Hyper.stack(...) of them" if several else "nm.Hyper.of(params, lr=...)"
+    return f"hyper: expected a Hyper, got {type(given).__name__}; write {write}"
 
 
 def check_placements(plan: Plan, params: Tensors, grads: Grads, state: Tensors) -> None:
@@ -103,12 +109,12 @@ def check_tensors(
         raise TypeError(_no_dict(what, given))
     missing, extra = [k for k in specs if k not in given], [k for k in given if k not in specs]
     if missing or extra:
-        hint = (
-            "; give None for a parameter without a gradient"
-            if optional
-            else "; was it made for another plan?"
-        )
-        raise ValueError(f"{what}: missing {missing[:8]}, not in the plan {extra[:8]}{hint}")
+        hint = "was it made for another plan?"
+        if optional and missing:
+            hint = "give None for a parameter without a gradient"
+        elif optional:
+            hint = "leave these out"
+        raise ValueError(f"{what}: missing {missing[:8]}, not in the plan {extra[:8]}; {hint}")
     for name, spec in specs.items():
         tensor = given[name]
         if optional and tensor is None:
@@ -140,6 +146,8 @@ def check_tensors(
 
 def _no_dict(what: str, given: object) -> str:
     write = "; write dict(model.named_parameters())" if isinstance(given, nn.Module) else ""
+    if what == "grads" and isinstance(given, (tuple, list)):
+        write = "; write dict(zip(params, grads)) where they are in the order of params"
     return f"{what}: expected a dict of name -> tensor, got {type(given).__name__}{write}"
 
 

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .keys import Key, Keys
+from .doubts import warn_at_caller
+from .keys import Key, Keys, is_glob
 from .names import by_names
 from .route_table import RouteTable
 from .routes import Algorithm, Decision, Route
@@ -81,7 +82,8 @@ class Entries:
 
     Of the entries that match a parameter the first that decides a rule wins, and the multipliers of
     those before it apply on top, the first of each. Where none decides, the route has multipliers
-    alone. Reasons begin with ``what``; errors with ``called``, the argument of the caller.
+    alone. Multipliers that stand behind, and so do not reach a parameter, are said. Reasons begin
+    with ``what``; errors with ``called``, the argument of the caller.
     """
 
     def __init__(self, what: str, routes: Routes, called: str | None = None) -> None:
@@ -101,6 +103,7 @@ class Entries:
         self._what, self._routes = what, dict[Key, Route](routes.items())
         self._keys, self._used, self._names = Keys(self._routes), set[Key](), list[str]()
         self._options: dict[Key, list[str]] = {}  # of matrices: which parameters get them
+        self._lost: dict[tuple[Key, Key], list[str]] = {}  # multipliers, and what stands before
 
     def decide(self, names: Sequence[tuple[str, Tensor]]) -> Decision | None:
         """What is asked for a tensor with these names; ``None``: nothing."""
@@ -110,6 +113,12 @@ class Entries:
             return None
         first = next((k for k, key in enumerate(matching) if self._routes[key].decides), None)
         *before, last = matching if first is None else matching[: first + 1]
+        self._check_tied(matching, names)
+        for key in matching[len(before) + 1 :]:
+            if not self._routes[key].decides and self._routes[key].adds_to(
+                [self._routes[k] for k in (*before, last)]
+            ):
+                self._lost.setdefault((key, last), []).append(names[0][0])
         self._used.update(before, (last,))
         for key in (*before, last):
             if self._routes[key].has_options and not self._routes[key].decides:
@@ -119,13 +128,30 @@ class Entries:
             route, reason = self._routes[key].over(route), f"{reason}; {self._label(key)}"
         return Decision(route, reason)
 
+    def _check_tied(self, matching: Sequence[Key], names: Sequence[tuple[str, Tensor]]) -> None:
+        """That a tensor with several names has one route."""
+        if len(names) < 2:
+            return
+        exact = [key for key in matching if isinstance(key, str) and not is_glob(key)]
+        if len({self._routes[key] for key in exact}) > 1:
+            raise ValueError(
+                f"{self._called}: {exact!r} are one tensor (tied), and have different routes; "
+                "write one of them"
+            )
+
     def check_used(self) -> None:
         """That every key matches a parameter, and that multipliers alone change one."""
         unmatched = self._keys.unmatched()
         if unmatched:
+            numbered = self._names and all(name.startswith("groups.") for name in self._names)
+            hint = (
+                "; parameters without names are found by routes=nm.routes_for(model, {...})"
+                if numbered
+                else ""
+            )
             raise ValueError(
                 f"{self._called}: {unmatched!r} match no parameter; the parameters are "
-                f"{self._names[:8]!r} ..."
+                f"{self._names[:8]!r} ...{hint}"
             )
         for key, route in self._routes.items():
             if not route.decides and key not in self._used:
@@ -134,6 +160,14 @@ class Entries:
                     "entries before it decide everything about the parameters that it matches; "
                     "write it before them (for a table: nm.routes_for(model, {...}))"
                 )
+
+        for (key, last), names in self._lost.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warn_at_caller(
+                f"{self._label(key, self._called)}: {self._routes[key]} does not reach "
+                f"{', '.join(names[:3])}{more}, because {self._label(last, self._called)} stands "
+                "before it and decides all; write the multipliers first, or in that route too"
+            )
 
     def check_options(self, routes: Mapping[str, Route]) -> None:
         """That options of matrices alone reach one; ``routes`` are what was decided in the end."""

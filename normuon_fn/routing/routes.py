@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -189,6 +189,15 @@ class Route:
         return {
             k: x for k, x in found.items() if x is not None and not isinstance(x, _DefaultNumber)
         }
+
+    def adds_to(self, routes: Iterable[Route]) -> bool:
+        """Whether its multipliers are written in none of ``routes``, which matter for steps."""
+        found = {name for name in self._written() if name in _MULTIPLIERS}
+        for route in routes:
+            if route.decides and route.algorithm == "frozen":
+                return False
+            found -= route._written().keys()
+        return bool(found)
 
     @property
     def decides(self) -> bool:

@@ -150,7 +150,7 @@ def _run_compiled(
     if graphs is None:
         graphs = _graphs.setdefault(plan, Recent(dropped=free))
         finalize(plan, graphs.drop_all).atexit = False
-    compiled = graphs.get((function, missing))
+    compiled, graph = graphs.get((function, missing)), None
     kernels_beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if compiled is None:
         if not graphs:
@@ -186,7 +186,12 @@ def _run_compiled(
     except Exception as error:
         if failure := named_failure(error):
             raise failure from error
-        check_step(plan, *passed, hyper, found_inf)  # raises in plain words if they are the cause
+        try:
+            check_step(plan, *passed, hyper, found_inf)  # in plain words, if they are the cause
+        except Exception:
+            if graph is not None:  # the set of a call that was refused is not counted
+                free(graphs.pop((function, missing)))
+            raise
         check_derivatives(*passed, hyper, in_place=function is local_update_)
         if not plan.subclasses:
             check_plain(*passed)

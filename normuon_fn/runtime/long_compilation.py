@@ -7,6 +7,7 @@ It has the level of a warning, which Python prints to stderr where no logging is
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,9 +22,12 @@ T = TypeVar("T")
 logger = logging.getLogger("normuon_fn")
 AFTER = 5.0  # seconds: where nobody has configured anything, a cached compilation takes 1 to 3
 TEXT = (
-    "The first step is still being compiled after %.0f s. This happens once per process and plan, "
-    "and later steps do not wait; on a busy machine it can take a minute or more. Where "
-    "TORCHINDUCTOR_CACHE_DIR names a folder that outlives the job, the next start takes seconds"
+    "The first step is still being compiled after %.0f s. This happens once for every plan in a "
+    "process, and later steps do not wait; on a busy machine it can take a minute or more%s"
+)
+KEEP = (
+    ". Where TORCHINDUCTOR_CACHE_DIR names a folder that outlives the job, the next start takes "
+    "seconds"
 )
 _said = threading.Event()  # once per process
 
@@ -53,4 +57,5 @@ def saying_so_if_long(function: Callable[P, T]) -> Callable[P, T]:
 def _say() -> None:
     if not _said.is_set():
         _said.set()
-        logger.warning(TEXT, AFTER)
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        logger.warning(TEXT, AFTER, "" if kept else KEEP)

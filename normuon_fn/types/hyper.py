@@ -202,6 +202,11 @@ def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         betas = isinstance(value, (tuple, list)) and name.endswith(("momentum", "beta2"))
         write = f"; AdamW's betas are adamw_betas={value!r}" if betas else ""
+        if not betas and isinstance(value, (Mapping, tuple, list)):
+            write = (
+                "; for rates of single parameters write routes={...: Route(lr_mul=...)}, or "
+                "Hyper.stack([Hyper.of(...), ...]) and make_plan(hyper_of={...: k})"
+            )
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a Python number, got {kind} ({value!r}){write}")
     if not 0.0 <= value <= LARGEST:

@@ -59,6 +59,8 @@ ELSEWHERE = {  # arguments of other optimizers, and what to do instead
     "cautious": "write NorMuon(config=Config(weight_decay_form='cautious'))",
     "weight_decay_method": "write NorMuon(config=Config(weight_decay_form=...))",
     "flatten": "write routes={...: Route(flatten=True)}",
+    "decay_vectors": "write routes=nm.routes_for(model, decay_vectors=...)",
+    "per_head": "write routes=nm.routes_for(model, per_head=...)",
 }
 OF_ROUTES = ("lr_mul", "wd_mul", "heads", "splits", "transposed")  # of one parameter, not of many
 _OF_HYPER = (
