@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from .. import ops
 from ..compat import has_bfloat16_matrix_unit
+from ..compat.graphs import certainly
 from ..types import COMPUTE_DTYPES, Method
 from .coefficients import CoefficientSet, gram_restarts
 
@@ -116,8 +117,14 @@ def newton_schulz(
     if which is not None:
         return ops.orient(out, which, dtype, *((one, one / carried) if carried != 1.0 else ()))
     if carried == 1.0:
-        return out.to(dtype)
+        return without_lines(out.to(dtype))
     return ops.scale_and_cast(out, one, one / carried, dtype)
+
+
+def without_lines(x: Tensor) -> Tensor:
+    """``x``, or a copy where it is a part of a larger stack, whose memory it would keep."""
+    apart = certainly(x.stride(0) > x.shape[1] * x.shape[2])
+    return x.clone(memory_format=torch.contiguous_format) if apart else x
 
 
 def carry(dtype: torch.dtype) -> float:
@@ -178,10 +185,18 @@ def in_whole_lines(x: Tensor) -> Tensor:
 
     Where every row begins with a cache line, our kernels and cuBLAS load faster: x x^T of 7
     matrices 1728 x 5784 took 327 us and takes 227, that of 50 matrices 648 x 888 80 and 52 (H200,
-    torch 2.11, triton 3.6, 2026-11-29). Tiles cover those zeros anyway.
+    torch 2.11, triton 3.6, 2026-11-29). Tiles cover those zeros anyway. Symbolic sizes stay as they
+    are: a graph for many shapes would be one for some.
     """
     down, across = -x.shape[-2] % LINE, -x.shape[-1] % LINE
-    return pad(x, (0, across, 0, down)) if down or across else x
+    return pad(x, (0, across, 0, down)) if certainly(down > 0) or certainly(across > 0) else x
+
+
+def lines_of(rows: int, cols: int, form: Form) -> tuple[int, int]:
+    """The rows and columns of a matrix as `iterate` has it."""
+    if form.products == "library":
+        return rows, cols
+    return rows + -rows % LINE, cols + -cols % LINE
 
 
 def _iterate(

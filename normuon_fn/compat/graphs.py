@@ -151,6 +151,15 @@ def is_functionalized() -> bool:
     return torch._C._get_dispatch_mode(functional) is not None
 
 
+def certainly(condition: bool | torch.SymBool) -> bool:
+    """Whether a comparison of sizes holds. What is not known of symbolic ones is not asked."""
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(condition)
+
+
 def prepare_inductor() -> None:
     """Registers our operators as fallbacks with Inductor, before it finds that it has no lowering.
 

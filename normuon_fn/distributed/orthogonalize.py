@@ -236,7 +236,8 @@ def _distributed(
     squares = _reduced(all_reduce_sum, squares * shift * shift, groups)
     inverse = to_norm(squares, chosen, form.dtype)
     stack = ops.scale_and_cast(stack, power, inverse, form.dtype, transpose=tall)
-    out = iterate(stack, chosen, form, partial(_summed, groups=groups))
+    summed = partial(_summed, groups=groups, rows=stack.shape[1])
+    out = iterate(stack, chosen, form, summed)
     one = torch.ones_like(inverse)
     out = ops.scale_and_cast(out, one, one / carry(form.dtype), x.dtype, transpose=tall)
     return out[:, : x.shape[-2], : x.shape[-1]].reshape(x.shape)
@@ -248,11 +249,16 @@ def _reduced(reduce: Callable[[Tensor, str], Tensor], x: Tensor, groups: tuple[s
     return x
 
 
-def _summed(x: Tensor, products: ops.Products, groups: tuple[str, ...]) -> Tensor:
-    """``x x^T`` of columns on several ranks: added in float32 at least, then rounded."""
-    part = times_transpose(x, products)
+def _summed(x: Tensor, products: ops.Products, groups: tuple[str, ...], rows: int) -> Tensor:
+    """``x x^T`` of columns on several ranks: added in float32 at least, then rounded.
+
+    Rows beyond ``rows`` are zeros (`in_whole_lines`), and are not sent.
+    """
+    part = times_transpose(x, products)[:, :rows, :rows]
     packed = pack_triangles(part.to(torch.promote_types(x.dtype, torch.float32)))
-    return unpack_triangles(_reduced(all_reduce_sum, packed, groups), x.shape[1]).to(x.dtype)
+    whole = unpack_triangles(_reduced(all_reduce_sum, packed, groups), rows).to(x.dtype)
+    beyond = x.shape[1] - rows
+    return pad(whole, (0, beyond, 0, beyond)) if beyond else whole
 
 
 def pack_triangles(x: Tensor) -> Tensor:

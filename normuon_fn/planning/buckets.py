@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..algorithm.bucket import MatrixWork
 from ..algorithm.lion import OTHERS
+from ..algorithm.orthogonalize import lines_of
 from ..algorithm.streamed import Piece, StreamedWork
 from ..algorithm.work import Kind, MatrixKind, Members, Own, Stack, Work
 from ..distributed.messages import Exchange
@@ -130,7 +131,8 @@ class Bucket(Stack):
         """How many matrices; a caller's own orthogonalizer gets all of them as one stack."""
         if config.orthogonalizer is not None:
             return sum(group.count for group in self.groups) or 1
-        return max(1, CHUNK // (self.rows * self.cols * self.form.dtype.itemsize or 1))
+        rows, cols = lines_of(self.rows, self.cols, self.form)
+        return max(1, CHUNK // (rows * cols * self.form.dtype.itemsize or 1))
 
 
 @dataclass(frozen=True, kw_only=True)

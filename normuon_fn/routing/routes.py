@@ -177,7 +177,8 @@ class Route:
         )
 
     def _decide(self) -> None:
-        """From here on nothing tells a default from what was written."""
+        """From here on no field tells a default from what was written."""
+        object.__setattr__(self, "_stated", frozenset(self._written()))
         object.__setattr__(self, "algorithm", str(self.algorithm))
         for name in _MULTIPLIERS:
             if isinstance(getattr(self, name), _DefaultNumber):
@@ -191,12 +192,12 @@ class Route:
         }
 
     def adds_to(self, routes: Iterable[Route]) -> bool:
-        """Whether its multipliers are written in none of ``routes``, which matter for steps."""
+        """Whether it has a multiplier that none of ``routes`` writes, of what is stepped."""
         found = {name for name in self._written() if name in _MULTIPLIERS}
         for route in routes:
-            if route.decides and route.algorithm == "frozen":
+            if route.algorithm == "frozen":
                 return False
-            found -= route._written().keys()
+            found -= getattr(route, "_stated", route._written().keys())
         return bool(found)
 
     @property

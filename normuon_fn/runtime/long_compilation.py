@@ -23,12 +23,11 @@ logger = logging.getLogger("normuon_fn")
 AFTER = 5.0  # seconds: where nobody has configured anything, a cached compilation takes 1 to 3
 TEXT = (
     "The first step is still being compiled after %.0f s. This happens once for every plan in a "
-    "process, and later steps do not wait; on a busy machine it can take a minute or more%s"
+    "process, and later steps do not wait; on a busy machine it can take a minute or more. %s"
 )
-KEEP = (
-    ". Where TORCHINDUCTOR_CACHE_DIR names a folder that outlives the job, the next start takes "
-    "seconds"
-)
+_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+KEEP = f"Where {_VARIABLE} names a folder that outlives the job, the next start takes seconds"
+KEPT = f"What {_VARIABLE} has from an earlier start is used, and the next one takes less"
 _said = threading.Event()  # once per process
 
 
@@ -57,5 +56,4 @@ def saying_so_if_long(function: Callable[P, T]) -> Callable[P, T]:
 def _say() -> None:
     if not _said.is_set():
         _said.set()
-        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        logger.warning(TEXT, AFTER, "" if kept else KEEP)
+        logger.warning(TEXT, AFTER, KEPT if os.environ.get(_VARIABLE) else KEEP)

@@ -5,16 +5,20 @@ On CUDA the plan chooses that; here the form is said.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch.export import Dim, export
 
 import normuon_fn as nm
+from normuon_fn import ops
 from normuon_fn.algorithm.coefficients import gram_restarts, resolve
 from normuon_fn.algorithm.orthogonalize import LINE, Form, in_whole_lines, iterate
-from normuon_fn.planning import make_plan
+from normuon_fn.distributed import orthogonalize as sharded
+from normuon_fn.planning import buckets, make_plan
 from tests.inputs import METHODS, gaussian
 
 SHAPES = [(64, 128), (72, 128), (64, 130), (70, 133), (1, 65), (127, 128)]
@@ -92,3 +96,79 @@ def test_a_step_is_the_same(
         found = {**got.params, **got.state}[name]
         close = 2e-2 if x.dtype == torch.bfloat16 else 1e-3
         torch.testing.assert_close(found, x, rtol=close, atol=close, msg=name)
+
+
+# --- orthogonalize by itself
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sharded.choose
+    monkeypatch.setattr(
+        sharded, "choose", lambda *given: real(*given)._replace(products="symmetric")
+    )
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("shape", [(70, 133), (70, 128), (133, 70), (64, 128), (2, 70, 128)])
+def test_a_result_keeps_no_memory_beyond_its_own(shape: tuple[int, ...]) -> None:
+    x = gaussian(*shape).bfloat16()
+    got = nm.orthogonalize(x, dtype=torch.bfloat16)
+    assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
+    assert (got if shape[-2] <= shape[-1] else got.mT).is_contiguous()
+
+
+class Orthogonalize(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nm.orthogonalize(x, dtype=torch.float32)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph_is_for_all_sizes(strict: bool) -> None:
+    sizes = {0: Dim("rows", min=322, max=500), 1: Dim("cols", min=802, max=4000)}
+    x = torch.randn(330, 820)
+    made = export(Orthogonalize(), (x,), dynamic_shapes={"x": sizes}, strict=strict).module()
+    for shape in ((330, 820), (385, 901), (384, 832)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(made(x), Orthogonalize()(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("by_kernels")
+def test_a_graph_with_symbolic_sizes_is_compiled_no_more_often_than_without() -> None:
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(Orthogonalize(), fullgraph=True, dynamic=True, backend=backend)
+    for shape in ((70, 133), (66, 130), (70, 128), (64, 128), (72, 140), (80, 150)):
+        run(torch.randn(shape))
+    assert len(graphs) <= 2
+
+
+def test_a_distributed_sum_sends_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def reduced(x: Tensor, group: str) -> Tensor:
+        sent.append(x.numel())
+        return 2 * x
+
+    monkeypatch.setattr(sharded, "all_reduce_sum", reduced)
+    x = in_whole_lines(gaussian(2, 70, 133))
+    got = sharded._summed(x, ops.LIBRARY, ("of two",), 70)
+    assert sent == [2 * 35 * 71]
+    torch.testing.assert_close(got, 2 * x @ x.mT)
+    assert got.shape == (2, 128, 128) and not got[:, 70:].any()
+
+
+def test_a_stack_with_its_zeros_fits_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {str(k): torch.zeros(65, 129) for k in range(8)}
+    monkeypatch.setattr(make_plan, "choose", lambda *given: Form("standard", torch.bfloat16))
+    plan = nm.make_plan(params, routes={"*": nm.Route("normuon")})
+    (bucket,) = plan.buckets
+    small = dataclasses.replace(bucket, form=bucket.form._replace(products="symmetric"))
+    monkeypatch.setattr(buckets, "CHUNK", 4 * 128 * 192 * 2)
+    assert bucket._at_a_time(plan.config) == 11
+    assert small._at_a_time(plan.config) == 4

@@ -82,6 +82,7 @@ def listener(src, **_):  # what it raises would be lost
 
 shapes = {"embed.weight": (512, 384), "norm": (384,)}
 shapes |= {f"{k}.weight": (384, 384) for k in range(6)}
+shapes |= {f"odd.{k}": (330, 1030) for k in range(2)}  # iterated on with zeros around it
 shapes |= {f"up.{k}": (1536, 384) for k in range(3)} | {f"down.{k}": (384, 1536) for k in range(3)}
 params = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
 grads = {name: torch.randn_like(p) for name, p in params.items()}

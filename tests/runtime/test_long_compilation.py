@@ -69,6 +69,16 @@ def test_a_long_first_compilation_says_so_once(lines: Callable[[], list[str]]) -
     assert lines() == [said]
 
 
+@pytest.mark.parametrize("folder", ["", "/a/folder"])
+def test_who_has_set_the_folder_is_not_told_to(
+    folder: str, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    long_compilation._say()
+    (said,) = lines()
+    assert said.endswith(long_compilation.KEPT if folder else long_compilation.KEEP)
+
+
 def test_every_way_to_a_compiled_step_says_it(lines: Callable[[], list[str]]) -> None:
     model = torch.nn.Linear(4, 6)
     optimizer = nm.NorMuon(model, lr=0.01, routes={"weight": nm.Route()})
