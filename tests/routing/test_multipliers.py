@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,3 +337,61 @@ def test_four_times_the_parameters_take_at_most_five_times_the_calls() -> None:
 
     assert _calls(asked(1000)) <= 5 * _calls(asked(250))
     assert _calls(read(1000)) <= 5 * _calls(read(250))
+
+
+# --- multipliers that stand behind the route that decides
+
+
+def said_of(routes: dict[str, nm.Route]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decide_routes(PARAMS, routes)
+    return [str(w.message) for w in caught if "does not reach" in str(w.message)]
+
+
+def test_multipliers_that_do_not_reach_a_parameter_are_said() -> None:
+    pasted = {"blocks.0.q.weight": nm.Route(splits=(D, D, D)), "blocks.0.*": SLOW}
+    (said,) = said_of(pasted)
+    assert said.startswith(
+        "routes['blocks.0.*']: lr*=0.5 does not reach blocks.0.q.weight, because"
+    )
+    assert "routes['blocks.0.q.weight'] stands before it" in said
+    turned = dict(reversed(pasted.items()))
+    assert said_of(turned) == []
+    assert decide_routes(PARAMS, turned)["blocks.0.q.weight"].route.lr_mul == 0.5
+    written = pasted | {"blocks.0.q.weight": nm.Route(splits=(D, D, D), lr_mul=1.0)}
+    assert said_of(written) == []  # the number 1 is a number
+    other = pasted | {"blocks.0.*": nm.Route(wd_mul=0.0), "blocks.0.q.weight": SLOW}
+    assert said_of(other) == []  # two multipliers of one parameter, one after the other
+
+
+def test_what_is_frozen_or_decided_by_another_rule_is_not_spoken_of() -> None:
+    assert said_of({"embed.weight": nm.Route("frozen"), "*": SLOW}) == []
+    assert said_of({"embed.weight": nm.Route("adamw"), "*": nm.Route("normuon", lr_mul=0.5)}) == []
+
+
+def test_a_table_says_it_too() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(D, 4), "out": nn.Linear(D, D)})
+    with pytest.warns(UserWarning, match=r"overrides\['attn.\*'\]: lr\*=0.5 does not reach"):
+        nm.routes_for(model, {"attn.in_proj_weight": nm.Route(heads=12), "attn.*": SLOW})
+
+
+def test_tied_names_with_two_routes_are_refused_and_with_one_are_not() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(V, D), "head": nn.Linear(D, V, bias=False)})
+    model["head"].weight = model["embed"].weight
+    two = {"embed.weight": nm.Route("adamw"), "head.weight": nm.Route()}
+    with pytest.raises(ValueError, match=r"\['embed.weight', 'head.weight'\] are one tensor"):
+        nm.routes_for(model, two)
+    both = dict.fromkeys(two, nm.Route("adamw", lr_mul=0.5))
+    assert nm.routes_for(model, both)["embed.weight"] == nm.Route("adamw", lr_mul=0.5)
+    for name in two:
+        assert nm.routes_for(model, {name: SLOW})["embed.weight"].lr_mul == 0.5
+    assert nm.routes_for(model, {"head.*": SLOW, "embed.weight": nm.Route("adamw")})
+
+
+def test_names_for_parameters_without_names_are_refused_with_the_way_to_write_them() -> None:
+    model = nn.Linear(D, D)
+    with pytest.raises(ValueError, match=r"without names are found by routes=nm.routes_for\(model"):
+        nm.NorMuon(model.parameters(), lr=0.1, routes={"weight": nm.Route()})
+    table = nm.routes_for(model, {"weight": nm.Route(lr_mul=0.5)})
+    assert nm.NorMuon(model.parameters(), lr=0.1, routes=table)
