@@ -114,19 +114,22 @@ class Entries:
         first = next((k for k, key in enumerate(matching) if self._routes[key].decides), None)
         *before, last = matching if first is None else matching[: first + 1]
         self._check_tied(matching, names)
-        for key in matching[len(before) + 1 :]:
-            if not self._routes[key].decides and self._routes[key].adds_to(
-                [self._routes[k] for k in (*before, last)]
-            ):
-                self._lost.setdefault((key, last), []).append(names[0][0])
-        self._used.update(before, (last,))
-        for key in (*before, last):
-            if self._routes[key].has_options and not self._routes[key].decides:
-                self._options.setdefault(key, []).append(names[0][0])
+        self._note((*before, last), matching[len(before) + 1 :], names[0][0])
         route, reason = self._routes[last], self._label(last)
         for key in reversed(before):
             route, reason = self._routes[key].over(route), f"{reason}; {self._label(key)}"
         return Decision(route, reason)
+
+    def _note(self, used: Sequence[Key], after: Sequence[Key], name: str) -> None:
+        """What `check_used` and `check_options` want to know of a parameter."""
+        self._used.update(used)
+        above = [self._routes[key] for key in used]
+        for key in used:
+            if self._routes[key].has_options and not self._routes[key].decides:
+                self._options.setdefault(key, []).append(name)
+        for key in after:
+            if not self._routes[key].decides and self._routes[key].adds_to(above):
+                self._lost.setdefault((key, used[-1]), []).append(name)
 
     def _check_tied(self, matching: Sequence[Key], names: Sequence[tuple[str, Tensor]]) -> None:
         """That a tensor with several names has one route."""
