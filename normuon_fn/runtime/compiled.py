@@ -189,8 +189,8 @@ def _run_compiled(
         try:
             check_step(plan, *passed, hyper, found_inf)  # in plain words, if they are the cause
         except Exception:
-            if graph is not None:  # the set of a call that was refused is not counted
-                free(graphs.pop((function, missing)))
+            if graph is not None and graphs.pop((function, missing), None) is graph:
+                free(graph)  # the set of a call that was refused is not counted
             raise
         check_derivatives(*passed, hyper, in_place=function is local_update_)
         if not plan.subclasses:
