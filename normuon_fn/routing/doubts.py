@@ -112,10 +112,6 @@ def warning_text(
     return "\n".join(lines)
 
 
-def _got(found: Decision) -> str:
-    return f"got {found.route} ({_PARTS.sub('', found.reason)})"
-
-
 def _together(said: Mapping[str, tuple[str, str]], names: Iterable[str]) -> dict[str, list[str]]:
     """By glob, or by name, the parameters that have one line, in the order of ``said``."""
     ends = Counter(end for name in names for end in _ends(name))
