@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -82,8 +83,9 @@ class Entries:
 
     Of the entries that match a parameter the first that decides a rule wins, and the multipliers of
     those before it apply on top, the first of each. Where none decides, the route has multipliers
-    alone. Multipliers that stand behind, and so do not reach a parameter, are said. Reasons begin
-    with ``what``; errors with ``called``, the argument of the caller.
+    alone. Multipliers that stand behind, and so do not reach a parameter, are said, and so are
+    entries that change nothing at all. Reasons begin with ``what``; errors with ``called``, the
+    argument of the caller.
     """
 
     def __init__(self, what: str, routes: Routes, called: str | None = None) -> None:
@@ -104,6 +106,9 @@ class Entries:
         self._keys, self._used, self._names = Keys(self._routes), set[Key](), list[str]()
         self._options: dict[Key, list[str]] = {}  # of matrices: which parameters get them
         self._lost: dict[tuple[Key, Key], list[str]] = {}  # multipliers, and what stands before
+        self._vain: dict[Key, tuple[Key, str]] = {}  # what stands before an entry, for a parameter
+        self._worked: set[Key] = set()  # entries that changed something, or asked for what is so
+        self._matched: Counter[Key] = Counter()  # how many parameters
 
     def decide(self, names: Sequence[tuple[str, Tensor]]) -> Decision | None:
         """What is asked for a tensor with these names; ``None``: nothing."""
@@ -114,7 +119,8 @@ class Entries:
         first = next((k for k, key in enumerate(matching) if self._routes[key].decides), None)
         *before, last = matching if first is None else matching[: first + 1]
         self._check_tied(matching, names)
-        self._note((*before, last), matching[len(before) + 1 :], names[0][0])
+        after = matching[len(before) + 1 :] if names[0][1].numel() else ()
+        self._note((*before, last), after, names[0][0])
         route, reason = self._routes[last], self._label(last)
         for key in reversed(before):
             route, reason = self._routes[key].over(route), f"{reason}; {self._label(key)}"
@@ -123,12 +129,24 @@ class Entries:
     def _note(self, used: Sequence[Key], after: Sequence[Key], name: str) -> None:
         """What `check_used` and `check_options` want to know of a parameter."""
         self._used.update(used)
-        above = [self._routes[key] for key in used]
+        self._matched.update((*used, *after))
+        above: list[Route] = []
         for key in used:
-            if self._routes[key].has_options and not self._routes[key].decides:
+            route = self._routes[key]
+            if route.has_options and not route.decides:
                 self._options.setdefault(key, []).append(name)
+            if route.decides or route.has_options or not above or route.adds_to(above):
+                self._worked.add(key)
+            else:
+                self._vain.setdefault(key, (used[0], name))
+            above.append(route)
         for key in after:
-            if not self._routes[key].decides and self._routes[key].adds_to(above):
+            route = self._routes[key]
+            if route.decides and route != above[-1]:
+                self._vain.setdefault(key, (used[-1], name))
+            elif route.decides:
+                self._worked.add(key)
+            elif route.adds_to(above):
                 self._lost.setdefault((key, used[-1]), []).append(name)
 
     def _check_tied(self, matching: Sequence[Key], names: Sequence[tuple[str, Tensor]]) -> None:
@@ -164,6 +182,15 @@ class Entries:
                     "write it before them (for a table: nm.routes_for(model, {...}))"
                 )
 
+        for key, (before, name) in self._vain.items():
+            special = self._matched[key] < self._matched[before] or key == name
+            if key not in self._worked and special:
+                warn_at_caller(
+                    f"{self._label(key, self._called)}: {self._routes[key]} changes nothing, "
+                    f"because {self._label(before, self._called)} stands before it and has decided "
+                    f"for {name}; of entries for one parameter the first counts, so write what is "
+                    "special before what is general (for a table: nm.routes_for(model, {...}))"
+                )
         for (key, last), names in self._lost.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             warn_at_caller(

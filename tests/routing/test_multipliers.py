@@ -346,7 +346,8 @@ def said_of(routes: dict[str, nm.Route]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         decide_routes(PARAMS, routes)
-    return [str(w.message) for w in caught if "does not reach" in str(w.message)]
+    texts = [str(w.message) for w in caught]
+    return [text for text in texts if "does not reach" in text or "changes nothing" in text]
 
 
 def test_multipliers_that_do_not_reach_a_parameter_are_said() -> None:
@@ -395,3 +396,27 @@ def test_names_for_parameters_without_names_are_refused_with_the_way_to_write_th
         nm.NorMuon(model.parameters(), lr=0.1, routes={"weight": nm.Route()})
     table = nm.routes_for(model, {"weight": nm.Route(lr_mul=0.5)})
     assert nm.NorMuon(model.parameters(), lr=0.1, routes=table)
+
+
+@pytest.mark.parametrize(
+    ("routes", "vain"),
+    [
+        ({"*": SLOW, "embed.weight": nm.Route(lr_mul=2.0)}, "embed.weight"),
+        ({"blocks.*": nm.Route("adamw"), "blocks.0.up.weight": nm.Route()}, "blocks.0.up.weight"),
+        ({"blocks.*": nm.Route("adamw"), "*.q.weight": nm.Route(heads=3)}, "*.q.weight"),
+        ({"*.q.weight": nm.Route(), "blocks.0.q.weight": nm.Route(heads=3)}, "blocks.0.q.weight"),
+    ],
+)
+def test_an_entry_that_changes_nothing_is_said(routes: dict[str, nm.Route], vain: str) -> None:
+    first = next(iter(routes))
+    (said,) = said_of(routes)
+    assert said.startswith(f"routes['{vain}']: ") and f"routes['{first}'] stands before it" in said
+    assert said_of(dict(reversed(routes.items()))) == []
+
+
+def test_an_entry_is_not_in_vain_that_changes_something_or_asks_for_what_is_so() -> None:
+    some = {"blocks.0.*": nm.Route("adamw"), "blocks.*": nm.Route("normuon")}
+    assert said_of({k: r for k, r in some.items() if k != "x"} | {"*": nm.Route("adamw")}) == []
+    assert said_of({"blocks.*": nm.Route("adamw"), "blocks.0.q.weight": nm.Route("adamw")}) == []
+    assert said_of({"blocks.*": nm.Route("adamw"), "embed.*": SLOW, "*": nm.Route("adamw")}) == []
+    assert said_of({"*": nm.Route(lr_mul=0.5), "blocks.0.*": nm.Route(wd_mul=0.0)}) == []
