@@ -23,6 +23,7 @@ from . import groups as groups_of
 from . import hyper as hyper_of
 from . import state as state_of
 from .group_names import with_names_alike
+from .late_moments import warn_of_late_moments
 from .metrics import metrics_of
 from .offloading import Offloading, wait_for_copies_sync
 from .planned import Planner
@@ -203,6 +204,8 @@ class NorMuon(Offloading, SavedOptimizer):
         if fresh:  # their parameters may have been loaded since construction
             params = {name: planned.params[name] for name in fresh}
             state_of.follow_parameters(params, planned.state)
+            if self._begun:
+                warn_of_late_moments(planner, planned, fresh, self.param_groups)
         planner.follow(self.param_groups, planned)
         named_grads = dict(zip(planned.params, [grads[k] for k in planned.places], strict=True))
         arguments = planned.params, named_grads, planned.state, planner.hyper.hyper

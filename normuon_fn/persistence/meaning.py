@@ -28,7 +28,7 @@ _NOT_OF_A_RUN = ("orthogonalizer", "metrics", "state_device")
 _SHOWN = 8
 BEGIN_ANEW = (
     "To begin a parameter's state anew instead, delete its entry of state_dict['state'] before "
-    "loading"
+    "loading: del state_dict['state'][group['params'][group['param_names'].index(name)]]"
 )
 FORM = "state_form"  # the key of a parameter group
 Texts = Mapping[str, str]  # field -> repr of its value

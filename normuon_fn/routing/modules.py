@@ -13,6 +13,7 @@ from functools import cached_property
 from torch import nn
 
 from ..compat.collection import without_collection
+from ..types.other_names import with_hints
 from . import adapters, convolutions, low_rank, parametrized, routers, words
 from . import projections as fused
 from . import raw as raw_parameter
@@ -34,6 +35,7 @@ _TOWARDS_WIDTH = re.compile(
 _GATES = {"LSTM": 4, "GRU": 3}
 
 
+@with_hints
 def routes_for(
     model: nn.Module,
     overrides: Routes | None = None,

@@ -23,6 +23,9 @@ RENAMED = {  # arguments of other optimizers, and what they are called here
     "muon_beta2": "beta2", "normuon_beta2": "beta2",
     "wd": "weight_decay", "muon_weight_decay": "weight_decay", "muon_wd": "weight_decay",
     "use_muon": "algorithm", "distributed_mesh": "mesh", "process_group": "mesh",
+    "num_heads": "heads", "n_heads": "heads", "warmup_steps": "warmup", "total_steps": "total",
+    "num_warmup_steps": "warmup", "num_training_steps": "total",
+    "no_decay": "decay_vectors",
 }  # fmt: skip
 _OF_ADAMW = "write momentum, or adamw_betas for AdamW"
 ELSEWHERE = {  # arguments of other optimizers, and what to do instead

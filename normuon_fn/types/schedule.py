@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .hyper import check_number
+from .other_names import with_hints
 
 Shape = Literal["cosine", "linear"]
 
@@ -108,3 +109,6 @@ class Schedule:
         if self.warmup:
             rate = torch.where(k < self.warmup, (k + 1) / self.warmup, rate)
         return rate.float()
+
+
+Schedule.__init__ = with_hints(Schedule.__init__)  # type: ignore[method-assign]

@@ -52,6 +52,18 @@ def test_an_argument_of_a_step_is_refused_with_the_line(changed: Any, line: str)
             lambda: nm.make_plan(nn.Linear(4, 4), per_head=True),  # type: ignore[call-overload]
             "write routes=nm.routes_for(model, per_head=...)",
         ),
+        (
+            lambda: nm.routes_for(nn.Linear(4, 4), no_decay=True),  # type: ignore[call-arg]
+            "'no_decay' is called 'decay_vectors' here",
+        ),
+        (
+            lambda: nm.Schedule(total=9, warmup_steps=1),  # type: ignore[call-arg]
+            "'warmup_steps' is called 'warmup' here",
+        ),
+        (
+            lambda: nm.Route(num_heads=4),  # type: ignore[call-arg]
+            "'num_heads' is called 'heads' here",
+        ),
         (lambda: nm.SkipMonitor(), "write nm.SkipMonitor(optimizer), or nm.SkipMonitor(plan)"),
         (
             lambda: nm.Hyper.of({"a": torch.ones(1)}, lr={"a": 0.1}),  # type: ignore[arg-type]
