@@ -55,6 +55,6 @@ def warn_of_late_moments(
         f"adamw_betas: the moments of {', '.join(large[:_SHOWN])}{more} begin at step {step}, and "
         f"AdamW's bias correction counts the steps of all parameters: with {tuple(betas[name])} "
         f"the first updates are up to {sizes[name]:.1f} times what they should be, for "
-        f"{1 / (1 - betas[name][1]):.0f} steps or so. Write adamw_betas=(0.9, 0.95), with which they "
-        f"are not, or nm.Route(lr_mul={1 / sizes[name]:.2g}) for these parameters"
+        f"{1 / (1 - betas[name][1]):.0f} steps or so. Write adamw_betas=(0.9, 0.95), with which "
+        f"they are not, or nm.Route(lr_mul={1 / sizes[name]:.2g}) for these parameters"
     )
