@@ -44,7 +44,8 @@ def warn_of_late_moments(
         return
     counts = [int(planned.state[f"guard.{kind}"]) for kind in ("step", "skipped")]
     step = counts[0] - counts[1] + 1
-    betas = {name: groups[planner.group_of.get(name, 0)]["adamw_betas"] for name in late}
+    of_group = [tuple(map(float, group["adamw_betas"])) for group in groups]  # or tensors
+    betas = {name: of_group[planner.group_of.get(name, 0)] for name in late}
     sizes = {name: largest_update(betas[name], step) for name in late}
     large = [name for name in late if sizes[name] > _MUCH]
     if not large:
@@ -53,7 +54,7 @@ def warn_of_late_moments(
     more = f" and {len(large) - _SHOWN} more" if len(large) > _SHOWN else ""
     warn_at_caller(
         f"adamw_betas: the moments of {', '.join(large[:_SHOWN])}{more} begin at step {step}, and "
-        f"AdamW's bias correction counts the steps of all parameters: with {tuple(betas[name])} "
+        f"AdamW's bias correction counts the steps of all parameters: with {betas[name]} "
         f"the first updates are up to {sizes[name]:.1f} times what they should be, for "
         f"{1 / (1 - betas[name][1]):.0f} steps or so. Write adamw_betas=(0.9, 0.95), with which "
         f"they are not, or nm.Route(lr_mul={1 / sizes[name]:.2g}) for these parameters"

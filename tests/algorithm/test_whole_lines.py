@@ -94,7 +94,7 @@ def test_a_step_is_the_same(
     assert not got.skipped
     for name, x in {**want.params, **want.state}.items():
         found = {**got.params, **got.state}[name]
-        close = 2e-2 if x.dtype == torch.bfloat16 else 1e-3
+        close = 1e-2 if x.dtype == torch.bfloat16 else 1e-5  # observed: 0
         torch.testing.assert_close(found, x, rtol=close, atol=close, msg=name)
 
 
@@ -131,7 +131,7 @@ def test_an_exported_graph_is_for_all_sizes(strict: bool) -> None:
     made = export(Orthogonalize(), (x,), dynamic_shapes={"x": sizes}, strict=strict).module()
     for shape in ((330, 820), (385, 901), (384, 832)):
         x = torch.randn(shape)
-        torch.testing.assert_close(made(x), Orthogonalize()(x), rtol=0, atol=1e-4)
+        torch.testing.assert_close(made(x), Orthogonalize()(x), rtol=0, atol=1e-5)  # 8e-7
 
 
 @pytest.mark.usefixtures("by_kernels")

@@ -51,7 +51,7 @@ def test_an_unfrozen_parameter_is_said_once_and_moves_by_as_much_as_is_said() ->
     expected = largest_update(OF_TORCH, 401)
     assert text.startswith("adamw_betas: the moments of 1.bias begin at step 401")
     assert f"up to {expected:.1f} times" in text and "write adamw_betas=(0.9, 0.95)" in text.lower()
-    assert max(moved) == pytest.approx(expected, rel=1e-2)
+    assert max(moved) == pytest.approx(expected, rel=1e-2)  # of 3.8, in float32
 
 
 def test_a_group_that_is_added_and_a_state_that_is_left_out_are_said() -> None:
