@@ -29,6 +29,7 @@ def check_step(
     specs = {p.name: p.spec for p in plan.parameters}
     check_tensors(plan, "params", params, specs)
     check_tensors(plan, "grads", grads, specs, optional=True)
+    check_order(params, grads)
     check_tensors(plan, "state", state, plan.state)
     if plan.streaming is not None:
         check_unmapped({"params": params, "grads": grads, "state": state})
@@ -142,6 +143,17 @@ def check_tensors(
             )
         if spec.host and not anywhere:
             check_pinned(f"{what}[{name!r}]", tensor, plan.device)
+
+
+def check_order(params: Tensors, grads: Grads) -> None:
+    """Refuses gradients in the place of parameters, as other libraries have them first."""
+    swapped = (name for name, grad in grads.items() if isinstance(grad, nn.Parameter))
+    name = next(swapped, None)
+    if name is not None and not any(isinstance(p, nn.Parameter) for p in params.values()):
+        raise ValueError(
+            f"grads[{name!r}]: expected a gradient, got a Parameter, and params has none; the "
+            "order is step(params, grads, state, hyper, plan)"
+        )
 
 
 def _no_dict(what: str, given: object) -> str:

@@ -90,18 +90,7 @@ def decide(
         found = _entry_states(parameter, [*states, *OTHERS[config.other].states], config)
         salts = _salts(config.seed, name, () if placed is None else placed.local_part, int(chance))
         return Decided(parameter, found, master, chance, salts=salts)
-    if route.of_matrices(config)[1] and config.replicas == "share":
-        raise ValueError(
-            f"params[{name!r}]: Route(cautious_update=True) looks at gradients on every rank, of "
-            "which replicas='share' reads those of owned matrices alone; write replicas='each'"
-        )
-    if route.of_matrices(config)[0] == "hyperball":
-        _check_hyperball(name, tensor.dtype, config, master)
-        if route.wd_mul not in (0.0, 1.0):
-            raise ValueError(
-                f"params[{name!r}]: Route(wd_mul={route.wd_mul:g}) has no effect: nothing decays "
-                "with weight_decay_form='hyperball'; leave it out"
-            )
+    _check_forms(name, tensor.dtype, route, config, master)
     entries = [state for state in stages.states if state.per == "entry"]
     found = _entry_states(parameter, [*states, *entries], config)
     sized_blocks, specs = _matrices(parameter, tensor, config, mesh, chance, stages)
@@ -115,6 +104,24 @@ def decide(
         )
     blocks = tuple(sized.block for sized in sized_blocks if sized.block.count)
     return Decided(replace(parameter, blocks=blocks), found, master, chance, sized_blocks)
+
+
+def _check_forms(name: str, dtype: torch.dtype, route: Route, config: Config, master: str) -> None:
+    """That the weight decay form of matrices, and cautious updates, go with everything else."""
+    decay, cautious = route.of_matrices(config)
+    if cautious and config.replicas == "share":
+        raise ValueError(
+            f"params[{name!r}]: Route(cautious_update=True) looks at gradients on every rank, of "
+            "which replicas='share' reads those of owned matrices alone; write replicas='each'"
+        )
+    if decay != "hyperball":
+        return
+    _check_hyperball(name, dtype, config, master)
+    if route.wd_mul not in (0.0, 1.0):
+        raise ValueError(
+            f"params[{name!r}]: Route(wd_mul={route.wd_mul:g}) has no effect: nothing decays with "
+            "weight_decay_form='hyperball'; leave it out"
+        )
 
 
 def _entry_states(parameter: Parameter, states: Sequence[State], config: Config) -> dict[str, Spec]:

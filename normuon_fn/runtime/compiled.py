@@ -8,9 +8,7 @@ A step that cannot be compiled, or that somebody observes, runs operation by ope
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -20,26 +18,21 @@ from torch import Tensor
 from ..compat import apart, observers, plain, without_autocast
 from ..distributed import placements
 from ..distributed.failures import named as named_failure
-from ..ops.compiling import beforehand
-from ..planning.checks import check_placements, check_plain, check_step
+from ..planning.checks import check_order, check_placements, check_plain, check_step
 from ..planning.common import agree_on_step
 from ..planning.hyperball import check_first_use, is_new
 from ..planning.hypergradients import asks_for_rates, check_derivatives, with_derivative
-from ..planning.make_plan import plan_of
 from ..planning.memory import check_writable
 from ..planning.plan import Plan, check_plan
-from ..routing.routes import Decision
-from ..step import init, local_update, local_update_, to_dtensors, update, zeros_for_none
+from ..step import local_update, local_update_, to_dtensors, update, zeros_for_none
 from ..types import Grads, Hyper, StepResult, Tensors, result_of
-from . import streams
 from .eager import NotCompiled, StepFunction, must_be_eager, run_eagerly, saying_what_was_written
+from .kernels_beside import compiling_kernels_beside
 from .long_compilation import saying_so_if_long
 from .lost_updates import warn_of_lost_updates
 from .outside import free, graph_of
 from .recent import MANY, Recent
 from .unread import warn_of_unread
-
-logger = logging.getLogger("normuon_fn")
 
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
@@ -142,45 +135,23 @@ def _run_compiled(
     """
     agree_on_step(plan, grads, found_inf)
     passed = params, grads, state
-    zeros = plan.config.missing_grads == "zeros"
-    missing: tuple[bool, ...] = ()
-    if not zeros and isinstance(grads, Mapping):
-        missing = tuple([grads.get(name) is None for name in plan.names])
-    graphs = _graphs.get(plan)
-    if graphs is None:
-        graphs = _graphs.setdefault(plan, Recent(dropped=free))
-        finalize(plan, graphs.drop_all).atexit = False
-    compiled, graph = graphs.get((function, missing)), None
+    graphs, key = _graphs_of(plan), (function, _missing(plan, grads))
+    compiled, made = graphs.get(key), None
     kernels_beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if compiled is None:
-        if not graphs:
-            warn_of_lost_updates(plan, params, hyper)
-            warn_of_unread(plan, hyper)
-            if is_new(plan):
-                check_step(plan, *passed, hyper, found_inf)
-                check_first_use(plan, params)
-        if not graphs and plan.device.type == "cuda" and not observers.is_capturing(plan.device):
-            check_step(plan, *passed, hyper, found_inf)
-            kernels_beside = _compiling_kernels_beside(plan, function)
+    if not graphs:
+        kernels_beside = _before_the_first(function, *passed, hyper, plan, found_inf)
     try:
         if function is local_update_:
             _check_writable(plan, params, state)
         if compiled is None:
-            graph = graphs[function, missing] = graph_of(function, plan, missing)
-            compiled = saying_so_if_long(graph)
-            if len({sets for _, sets in graphs}) == MANY:
+            made = graphs[key] = graph_of(function, plan, key[1])
+            compiled = saying_so_if_long(made)
+            if len({missing for _, missing in graphs}) == MANY:
                 graphs.warn_of_sets("step" if function is local_update else "step_")
-        if plan.sharded:
-            check_placements(plan, *passed)
-            params, grads, state = map(placements.local_of, passed)
-        if zeros:
-            grads = zeros_for_none(params, grads)
-        if plan.subclasses:
-            params, grads, state = map(_plain_of, (params, grads, state))
-        if plan.one_storage:
-            params = {name: apart(p) for name, p in params.items()}
+            check_order(params, grads)  # dynamo does not tell a Parameter from a tensor
+        arguments = _plain_and_local(plan, *passed)
         with kernels_beside, without_autocast(plan.device):
-            return compiled(params, grads, state, hyper, plan, found_inf=found_inf)
+            return compiled(*arguments, hyper, plan, found_inf=found_inf)
     except NotCompiled:
         raise
     except Exception as error:
@@ -189,20 +160,85 @@ def _run_compiled(
         try:
             check_step(plan, *passed, hyper, found_inf)  # in plain words, if they are the cause
         except Exception:
-            if graph is not None and graphs.pop((function, missing), None) is graph:
-                free(graph)  # the set of a call that was refused is not counted
+            if made is not None and graphs.pop(key, None) is made:
+                free(made)  # the set of a call that was refused is not counted
             raise
-        check_derivatives(*passed, hyper, in_place=function is local_update_)
-        if not plan.subclasses:
-            check_plain(*passed)
-        if type(error).__name__ == "FailOnRecompileLimitHit":
-            raise RuntimeError(
-                "step: it was compiled for too many forms of its arguments. Keep these the same "
-                "from step to step: the strides of the parameters and gradients, requires_grad, "
-                "whether gradients are recorded, and what a Config.orthogonalizer of your own "
-                "reads (a tensor there may change its values)"
-            ) from error
+        _say_plainly(error, function, *passed, hyper, plan)
         raise
+
+
+def _graphs_of(plan: Plan) -> Recent[GraphKey, StepFunction]:
+    """The graphs of a plan, which are freed with it."""
+    graphs = _graphs.get(plan)
+    if graphs is None:
+        graphs = _graphs.setdefault(plan, Recent(dropped=free))
+        finalize(plan, graphs.drop_all).atexit = False
+    return graphs
+
+
+def _missing(plan: Plan, grads: Grads) -> tuple[bool, ...]:
+    """By parameter, whether its gradient is None; nothing where that makes no difference."""
+    if plan.config.missing_grads == "zeros" or not isinstance(grads, Mapping):
+        return ()
+    return tuple([grads.get(name) is None for name in plan.names])
+
+
+def _before_the_first(
+    function: StepFunction,
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+    found_inf: Tensor | None,
+) -> contextlib.AbstractContextManager[None]:
+    """What is looked at once per plan; and what is to be done beside the first step."""
+    warn_of_lost_updates(plan, params, hyper)
+    warn_of_unread(plan, hyper)
+    beside = plan.device.type == "cuda" and not observers.is_capturing(plan.device)
+    if beside or is_new(plan):
+        check_step(plan, params, grads, state, hyper, found_inf)
+    if is_new(plan):
+        check_first_use(plan, params)
+    return compiling_kernels_beside(plan, function) if beside else contextlib.nullcontext()
+
+
+def _plain_and_local(
+    plan: Plan, params: Tensors, grads: Grads, state: Tensors
+) -> tuple[Tensors, Grads, Tensors]:
+    """The arguments as a graph takes them."""
+    if plan.sharded:
+        check_placements(plan, params, grads, state)
+        params, grads, state = map(placements.local_of, (params, grads, state))
+    if plan.config.missing_grads == "zeros":
+        grads = zeros_for_none(params, grads)
+    if plan.subclasses:
+        params, grads, state = map(_plain_of, (params, grads, state))
+    if plan.one_storage:
+        params = {name: apart(p) for name, p in params.items()}
+    return params, grads, state
+
+
+def _say_plainly(
+    error: Exception,
+    function: StepFunction,
+    params: Tensors,
+    grads: Grads,
+    state: Tensors,
+    hyper: Hyper,
+    plan: Plan,
+) -> None:
+    """Raises what says in plain words why a graph raised ``error``, where that is known."""
+    check_derivatives(params, grads, state, hyper, in_place=function is local_update_)
+    if not plan.subclasses:
+        check_plain(params, grads, state)
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        raise RuntimeError(
+            "step: it was compiled for too many forms of its arguments. Keep these the same from "
+            "step to step: the strides of the parameters and gradients, requires_grad, whether "
+            "gradients are recorded, and what a Config.orthogonalizer of your own reads (a tensor "
+            "there may change its values)"
+        ) from error
 
 
 def _plain_of(tensors: Grads) -> dict[str, Any]:
@@ -219,58 +255,3 @@ def _check_writable(plan: Plan, params: Tensors, state: Tensors) -> None:
     if _written.get(plan) != tensors:
         check_writable({"params": params, "state": state})
         _written[plan] = tensors
-
-
-@contextlib.contextmanager
-def _compiling_kernels_beside(plan: Plan, function: StepFunction) -> Iterator[None]:
-    """A thread compiles the Triton kernels of a step while dynamo traces it here.
-
-    It takes a step of one parameter of each kind in `beforehand`: the first step then finds its
-    kernels. Where matrices have rates of their own it takes two, because kernels for one are
-    others. At the end it is done: a capture that the user begins after the first step would fail
-    if another thread were at work on the device.
-    """
-    if plan.config.orthogonalizer is not None:  # the user's function may not expect another thread
-        yield
-        return
-    thread = threading.Thread(
-        target=_compile_kernels, args=(plan, function), name="normuon_fn kernels"
-    )
-    with contextlib.suppress(RuntimeError):  # no thread can be had: the step compiles by itself
-        thread.start()
-    try:
-        yield
-    finally:
-        if thread.ident is not None:  # it began
-            thread.join()
-
-
-def _compile_kernels(plan: Plan, function: StepFunction) -> None:
-    kinds: dict[Any, dict[Any, Any]] = {}
-    for p in plan.parameters:
-        kind = p.spec, p.route.algorithm, tuple((b.count, b.param) for b in p.blocks)
-        alike, rates = kinds.setdefault(kind, {}), (p.hyper, p.route.lr_mul, p.route.wd_mul)
-        if len(alike) < (1 if plan.own_rates is None else 2):
-            alike.setdefault(rates, p)
-    some = [p for alike in kinds.values() for p in alike.values()]
-    try:
-        with (
-            torch.cuda.device(plan.device),
-            torch.cuda.stream(streams.beside(plan.device)),
-            beforehand(plan.device),
-        ):
-            params = {
-                p.name: torch.ones(p.spec.shape, dtype=p.spec.dtype, device=plan.device)
-                for p in some
-            }
-            decisions = {p.name: Decision(p.route, p.reason) for p in some}
-            hyper, hyper_of = Hyper.of(params, lr=0.0), None
-            if plan.hypers:
-                hyper, hyper_of = (
-                    Hyper.stack([hyper] * len(some)),
-                    {p.name: k for k, p in enumerate(some)},
-                )
-            few = plan_of(params, decisions, plan.config, hyper_of=hyper_of)
-            function(params, params, init(params, few), hyper, few)
-    except Exception:  # the step itself raises what is wrong with it
-        logger.debug("The first step compiles its kernels by itself", exc_info=True)

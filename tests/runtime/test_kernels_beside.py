@@ -11,7 +11,7 @@ import torch
 
 import normuon_fn as nm
 from normuon_fn.ops.lazy import HAS_TRITON
-from normuon_fn.runtime import compiled
+from normuon_fn.runtime import kernels_beside
 from normuon_fn.step import local_update_
 
 from ..scripts import run
@@ -34,8 +34,8 @@ def test_kernels_for_rates_of_their_own_are_compiled_beside_where_matrices_have_
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.no_grad())
-    monkeypatch.setattr(compiled.streams, "beside", lambda _: None)
-    compiled._compile_kernels(plan, function)  # type: ignore[arg-type]
+    monkeypatch.setattr(kernels_beside.streams, "beside", lambda _: None)
+    kernels_beside._compile_kernels(plan, function)  # type: ignore[arg-type]
     assert seen == [(2, True, torch.Size([2])) if own else (1, False, torch.Size([]))]
 
 
@@ -50,8 +50,8 @@ def test_no_thread_is_left_at_work_after_the_first_step(monkeypatch: pytest.Monk
         assert traced.wait(20)
         done.set()
 
-    monkeypatch.setattr(compiled, "_compile_kernels", compile_kernels)
-    with compiled._compiling_kernels_beside(plan_of_one(), local_update_):
+    monkeypatch.setattr(kernels_beside, "_compile_kernels", compile_kernels)
+    with kernels_beside.compiling_kernels_beside(plan_of_one(), local_update_):
         traced.set()
     assert done.is_set()
 
@@ -63,7 +63,7 @@ def test_without_a_thread_the_first_step_compiles_by_itself(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with compiled._compiling_kernels_beside(plan_of_one(), local_update_):
+    with kernels_beside.compiling_kernels_beside(plan_of_one(), local_update_):
         pass
 
 
@@ -71,7 +71,7 @@ FIRST_STEP = """
 import threading
 import torch, triton
 import normuon_fn as nm
-from normuon_fn.runtime import compiled
+from normuon_fn.runtime import kernels_beside
 from normuon_fn.step import local_update_
 
 beforehand, first_step = [], []
@@ -90,7 +90,7 @@ routes = {"embed.weight": nm.Route("adamw"), "norm": nm.Route("adamw"), "*": nm.
 plan = nm.make_plan(params, nm.Config(guard=GUARD), routes=routes)
 state, hyper = nm.init(params, plan), nm.Hyper.of(params, lr=0.01)
 triton.knobs.compilation.listener = listener
-compiled._compile_kernels(plan, local_update_)
+kernels_beside._compile_kernels(plan, local_update_)
 seen = first_step
 nm.step_(params, grads, state, hyper, plan)
 assert beforehand and all(thread.startswith("normuon_fn compiler") for _, thread in beforehand)

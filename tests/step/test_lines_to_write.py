@@ -41,6 +41,15 @@ def test_an_argument_of_a_step_is_refused_with_the_line(changed: Any, line: str)
         step_with(**changed)
 
 
+@pytest.mark.parametrize("run", [nm.update, nm.step, nm.step_, torch.no_grad()(nm.step)])
+def test_gradients_in_the_place_of_parameters_are_refused(run: Callable[..., Any]) -> None:
+    params = {"a": nn.Parameter(torch.ones(4, 6)), "b": nn.Parameter(torch.ones(4, 6))}
+    grads = {name: torch.ones_like(p).detach() for name, p in params.items()}
+    plan = nm.make_plan(params, SHORT)
+    with pytest.raises(ValueError, match=re.escape("the order is step(params, grads, state")):
+        run(grads, params, nm.init(params, plan), nm.Hyper.of(params, lr=0.1), plan)
+
+
 @pytest.mark.parametrize(
     ("call", "line"),
     [
