@@ -37,10 +37,12 @@ class AdamWWork(Work):
             self.moments = first, second, members.read("grad")
             wide, hyper = first[0].dtype, members.rates.hyper
             step, betas = context.adamw_step.double(), (hyper.adamw_beta1, hyper.adamw_beta2)
+            if members.rates.missed is not None:
+                step = (step - members.rates.missed).clamp(min=1)
             corrections = [(1 - beta.double() ** step).to(wide) for beta in betas]
             found = ops.AdamWRates(*betas, hyper.adamw_eps, *corrections)
-            lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, *members.rates[1:], wide)
-            if max(lr.ndim, decay.ndim, betas[0].ndim):  # one of them differs: all are [n]
+            lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, *members.rates[1:3], wide)
+            if max(x.ndim for x in (lr, decay, *found)):  # one of them differs: all are [n]
                 count = members.tensors
                 lr, decay = lr.expand(count).contiguous(), decay.expand(count).contiguous()
                 found = ops.AdamWRates(*(x.expand(count).contiguous() for x in found))

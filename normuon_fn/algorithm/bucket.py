@@ -295,6 +295,6 @@ class MatrixWork(Work):
 
     def _rates(self, update: Update) -> tuple[Tensor, Tensor]:
         """``(lr, decay)`` of the matrices of one group: 0-d or [n]."""
-        hyper, lr_mul, wd_mul = update.group.rates
+        hyper, lr_mul, wd_mul = update.group.rates[:3]
         dtype, power = update.factor.dtype, self.context.config.weight_decay_lr_power
         return rates(hyper.lr, hyper.weight_decay, lr_mul, wd_mul, dtype, power)

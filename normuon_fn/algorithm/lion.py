@@ -35,7 +35,7 @@ class LionWork(AdamWWork):
         averages, grads = members.read("exp_avg"), members.read("grad")
         self.moments = averages, grads
         wide, hyper = averages[0].dtype, members.rates.hyper
-        lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, *members.rates[1:], wide)
+        lr, decay = rates(hyper.adamw_lr, hyper.adamw_weight_decay, *members.rates[1:3], wide)
         self.numbers: Sequence[Tensor] = (lr, decay, hyper.adamw_beta1, hyper.adamw_beta2)
         if any(x.ndim for x in self.numbers):  # one of them differs: all are [n]
             self.numbers = [x.expand(members.tensors).contiguous() for x in self.numbers]

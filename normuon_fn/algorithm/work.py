@@ -27,6 +27,7 @@ class Own(NamedTuple):
     hyper: int = 0  # which entry of Hyper's tensors
     lr_mul: float = 1.0
     wd_mul: float = 1.0
+    missed: str = ""  # AdamW's parameter, where the steps that it missed are counted
 
 
 class OwnRates(NamedTuple):
@@ -35,6 +36,7 @@ class OwnRates(NamedTuple):
     hyper: Tensor  # [n] int64
     lr_mul: Tensor  # [n] float64
     wd_mul: Tensor  # [n] float64
+    missed: Tensor | None = None  # [n] int32, if any has missed steps: see optim/missed_steps.py
 
 
 class Rates(NamedTuple):
@@ -43,6 +45,7 @@ class Rates(NamedTuple):
     hyper: Hyper  # each field 0-d or [n]
     lr_mul: float | Tensor  # a number or [n]
     wd_mul: float | Tensor
+    missed: Tensor | None = None  # [n] steps, for AdamW's bias correction
 
     def part(self, matrices: slice) -> Rates:
         """Those of one group."""

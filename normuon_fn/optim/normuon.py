@@ -23,9 +23,10 @@ from . import groups as groups_of
 from . import hyper as hyper_of
 from . import state as state_of
 from .group_names import with_names_alike
-from .late_moments import warn_of_late_moments
 from .metrics import metrics_of
+from .missed_steps import MissedSteps
 from .offloading import Offloading, wait_for_copies_sync
+from .participation import with_missed_steps
 from .planned import Planner
 from .reports import OnSkip, Reports
 from .routed import Params, decide_new, of_model
@@ -37,6 +38,7 @@ LateGradients = Literal["replan", "error"]
 _SAVED = (  # what a pickle or a copy has besides what every optimizer has
     "config", "late_gradients", "graphed", "_routes", "_mesh", "_guard_mesh", "_added", "_begun",
     "_constructed", "_reports", "_owners", "_offloaded", "without_gradients", "_before_ranks",
+    "_missed",
 )  # fmt: skip
 
 
@@ -72,10 +74,8 @@ class NorMuon(Offloading, SavedOptimizer):
     or ``master``, which follows its parameter until its first step. Tensors that are put into
     ``optimizer.state`` are used from the next step on. State that is removed starts anew.
 
-    AdamW corrects its bias by ``step``, also where a parameter's own first step comes much later:
-    with a constant gradient its n-th step is then (1 - beta1^n) / sqrt(1 - beta2^n) times ``lr``.
-    With betas (0.9, 0.95) that factor starts at 0.45 and stays below 1.1; with (0.9, 0.999) it
-    starts at 3.2 and reaches 6.6: there, use a lower ``lr`` or a separate optimizer.
+    AdamW corrects its bias by the steps that a parameter took part in since its moments began, as
+    torch.optim.AdamW does: ``step`` less those it missed, which ``state_dict`` has in the groups.
 
     ``torch.amp.GradScaler`` works without a host sync: the step unscales the gradients in place.
     ``torch.compile`` leaves its graph for the step, which is compiled already, and raises with
@@ -130,6 +130,7 @@ class NorMuon(Offloading, SavedOptimizer):
         self._added: list[groups_of.AddedGroup] = []
         self._owners: dict[str, int] = {}  # with Config(replicas="share")
         self._begun: set[str] = set()  # stepped, so that a master no longer follows its parameter
+        self._missed = MissedSteps()
         self._constructed = self._offloaded = False
         self.without_gradients = False  # the last step, in which nothing was done
         self._planner: Planner | None = None
@@ -199,13 +200,13 @@ class NorMuon(Offloading, SavedOptimizer):
             planned = planner.first(chosen, self.state, self._begun, **how)
         elif not planned.is_current(self.state):
             planner.collect(planned, self.state, self._begun)
-        check_ranks(planned.plan)
         fresh = planned.params.keys() - self._begun
+        if fresh or planned is not self._missed.planned:
+            planned = with_missed_steps(planner, chosen, planned, self.state, self._begun)
+        check_ranks(planned.plan)
         if fresh:  # their parameters may have been loaded since construction
             params = {name: planned.params[name] for name in fresh}
             state_of.follow_parameters(params, planned.state)
-            if self._begun:
-                warn_of_late_moments(planner, planned, fresh, self.param_groups)
         planner.follow(self.param_groups, planned)
         named_grads = dict(zip(planned.params, [grads[k] for k in planned.places], strict=True))
         arguments = planned.params, named_grads, planned.state, planner.hyper.hyper
@@ -263,7 +264,7 @@ class NorMuon(Offloading, SavedOptimizer):
         write_forms(self.param_groups, self._added, self.config)
         ranks = self._mesh, self._guard_mesh, self._owners
         planner = Planner(self.param_groups, self._added, self.config, *ranks)
-        planner.before_ranks = self._before_ranks
+        planner.before_ranks, planner.missed = self._before_ranks, self._missed
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:
             del self.state[p]
@@ -283,4 +284,5 @@ class NorMuon(Offloading, SavedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_missed", MissedSteps())  # of those pickled before there was any
         self._planner = self.plan = self.result = None

@@ -27,6 +27,7 @@ from ..runtime.recent import MANY, Recent
 from ..types import Config
 from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
+from .missed_steps import MissedSteps
 from .new_parameters import notes_of
 from .rate_watch import RateWatch
 from .saved import Saved
@@ -48,6 +49,14 @@ class PlannedStep:
     stepped: bool = False
     counted: bool = False  # among the sets of gradients
     graphed: GraphedStep | None = None
+    missed: frozenset[str] = frozenset()  # whose missed steps its plan counts
+
+    @property
+    def accepted(self) -> Tensor:
+        """0-d int32: how many steps the bias correction of AdamW has counted; a new tensor."""
+        if self.plan.config.guard_scope == "bucket":
+            return self.state["guard.step"].clone()
+        return self.state["guard.step"] - self.state["guard.skipped"]
 
     def release(self) -> None:
         """Frees the graph that was captured."""
@@ -75,10 +84,10 @@ class Planner:
         self.owners = owners
         self.fingerprint = fingerprint_of(groups)
         self.named, self.group_of = names_of(added)
-        self._decisions = {
+        self.decisions = {
             name: found for group in added for name, found in (group.decisions or {}).items()
         }
-        self._config, self._mesh, self._guard_mesh = config, mesh, guard_mesh
+        self.config, self._mesh, self._guard_mesh = config, mesh, guard_mesh
         params = list(self.named.values())
         device = placements.local(params[0]).device if params else torch.device("cpu")
         self.hyper = GroupHyper(groups, 1 + max(self.group_of.values(), default=0), device)
@@ -91,12 +100,13 @@ class Planner:
         self._alike: bool | None = None  # whether the ranks of guard_mesh have the same parameters
         self.before_ranks = False  # whether the optimizer was made before the process group
         self.offloaded = False  # whether state stays where it is: see offloading.py
+        self.missed = MissedSteps()  # of the optimizer, which other planners go on with
 
     @without_collection
     def prepare(self, states: States, begun: set[str], offloaded: bool) -> None:
         """Plans for all parameters that require a gradient, which makes their state."""
         self.offloaded = offloaded
-        if self._config.master == "none":
+        if self.config.master == "none":
             narrow = {name for name, p in self.named.items() if p.dtype.itemsize < 4} - begun
             self._watch = RateWatch(narrow) if narrow else None
         chosen = tuple(p.requires_grad for p in self.named.values())
@@ -180,7 +190,9 @@ class Planner:
         return planned
 
     @outside_inference_mode
-    def plan(self, chosen: Chosen, states: States, begun: set[str]) -> PlannedStep:
+    def plan(
+        self, chosen: Chosen, states: States, begun: set[str], missed: frozenset[str] = frozenset()
+    ) -> PlannedStep:
         """A planned step for the chosen parameters, with its state. It is not remembered here."""
         params = dict(compress(self.named.items(), chosen))
         devices = {str(placements.local(p).device): name for name, p in params.items()}
@@ -191,15 +203,16 @@ class Planner:
         check_each_writable({"params": params})
         plan = plan_of(
             params,
-            self._decisions,
-            self._config,
+            self.decisions,
+            self.config,
             self._mesh,
             self._guard_mesh,
             self.group_of if self.hyper.several else None,
             self._alike,
             self.owners,
+            missed,
         )
-        if self.before_ranks and asks_for_ranks(self._config) and plan.guard.group is None:
+        if self.before_ranks and asks_for_ranks(self.config) and plan.guard.group is None:
             plan = replace(plan, before_ranks=True)  # its ranks may have come since
         if lines := notes_of(self.named, chosen, self._had_gradients or set()):
             plan = replace(plan, notes=(*plan.notes, *lines))
@@ -207,7 +220,8 @@ class Planner:
         for ranks in plan.shared_by:
             placements.check_alike(plan.summary(ranks), ranks)
         check_sizes(plan, params)
-        planned = PlannedStep(plan, [k for k, is_in in enumerate(chosen) if is_in], params)
+        places = [k for k, is_in in enumerate(chosen) if is_in]
+        planned = PlannedStep(plan, places, params, missed=missed)
         self.collect(planned, states, begun)
         return planned
 
@@ -228,7 +242,7 @@ class Planner:
     @torch.no_grad()
     def gathered(self, states: States, begun: set[str]) -> dict[Any, dict[str, Any]]:
         """``optimizer.state`` with copies of what other ranks own: a collective of the replicas."""
-        if self._config.replicas == "each":
+        if self.config.replicas == "each":
             return {p: dict(kinds) for p, kinds in states.items()}
         chosen = tuple([bool(states.get(p)) for p in self.named.values()])
         steps = self.planned_for(chosen, states, begun)

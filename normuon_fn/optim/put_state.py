@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..diagnostics.monitor import find_inside
 from .matching import some, unwrapped
+from .missed_steps import MissedSteps
 from .offloading import wait_for_copies_sync
 from .saved import Saved
 from .state import COUNTERS
@@ -79,6 +80,7 @@ def put_state_(
         )
     try:
         own._begun = planner.load(own.state, own._begun, Saved(states, [], {}, {}))
+        own._missed = planner.missed = MissedSteps()
     except ValueError as error:
         text = str(error).replace("state_dict: ", "state: ", 1)
         raise ValueError(

@@ -15,6 +15,7 @@ from ..distributed.dtensors import is_dtensor
 from ..persistence.meaning import (
     BEGIN_ANEW,
     FORM,
+    MISSED,
     Meaning,
     differences,
     form_of,
@@ -37,12 +38,17 @@ def routes_of(added: Sequence[AddedGroup]) -> dict[str, Route]:
 
 
 def write_forms(
-    groups: Sequence[dict[str, Any]], added: Sequence[AddedGroup], config: Config
+    groups: Sequence[dict[str, Any]],
+    added: Sequence[AddedGroup],
+    config: Config,
+    missed: Mapping[str, int] | None = None,  # steps, by AdamW's parameters that missed some
 ) -> None:
     """Writes into each group what its state is made with."""
-    routes = routes_of(added)
+    routes, missed = routes_of(added), missed or {}
     for group, own in zip(groups, added, strict=True):
-        group[FORM] = form_of(config, [routes[name] for name, _ in own.params])
+        names = [name for name, _ in own.params]
+        steps = [missed.get(name, 0) for name in names]
+        group[FORM] = form_of(config, [routes[name] for name in names], steps)
 
 
 def check_shapes(saved: Saved, named: Mapping[str, Tensor]) -> None:
@@ -83,11 +89,7 @@ def check_meaning(
         # Of another rule there is other state, which is said where it is copied.
         if saved.states[name] and ("momentum" in saved.states[name]) == route.is_of_matrices
     }
-    forms = {
-        k: read_form(group[FORM], f"state_dict: group {k}: ")
-        for k, group in enumerate(groups)
-        if FORM in group and group["params"]
-    }
+    forms = _forms(groups)
     used = {saved.places[name].group for name in stepped}
     if not used:
         return
@@ -109,6 +111,39 @@ def check_meaning(
         raise ValueError(f"state_dict: its state has another meaning: {lines}. {BEGIN_ANEW}")
     if harmless:
         warn_at_caller(f"state_dict was saved with another configuration: {listed([*harmless])}")
+
+
+def missed_steps_of(saved: Saved, groups: Groups, routes: Mapping[str, Route]) -> dict[str, int]:
+    """By name, how many steps AdamW's parameters had missed when this was saved.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    forms = _forms(groups)
+    stepped = {name: route for name, route in routes.items() if saved.states[name]}
+    if not any(MISSED in route for form in forms.values() for route in form.routes.values()):
+        return {}
+    texts = {
+        n: r[MISSED] for n, r in _routes_of(saved, groups, forms, stepped).items() if MISSED in r
+    }
+    if not texts:
+        warn_at_caller(
+            "state_dict: it does not tell which parameters have missed steps, so that AdamW's bias "
+            "correction takes all steps for theirs; save it with names, from nm.NorMuon(model)"
+        )
+    strange = [text for text in texts.values() if not text.isdecimal()]
+    if strange:
+        raise ValueError(f"state_dict: {FORM}: {MISSED} is {strange[0]!r}, expected a number")
+    return {name: int(text) for name, text in texts.items()}
+
+
+def _forms(groups: Groups) -> dict[int, Meaning]:
+    """By group of a ``state_dict``, what its state was made with."""
+    return {
+        k: read_form(group[FORM], f"state_dict: group {k}: ")
+        for k, group in enumerate(groups)
+        if FORM in group and group["params"]
+    }
 
 
 def _routes_of(
@@ -138,7 +173,9 @@ def _routes_of(
 def _check_as_many(forms: Mapping[int, Meaning], stepped: Mapping[str, Route]) -> None:
     """Where nothing tells whose route is whose: that as many parameters have each of them."""
     own = read_form(form_of(Config(), stepped.values()), "").routes
-    before = [route for form in forms.values() for route in form.routes.values()]
+    each = (route for form in forms.values() for route in form.routes.values())
+    before = [{k: x for k, x in route.items() if k != MISSED} for route in each]
+    before = [route for route in before if route]
     mine, theirs = (sorted(map(str, each)) for each in (own.values(), before))
     if mine != theirs:
         raise ValueError(

@@ -13,9 +13,11 @@ from . import hyper as hyper_of
 from . import saved as saved_of
 from .foreign import refuse_foreign
 from .groups import AddedGroup
+from .missed_steps import MissedSteps
 from .offloading import wait_for_copies_sync
+from .participation import missed_so_far
 from .planned import Planner
-from .saved_meaning import check_meaning, check_shapes, routes_of
+from .saved_meaning import check_meaning, check_shapes, missed_steps_of, routes_of, write_forms
 from .state import States
 
 
@@ -24,6 +26,7 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     _begun: set[str]
     _added: list[AddedGroup]
+    _missed: MissedSteps
     config: Config
 
     def _settled(self) -> Planner:
@@ -37,17 +40,21 @@ class SavedOptimizer(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        wait_for_copies_sync(self._settled())
-        return self._packed(self.state)
+        planner = self._settled()
+        wait_for_copies_sync(planner)
+        return self._packed(planner, self.state)
 
     @outside_graphs()
     def gathered_state_dict(self) -> dict[str, Any]:
         """A `state_dict` of all ranks, with ``Config(replicas="share")``: all of them call it."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        return self._packed(self._settled().gathered(self.state, self._begun))
+        planner = self._settled()
+        return self._packed(planner, planner.gathered(self.state, self._begun))
 
-    def _packed(self, states: States) -> dict[str, Any]:
+    def _packed(self, planner: Planner, states: States) -> dict[str, Any]:
+        missed = missed_so_far(planner, self.state, self._begun)
+        write_forms(self.param_groups, self._added, self.config, missed)
         packed = saved_of.pack(self.param_groups, states)
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed
@@ -77,9 +84,12 @@ class SavedOptimizer(torch.optim.Optimizer):
         refuse_foreign(saved, planner.named, self.state)
         found = saved_of.read(saved, self.param_groups, planner.named, planner.group_of)
         check_shapes(found, planner.named)
-        check_meaning(found, saved["param_groups"], self.config, routes_of(self._added))
+        routes = routes_of(self._added)
+        check_meaning(found, saved["param_groups"], self.config, routes)
+        missed = MissedSteps(missed_steps_of(found, saved["param_groups"], routes))
         write_values = hyper_of.loading(self.param_groups, found.groups)
         self._begun = planner.load(self.state, self._begun, found)
+        self._missed = planner.missed = missed
         write_values()
         planner.hyper.written_rates.remember(self.param_groups)
         for after in self._optimizer_load_state_dict_post_hooks.values():

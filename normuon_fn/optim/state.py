@@ -46,7 +46,8 @@ def collect(
 
     Args:
         known: a flat state that was collected before, whose counters go on.
-        begun: names of parameters that were stepped, whose state must therefore fit.
+        begun: names of parameters that were stepped, whose state must therefore fit. It loses
+            those whose moments of AdamW have been removed.
         stays: state on another device than its parameter stays there.
 
     Raises:
@@ -62,6 +63,8 @@ def collect(
             flat[key] = counters[kind]
         else:
             own, p = states[params[name]], params[name]
+            if kind == "exp_avg_sq" and kind not in own:
+                begun.discard(name)  # its moments begin anew
             flat[key] = _kept(own, name, kind, spec, p, name in begun, stays)
     for name, p in params.items():
         for kind in _MASTERS:

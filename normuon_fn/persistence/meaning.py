@@ -31,6 +31,7 @@ BEGIN_ANEW = (
     "loading: del state_dict['state'][group['params'][group['param_names'].index(name)]]"
 )
 FORM = "state_form"  # the key of a parameter group
+MISSED = "missed"  # beside the fields of a route in it: see optim/missed_steps.py
 Texts = Mapping[str, str]  # field -> repr of its value
 
 
@@ -129,19 +130,23 @@ def _is_unread(name: str, saved: Texts, config: Config) -> bool:
 # --- as the value of a key of a parameter group
 
 
-def form_of(config: Config, routes: Iterable[Route]) -> str:
+def form_of(config: Config, routes: Iterable[Route], missed: Iterable[int] = ()) -> str:
     """JSON of what is not the default, with routes by their place: {"config": .., "routes": ..}.
 
     One string, because torch.distributed.checkpoint loads a dict key by key, and ignores those that
     the optimizer which loads does not have. The algorithms are left out: each has other tensors.
+
+    ``missed``: by the place of a route too, how many steps its parameter has missed.
     """
     texts = config_texts(config)
     own = {k: text for k, text in texts.items() if text != _CONFIG_DEFAULTS[k]}
-    found = {}
-    for k, route in enumerate(routes):
+    found, routes = {}, list(routes)
+    for k, (route, steps) in enumerate(zip(routes, [*missed] or [0] * len(routes), strict=True)):
         written = {
             f: x for f, x in _read(route).items() if x != _ROUTE_DEFAULTS[f] and f != "algorithm"
         }
+        if steps:
+            written[MISSED] = str(steps)
         if written:
             found[str(k)] = written
     return json.dumps({"config": own, "routes": found})

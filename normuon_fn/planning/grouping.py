@@ -28,7 +28,7 @@ def stays_apart(shared: bool, config: Config) -> bool:
 
 def added(table: list[Own], own: Sequence[Own]) -> int | None:
     """Where these begin in the table, to which they are added; None: all are alike."""
-    if len(set(own)) < 2:
+    if len(set(own)) < 2 and not any(each.missed for each in own):
         return None
     table.extend(own)
     return len(table) - len(own)
@@ -37,11 +37,12 @@ def added(table: list[Own], own: Sequence[Own]) -> int | None:
 def rate_tensors(table: Sequence[Own], device: torch.device) -> OwnRates | None:
     if not table:
         return None
-    hyper, lr_mul, wd_mul = zip(*table, strict=True)
+    hyper, lr_mul, wd_mul, missed = zip(*table, strict=True)
     return OwnRates(
         torch.tensor(hyper, dtype=torch.int64, device=device),
         torch.tensor(lr_mul, dtype=torch.float64, device=device),
         torch.tensor(wd_mul, dtype=torch.float64, device=device),
+        torch.zeros(len(table), dtype=torch.int32, device=device) if any(missed) else None,
     )
 
 

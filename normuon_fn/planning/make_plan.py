@@ -5,7 +5,7 @@ check the parameters -> a route each -> decide (parameters.py) -> buckets -> the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -121,12 +121,13 @@ def plan_of(
     hyper_of: Mapping[str, int] | None = None,
     alike: bool | None = None,
     owners: dict[str, int] | None = None,
+    missed: Collection[str] = (),
 ) -> Plan:
     """The plan of a step over parameters whose routes are decided. See `make_plan`.
 
     ``alike``: whether the ranks of ``guard_mesh`` have the same parameters; ``None``: they ask each
     other. ``owners``: with ``replicas="share"`` the owners that parameters have already; new ones
-    are added.
+    are added. ``missed``: AdamW's parameters that were not in every step so far.
     """
     config = config_given(config)
     one_storage = check_params(params)
@@ -155,7 +156,7 @@ def plan_of(
         (decided, notes), owned = with_sharing(decided, chosen, config, device), OwnedState()
     buckets = _matrix_buckets(decided, chosen, config, stages, device, table)
     notes = (*notes, *notes_of_hops(buckets))
-    adamw = _adamw_buckets(decided, config, table)
+    adamw = _adamw_buckets(decided, config, table, missed)
     parameters = tuple(each.parameter for each in decided)
     rule = guard_rule(parameters, (*buckets, *adamw), config, device, mesh, guard_mesh, alike)
     streaming = streaming_of([block for bucket in buckets for block in bucket.blocks])
@@ -180,6 +181,7 @@ def plan_of(
         subclasses=any(map(is_subclass, params.values())),
         hypers=hypers,
         own_rates=rate_tensors(table, device),
+        missed=tuple(own.missed for own in table) if any(own.missed for own in table) else (),
         common=common_of(placements, copies, rule, guard_mesh),
         hops=max((bucket.hops for bucket in buckets), default=0),
         notes=notes,
@@ -274,7 +276,7 @@ def _group_shards(groups: Sequence[Group], config: Config, stages: Stages) -> li
 
 
 def _adamw_buckets(
-    decided: Sequence[Decided], config: Config, table: list[Own]
+    decided: Sequence[Decided], config: Config, table: list[Own], missed: Collection[str]
 ) -> tuple[AdamWBucket, ...]:
     alike: dict[tuple[Any, ...], list[Decided]] = {}
     for each in decided:
@@ -287,9 +289,11 @@ def _adamw_buckets(
     found = []
     for (master, *_), members in alike.items():
         local = [each for each in members if 0 not in each.parameter.spec.shape]
+        late = [each.parameter.name if each.parameter.name in missed else "" for each in local]
+        own = tuple(own_of(each)._replace(missed=m) for each, m in zip(local, late, strict=True))
         found.append(
             AdamWBucket(
-                master=master, own=(own := tuple(map(own_of, local))), rates_at=added(table, own),
+                master=master, own=own, rates_at=added(table, own),
                 columns=[each.parameter.name for each in local],
                 names=[each.parameter.name for each in members],
                 salts=tuple(salt for each in local for salt in each.salts),

@@ -94,6 +94,8 @@ class Plan:
     hypers: int = 0
     # of all buckets whose matrices differ in them, one after the other
     own_rates: OwnRates | None = None
+    # of these, by row: the parameter whose missed steps are counted, or ""; empty if there is none
+    missed: tuple[str, ...] = ()
     # By process group: the parameters that its ranks have parts or copies of. See common.py.
     common: dict[str, tuple[str, ...]] = field(default_factory=dict)
     whole_state: dict[str, Spec] = field(default_factory=dict)  # of all ranks that share a state
@@ -120,7 +122,7 @@ class Plan:
         return [
             self.guard.parameter_of,
             self.guard.members,
-            *(self.own_rates or ()),
+            *(x for x in self.own_rates or () if x is not None),
             *(self.metrics.tensors if self.metrics else ()),
             *(tensor for bucket in shared for tensor in bucket.exchange.tensors),
         ]

@@ -168,12 +168,15 @@ class StepTensors:
             if here:
                 parts.append(slice(start, start + count))
             start += count
-        index, lr_mul, wd_mul = (
-            torch.cat([x[part] for part in joined_slices(parts) or [slice(0)]])
-            for x in map(ops.input_for, self.own)
-        )
+        parts = joined_slices(parts) or [slice(0)]
+
+        def rows_of(x: Tensor) -> Tensor:
+            return torch.cat([ops.input_for(x)[part] for part in parts])
+
+        index, lr_mul, wd_mul = map(rows_of, self.own[:3])
+        missed = None if self.own.missed is None else rows_of(self.own.missed)
         hyper = Hyper(*(values[index] for values in self.hyper)) if self.hypers else self.hyper
-        return Rates(hyper, lr_mul, wd_mul)
+        return Rates(hyper, lr_mul, wd_mul, missed)
 
     def context(self, hyper: Hyper, kernels: bool = False) -> Context:
         """What the works of a step share, and the hyperparameters of one of them."""

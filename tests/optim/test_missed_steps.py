@@ -1,0 +1,273 @@
+"""AdamW's bias correction counts the steps that a parameter took part in, as torch.optim.AdamW's.
+
+The oracle is torch.optim.AdamW itself, with the same gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import normuon_fn as nm
+
+BETAS, EPS, DECAY, LR = (0.9, 0.999), 1e-8, 0.1, 0.01
+NAMES = ("a", "b", "c")
+ADAMW = {"w": nm.Route("normuon"), "*": nm.Route("adamw")}
+
+
+class Model(nn.Module):
+    """One matrix, and vectors that AdamW updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(4))
+        for k, name in enumerate(NAMES):
+            self.register_parameter(name, nn.Parameter(torch.full((3 + k,), 1.0)))
+
+
+class Pair:
+    """A model under NorMuon, and copies of its vectors under torch.optim.AdamW."""
+
+    def __init__(self, frozen: str = "", plain: bool = False, **given: object) -> None:
+        self.model = Model()
+        for name in frozen:
+            getattr(self.model, name).requires_grad_(False)
+        options: dict[str, object] = {
+            "lr": LR, "weight_decay": DECAY, "adamw_betas": BETAS, "adamw_eps": EPS,
+            "routes": ADAMW, **given,
+        }  # fmt: skip
+        self.options = options
+        given_as = [*self.model.named_parameters()] if plain else self.model
+        self.own = nm.NorMuon(given_as, **options)  # type: ignore[arg-type]
+        self.oracles = {n: getattr(self.model, n).detach().clone() for n in NAMES}
+        self.of_torch = torch.optim.AdamW(
+            [*self.oracles.values()], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY
+        )
+        self.draws = torch.Generator().manual_seed(1)
+
+    def steps(self, names: str, count: int = 1, bad: bool = False) -> None:
+        """``bad``: NorMuon's guard skips it, so the oracle does not do it."""
+        for _ in range(count):
+            self.model.w.grad = torch.randn(4, 4, generator=self.draws) * (
+                float("nan") if bad else 1
+            )
+            for name in NAMES:
+                p, oracle = getattr(self.model, name), self.oracles[name]
+                p.grad = oracle.grad = None
+                if name in names:
+                    p.grad = torch.randn(p.shape, generator=self.draws)
+                    oracle.grad = p.grad.clone()
+            self.own.step()
+            if not bad:
+                self.of_torch.step()
+
+    def check(self) -> None:
+        for name, oracle in self.oracles.items():
+            torch.testing.assert_close(getattr(self.model, name), oracle, rtol=1e-5, atol=1e-6)
+
+    def resumed(self, load: Callable[[nn.Module, nm.NorMuon, nm.NorMuon], None]) -> None:
+        """Goes on with another model and optimizer."""
+        model = copy.deepcopy(self.model)
+        fresh = nm.NorMuon(model, **self.options)  # type: ignore[arg-type]
+        load(model, self.own, fresh)
+        self.model, self.own = model, fresh
+
+
+@pytest.fixture(autouse=True)
+def _without_compiling(eager: None) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*4th set of parameters")
+        yield
+
+
+def test_a_parameter_that_is_unfrozen_later() -> None:
+    pair = Pair(frozen="b")
+    pair.steps("ac", 20)
+    pair.model.b.requires_grad_(True)
+    pair.steps("abc", 10)
+    pair.check()
+
+
+def test_parameters_that_have_a_gradient_in_some_steps() -> None:
+    pair = Pair()
+    pair.steps("abc", 2)
+    for _ in range(8):
+        pair.steps("ab")
+        pair.steps("a", 2)
+        pair.steps("bc")
+    pair.check()
+
+
+def test_a_first_gradient_that_comes_later_and_one_that_never_comes() -> None:
+    pair = Pair()
+    pair.steps("a", 12)
+    pair.steps("ab", 5)
+    pair.check()
+
+
+@pytest.mark.parametrize("scope", ["step", "bucket"])
+def test_skipped_steps_are_missed_by_nobody(scope: str) -> None:
+    config = nm.Config(guard="full", guard_scope=scope)  # type: ignore[arg-type]
+    pair = Pair(config=config, on_skip=None)
+    if scope == "bucket":  # of the matrix alone: the vectors move, and all steps count
+        pair.steps("ab", 5)
+        pair.steps("abc", 7)
+    else:
+        pair.steps("ab", 5)
+        pair.steps("ab", 2, bad=True)
+        pair.steps("abc", 1, bad=True)
+        pair.steps("abc", 4)
+        pair.steps("a", 1, bad=True)
+        pair.steps("b", 3)
+        pair.steps("abc", 4)
+    pair.check()
+
+
+def test_a_group_that_is_added() -> None:
+    pair = Pair(plain=True)
+    pair.steps("abc", 15)
+    new, oracle = nn.Parameter(torch.ones(2)), torch.ones(2)
+    pair.own.add_param_group({"params": [("new", new)], "algorithm": "adamw", "lr": LR})
+    pair.of_torch.add_param_group({"params": [oracle]})
+    for _ in range(6):
+        new.grad = torch.randn(2, generator=pair.draws)
+        oracle.grad = new.grad.clone()
+        pair.steps("abc")
+    pair.check()
+    torch.testing.assert_close(new.detach(), oracle, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["one", "all"])
+def test_state_that_is_removed_begins_anew(how: str) -> None:
+    pair = Pair()
+    pair.steps("ac", 5)
+    pair.steps("abc", 10)
+    for name in "b" if how == "one" else NAMES:
+        del pair.own.state[getattr(pair.model, name)]
+        del pair.of_torch.state[pair.oracles[name]]
+    if how == "all":
+        pair.own.state.clear()
+    pair.steps("abc", 6)
+    pair.check()
+
+
+def test_saved_state_that_is_left_out_begins_anew() -> None:
+    pair = Pair()
+    pair.steps("abc", 15)
+
+    def load(model: nn.Module, old: nm.NorMuon, new: nm.NorMuon) -> None:
+        saved = copy.deepcopy(old.state_dict())
+        (group,) = saved["param_groups"]
+        del saved["state"][group["params"][group["param_names"].index("b")]]
+        new.load_state_dict(saved)
+
+    pair.resumed(load)
+    del pair.of_torch.state[pair.oracles["b"]]
+    pair.steps("abc", 6)
+    pair.check()
+
+
+def _by_state_dict(model: nn.Module, old: nm.NorMuon, new: nm.NorMuon) -> None:
+    file = io.BytesIO()
+    torch.save(old.state_dict(), file)
+    file.seek(0)
+    new.load_state_dict(torch.load(file, weights_only=True))
+
+
+def _by_torch(flat: bool) -> Callable[[nn.Module, nm.NorMuon, nm.NorMuon], None]:
+    def load(model: nn.Module, old: nm.NorMuon, new: nm.NorMuon) -> None:
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        saved = get_optimizer_state_dict(_model_of(old), old, options=options)
+        set_optimizer_state_dict(model, new, copy.deepcopy(saved), options=options)
+
+    return load
+
+
+def _model_of(optimizer: nm.NorMuon) -> nn.Module:
+    """The model whose parameters an optimizer has."""
+    model = Model()
+    (group,) = optimizer.param_groups
+    for name, p in zip(group["param_names"], group["params"], strict=True):
+        setattr(model, name, p)
+    return model
+
+
+@pytest.mark.parametrize("load", [_by_state_dict, _by_torch(False), _by_torch(True)])
+def test_a_run_that_is_resumed_goes_on_with_its_counts(
+    load: Callable[[nn.Module, nm.NorMuon, nm.NorMuon], None],
+) -> None:
+    pair = Pair()
+    pair.steps("a", 4)
+    pair.steps("ab", 9)  # b came late, c never
+    pair.steps("a", 3)  # and b is missing when it is saved
+    pair.resumed(load)
+    pair.steps("abc", 5)
+    pair.check()
+    pair.resumed(load)
+    pair.steps("ac", 2)
+    pair.steps("abc", 5)
+    pair.check()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_with_its_counts(copied: Callable[..., object]) -> None:
+    pair = Pair()
+    pair.steps("a", 4)
+    pair.steps("ab", 9)
+    pair.steps("a", 3)
+    pair.model, pair.own = copied((pair.model, pair.own))  # type: ignore[misc]
+    pair.steps("abc", 5)
+    pair.check()
+
+
+def test_saved_text_says_what_was_missed_and_nothing_where_nothing_was() -> None:
+    pair = Pair()
+    pair.steps("abc", 3)
+    assert "missed" not in pair.own.state_dict()["param_groups"][0]["state_form"]
+    pair.steps("ab", 2)
+    assert '"missed": "2"' in pair.own.state_dict()["param_groups"][0]["state_form"]
+    broken = copy.deepcopy(pair.own.state_dict())
+    form = broken["param_groups"][0]["state_form"]
+    broken["param_groups"][0]["state_form"] = form.replace('"missed": "2"', '"missed": "two"')
+    before = pair.own.state_dict()["param_groups"][0]["state_form"]
+    with pytest.raises(ValueError, match="missed is 'two', expected a number"):
+        pair.own.load_state_dict(broken)
+    assert pair.own.state_dict()["param_groups"][0]["state_form"] == before
+
+
+def test_a_set_that_stays_is_planned_once_and_reads_no_counts() -> None:
+    pair = Pair()
+    pair.steps("abc", 3)
+    plan = pair.own.plan
+    pair.steps("abc", 3)
+    assert pair.own.plan is plan and plan is not None and plan.missed == ()
+    pair.steps("ab", 2)
+    first = pair.own.plan
+    pair.steps("abc", 1)
+    counted = pair.own.plan
+    assert counted is not None and counted is not plan and "c" in counted.missed
+    pair.steps("ab", 1)
+    assert pair.own.plan is first
+    pair.steps("abc", 1)
+    assert pair.own.plan is counted  # planned anew once, and no more
+    pair.check()
+
+
+def test_lion_has_no_bias_to_correct() -> None:
+    pair = Pair(config=nm.Config(other="lion"))
+    pair.steps("ab", 3)
+    pair.steps("abc", 1)
+    assert pair.own.plan is not None and pair.own.plan.missed == ()
