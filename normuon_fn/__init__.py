@@ -111,11 +111,19 @@ _LATER = {
 }
 
 
+_INSTEAD = {
+    "muon": "; Muon is nm.NorMuon(model, config=nm.Config(normalize=False))",
+    "normuon": "; write nm.NorMuon",
+    "adamw": "; parameters get AdamW by nm.Route('adamw'), or use torch.optim.AdamW",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Imports a name of the host side when it is first used: a step alone does not need them."""
     if name in _LATER:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    write = _INSTEAD.get(name.lower(), "")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{write}")
 
 
 def __dir__() -> list[str]:

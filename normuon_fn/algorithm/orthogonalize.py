@@ -188,8 +188,8 @@ def in_whole_lines(x: Tensor) -> Tensor:
     torch 2.11, triton 3.6, 2026-11-29). Tiles cover those zeros anyway. Symbolic sizes stay as they
     are: a graph for many shapes would be one for some.
     """
-    down, across = -x.shape[-2] % LINE, -x.shape[-1] % LINE
-    return pad(x, (0, across, 0, down)) if certainly(down > 0) or certainly(across > 0) else x
+    down, across = (n if certainly((n := -size % LINE) > 0) else 0 for size in x.shape[-2:])
+    return pad(x, (0, across, 0, down)) if down or across else x
 
 
 def lines_of(rows: int, cols: int, form: Form) -> tuple[int, int]:

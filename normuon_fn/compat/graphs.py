@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -158,6 +161,17 @@ def certainly(condition: bool | torch.SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
     return statically_known_true(condition)
+
+
+def import_inductor() -> None:
+    """Imports Inductor as its first compilation would, without torch's warnings about itself.
+
+    Where warnings are errors, torch 2.13 would not compile anything.
+    """
+    if "torch._inductor.compile_fx" not in sys.modules:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            importlib.import_module("torch._inductor.compile_fx")
 
 
 def prepare_inductor() -> None:

@@ -28,7 +28,7 @@ def notes_of(named: Mapping[str, Tensor], chosen: Sequence[bool], had: set[str])
 
 
 class ModelWatch:
-    """Says once which parameters a model has got since its optimizer was made.
+    """Says once which parameters a model has got since its optimizer was made, new or instead.
 
     It looks at the first step, and at the second, the fourth, the eighth and so on: to go through
     the modules takes milliseconds.
@@ -36,14 +36,15 @@ class ModelWatch:
 
     def __init__(self) -> None:
         self._steps = 0
-        # by id, a model and the names of the parameters that it had
-        self._models: dict[int, tuple[weakref.ref[nn.Module], frozenset[str]]] = {}
+        # by id, a model and the parameters that it had: name -> id
+        self._models: dict[int, tuple[weakref.ref[nn.Module], dict[str, int]]] = {}
 
     def remember(self, models: Iterable[nn.Module]) -> None:
         """Takes what the models have now for what they had when the optimizer was made."""
         for model in models:
             if id(model) not in self._models:
-                self._models[id(model)] = weakref.ref(model), frozenset(_named(model))
+                known = {name: id(p) for name, p in _named(model).items()}
+                self._models[id(model)] = weakref.ref(model), known
 
     def look(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Warns of new parameters that have gradients and are in no group."""
@@ -56,15 +57,17 @@ class ModelWatch:
             for ref, known in self._models.values()
             if (model := ref()) is not None
             for name, p in _named(model).items()
-            if name not in known and p.grad is not None and id(p) not in own
+            if p.grad is not None and id(p) not in own
+            # One that belongs to another optimizer was there before, under this name.
+            if name not in known or (known[name] != id(p) and known[name] in own)
         ]
         if new:
             self._models = {}
             warn_at_caller(
-                f"{_some(map(repr, new))}: added to the model after the optimizer was made, so "
-                "that no step of this optimizer moves it, although it has a gradient. Make the "
-                "optimizer when the model is complete: optimizer = nm.NorMuon(model, ...). This is "
-                "said once"
+                f"{_some(map(repr, new))}: added to the model, or put in the place of another "
+                "parameter, after the optimizer was made, so that no step of this optimizer moves "
+                "it, although it has a gradient. Make the optimizer when the model is complete: "
+                "optimizer = nm.NorMuon(model, ...). This is said once"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -101,10 +101,10 @@ class NorMuon(Offloading, SavedOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
+        *,
         momentum: float = 0.95,
         beta2: float = 0.95,
         weight_decay: float = 0.0,
-        *,
         algorithm: Literal["normuon", "adamw"] = "normuon",
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -235,9 +235,17 @@ class NorMuon(Offloading, SavedOptimizer):
             groups_of.check_keys(written, self.defaults)
             alike = with_names_alike(written, self.param_groups)
             param_group = {key: value for key, value in alike.items() if key != "routes"}
-        super().add_param_group(param_group)
         try:
-            self._added.append(groups_of.remember_last(self.param_groups, written))
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "more than one parameter group" not in str(error):
+                raise
+            raise ValueError(
+                "param_group: has parameters that the optimizer has already. Those that are frozen "
+                "are in it too, and are stepped from when they require a gradient: leave them out"
+            ) from error
+        try:
+            self._added.append(groups_of.remember_last(self.param_groups, written, self.defaults))
             hyper_of.check_hyperparameters(self.param_groups[-1])
             hyper_of.check_read(self.param_groups[-1], self.config)
             if self._constructed:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..planning.checks import check_kind
 from ..planning.plan import Plan
 from ..routing.doubts import is_called_by, is_left_whole, warn_at_caller
 from ..routing.front_door import doubts_of, read_model, refuse_flattened
@@ -81,14 +82,17 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
     the optimizer's ``routes``. One warning says what could not be told.
 
     Raises:
-        TypeError, ValueError: as `decide_routes` and `refuse_flattened`.
+        TypeError, ValueError: as `decide_routes`, `refuse_flattened` and `check_kind`.
     """
     added = with_names_of_table(added, routes)
     named, _ = names_of(added)
     if all(group.decisions is not None for group in added):
         return added
     routes = {} if routes is None else routes
-    found = _trained(decide_routes(named, routes))
+    for name, p in named.items():
+        check_kind(name, p)
+    first = all(group.decisions is None for group in added)
+    found = _trained(decide_routes(named, routes, say=first))
     written = {} if isinstance(routes, RouteTable) else asked(named, routes)
     by_table = isinstance(routes, RouteTable)
     is_split = any(group.has_algorithm for group in added)  # then somebody told the rules apart
@@ -98,6 +102,7 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
     decisions = {name: found[name] for name in fresh}
     refuse_flattened(fresh, decisions)
     _warn(fresh, decisions, routes if isinstance(routes, RouteTable) else None)
+    _warn_of_mixed_rates(added, found)
     return [
         group
         if group.decisions is not None
@@ -131,10 +136,25 @@ def _of_group(
                 of_group[name] = Decision(decision.route, _NAMELESS, "untold")
     if isinstance(group.routes, RouteTable):
         return of_group | _trained(decide_routes(dict(group.params), group.routes))
-    own, check_options = asked_of_group(dict(group.params), group.routes or {})
+    say = group.decisions is None
+    own, check_options = asked_of_group(dict(group.params), group.routes or {}, say=say)
     over = {name: d.over(of_group.get(name, found[name])) for name, d in own.items()}
     check_options({name: d.route for name, d in over.items()})
     return of_group | _trained(over)
+
+
+def _warn_of_mixed_rates(added: Sequence[AddedGroup], found: Mapping[str, Decision]) -> None:
+    """Says once where a group has its own ``lr``, and its AdamW the constructor's rate."""
+    for k, group in enumerate(added):
+        names = [name for name, _ in group.params if found[name].route.algorithm == "adamw"]
+        if group.decisions is None and group.rates is not None and names:
+            lr, adamw_lr = group.rates
+            warn_at_caller(
+                f"param_groups[{k}]: has lr={lr:g} of its own, and its parameters of AdamW "
+                f"({names[0]!r} and others) the constructor's adamw_lr={adamw_lr:g}, which does "
+                f"not follow it; write 'adamw_lr': {lr:g} into the group, or the rate that is meant"
+            )
+            return
 
 
 def _trained(decisions: Mapping[str, Decision]) -> dict[str, Decision]:

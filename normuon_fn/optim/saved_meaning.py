@@ -87,7 +87,8 @@ def check_meaning(
         name: route
         for name, route in routes.items()
         # Of another rule there is other state, which is said where it is copied.
-        if saved.states[name] and ("momentum" in saved.states[name]) == route.is_of_matrices
+        if saved.states[name]
+        and ("exp_avg" if route.is_of_matrices else "momentum") not in saved.states[name]
     }
     forms = _forms(groups)
     used = {saved.places[name].group for name in stepped}

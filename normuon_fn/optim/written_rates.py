@@ -1,4 +1,4 @@
-"""What is said once where ``adamw_lr`` is written into a group whose ``lr`` has moved."""
+"""``lr`` and ``adamw_lr`` of a group that do not belong together, which is said once."""
 
 from __future__ import annotations
 
@@ -50,3 +50,16 @@ class WrittenRates:
                 "parameters a group with algorithm='adamw', whose lr is theirs"
             )
             return
+
+
+def mixed_rates(
+    group: Mapping[str, Any], written: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """A group's own ``lr``, and the constructor's ``adamw_lr``, which does not follow it."""
+    lr, adamw_lr = group["lr"], group.get("adamw_lr")
+    of_adamw = "algorithm" in written and group["algorithm"] == "adamw"  # lr is AdamW's
+    if of_adamw or adamw_lr is None or "lr" not in written or written.get("adamw_lr") is not None:
+        return None
+    if any(isinstance(x, Tensor) for x in (lr, adamw_lr, defaults["lr"])) or lr == defaults["lr"]:
+        return None
+    return float(lr), float(adamw_lr)

@@ -21,6 +21,7 @@ from ..planning.plan import Parameter, Plan, Spec, check_plan
 from ..planning.streaming import placed
 from ..types import MomentumForm
 from .other_optimizers import Found, SourceVariance, StateDict, entries, unscaled
+from .step_counts import with_one_count
 
 
 def convert_state(
@@ -54,6 +55,8 @@ def convert_state(
             a later one. The state does not say which, so that ``None`` is an error where the scales
             are not 1.
         step: how many steps AdamW has made (for its bias correction); ``None``: as the source says.
+            Where its parameters have different counts, the largest, with a warning; their moments
+            are multiplied so that the correction of one count gives what their own gave.
         missing: what to do with a parameter without state in the source, with the state of the
             other algorithm, or with a variance that the plan cannot use.
         params: the present parameters, from which float32 masters start: for a plan of
@@ -62,8 +65,8 @@ def convert_state(
     Raises:
         TypeError: ``source`` is not a state dict, or ``plan`` is not a Plan.
         ValueError: names that do not fit, parameters without state, shapes that are not the plan's,
-            step counters that differ, a state whose momentum is of another kind (SGD, RMSprop), or
-            the state of `NorMuon` itself.
+            step counters that differ and cannot be made one, a state whose momentum is of another
+            kind (SGD, RMSprop), or the state of `NorMuon` itself.
     """
     check_plan(plan)
     _check_options(missing, source_momentum, source_variance, step)
@@ -79,6 +82,7 @@ def convert_state(
         raise ValueError(
             f"source: expected parameters of the plan, got {unknown[:8]}, which it does not have"
         )
+    found, steps = with_one_count(found, plan, step)
     state: dict[str, Tensor] = {}
     unused = []
     for parameter in plan.parameters:
@@ -90,7 +94,6 @@ def convert_state(
         raise ValueError(
             f"source: no state for {'; '.join(unused[:8])}. missing='zeros' starts these anew"
         )
-    steps = _steps(plan, found) if step is None else step
     state["guard.step"] = torch.tensor(steps, dtype=torch.int32, device=plan.device)
     state |= _masters(plan, params)
     result = {
@@ -248,17 +251,3 @@ def _masters(plan: Plan, params: Mapping[str, Tensor] | None) -> dict[str, Tenso
 
 def _zeros(spec: Spec, plan: Plan) -> Tensor:
     return to_dtensor(spec.zeros(plan.device), spec.sharded)
-
-
-def _steps(plan: Plan, found: Mapping[str, Found]) -> int:
-    """How many steps the source has made, by AdamW's parameters where it has any."""
-    adamw = {p.name for p in plan.parameters if p.route.algorithm == "adamw"}
-    counts = {e.step for name, e in found.items() if name in adamw and e.step is not None}
-    if not counts:
-        counts = {e.step for e in found.values() if e.step is not None}
-    if len(counts) > 1:
-        raise ValueError(
-            f"source: expected one number of steps for all parameters, got {sorted(counts)}; say "
-            "which with step="
-        )
-    return counts.pop() if counts else 0

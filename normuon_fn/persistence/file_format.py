@@ -119,6 +119,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # safetensors and torch have many for what a file can say
+        if _begins_as_zip(path):
+            raise CheckpointError(
+                f"{path}: expected a file of normuon_fn.save, got one of torch.save; write "
+                "torch.load(path), and load_state_dict of what it has"
+            ) from error
         raise CheckpointError(
             f"{path}: damaged or truncated, or no safetensors file: {error}"
         ) from error
@@ -178,3 +183,9 @@ def _sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _begins_as_zip(path: Path) -> bool:
+    """Whether it may be a file of torch.save."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"

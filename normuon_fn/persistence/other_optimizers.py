@@ -49,6 +49,7 @@ class Found(NamedTuple):
     blocks: tuple[tuple[int, float], ...] = ()
     unusable: str = ""  # why its variance cannot be converted
     ignored: tuple[str, ...] = ()  # keys of the source that have no counterpart
+    betas: tuple[float, float] | None = None  # of Adam
 
 
 def entries(
@@ -118,7 +119,8 @@ def _found(
 def _adam(name: str, own: Mapping[str, Any], group: Mapping[str, Any]) -> Found | None:
     if "exp_avg" in own and "exp_avg_sq" in own:
         count = own.get("step", group.get("step"))
-        return Found("adam", own["exp_avg"], own["exp_avg_sq"], "ema", None, _int(count))
+        moments = own["exp_avg"], own["exp_avg_sq"]
+        return Found("adam", *moments, "ema", None, _int(count), betas=_betas(group))
     if "momentum" in own and "variance" in own:  # dion's; a replayed graph counts step_dev alone
         return Found(
             "adam", own["momentum"], own["variance"], "ema", None, _steps_of_dion(own, group)
@@ -215,6 +217,11 @@ def _steps_of_dion(own: Mapping[str, Any], group: Mapping[str, Any]) -> int | No
     """
     on_device = _int(own.get("step_dev"))
     return on_device or _int(group.get("step"))
+
+
+def _betas(group: Mapping[str, Any]) -> tuple[float, float] | None:
+    betas = group.get("betas")
+    return (float(betas[0]), float(betas[1])) if isinstance(betas, (tuple, list)) else None
 
 
 def _int(steps: Any) -> int | None:

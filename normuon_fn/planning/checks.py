@@ -131,8 +131,14 @@ def check_tensors(
         # Megatron and DeepSpeed hand over float32 gradients of parameters in 16 bits.
         wider = optional and spec.dtype.itemsize == 2 and tensor.dtype == torch.float32
         if (tensor.dtype != spec.dtype and not wider) or tensor.layout != torch.strided:
+            write = ""
+            if tensor.layout != torch.strided:
+                write = "; write nn.Embedding(..., sparse=False), or to_dense()"
+            elif optional:
+                write = f"; write grads[{name!r}].to({spec.dtype})"
             raise ValueError(
-                f"{what}[{name!r}]: expected dense {spec.dtype}, got {tensor.dtype} {tensor.layout}"
+                f"{what}[{name!r}]: expected dense {spec.dtype}, got {tensor.dtype} "
+                f"{tensor.layout}{write}"
             )
         if tensor.device != spec.on(plan.device) and not anywhere:
             offloaded = what == "state" and tensor.device.type == "cpu"
@@ -160,6 +166,8 @@ def _no_dict(what: str, given: object) -> str:
     write = "; write dict(model.named_parameters())" if isinstance(given, nn.Module) else ""
     if what == "grads" and isinstance(given, (tuple, list)):
         write = "; write dict(zip(params, grads)) where they are in the order of params"
+        if len(given) == 2 and isinstance(given[0], Mapping):
+            write = "; of grad_and_value write grads, loss = ..."
     return f"{what}: expected a dict of name -> tensor, got {type(given).__name__}{write}"
 
 

@@ -31,10 +31,13 @@ def checked_hyper_of(
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ValueError(f"hyper_of[{key!r}]: expected an int >= 0, got {index!r}")
     keys, found = Keys(hyper_of), dict[str, int]()
+    before: dict[str, str] = {}  # by key: the one that a parameter which it matches goes by
     for name, tensor in params.items():
-        matching = keys.matching([(name, tensor)])
+        matching = [str(key) for key in keys.matching([(name, tensor)])]
         if matching:
-            found[name] = hyper_of[name if name in hyper_of else str(matching[0])]
+            chosen = name if name in hyper_of else matching[0]
+            found[name] = hyper_of[chosen]
+            before |= {chosen: chosen} | {k: chosen for k in matching if before.get(k) != k}
     missing = [name for name in params if name not in found]
     if missing:
         raise ValueError(
@@ -47,6 +50,12 @@ def checked_hyper_of(
         raise ValueError(
             f"hyper_of: {unmatched!r} match no parameter; the parameters are {_listed([*params])}"
         )
+    for key, first in before.items():
+        if is_glob(first) and hyper_of[key] != hyper_of[first]:
+            raise ValueError(
+                f"hyper_of[{key!r}]: gives no parameter its entry, because {first!r} stands before "
+                f"it and matches them too; write {key!r} before {first!r}"
+            )
     return found, 1 + max(hyper_of.values())
 
 

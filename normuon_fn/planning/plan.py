@@ -180,7 +180,7 @@ class Plan:
             rates = (("lr*", p.route.lr_mul), ("wd*", p.route.wd_mul))
             rule = self.config.other if p.route.algorithm == "adamw" else p.route.algorithm
             route = rule + "".join(f" {k}={v:g}" for k, v in rates if v != 1.0)
-            route = " ".join([route, *p.route.own_forms])
+            route = " ".join([route, *p.route.own_forms, *[f"hyper {p.hyper}"] * bool(self.hypers)])
             shape = "x".join(map(str, p.spec.shape)) or "scalar"
             read = "; ".join(how.get(p.name, ["-"]))
             rows.append((p.name, shape, short_name(p.spec.dtype), route, read, p.reason))

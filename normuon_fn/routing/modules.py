@@ -23,7 +23,7 @@ from .mixers import Cut
 from .names import by_names
 from .resolve import Entries, Routes
 from .route_table import Routed, RouteTable
-from .routes import Decision, Route
+from .routes import NO_GRADIENT, Decision, Route
 from .uses import Use, unwrapped, uses
 
 _NORM = re.compile(
@@ -107,9 +107,10 @@ def table_of(
                 found = override.over(found)
             if found.route.algorithm != "frozen" and not same[0].tensor.requires_grad:
                 later = Route("frozen", unfrozen=found.route)
-                found = Decision(later, "requires_grad=False", found.certainty)
+                found = Decision(later, NO_GRADIENT, found.certainty)
         entries += [Routed(use.name, use.shape, kind_of(use.module), *found) for use in same]
     asked.check_used()
+    asked.warn_of_no_effect()
     asked.check_options({entry.name: entry.route for entry in entries})
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
     return RouteTable(sorted(entries, key=lambda entry: order.get(entry.name, len(order))), model)

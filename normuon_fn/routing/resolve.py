@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, get_args
 
 import torch
@@ -21,8 +22,12 @@ from .uses import is_window
 Routes = Mapping[Any, Route]
 
 
-def decide_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Decision]:
+def decide_routes(
+    params: Mapping[str, Tensor], routes: Routes, *, say: bool = True
+) -> dict[str, Decision]:
     """The route of every parameter, its reason, and how sure that is.
+
+    ``say``: whether entries that have no effect are said; they were, where parameters are added.
 
     Raises:
         TypeError: routes that are no mapping, or have a key or value of another type.
@@ -32,7 +37,7 @@ def decide_routes(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Dec
         found = routes.decide_all(params)
     else:
         entries = Entries("routes", routes)
-        found = _asked(entries, params)
+        found = _asked(entries, params, say)
         if len(found) < len(params) or not all(each.route.decides for each in found.values()):
             named = by_names(params)
             found = {n: found[n].over(base) if n in found else base for n, base in named.items()}
@@ -61,20 +66,22 @@ def _seen(found: Decision, tensor: Tensor) -> Decision:
 
 def asked(params: Mapping[str, Tensor], routes: Routes) -> dict[str, Decision]:
     """The routes that were asked for by name, glob or predicate, of the parameters they match."""
-    return _asked(Entries("routes", routes), params)
+    return _asked(Entries("routes", routes), params, False)
 
 
 def asked_of_group(
-    params: Mapping[str, Tensor], routes: Routes
+    params: Mapping[str, Tensor], routes: Routes, *, say: bool
 ) -> tuple[dict[str, Decision], Callable[[Mapping[str, Route]], None]]:
     """`asked`, and `Entries.check_options` for when it is known what these routes go over."""
     entries = Entries("routes", routes)
-    return _asked(entries, params), entries.check_options
+    return _asked(entries, params, say), entries.check_options
 
 
-def _asked(entries: Entries, params: Mapping[str, Tensor]) -> dict[str, Decision]:
+def _asked(entries: Entries, params: Mapping[str, Tensor], say: bool) -> dict[str, Decision]:
     decided = {name: entries.decide([(name, tensor)]) for name, tensor in params.items()}
     entries.check_used()
+    if say:
+        entries.warn_of_no_effect()
     return {name: found for name, found in decided.items() if found is not None}
 
 
@@ -135,7 +142,8 @@ class Entries:
             route = self._routes[key]
             if route.has_options and not route.decides:
                 self._options.setdefault(key, []).append(name)
-            if route.decides or route.has_options or not above or route.adds_to(above):
+            works = route.decides or route.has_options or not above
+            if works or route.adds_to(above) or route.agrees_with(above):
                 self._worked.add(key)
             else:
                 self._vain.setdefault(key, (used[0], name))
@@ -146,7 +154,7 @@ class Entries:
                 self._vain.setdefault(key, (used[-1], name))
             elif route.decides:
                 self._worked.add(key)
-            elif route.adds_to(above):
+            elif route.adds_to(above) and not route.agrees_with(above):
                 self._lost.setdefault((key, used[-1]), []).append(name)
 
     def _check_tied(self, matching: Sequence[Key], names: Sequence[tuple[str, Tensor]]) -> None:
@@ -154,14 +162,15 @@ class Entries:
         if len(names) < 2:
             return
         exact = [key for key in matching if isinstance(key, str) and not is_glob(key)]
-        if len({self._routes[key] for key in exact}) > 1:
+        pairs = combinations([self._routes[key] for key in exact], 2)
+        if any(one.contradicts(other) for one, other in pairs):
             raise ValueError(
                 f"{self._called}: {exact!r} are one tensor (tied), and have different routes; "
                 "write one of them"
             )
 
     def check_used(self) -> None:
-        """That every key matches a parameter, and that multipliers alone change one."""
+        """That every key matches a parameter, and that no multipliers stand behind what decides."""
         unmatched = self._keys.unmatched()
         if unmatched:
             numbered = self._names and all(name.startswith("groups.") for name in self._names)
@@ -182,6 +191,8 @@ class Entries:
                     "write it before them (for a table: nm.routes_for(model, {...}))"
                 )
 
+    def warn_of_no_effect(self) -> None:
+        """Says which entries change nothing, and which multipliers do not reach a parameter."""
         for key, (before, name) in self._vain.items():
             special = self._matched[key] < self._matched[before] or key == name
             if key not in self._worked and special:

@@ -11,6 +11,7 @@ from ..types.other_names import with_hints
 
 Algorithm = Literal["normuon", "adamw", "frozen"]
 Certainty = Literal["certain", "likely", "untold"]
+NO_GRADIENT = "requires_grad=False"  # the reason why a parameter is frozen
 _RULES, _MULTIPLIERS = get_args(Algorithm), ("lr_mul", "wd_mul")
 _OPTIONS = ("weight_decay_form", "cautious_update")  # of matrices
 
@@ -197,8 +198,28 @@ class Route:
         for route in routes:
             if route.algorithm == "frozen":
                 return False
-            found -= getattr(route, "_stated", route._written().keys())
+            found -= route._stated_fields
         return bool(found)
+
+    def agrees_with(self, routes: Sequence[Route]) -> bool:
+        """Whether its multipliers are what ``routes``, of which the first counts, give already."""
+        return all(
+            value == next((getattr(r, name) for r in routes if name in r._stated_fields), 1.0)
+            for name, value in self._written().items()
+            if name in _MULTIPLIERS
+        )
+
+    def contradicts(self, other: Route) -> bool:
+        """Whether both decide a rule, or both write a multiplier, and not the same."""
+        if self.decides and other.decides:
+            return self != other
+        both = self._stated_fields & other._stated_fields & {*_MULTIPLIERS}
+        return any(getattr(self, name) != getattr(other, name) for name in both)
+
+    @property
+    def _stated_fields(self) -> frozenset[str]:
+        found: frozenset[str] = getattr(self, "_stated", frozenset(self._written()))
+        return found
 
     @property
     def decides(self) -> bool:
@@ -231,6 +252,8 @@ class Route:
     def __str__(self) -> str:
         """In few words, for a table."""
         words: list[str] = [self.algorithm] if self.decides else []
+        if self.unfrozen is not None:
+            words.append(f"(then {self.unfrozen})")
         words += [
             f"{word}={value:g}"
             for word, value in (("lr*", self.lr_mul), ("wd*", self.wd_mul))

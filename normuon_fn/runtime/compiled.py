@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..compat import apart, observers, plain, without_autocast
+from ..compat.graphs import import_inductor
 from ..distributed import placements
 from ..distributed.failures import named as named_failure
 from ..planning.checks import check_order, check_placements, check_plain, check_step
@@ -32,7 +33,7 @@ from .long_compilation import saying_so_if_long
 from .lost_updates import warn_of_lost_updates
 from .outside import free, graph_of
 from .recent import MANY, Recent
-from .unread import warn_of_unread
+from .unread import warn_of_frozen, warn_of_unread
 
 GraphKey = tuple[StepFunction, tuple[bool, ...]]  # a function, and which gradients are None
 _graphs: WeakKeyDictionary[Plan, Recent[GraphKey, StepFunction]] = WeakKeyDictionary()
@@ -146,12 +147,10 @@ def _run_compiled(
         if compiled is None:
             made = graphs[key] = graph_of(function, plan, key[1])
             compiled = saying_so_if_long(made)
-            if len({missing for _, missing in graphs}) == MANY:
-                graphs.warn_of_sets("step" if function is local_update else "step_")
             check_order(params, grads)  # dynamo does not tell a Parameter from a tensor
         arguments = _plain_and_local(plan, *passed)
         with kernels_beside, without_autocast(plan.device):
-            return compiled(*arguments, hyper, plan, found_inf=found_inf)
+            result = compiled(*arguments, hyper, plan, found_inf=found_inf)
     except NotCompiled:
         raise
     except Exception as error:
@@ -159,12 +158,15 @@ def _run_compiled(
             raise failure from error
         try:
             check_step(plan, *passed, hyper, found_inf)  # in plain words, if they are the cause
+            _say_plainly(error, function, *passed, hyper, plan)
         except Exception:
             if made is not None and graphs.pop(key, None) is made:
                 free(made)  # the set of a call that was refused is not counted
             raise
-        _say_plainly(error, function, *passed, hyper, plan)
         raise
+    if made is not None and len({missing for _, missing in graphs}) == MANY:
+        graphs.warn_of_sets("step" if function is local_update else "step_")
+    return result
 
 
 def _graphs_of(plan: Plan) -> Recent[GraphKey, StepFunction]:
@@ -193,7 +195,9 @@ def _before_the_first(
     found_inf: Tensor | None,
 ) -> contextlib.AbstractContextManager[None]:
     """What is looked at once per plan; and what is to be done beside the first step."""
+    import_inductor()
     warn_of_lost_updates(plan, params, hyper)
+    warn_of_frozen(plan, grads)
     warn_of_unread(plan, hyper)
     beside = plan.device.type == "cuda" and not observers.is_capturing(plan.device)
     if beside or is_new(plan):

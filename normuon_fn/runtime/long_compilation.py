@@ -22,8 +22,9 @@ T = TypeVar("T")
 logger = logging.getLogger("normuon_fn")
 AFTER = 5.0  # seconds: where nobody has configured anything, a cached compilation takes 1 to 3
 TEXT = (
-    "The first step is still being compiled after %.0f s. This happens once for every plan in a "
-    "process, and later steps do not wait; on a busy machine it can take a minute or more. %s"
+    "A step is still being compiled after %.0f s. This happens once for every plan in a process, "
+    "and once for every set of parameters that have a gradient; other steps do not wait. On a busy "
+    "machine it can take a minute or more. %s"
 )
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 KEEP = f"Where {_VARIABLE} names a folder that outlives the job, the next start takes seconds"

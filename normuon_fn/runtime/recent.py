@@ -56,6 +56,7 @@ class Recent(OrderedDict[K, V]):
         warn_at_caller(
             f"{what}: this is the {MANY}th set of parameters that have a gradient, and every new "
             "set is compiled anew. Where the set goes on changing, as with experts that get no "
-            'tokens, write Config(missing_grads="zeros"): a missing gradient counts as zeros, and '
-            f"there is one graph. Otherwise the graphs of the last {self._size} sets are kept"
+            'tokens, write Config(missing_grads="zeros"): a missing gradient counts as zeros, so '
+            "that a matrix without one moves on by its momentum, at full size, and there is one "
+            f"graph. Otherwise the graphs of the last {self._size} sets are kept"
         )

@@ -5,6 +5,8 @@ In the order of reading: `config` (`Config`), `given` (another kind in its place
 optimizers call otherwise). It must not know of plans or of anything above.
 """
 
+import torch
+
 from .config import COMPUTE_DTYPES as COMPUTE_DTYPES
 from .config import FIXED_STEPS as FIXED_STEPS
 from .config import CheckedCoefficients as CheckedCoefficients
@@ -38,3 +40,6 @@ from .results import MeasuredResult as MeasuredResult
 from .results import StepResult as StepResult
 from .results import result_of as result_of
 from .schedule import Schedule as Schedule
+
+# What torch.save writes of them, torch.load(weights_only=True) reads.
+torch.serialization.add_safe_globals([Hyper, StepResult, MeasuredResult])

@@ -156,8 +156,12 @@ class Config:
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
-            if value not in choices:
-                raise ValueError(f"Config.{field}: expected one of {choices}, got {value!r}")
+            if value not in choices or isinstance(value, bool):
+                meant = (
+                    {"guard": "full", "master": "mantissa"}.get(field) if value is True else None
+                )
+                write = f"; write {field}={meant!r}" if meant else ""
+                raise ValueError(f"Config.{field}: expected one of {choices}, got {value!r}{write}")
         for field in ("nesterov", "snap", "normalize", "renormalize", "cautious_update", "metrics"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"Config.{field}: expected a bool, got {getattr(self, field)!r}")
@@ -178,7 +182,9 @@ class Config:
             if not (value is None or value in choices):
                 shown = [*choices, "int8"] if torch.int8 in choices else [*choices]
                 why = ""
-                if value == torch.float16:
+                if isinstance(value, str) and getattr(torch, value, None) in choices:
+                    why = f"; write torch.{value}, without quotes"
+                elif value == torch.float16:
                     why = ": small gradients vanish in float16; write torch.bfloat16"
                 raise ValueError(
                     f"Config.{field}: expected None or one of {shown}, got {value!r}{why}"
@@ -278,8 +284,11 @@ def check_coefficients(
 
 def _check_rows(rows: object, where: str) -> tuple[Row, ...]:
     if not isinstance(rows, Sequence) or not all(isinstance(row, Sequence) for row in rows):
+        one = isinstance(rows, (tuple, list)) and len(rows) == 3
+        write = f"; for the same row at every step write ({rows!r},) * steps" if one else ""
         raise TypeError(
-            f"{where}coefficients: expected a name or a tuple of (a, b, c) rows, got {rows!r}"
+            f"{where}coefficients: expected one of {sorted(get_args(CoefficientsName))} or a tuple "
+            f"of (a, b, c) rows, got {rows!r}{write}"
         )
     for row in rows:
         if len(row) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in row):

@@ -202,10 +202,17 @@ def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         betas = isinstance(value, (tuple, list)) and name.endswith(("momentum", "beta2"))
         write = f"; AdamW's betas are adamw_betas={value!r}" if betas else ""
-        if not betas and isinstance(value, (Mapping, tuple, list)):
+        if name.endswith("lr") and isinstance(value, (Mapping, tuple, list)):
             write = (
                 "; for rates of single parameters write routes={...: Route(lr_mul=...)}, or "
                 "Hyper.stack([Hyper.of(...), ...]) and make_plan(hyper_of={...: k})"
+            )
+        if isinstance(value, Tensor):
+            write = f"; write {name}=float(...), and fill_ the tensor that is made of it later"
+        elif callable(value):
+            write = (
+                "; a schedule moves the rates: write torch.optim.lr_scheduler.LambdaLR(optimizer, "
+                "schedule) for NorMuon, peak.scaled(schedule(step), out=hyper) for Hyper"
             )
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a Python number, got {kind} ({value!r}){write}")

@@ -21,7 +21,8 @@ RENAMED = {  # arguments of other optimizers, and what they are called here
     "learning_rate": "lr", "muon_lr": "lr", "matrix_lr": "lr",
     "mu": "momentum", "muon_momentum": "momentum", "momentum_beta": "momentum",
     "muon_beta2": "beta2", "normuon_beta2": "beta2",
-    "wd": "weight_decay", "muon_weight_decay": "weight_decay", "muon_wd": "weight_decay",
+    "wd": "weight_decay", "decay": "weight_decay", "muon_weight_decay": "weight_decay",
+    "muon_wd": "weight_decay",
     "use_muon": "algorithm", "distributed_mesh": "mesh", "process_group": "mesh",
     "num_heads": "heads", "n_heads": "heads", "warmup_steps": "warmup", "total_steps": "total",
     "num_warmup_steps": "warmup", "num_training_steps": "total",
@@ -59,6 +60,8 @@ ELSEWHERE = {  # arguments of other optimizers, and what to do instead
     "newton_schulz_func": "write NorMuon(config=Config(orthogonalizer=...))",
     "use_nesterov": "write NorMuon(config=Config(nesterov=...))",
     "cautious_wd": "write NorMuon(config=Config(weight_decay_form='cautious'))",
+    "model": "give the model as the first argument: nm.NorMuon(model, lr=...)",
+    "parameters": "give the model as the first argument: nm.NorMuon(model, lr=...)",
     "cautious": "write NorMuon(config=Config(weight_decay_form='cautious'))",
     "weight_decay_method": "write NorMuon(config=Config(weight_decay_form=...))",
     "flatten": "write routes={...: Route(flatten=True)}",
@@ -135,7 +138,10 @@ def hint(where: str, key: str, known: Collection[str], options: Collection[str] 
             f"or nm.Hyper.of(params, {key}=...)"
         )
     if key in ELSEWHERE:
-        return f"{where}: there is no argument {key!r}; {ELSEWHERE[key]}"
+        write = ELSEWHERE[key]
+        if where == "Config":
+            write = write.replace("NorMuon(config=Config(", "Config(").replace("))", ")")
+        return f"{where}: there is no argument {key!r}; {write}"
     if key in OF_ROUTES and "routes" in known:
         return f"{where}: {key!r} is of single parameters; write routes={{...: Route({key}=...)}}"
     meant = alike(key, [*known, *options])

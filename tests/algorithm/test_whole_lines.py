@@ -125,12 +125,14 @@ class Orthogonalize(torch.nn.Module):
 
 @pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_graph_is_for_all_sizes(strict: bool) -> None:
+@pytest.mark.parametrize("fixed", ["none", "rows", "cols"])
+def test_an_exported_graph_is_for_all_sizes(fixed: str, strict: bool) -> None:
     sizes = {0: Dim("rows", min=322, max=500), 1: Dim("cols", min=802, max=4000)}
+    sizes = {k: size for k, size in sizes.items() if size.__name__ != fixed}
     x = torch.randn(330, 820)
     made = export(Orthogonalize(), (x,), dynamic_shapes={"x": sizes}, strict=strict).module()
-    for shape in ((330, 820), (385, 901), (384, 832)):
-        x = torch.randn(shape)
+    for rows, cols in ((330, 820), (385, 901), (384, 832)):
+        x = torch.randn(330 if fixed == "rows" else rows, 820 if fixed == "cols" else cols)
         torch.testing.assert_close(made(x), Orthogonalize()(x), rtol=0, atol=1e-5)  # 8e-7
 
 
@@ -146,6 +148,14 @@ def test_a_graph_with_symbolic_sizes_is_compiled_no_more_often_than_without() ->
     for shape in ((70, 133), (66, 130), (70, 128), (64, 128), (72, 140), (80, 150)):
         run(torch.randn(shape))
     assert len(graphs) <= 2
+    graphs.clear()
+    torch._dynamo.reset()
+    run = torch.compile(Orthogonalize(), fullgraph=True, backend=backend)
+    for cols in (820, 901, 832, 1000):
+        x = torch.randn(330, cols)
+        torch._dynamo.mark_dynamic(x, 1)
+        run(x)
+    assert len(graphs) == 1
 
 
 def test_a_distributed_sum_sends_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,39 @@ def owned(last: bool) -> dict[str, Any]:
     }
 
 
+def nameless(last: bool) -> dict[str, Any]:
+    """State on its owners alone, of parameters without names, whose routes nothing tells apart."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+
+    def made(heads: int) -> nm.NorMuon:
+        routes = {"0.weight": nm.Route(heads=4), "1.weight": nm.Route(heads=heads)}
+        return nm.NorMuon(
+            list(model.parameters()), mesh=mesh, config=nm.Config(replicas="share"),
+            routes=nm.routes_for(model, routes),
+        )  # fmt: skip
+
+    optimizer = made(2)
+    for p in model.parameters():
+        p.grad = torch.eye(16)
+    optimizer.step()
+    saved, errors = dcp.get_optimizer_state_dict(model, optimizer), {}
+    for what, heads, given in (
+        ("the same", 2, saved), ("other heads", 8, optimizer.state_dict()),
+    ):  # fmt: skip
+        again = made(heads)
+        try:
+            if given is saved:
+                dcp.set_optimizer_state_dict(model, again, copy.deepcopy(saved))
+            else:
+                again.load_state_dict(copy.deepcopy(given))
+            errors[what] = ""
+        except ValueError as error:
+            errors[what] = str(error)
+    return errors
+
+
 def unlike(last: bool) -> dict[str, Any]:
     """Ranks whose optimizers are not alike."""
     try:
@@ -268,6 +301,7 @@ CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "reordered": reordered,
     "ddp": ddp,
     "owned": owned,
+    "nameless": nameless,
     "unlike": unlike,
 }
 

@@ -75,5 +75,13 @@ def test_sharded_parameters_in_another_order_get_their_own_state_and_rate(
     assert [seen["reordered"][f"{kind} {way}"] for seen in ranks] == [[]] * WORLD
 
 
+def test_routes_of_owned_state_are_compared_alike_on_all_ranks(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for seen in ranks:
+        assert seen["nameless"]["the same"] == ""
+        assert "its state has another meaning" in seen["nameless"]["other heads"]
+
+
 def test_ranks_whose_optimizers_are_not_alike_say_so(ranks: list[dict[str, Any]]) -> None:
     assert all("Config.nesterov" in seen["unlike"]["error"] for seen in ranks)

@@ -420,3 +420,77 @@ def test_an_entry_is_not_in_vain_that_changes_something_or_asks_for_what_is_so()
     assert said_of({"blocks.*": nm.Route("adamw"), "blocks.0.q.weight": nm.Route("adamw")}) == []
     assert said_of({"blocks.*": nm.Route("adamw"), "embed.*": SLOW, "*": nm.Route("adamw")}) == []
     assert said_of({"*": nm.Route(lr_mul=0.5), "blocks.0.*": nm.Route(wd_mul=0.0)}) == []
+
+
+# --- what is said of entries
+
+
+def said(call: Callable[[], object], what: str) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return sum(what in str(w.message) for w in caught)
+
+
+GENERAL_FIRST = {"*": SLOW, "embed.weight": nm.Route(lr_mul=0.1)}
+
+
+def test_an_entry_without_effect_is_said_once_by_plans_and_optimizers() -> None:
+    named = [(name, nn.Parameter(p.clone())) for name, p in PARAMS.items()]
+    made: list[nm.NorMuon] = []
+    assert said(lambda: nm.make_plan(PARAMS, routes=GENERAL_FIRST), "changes nothing") == 1
+    of_optimizer = lambda: made.append(nm.NorMuon(named, routes=GENERAL_FIRST))  # noqa: E731
+    of_group = lambda: made.append(  # noqa: E731
+        nm.NorMuon([{"params": named, "routes": GENERAL_FIRST}])
+    )
+    for make in (of_optimizer, of_group):
+        assert said(make, "changes nothing") == 1
+        new = [("new.weight", nn.Parameter(torch.ones(8, 8)))]
+        assert said(lambda new=new: made[-1].add_param_group({"params": new}), "nothing") == 0
+
+
+def test_an_entry_that_asks_for_what_is_so_is_not_said() -> None:
+    for given in (
+        {"*": SLOW, "embed.weight": SLOW},
+        {"embed.weight": nm.Route("adamw"), "*": nm.Route(lr_mul=1.0)},
+    ):
+        assert said(lambda given=given: nm.make_plan(PARAMS, routes=given), "because") == 0
+    lost = {"embed.weight": nm.Route("adamw"), "*": SLOW}
+    assert said(lambda: nm.make_plan(PARAMS, routes=lost), "does not reach") == 1
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.emb.weight
+
+
+@pytest.mark.parametrize(
+    ("head", "emb", "fits"),
+    [
+        (SLOW, nm.Route("adamw"), True),
+        (SLOW, nm.Route(wd_mul=0.0), True),
+        (SLOW, SLOW, True),
+        (nm.Route("normuon"), nm.Route("adamw"), False),
+        (SLOW, nm.Route(lr_mul=0.2), False),
+    ],
+)
+def test_tied_names_may_have_routes_that_fit_together(
+    head: nm.Route, emb: nm.Route, fits: bool
+) -> None:
+    given = {"head.weight": head, "emb.weight": emb}
+    if not fits:
+        with pytest.raises(ValueError, match="are one tensor"):
+            nm.routes_for(Tied(), given)
+        return
+    (found,) = {str(route) for route in nm.routes_for(Tied(), given).values()}
+    assert found == str(head.over(emb.over(nm.Route("adamw"))))
+
+
+def test_an_entry_of_hyper_of_that_no_parameter_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"write 'embed\.\*' before '\*'"):
+        nm.make_plan(PARAMS, hyper_of={"*": 0, "embed.*": 1})
+    plan = nm.make_plan(PARAMS, hyper_of={"embed.*": 1, "*": 0})
+    assert "adamw hyper 1" in str(plan) and "hyper 0" in str(plan)
+    nm.make_plan(PARAMS, hyper_of={"embed.*": 1, "embed.weight": 0, "*": 0})  # a name goes first

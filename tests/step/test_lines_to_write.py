@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +42,138 @@ def step_with(**changed: Any) -> None:
 def test_an_argument_of_a_step_is_refused_with_the_line(changed: Any, line: str) -> None:
     with pytest.raises((TypeError, ValueError), match=re.escape(line)):
         step_with(**changed)
+
+
+PARAM = {"a": torch.ones(4, 6)}
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: nm.Hyper.of(PARAM, lr=torch.tensor(0.1)), "write lr=float(...)"),  # type: ignore[arg-type]
+        (lambda: nm.Hyper.of(PARAM, lr=nm.Schedule(total=9)), "peak.scaled(schedule(step)"),  # type: ignore[arg-type]
+        (lambda: nm.NorMuon(nn.Linear(4, 4), lr=lambda step: 0.1), "LambdaLR(optimizer, schedule)"),  # type: ignore[arg-type]
+        (lambda: nm.Config(ns_steps=5), "'ns_steps'; write Config(steps=...)"),  # type: ignore[call-arg]
+        (lambda: nm.Config(coefficients=(3.4, -4.7, 2.0)), "((3.4, -4.7, 2.0),) * steps"),  # type: ignore[arg-type]
+        (lambda: nm.Config(momentum_dtype="bfloat16"), "write torch.bfloat16, without"),  # type: ignore[arg-type]
+        (lambda: nm.Config(guard=True), "write guard='full'"),  # type: ignore[arg-type]
+        (lambda: nm.Config(master=True), "write master='mantissa'"),  # type: ignore[arg-type]
+        (lambda: nm.NorMuon(model=nn.Linear(4, 4)), "give the model as the first argument"),  # type: ignore[call-overload]
+        (lambda: nm.NorMuon(nn.Linear(4, 4), decay=0.1), "is called 'weight_decay' here"),  # type: ignore[call-overload]
+        (lambda: step_with(grads=(PARAM, 1.0)), "grads, loss ="),
+        (lambda: step_with(grads={k: torch.ones(4, 6).half() for k in "ab"}), "to(torch.float32)"),
+        (
+            lambda: step_with(grads={k: torch.ones(4, 6).to_sparse() for k in "ab"}),
+            "write nn.Embedding(..., sparse=False)",
+        ),
+    ],
+)
+def test_more_that_is_refused_with_the_line(call: Callable[[], object], line: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(line)):
+        call()
+
+
+def test_names_of_others_that_the_package_does_not_have() -> None:
+    with pytest.raises(AttributeError, match=re.escape("Config(normalize=False)")):
+        _ = nm.Muon  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"no attribute 'Lamb'$"):
+        _ = nm.Lamb  # type: ignore[attr-defined]
+
+
+def test_numbers_after_lr_need_their_names() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        nm.NorMuon(nn.Linear(4, 4), 0.02, 0.1)  # type: ignore[call-overload]
+
+
+def test_parameters_that_the_optimizer_has_already_are_refused_with_the_reason() -> None:
+    optimizer = nm.NorMuon(model := nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="Those that are frozen are in it too"):
+        optimizer.add_param_group({"params": [*model.named_parameters()]})
+
+
+def test_a_file_of_torch_save_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "x.pt")
+    with pytest.raises(nm.CheckpointError, match=re.escape("got one of torch.save; write")):
+        nm.load(tmp_path / "x.pt", nm.make_plan(PARAM, SHORT))
+
+
+def test_torch_loads_what_it_saved_of_a_hyper_and_a_result(tmp_path: Path) -> None:
+    plan = nm.make_plan(PARAM, SHORT)
+    hyper = nm.Hyper.of(PARAM, lr=0.1)
+    for given in (hyper, nm.update(PARAM, PARAM, nm.init(PARAM, plan), hyper, plan)):
+        torch.save(given, tmp_path / "x.pt")
+        assert type(torch.load(tmp_path / "x.pt", weights_only=True)) is type(given)
+
+
+def heard(call: Callable[[], object], what: str) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return sum(what in str(w.message) for w in caught)
+
+
+@pytest.mark.usefixtures("eager")
+def test_gradients_of_what_was_frozen_when_the_plan_was_made_are_said_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.LayerNorm(4))
+    model[0].requires_grad_(False)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    plan, hyper = nm.make_plan(model, SHORT), nm.Hyper.of(params, lr=0.1)
+    state, grads = nm.init(params, plan), {k: torch.ones_like(p) for k, p in params.items()}
+    compiled._graphs.pop(plan, None)
+    call = lambda: nm.step(params, grads, state, hyper, plan)  # noqa: E731
+    assert heard(call, "grads: has gradients for '0.weight', which the plan does not move") == 1
+    without = grads | {"0.weight": None}
+    plan = nm.make_plan(model, SHORT)
+    quiet = lambda: nm.step(params, without, state, hyper, plan)  # noqa: E731
+    assert heard(quiet, "does not move") == 0
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_parameter_that_was_put_in_the_place_of_another_is_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 200))
+    optimizer = nm.NorMuon(model, lr=0.1, routes={"2.weight": nm.Route("adamw")})
+
+    def step() -> None:
+        model.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    step()
+    old = model[2]
+    model[2] = nn.Linear(4, 200)
+    old.weight.grad, old.bias.grad = torch.zeros(200, 4), torch.zeros(200)  # as a loop may leave it
+    assert heard(lambda: [step() for _ in range(3)], "put in the place of another") == 1
+
+
+def test_a_group_with_its_own_rate_beside_the_constructors_adamw_lr_is_said() -> None:
+    def groups(**own: float) -> list[dict[str, Any]]:
+        a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+        named = [(f"{k}.{n}", p) for k, m in enumerate((a, b)) for n, p in m.named_parameters()]
+        return [{"params": named[:2]}, {"params": named[2:], "lr": 1e-4, **own}]
+
+    routes = {"*.weight": nm.Route()}
+    text = "param_groups[1]: has lr=0.0001 of its own"
+    mixed = lambda: nm.NorMuon(groups(), lr=1e-2, adamw_lr=5e-3, routes=routes)  # noqa: E731
+    assert heard(mixed, text) == 1
+    for make in (
+        lambda: nm.NorMuon(groups(adamw_lr=1e-4), lr=1e-2, adamw_lr=5e-3, routes=routes),
+        lambda: nm.NorMuon(groups(), lr=1e-2, routes=routes),
+        lambda: nm.NorMuon(groups(), lr=1e-4, adamw_lr=5e-3, routes=routes),
+    ):
+        assert heard(make, "of its own") == 0
+
+
+def test_a_first_step_where_warnings_are_errors(tmp_path: Path) -> None:
+    code = (
+        "import torch, normuon_fn as nm\n"
+        "model = torch.nn.LayerNorm(4)\n"
+        "optimizer = nm.NorMuon(model, lr=0.1)\n"
+        "model(torch.ones(2, 4)).sum().backward()\n"
+        "optimizer.step()\n"
+    )
+    run = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("run", [nm.update, nm.step, nm.step_, torch.no_grad()(nm.step)])
