@@ -188,8 +188,14 @@ def in_whole_lines(x: Tensor) -> Tensor:
     torch 2.11, triton 3.6, 2026-11-29). Tiles cover those zeros anyway. Symbolic sizes stay as they
     are: a graph for many shapes would be one for some.
     """
-    down, across = (n if certainly((n := -size % LINE) > 0) else 0 for size in x.shape[-2:])
+    down, across = _up_to_lines(x.shape[-2]), _up_to_lines(x.shape[-1])
     return pad(x, (0, across, 0, down)) if down or across else x
+
+
+def _up_to_lines(size: int) -> int:
+    """How many zeros a side of that size gets; a symbolic one none."""
+    lacking = -size % LINE
+    return lacking if certainly(lacking > 0) else 0
 
 
 def lines_of(rows: int, cols: int, form: Form) -> tuple[int, int]:

@@ -24,7 +24,9 @@ class MissedSteps:
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
         # by name, 0-d int32; from a file they are on the host
         self.counts = {
-            name: torch.tensor(n, dtype=torch.int32) for name, n in (counts or {}).items() if n
+            name: torch.tensor(n, dtype=torch.int32, device="cpu")
+            for name, n in (counts or {}).items()
+            if n
         }
         self.absent: tuple[str, ...] = ()  # who misses the steps from `_since` on
         self._since: Tensor | None = None

@@ -207,6 +207,7 @@ class NorMuon(Offloading, SavedOptimizer):
         if fresh:  # their parameters may have been loaded since construction
             params = {name: planned.params[name] for name in fresh}
             state_of.follow_parameters(params, planned.state)
+        self._reports.look_at_models(self.param_groups)
         planner.follow(self.param_groups, planned)
         named_grads = dict(zip(planned.params, [grads[k] for k in planned.places], strict=True))
         arguments = planned.params, named_grads, planned.state, planner.hyper.hyper

@@ -44,18 +44,22 @@ class Reports:
     # --- skipped steps
 
     def before_step(self, groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
-        """Says what arrived since the last step, which keys of the groups no step reads, and which
-        parameters the model has got.
+        """Says what arrived since the last step, and which keys of the groups no step reads.
 
         An error comes before anything is written.
         """
         self._keys.look(groups, defaults)
-        self._watch.look(groups)
         if not self._asked_trainer:
             self._asked_trainer = True
             say_if_unread(groups)
         if self.skips is not None:
             self.skips.look()
+
+    def look_at_models(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Says which parameters the model has got; those that keep a step from all are refused
+        before that, by `check_gradients`.
+        """
+        self._watch.look(groups)
 
     def after_step(self, result: StepResult, plan: Plan) -> None:
         if self.skips is not None:

@@ -152,6 +152,7 @@ def _run_compiled(
         with kernels_beside, without_autocast(plan.device):
             result = compiled(*arguments, hyper, plan, found_inf=found_inf)
     except NotCompiled:
+        _count_sets(function, graphs, made)
         raise
     except Exception as error:
         if failure := named_failure(error):
@@ -164,9 +165,16 @@ def _run_compiled(
                 free(made)  # the set of a call that was refused is not counted
             raise
         raise
+    _count_sets(function, graphs, made)
+    return result
+
+
+def _count_sets(
+    function: StepFunction, graphs: Recent[GraphKey, StepFunction], made: StepFunction | None
+) -> None:
+    """Says so where a call that was not refused has made the graph of one set too many."""
     if made is not None and len({missing for _, missing in graphs}) == MANY:
         graphs.warn_of_sets("step" if function is local_update else "step_")
-    return result
 
 
 def _graphs_of(plan: Plan) -> Recent[GraphKey, StepFunction]:

@@ -287,8 +287,8 @@ def _check_rows(rows: object, where: str) -> tuple[Row, ...]:
         one = isinstance(rows, (tuple, list)) and len(rows) == 3
         write = f"; for the same row at every step write ({rows!r},) * steps" if one else ""
         raise TypeError(
-            f"{where}coefficients: expected one of {sorted(get_args(CoefficientsName))} or a tuple "
-            f"of (a, b, c) rows, got {rows!r}{write}"
+            f"{where}coefficients: expected a name or a tuple of (a, b, c) rows, got "
+            f"{rows!r}{write}"
         )
     for row in rows:
         if len(row) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in row):

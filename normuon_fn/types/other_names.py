@@ -94,10 +94,13 @@ def with_hints(function: F, *, options: Collection[str] = (), example: str = "")
     `help` and type checkers.
     """
     known, needed = arguments_of(function), arguments_of(function, needed=True)
+    by_place = places_of(function)
     where = function.__qualname__.removesuffix(".__init__").removesuffix(".__new__")
 
     @functools.wraps(function)
     def hinting(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(by_place) > 0:
+            raise TypeError(_too_many(where, by_place[-1], args[len(by_place) :]))
         unknown = [key for key in kwargs if key not in known]
         if unknown:  # all at once: a line of another optimizer has several
             raise TypeError("\n".join([hint(where, key, known, options) for key in unknown]))
@@ -116,6 +119,26 @@ def arguments_of(function: Callable[..., Any], *, needed: bool = False) -> tuple
     found = inspect.signature(function).parameters.values()
     return tuple(
         p.name for p in found if p.kind in kinds and not (needed and p.default is not p.empty)
+    )
+
+
+def places_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments that may be given by their places, ``self`` included."""
+    found = inspect.signature(function).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found):
+        return ()
+    return tuple(p.name for p in found if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _too_many(where: str, last: str, extra: tuple[Any, ...]) -> str:
+    """What to say of arguments that were given by place, behind ``last``, and have none."""
+    first = extra[0]
+    write = ""
+    if isinstance(first, (tuple, list)):
+        write = f"; AdamW's betas are adamw_betas={first!r}"
+    return (
+        f"{where}: arguments after {last!r} need their names, got {type(first).__name__} "
+        f"{first!r:.80}{write}"
     )
 
 

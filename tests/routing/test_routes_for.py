@@ -168,7 +168,7 @@ def test_the_table_explains_itself_and_the_plan_says_why() -> None:
         r"fused qkv of MultiheadAttention$",
         r"h.weight_hh_l0 +32x8 +LSTM +normuon splits 8\+8\+8\+8 of rows +LSTM; 4 gates of 8$",
         r"q.weight +20x12 +Linear +adamw +output head: as many outputs as a has rows$",
-        r"p.weight +10x12 +Linear +frozen +requires_grad=False$",
+        r"p.weight +10x12 +Linear +frozen \(then normuon\) +requires_grad=False$",
         r"s +4x4 +Everything +frozen +buffer$",
         r"pos_embed +5x12 +Everything +adamw +table of vectors, by name$",
         r"r.weight +9x1 +Linear +adamw +vector$",

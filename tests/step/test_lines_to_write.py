@@ -81,7 +81,7 @@ def test_names_of_others_that_the_package_does_not_have() -> None:
 
 
 def test_numbers_after_lr_need_their_names() -> None:
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="arguments after 'lr' need their names, got"):
         nm.NorMuon(nn.Linear(4, 4), 0.02, 0.1)  # type: ignore[call-overload]
 
 
