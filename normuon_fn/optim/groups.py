@@ -22,7 +22,7 @@ from ..types.other_names import (
     with_hints,
 )
 from .hyper import OF_ADAMW, Groups, plain, remember_base
-from .written_rates import BASE, mixed_rates
+from .written_rates import BASE, borrowed_rates
 
 CONFIG_FIELDS = tuple(field.name for field in fields(Config))
 _OF_ALL = (  # arguments of the constructor that no group can have for itself
@@ -47,7 +47,7 @@ class AddedGroup(NamedTuple):
     has_algorithm: bool  # its own, which was written, and not the constructor's
     has_names: bool
     decisions: dict[str, Decision] | None = None  # by name, until then not made
-    # its own lr, and AdamW's that is not its own; None where that makes no difference
+    # its lr, and the constructor's adamw_lr; None if it has one of its own
     rates: tuple[float, float] | None = None
 
 
@@ -209,9 +209,7 @@ def check_used(defaults: Mapping[str, Any], added: Sequence[AddedGroup]) -> None
 # --- names
 
 
-def remember_last(
-    groups: Sequence[dict[str, Any]], written: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> AddedGroup:
+def remember_last(groups: Sequence[dict[str, Any]], written: Mapping[str, Any]) -> AddedGroup:
     """What to remember about the last group, which was just added as somebody has written it."""
     *others, group = groups
     remember_base(group, written)
@@ -221,7 +219,7 @@ def remember_last(
     params = [*zip(names, group["params"], strict=True)]
     has_algorithm, has_names = "algorithm" in written, "param_names" in group
     routes = {} if written.get("routes") is None else written["routes"]
-    rates = mixed_rates(group, written, defaults)
+    rates = borrowed_rates(group, written)
     return AddedGroup(params, routes, group["algorithm"], has_algorithm, has_names, rates=rates)
 
 

@@ -11,18 +11,28 @@ The counts stay on the device, and nothing is done as long as the set is the sam
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..distributed.placements import local
+
+
+class _Made(NamedTuple):
+    """A second moment as it was made, of zeros."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
 
 
 class MissedSteps:
     """The counts of one optimizer, by parameter. One that is not there has missed none."""
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
-        # by name, 0-d int32; from a file they are on the host
+        # by name, 0-d int32; from a file they are on the host at first
         self.counts = {
             name: torch.tensor(n, dtype=torch.int32, device="cpu")
             for name, n in (counts or {}).items()
@@ -30,9 +40,43 @@ class MissedSteps:
         }
         self.absent: tuple[str, ...] = ()  # who misses the steps from `_since` on
         self._since: Tensor | None = None
+        # Moments that no step has seen; of those that were copied or pickled no tensor is known.
+        self._new: dict[str, _Made | None] = {}
         self.planned: Any = (
             None  # the planned step that the counts were last brought up to date for
         )
+
+    # --- moments that begin
+
+    def begin(self, name: str, second: Tensor) -> None:
+        """Remembers moments that were made just now."""
+        self._new[name] = _Made(weakref.ref(second), local(second)._version)
+
+    def has_new(self, names: Collection[str]) -> bool:
+        return bool(self._new) and not self._new.keys().isdisjoint(names)
+
+    def new_among(self, seconds: Mapping[str, Tensor]) -> set[str]:
+        """Whose moments are still as they were made: nobody has put others in their place."""
+        return {name for name, second in seconds.items() if self.is_new(name, second)}
+
+    def is_new(self, name: str, second: Tensor) -> bool:
+        made = self._new.get(name, ())
+        if not made:
+            return made is None
+        return made.tensor() is second and local(second)._version == made.version
+
+    def stepped(self, names: Iterable[str]) -> None:
+        """To be called after a step of ``names``."""
+        if self._new:
+            for name in names:
+                self._new.pop(name, None)
+
+    # --- the counts
+
+    @property
+    def counts_anything(self) -> bool:
+        """Whether a step may have been missed, as far as the host knows."""
+        return self._since is not None or bool(self.counts)
 
     def follow(self, accepted: Tensor, late: Iterable[str], absent: Iterable[str]) -> None:
         """Brings the counts up to date when other parameters are stepped than before.
@@ -58,23 +102,18 @@ class MissedSteps:
     def of(self, names: Iterable[str], device: torch.device) -> Tensor:
         """[n] int32: the counts of ``names``, zero for what has none."""
         zero = torch.zeros((), dtype=torch.int32, device=device)
-        found = [self.counts.get(name, zero) for name in names]
-        return torch.stack([count.to(device) for count in found])
+        self.counts |= {n: c.to(device) for n, c in self.counts.items() if c.device != device}
+        return torch.stack([self.counts.get(name, zero) for name in names])
 
-    def saved(
-        self, accepted: Tensor, begun: Collection[str], of_adamw: Iterable[str]
-    ) -> dict[str, int]:
-        """What is saved of ``of_adamw``, the parameters that have moments. Waits for the device.
+    def saved(self, accepted: Tensor, seconds: Mapping[str, Tensor]) -> dict[str, int]:
+        """What is saved of the parameters that have these moments. Waits for the device.
 
-        Moments that have not ``begun`` miss all steps so far.
+        Moments that no step has seen miss all steps so far.
         """
         self.settle(accepted)
-        found = {
-            name: int(self.counts[name] if name in begun else accepted)
-            for name in of_adamw
-            if name in self.counts or name not in begun
-        }
-        return {name: count for name, count in found.items() if count}
+        found = dict.fromkeys(self.new_among(seconds), accepted)
+        found |= {n: c for n, c in self.counts.items() if n in seconds and n not in found}
+        return {name: steps for name, count in found.items() if (steps := int(count))}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "planned": None}
+        return {**self.__dict__, "planned": None, "_new": dict.fromkeys(self._new)}

@@ -201,7 +201,7 @@ class NorMuon(Offloading, SavedOptimizer):
         elif not planned.is_current(self.state):
             planner.collect(planned, self.state, self._begun)
         fresh = planned.params.keys() - self._begun
-        if fresh or planned is not self._missed.planned:
+        if planned is not self._missed.planned or self._missed.has_new(planned.params):
             planned = with_missed_steps(planner, chosen, planned, self.state, self._begun)
         check_ranks(planned.plan)
         if fresh:  # their parameters may have been loaded since construction
@@ -218,6 +218,7 @@ class NorMuon(Offloading, SavedOptimizer):
                 result = step_(*arguments, planned.plan, found_inf=found_inf)
         self.plan, self.result, planned.stepped = planned.plan, result, True
         self._begun |= fresh
+        self._missed.stepped(planned.params)
         self._reports.after_step(result, planned.plan)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -246,7 +247,7 @@ class NorMuon(Offloading, SavedOptimizer):
                 "are in it too, and are stepped from when they require a gradient: leave them out"
             ) from error
         try:
-            self._added.append(groups_of.remember_last(self.param_groups, written, self.defaults))
+            self._added.append(groups_of.remember_last(self.param_groups, written))
             hyper_of.check_hyperparameters(self.param_groups[-1])
             hyper_of.check_read(self.param_groups[-1], self.config)
             if self._constructed:
@@ -285,7 +286,7 @@ class NorMuon(Offloading, SavedOptimizer):
         """Drops what follows from the groups. The next step makes it again."""
         if self._planner is not None:
             self._planner.release()
-        self._planner = self.plan = self.result = None
+        self._planner = self.plan = self.result = self._missed.planned = None
 
     def __getstate__(self) -> dict[str, Any]:
         wait_for_copies_sync(self._planner)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ..compat import outside_inference_mode
 from ..runtime.graphed import GraphedStep
-from .planned import Chosen, PlannedStep, Planner
+from .planned import Chosen, Planner
+from .planned_step import PlannedStep
 from .state import States
 
 
@@ -16,13 +20,14 @@ def with_missed_steps(
 
     It is planned anew where it did not count them so far. ``begun``: who was stepped before.
     """
-    own, missed = _of_adamw(planner), planner.missed
-    late = own & planned.params.keys() - begun if begun or missed.counts else set()
-    missed.follow(planned.accepted, late, own & begun - planned.params.keys())
-    names = frozenset(own & planned.params.keys() & missed.counts.keys())
-    if names != planned.missed:
+    own, missed, here = planner.of_adamw, planner.missed, planned.params.keys()
+    late: set[str] = set()
+    if begun or missed.counts_anything:
+        late = missed.new_among(_second_moments(planner, states, own & here))
+    missed.follow(planned.accepted, late, own & begun - here)
+    if planner.counting(here) != planned.missed:
         planned.release()
-        before, planned = planned, planner.plan(chosen, states, begun, names)
+        before, planned = planned, planner.plan(chosen, states, begun)
         planned.stepped, planned.counted = before.stepped, before.counted
         planned.graphed = before.graphed and GraphedStep(planned.plan)
         planner.steps[chosen] = planned
@@ -35,17 +40,17 @@ def with_missed_steps(
 
 def missed_so_far(planner: Planner, states: States, begun: set[str]) -> dict[str, int]:
     """How many steps AdamW's parameters have missed. Waits for the device if any has."""
-    named, missed = planner.named, planner.missed
-    own = {name for name in _of_adamw(planner) & named.keys() if states.get(named[name])}
-    if not own or not (missed.counts or missed.absent or (begun and own - begun)):
+    missed, seconds = planner.missed, _second_moments(planner, states, planner.of_adamw)
+    some_new = missed.has_new(seconds) and (begun or missed.counts_anything)
+    if not seconds or not (missed.counts or missed.absent or some_new):
         return {}
-    kinds = states[named[next(iter(own))]]
-    skipped = 0 if planner.config.guard_scope == "bucket" else kinds["skipped"]
-    return missed.saved(kinds["step"] - skipped, begun, own)
+    kinds = states[planner.named[next(iter(seconds))]]
+    step, skipped = (torch.as_tensor(kinds[kind]) for kind in ("step", "skipped"))
+    accepted = step.clone() if planner.config.guard_scope == "bucket" else step - skipped
+    return missed.saved(accepted, seconds)
 
 
-def _of_adamw(planner: Planner) -> set[str]:
-    """The parameters whose moments have a bias correction."""
-    if planner.config.other != "adamw":
-        return set()
-    return {name for name, d in planner.decisions.items() if d.route.algorithm == "adamw"}
+def _second_moments(planner: Planner, states: States, names: set[str]) -> dict[str, Tensor]:
+    """Of those parameters that have any."""
+    found = {name: states.get(p, {}) for name, p in planner.named.items() if name in names}
+    return {name: kinds["exp_avg_sq"] for name, kinds in found.items() if "exp_avg_sq" in kinds}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import compress
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..compat import Ranks, outside_inference_mode
 from ..compat.collection import without_collection
@@ -29,44 +28,13 @@ from .groups import AddedGroup, fingerprint_of, names_of
 from .hyper import GroupHyper, Groups
 from .missed_steps import MissedSteps
 from .new_parameters import notes_of
+from .planned_step import PlannedStep
 from .rate_watch import RateWatch
 from .saved import Saved
 from .shared_state import gathered, taking
 from .state import COUNTERS, States, collect, load
 
 Chosen = tuple[bool, ...]  # by parameter: whether a step is planned for it
-
-
-@dataclass
-class PlannedStep:
-    """Everything that a step needs except the values of gradients, for one set of parameters."""
-
-    plan: Plan
-    places: list[int]  # of its parameters among all parameters of the optimizer
-    params: dict[str, Tensor]
-    state: dict[str, Tensor] = field(default_factory=dict)  # flat, as `init` makes it
-    collected: list[tuple[Tensor, list[tuple[str, Tensor]]]] = field(default_factory=list)
-    stepped: bool = False
-    counted: bool = False  # among the sets of gradients
-    graphed: GraphedStep | None = None
-    missed: frozenset[str] = frozenset()  # whose missed steps its plan counts
-
-    @property
-    def accepted(self) -> Tensor:
-        """0-d int32: how many steps the bias correction of AdamW has counted; a new tensor."""
-        if self.plan.config.guard_scope == "bucket":
-            return self.state["guard.step"].clone()
-        return self.state["guard.step"] - self.state["guard.skipped"]
-
-    def release(self) -> None:
-        """Frees the graph that was captured."""
-        if self.graphed is not None:
-            self.graphed.release()
-
-    def is_current(self, states: States) -> bool:
-        """Whether ``optimizer.state`` still has the tensors that were collected."""
-        pairs = [(states[p], kinds) for p, kinds in self.collected]
-        return all([now.get(kind) is x for now, kinds in pairs for kind, x in kinds])  # noqa: C419 - a list is faster
 
 
 class Planner:
@@ -189,10 +157,23 @@ class Planner:
             self.steps.warn_of_sets("NorMuon")
         return planned
 
+    @cached_property
+    def of_adamw(self) -> set[str]:
+        """The parameters whose moments have a bias correction."""
+        if self.config.other != "adamw":
+            return set()
+        return {name for name, d in self.decisions.items() if d.route.algorithm == "adamw"}
+
+    def counting(self, names: Iterable[str]) -> frozenset[str]:
+        """Whose missed steps a plan of these parameters counts: of all if any has missed some.
+
+        So a set of parameters is planned anew once at most.
+        """
+        own = self.of_adamw.intersection(names)
+        return frozenset(own if own & self.missed.counts.keys() else ())
+
     @outside_inference_mode
-    def plan(
-        self, chosen: Chosen, states: States, begun: set[str], missed: frozenset[str] = frozenset()
-    ) -> PlannedStep:
+    def plan(self, chosen: Chosen, states: States, begun: set[str]) -> PlannedStep:
         """A planned step for the chosen parameters, with its state. It is not remembered here."""
         params = dict(compress(self.named.items(), chosen))
         devices = {str(placements.local(p).device): name for name, p in params.items()}
@@ -210,7 +191,7 @@ class Planner:
             self.group_of if self.hyper.several else None,
             self._alike,
             self.owners,
-            missed,
+            missed := self.counting(params),
         )
         if self.before_ranks and asks_for_ranks(self.config) and plan.guard.group is None:
             plan = replace(plan, before_ranks=True)  # its ranks may have come since
@@ -225,11 +206,20 @@ class Planner:
         self.collect(planned, states, begun)
         return planned
 
-    def load(self, states: States, begun: set[str], saved: Saved) -> set[str]:
+    def load(self, states: States, begun: set[str], saved: Saved, missed: MissedSteps) -> set[str]:
         """Writes a saved state into ``optimizer.state`` (see `state.load`).
 
         Returns the names of the parameters that were stepped, as far as that is known now.
+        ``missed`` takes the place of the counts that there are.
         """
+        before, self.missed = self.missed, missed
+        try:
+            return self._load(states, begun, saved)
+        except BaseException:
+            self.missed = before
+            raise
+
+    def _load(self, states: States, begun: set[str], saved: Saved) -> set[str]:
         plans: dict[str, Plan] = {}
         kinds = partial(self.kinds, states=states, begun=begun, plan_of=plans)
         load(states, self.named, saved.states, kinds, taking(plans))
@@ -287,7 +277,9 @@ class Planner:
         """
         known: Any = next((step.state for step in self.steps.values()), {})
         stays = self.offloaded
-        planned.state = collect(states, planned.plan, planned.params, known, begun, stays=stays)
+        planned.state = collect(
+            states, planned.plan, planned.params, known, begun, self.missed, stays=stays
+        )
         planned.collected = [(p, [*states[p].items()]) for p in planned.params.values()]
 
     def release(self) -> None:

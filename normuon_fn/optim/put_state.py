@@ -32,7 +32,8 @@ def put_state_(
     be used for something else afterwards. Hyperparameters and schedules are left alone. Of a model
     whose parts several optimizers have, each takes its part.
 
-    Returns nothing: ``optimizer`` is written.
+    Returns nothing: ``optimizer`` is written. A flat state has one count of steps, so that AdamW's
+    bias correction takes it for that of all its parameters.
 
     Shapes: of ``state``, as `init` makes it for the plan of the same options and routes.
 
@@ -79,8 +80,9 @@ def put_state_(
             "nm.put_state_(optimizer, state, model)"
         )
     try:
-        own._begun = planner.load(own.state, own._begun, Saved(states, [], {}, {}))
-        own._missed = planner.missed = MissedSteps()
+        saved = Saved(states, [], {}, {})
+        own._begun = planner.load(own.state, own._begun, saved, MissedSteps())
+        own._missed = planner.missed
     except ValueError as error:
         text = str(error).replace("state_dict: ", "state: ", 1)
         raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..planning.checks import check_kind
 from ..planning.plan import Plan
@@ -90,7 +91,8 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
         return added
     routes = {} if routes is None else routes
     for name, p in named.items():
-        check_kind(name, p)
+        if p.requires_grad or is_lazy(p):
+            check_kind(name, p)
     first = all(group.decisions is None for group in added)
     found = _trained(decide_routes(named, routes, say=first))
     written = {} if isinstance(routes, RouteTable) else asked(named, routes)
@@ -144,15 +146,20 @@ def _of_group(
 
 
 def _warn_of_mixed_rates(added: Sequence[AddedGroup], found: Mapping[str, Decision]) -> None:
-    """Says once where a group has its own ``lr``, and its AdamW the constructor's rate."""
+    """Says once where groups have different ``lr``, and their AdamW one and the same rate."""
+    first: float | None = None
     for k, group in enumerate(added):
         names = [name for name, _ in group.params if found[name].route.algorithm == "adamw"]
-        if group.decisions is None and group.rates is not None and names:
-            lr, adamw_lr = group.rates
+        if group.rates is None or not names:
+            continue
+        lr, adamw_lr = group.rates
+        first = lr if first is None else first
+        if lr != first and group.decisions is None:
             warn_at_caller(
-                f"param_groups[{k}]: has lr={lr:g} of its own, and its parameters of AdamW "
-                f"({names[0]!r} and others) the constructor's adamw_lr={adamw_lr:g}, which does "
-                f"not follow it; write 'adamw_lr': {lr:g} into the group, or the rate that is meant"
+                f"param_groups[{k}]: has lr={lr:g}, another group {first:g}, and the parameters of "
+                f"AdamW in both ({names[0]!r} here) the constructor's adamw_lr={adamw_lr:g}, which "
+                "does not follow a group's lr; write 'adamw_lr' into the groups, the same if that "
+                "is meant"
             )
             return
 

@@ -124,10 +124,9 @@ def missed_steps_of(saved: Saved, groups: Groups, routes: Mapping[str, Route]) -
     stepped = {name: route for name, route in routes.items() if saved.states[name]}
     if not any(MISSED in route for form in forms.values() for route in form.routes.values()):
         return {}
-    texts = {
-        n: r[MISSED] for n, r in _routes_of(saved, groups, forms, stepped).items() if MISSED in r
-    }
-    if not texts:
+    known = _routes_of(saved, groups, forms, stepped)
+    texts = {n: r[MISSED] for n, r in known.items() if MISSED in r}
+    if stepped and not known:
         warn_at_caller(
             "state_dict: it does not tell which parameters have missed steps, so that AdamW's bias "
             "correction takes all steps for theirs; save it with names, from nm.NorMuon(model)"

@@ -88,8 +88,8 @@ class SavedOptimizer(torch.optim.Optimizer):
         check_meaning(found, saved["param_groups"], self.config, routes)
         missed = MissedSteps(missed_steps_of(found, saved["param_groups"], routes))
         write_values = hyper_of.loading(self.param_groups, found.groups)
-        self._begun = planner.load(self.state, self._begun, found)
-        self._missed = planner.missed = missed
+        self._begun = planner.load(self.state, self._begun, found, missed)
+        self._missed = missed
         write_values()
         planner.hyper.written_rates.remember(self.param_groups)
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -23,6 +23,7 @@ from ..distributed.dtensors import is_dtensor
 from ..persistence.meaning import BEGIN_ANEW, field_of_variance, fields_of
 from ..planning.plan import Plan, Spec
 from ..planning.streaming import in_place_of_host
+from .missed_steps import MissedSteps
 
 States = MutableMapping[Any, dict[str, Any]]  # optimizer.state; others may add keys of their own
 COUNTERS = ("step", "skipped", "consecutive")  # of the guard, shared by all parameters
@@ -39,6 +40,7 @@ def collect(
     params: Mapping[str, Tensor],
     known: Mapping[str, Tensor],
     begun: set[str],
+    missed: MissedSteps,
     *,
     stays: bool = False,
 ) -> dict[str, Tensor]:
@@ -46,8 +48,8 @@ def collect(
 
     Args:
         known: a flat state that was collected before, whose counters go on.
-        begun: names of parameters that were stepped, whose state must therefore fit. It loses
-            those whose moments of AdamW have been removed.
+        begun: names of parameters that were stepped, whose state must therefore fit.
+        missed: is told of AdamW's moments that are made.
         stays: state on another device than its parameter stays there.
 
     Raises:
@@ -63,9 +65,10 @@ def collect(
             flat[key] = counters[kind]
         else:
             own, p = states[params[name]], params[name]
-            if kind == "exp_avg_sq" and kind not in own:
-                begun.discard(name)  # its moments begin anew
+            is_new = kind == "exp_avg_sq" and (kind not in own or missed.is_new(name, own[kind]))
             flat[key] = _kept(own, name, kind, spec, p, name in begun, stays)
+            if is_new:
+                missed.begin(name, flat[key])
     for name, p in params.items():
         for kind in _MASTERS:
             if f"{name}.{kind}" not in plan.state:  # the parameter was bfloat16 before

@@ -52,14 +52,14 @@ class WrittenRates:
             return
 
 
-def mixed_rates(
-    group: Mapping[str, Any], written: Mapping[str, Any], defaults: Mapping[str, Any]
+def borrowed_rates(
+    group: Mapping[str, Any], written: Mapping[str, Any]
 ) -> tuple[float, float] | None:
-    """A group's own ``lr``, and the constructor's ``adamw_lr``, which does not follow it."""
+    """A group's ``lr``, and the constructor's ``adamw_lr``, where it has none of its own."""
     lr, adamw_lr = group["lr"], group.get("adamw_lr")
     of_adamw = "algorithm" in written and group["algorithm"] == "adamw"  # lr is AdamW's
-    if of_adamw or adamw_lr is None or "lr" not in written or written.get("adamw_lr") is not None:
+    if of_adamw or adamw_lr is None or written.get("adamw_lr") is not None:
         return None
-    if any(isinstance(x, Tensor) for x in (lr, adamw_lr, defaults["lr"])) or lr == defaults["lr"]:
+    if not all(isinstance(x, (int, float)) for x in (lr, adamw_lr)):
         return None
     return float(lr), float(adamw_lr)

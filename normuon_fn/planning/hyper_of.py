@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -31,9 +32,11 @@ def checked_hyper_of(
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ValueError(f"hyper_of[{key!r}]: expected an int >= 0, got {index!r}")
     keys, found = Keys(hyper_of), dict[str, int]()
+    matched: Counter[str] = Counter()
     before: dict[str, str] = {}  # by key: the one that a parameter which it matches goes by
     for name, tensor in params.items():
         matching = [str(key) for key in keys.matching([(name, tensor)])]
+        matched.update(matching)
         if matching:
             chosen = name if name in hyper_of else matching[0]
             found[name] = hyper_of[chosen]
@@ -51,7 +54,7 @@ def checked_hyper_of(
             f"hyper_of: {unmatched!r} match no parameter; the parameters are {_listed([*params])}"
         )
     for key, first in before.items():
-        if is_glob(first) and hyper_of[key] != hyper_of[first]:
+        if is_glob(first) and matched[key] < matched[first] and hyper_of[key] != hyper_of[first]:
             raise ValueError(
                 f"hyper_of[{key!r}]: gives no parameter its entry, because {first!r} stands before "
                 f"it and matches them too; write {key!r} before {first!r}"

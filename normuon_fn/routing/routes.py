@@ -213,7 +213,7 @@ class Route:
         """Whether both decide a rule, or both write a multiplier, and not the same."""
         if self.decides and other.decides:
             return self != other
-        both = self._stated_fields & other._stated_fields & {*_MULTIPLIERS}
+        both = self._stated_fields & other._stated_fields
         return any(getattr(self, name) != getattr(other, name) for name in both)
 
     @property

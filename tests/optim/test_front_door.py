@@ -7,7 +7,7 @@ import inspect
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -220,3 +220,30 @@ def test_what_a_framework_makes_is_said_at_the_users_line_and_for_a_trainer_with
         (warning,) = said
         assert (warning.filename, warning.lineno) == (__file__, line)
         assert ("optimizer_cls_and_kwargs=nm.for_trainer" in str(warning.message)) == has_line
+
+
+class Quantized(torch.Tensor):
+    """Stands for torchao's tensors: a wrapper with a dispatch of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Quantized:
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return cast(Quantized, made)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Quantized(args[0].inner)
+        raise NotImplementedError(f"{func}")
+
+
+def test_a_frozen_parameter_may_be_of_any_kind() -> None:
+    model = nn.Module()
+    model.base = nn.Module()
+    model.base.weight = nn.Parameter(Quantized(torch.ones(4, 4)), requires_grad=False)
+    model.lora = nn.Linear(4, 4)
+    nm.NorMuon(model)
+    model.base.weight.requires_grad_(True)
+    with pytest.raises(TypeError, match=r"base\.weight.*expected a plain tensor or a DTensor"):
+        nm.NorMuon(model)

@@ -6,9 +6,11 @@ The oracle is torch.optim.AdamW itself, with the same gradients.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -271,3 +273,100 @@ def test_lion_has_no_bias_to_correct() -> None:
     pair.steps("ab", 3)
     pair.steps("abc", 1)
     assert pair.own.plan is not None and pair.own.plan.missed == ()
+
+
+# --- what must not count as missed
+
+
+def test_moments_that_are_put_in_by_hand_are_no_new_ones() -> None:
+    p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = nm.NorMuon(
+        [("p", p), ("q", q)], lr=LR, adamw_betas=BETAS, algorithm="adamw", weight_decay=0.0
+    )
+    for x in (p, q):
+        ones = {kind: torch.ones(2) for kind in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[x].update(ones | {"step": torch.tensor(100_000)})
+    p.grad = torch.ones(2)
+    optimizer.step()
+    q.grad = torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(q.detach(), torch.full((2,), -LR), rtol=1e-4, atol=0)
+
+
+def test_moments_that_are_removed_from_all_begin_anew() -> None:
+    p, oracle = nn.Parameter(torch.zeros(2)), torch.zeros(2)
+    optimizer = nm.NorMuon([("p", p)], lr=LR, adamw_betas=BETAS, algorithm="adamw")
+    of_torch = torch.optim.AdamW([oracle], lr=LR, betas=BETAS, weight_decay=0.0)
+    for k in range(30):
+        p.grad = oracle.grad = torch.ones(2) * (1 + k % 3)
+        if k == 20:
+            for kind in ("exp_avg", "exp_avg_sq"):
+                del optimizer.state[p][kind]
+            of_torch.state.clear()
+        optimizer.step()
+        of_torch.step()
+    torch.testing.assert_close(p.detach(), oracle, rtol=1e-5, atol=1e-6)
+
+
+def test_a_master_goes_on_where_moments_are_removed() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    config = nm.Config(master="fp32")
+    optimizer = nm.NorMuon([("p", p)], lr=1e-4, algorithm="adamw", config=config)
+    for _ in range(5):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    before = optimizer.state[p]["master"].clone()
+    del optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["master"], before - 1e-4, rtol=0, atol=1e-6)
+
+
+def test_each_set_is_planned_anew_once_at_most() -> None:
+    names = [f"b{k}" for k in range(6)]
+    named = [(name, nn.Parameter(torch.ones(3))) for name in names]
+    optimizer = nm.NorMuon(named, lr=LR, adamw_betas=BETAS, algorithm="adamw")
+    plans: set[int] = set()
+    kept = []
+    for _ in range(3):
+        for k in range(6):
+            for without in (None, k):
+                for i, (_, p) in enumerate(named):
+                    p.grad = None if i == without else torch.ones(3)
+                optimizer.step()
+                kept.append(optimizer.plan)
+                plans.add(id(optimizer.plan))
+    assert len(plans) <= 9  # of 7 sets
+
+
+def test_nothing_of_a_plan_is_kept_when_it_is_forgotten() -> None:
+    pair = Pair()
+    pair.steps("abc")
+    plan = weakref.ref(pair.own.plan)
+    pair.own.release()
+    gc.collect()
+    assert plan() is None
+
+
+def test_a_frozen_parameter_with_a_key_of_somebody_else_and_counters_as_numbers() -> None:
+    pair = Pair(frozen="c")
+    pair.steps("ab", 2)
+    pair.steps("a", 1)
+    pair.own.state[pair.model.c]["own"] = 1
+    assert '"missed": "1"' in pair.own.state_dict()["param_groups"][0]["state_form"]
+    for kind, count in (("step", 3), ("skipped", 0)):
+        for own in pair.own.state.values():
+            if kind in own:
+                own[kind] = count
+    assert '"missed": "1"' in pair.own.state_dict()["param_groups"][0]["state_form"]
+    pair.steps("ab", 2)
+    pair.check()
+
+
+def test_state_that_is_left_out_of_a_run_with_counts_says_nothing_wrong() -> None:
+    pair = Pair()
+    pair.steps("ab", 2)
+    pair.steps("abc", 2)
+    saved = copy.deepcopy(pair.own.state_dict())
+    (group,) = saved["param_groups"]
+    del saved["state"][group["params"][group["param_names"].index("c")]]
+    nm.NorMuon(Model(), **pair.options).load_state_dict(saved)  # type: ignore[arg-type]

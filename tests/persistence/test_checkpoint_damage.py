@@ -121,7 +121,7 @@ def test_another_format_and_other_files_are_refused(
     with pytest.raises(nm.CheckpointError, match=r"was not written by normuon_fn.save"):
         nm.load(path, plan)
     torch.save({"params": params, "state": state}, path)  # a pickle: never opened as one
-    with pytest.raises(nm.CheckpointError, match="got one of torch.save; write torch.load"):
+    with pytest.raises(nm.CheckpointError, match=r"got one of torch\.save; write torch\.load"):
         nm.load(path, plan)
 
 

@@ -494,3 +494,13 @@ def test_an_entry_of_hyper_of_that_no_parameter_takes_is_refused() -> None:
     plan = nm.make_plan(PARAMS, hyper_of={"embed.*": 1, "*": 0})
     assert "adamw hyper 1" in str(plan) and "hyper 0" in str(plan)
     nm.make_plan(PARAMS, hyper_of={"embed.*": 1, "embed.weight": 0, "*": 0})  # a name goes first
+    nm.make_plan(zeros(a__weight=(8, 8), b__weight=(8, 8)), hyper_of={"*.weight": 0, "*": 1})
+
+
+def test_tied_names_with_options_that_contradict_each_other_are_refused() -> None:
+    given = {
+        "head.weight": nm.Route(weight_decay_form="cautious"),
+        "emb.weight": nm.Route(weight_decay_form="hyperball"),
+    }
+    with pytest.raises(ValueError, match="are one tensor"):
+        nm.routes_for(Tied(), given)

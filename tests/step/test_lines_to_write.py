@@ -152,15 +152,19 @@ def test_a_group_with_its_own_rate_beside_the_constructors_adamw_lr_is_said() ->
         return [{"params": named[:2]}, {"params": named[2:], "lr": 1e-4, **own}]
 
     routes = {"*.weight": nm.Route()}
-    text = "param_groups[1]: has lr=0.0001 of its own"
+    text = "param_groups[1]: has lr=0.0001, another group 0.01"
     mixed = lambda: nm.NorMuon(groups(), lr=1e-2, adamw_lr=5e-3, routes=routes)  # noqa: E731
     assert heard(mixed, text) == 1
     for make in (
         lambda: nm.NorMuon(groups(adamw_lr=1e-4), lr=1e-2, adamw_lr=5e-3, routes=routes),
         lambda: nm.NorMuon(groups(), lr=1e-2, routes=routes),
         lambda: nm.NorMuon(groups(), lr=1e-4, adamw_lr=5e-3, routes=routes),
+        lambda: nm.NorMuon(groups()[1:], lr=1e-2, adamw_lr=5e-3, routes=routes),
     ):
-        assert heard(make, "of its own") == 0
+        assert heard(make, "has lr=") == 0
+    for wrong in ([1e-3], "high"):
+        with pytest.raises(TypeError, match="lr: expected a Python number"):
+            nm.NorMuon([{"params": nn.Linear(4, 4).parameters(), "lr": wrong}], adamw_lr=1e-3)
 
 
 def test_a_first_step_where_warnings_are_errors(tmp_path: Path) -> None:
