@@ -34,7 +34,8 @@ def refuse_foreign(given: Mapping[str, Any], named: Mapping[str, Tensor], states
             "state_dict: was saved by another optimizer. What fits of its state is converted, and "
             f"put into this one:{_CONVERT}{_PUT}\n"
             "missing='zeros' starts anew what the other optimizer did not have. If this one was "
-            "made with routes=, write them into make_plan too"
+            "made with routes=, write them into make_plan too. Of two optimizers side by side "
+            "(Muon and AdamW) give lists of both: [muon_state, adamw_state], [its_names, its_names]"
         )
 
 

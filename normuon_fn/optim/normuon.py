@@ -62,11 +62,12 @@ class NorMuon(Offloading, SavedOptimizer):
     groups may share. Schedulers change them without a recompilation.
 
     **Gradients.** A step is planned for the parameters that have a gradient: at the first step, and
-    whenever the set of these parameters is new. Each set is compiled once (and captured once). A
-    parameter without a gradient keeps its value and its state. Ranks that share parameters agree on
-    a new set: one that lacks a gradient is named by an error. ``Config(missing_grads="zeros")``
-    takes a missing gradient as zeros and plans only once. ``late_gradients="error"`` raises when
-    the first gradient of a parameter comes after the first step.
+    whenever the set of these parameters is new. Each set is compiled once (and captured once), and
+    once more when a parameter of AdamW's in it has missed steps. A parameter without a gradient
+    keeps its value and its state. Ranks that share parameters agree on a new set: one that lacks a
+    gradient is named by an error. ``Config(missing_grads="zeros")`` takes a missing gradient as
+    zeros and plans only once. ``late_gradients="error"`` raises when the first gradient of a
+    parameter comes after the first step.
 
     **State** exists from construction for every parameter that requires a gradient: ``momentum``
     and ``variance``, or ``exp_avg`` and ``exp_avg_sq``, in the dtypes of `init`; all share the

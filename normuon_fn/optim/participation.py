@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,16 @@ def missed_so_far(planner: Planner, states: States, begun: set[str]) -> dict[str
     if not seconds or not (missed.counts or missed.absent or some_new):
         return {}
     kinds = states[planner.named[next(iter(seconds))]]
-    step, skipped = (torch.as_tensor(kinds[kind]) for kind in ("step", "skipped"))
+    step, skipped = (_as_tensor(kinds[kind]) for kind in ("step", "skipped"))
     accepted = step.clone() if planner.config.guard_scope == "bucket" else step - skipped
     return missed.saved(accepted, seconds)
+
+
+def _as_tensor(count: Any) -> Tensor:
+    """A counter, in whose place somebody may have put a number."""
+    if isinstance(count, Tensor):
+        return count
+    return torch.tensor(count, dtype=torch.int32, device="cpu")
 
 
 def _second_moments(planner: Planner, states: States, names: set[str]) -> dict[str, Tensor]:

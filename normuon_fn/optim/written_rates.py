@@ -27,6 +27,23 @@ class WrittenRates:
         """Takes the values that there are now as those that nobody wrote."""
         self._before = [group.get("adamw_lr") for group in groups]
 
+    def _look_at_peak(self, k: int, group: Mapping[str, Any]) -> None:
+        """Warns where ``lr`` goes beyond what AdamW's rate is in proportion to.
+
+        So it is where OneCycleLR sets a peak that the optimizer was not made with.
+        """
+        rates: tuple[Any, ...] = (group["lr"], group.get(BASE), group.get("adamw_lr"))
+        lr, base, adamw_lr = rates
+        numbers = all(isinstance(x, (int, float)) for x in rates)
+        if numbers and adamw_lr and lr > base * (1 + 1e-6):
+            self.said = True
+            warn_at_caller(
+                f"param_groups[{k}]: lr is {lr:.4g} by now, and was {base:.4g} when its group was "
+                f"added; adamw_lr={adamw_lr:.4g} belongs to that, and follows in proportion, so "
+                f"AdamW's rate is {adamw_lr * lr / base:.4g}. Make the optimizer with the peak's "
+                "lr (of OneCycleLR and CyclicLR: max_lr), so that adamw_lr is AdamW's peak"
+            )
+
     def look(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Warns once, at the caller's line. Tensors are left alone: reading one would wait."""
         if self.said:
@@ -34,6 +51,7 @@ class WrittenRates:
         for k, (group, before) in enumerate(zip(groups, self._before, strict=False)):
             now = group.get("adamw_lr")
             if now is before:
+                self._look_at_peak(k, group)
                 continue
             self._before[k] = now
             lr, base = group["lr"], group.get(BASE)

@@ -76,6 +76,8 @@ def _doubt(found: Sequence[Sums]) -> str | None:
                 "that their parameters go apart. Average the gradients before the step: wrap the "
                 "model in torch.nn.parallel.DistributedDataParallel, or call "
                 "torch.distributed.all_reduce(p.grad, op=torch.distributed.ReduceOp.AVG) for each "
-                "parameter. If every rank trains a model of its own, write mesh='alone'"
+                "parameter. If it is wrapped already: forward goes through the wrapper, and the "
+                "last backward() of a step stands outside of no_sync(). If every rank trains a "
+                "model of its own, write mesh='alone'"
             )
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import combinations
 from typing import Any, get_args
 
@@ -105,6 +106,12 @@ class Entries:
         for key, route in routes.items():
             if not isinstance(route, Route):
                 raise TypeError(f"{self._called}[{key!r}]: {_no_route(route)}")
+            if isinstance(key, type):
+                raise TypeError(
+                    f"{self._called}: expected names, globs or predicates as keys, got the class "
+                    f"{key.__name__}; write the names of its parameters, for example with a glob "
+                    "(no decay of norms and biases: nm.routes_for(model, decay_vectors=False))"
+                )
             if not isinstance(key, str) and not callable(key):
                 raise TypeError(
                     f"{self._called}: expected names, globs or predicates as keys, got {key!r}"
@@ -180,8 +187,8 @@ class Entries:
                 else ""
             )
             raise ValueError(
-                f"{self._called}: {unmatched!r} match no parameter; the parameters are "
-                f"{self._names[:8]!r} ...{hint}"
+                f"{self._called}: {unmatched!r} match no parameter{self._meant(unmatched[0])}; the "
+                f"parameters are {self._names[:8]!r} ...{hint}"
             )
         for key, route in self._routes.items():
             if not route.decides and key not in self._used:
@@ -190,6 +197,15 @@ class Entries:
                     "entries before it decide everything about the parameters that it matches; "
                     "write it before them (for a table: nm.routes_for(model, {...}))"
                 )
+
+    def _meant(self, key: Key) -> str:
+        """What was meant by a key that matches nothing, if that can be guessed."""
+        if not isinstance(key, str):
+            return ""
+        if any(name.startswith(f"{key}.") for name in self._names):
+            return f" (did you mean {key + '.*'!r}?)"
+        close = get_close_matches(key, self._names, n=1, cutoff=0.8)
+        return f" (did you mean {close[0]!r}?)" if close else ""
 
     def warn_of_no_effect(self) -> None:
         """Says which entries change nothing, and which multipliers do not reach a parameter."""

@@ -128,7 +128,9 @@ class RouteTable(dict[str, Route]):
             raise ValueError(
                 f"params[{name!r}]: routes_for() was given a model without it, neither as a tensor "
                 f"nor by name; it has {list(self)[:8]!r} ... Give it the module that params come "
-                "from, or make a plain dict of it: {**routes_for(model)}"
+                "from, or make a plain dict of it: {**routes_for(model)}. A module that the model "
+                "got later: make the optimizer again, nm.NorMuon(model, ...), and load the old "
+                "state_dict(), which goes by names, with zeros for what is new"
             )
         found, entry = self._decision(name), self.entries.get(name)
         stacked = entry is not None and shape is not None and shape[1:] == entry.shape

@@ -209,6 +209,10 @@ def check_number(name: str, value: object) -> None:
             )
         if isinstance(value, Tensor):
             write = f"; write {name}=float(...), and fill_ the tensor that is made of it later"
+        elif isinstance(value, str):
+            write = (
+                f"; write {name}=float({value!r}) (YAML reads 3e-4 as text, and 3.0e-4 as a number)"
+            )
         elif callable(value):
             write = (
                 "; a schedule moves the rates: write torch.optim.lr_scheduler.LambdaLR(optimizer, "

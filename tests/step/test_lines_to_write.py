@@ -167,6 +167,43 @@ def test_a_group_with_its_own_rate_beside_the_constructors_adamw_lr_is_said() ->
             nm.NorMuon([{"params": nn.Linear(4, 4).parameters(), "lr": wrong}], adamw_lr=1e-3)
 
 
+@pytest.mark.usefixtures("eager")
+def test_a_peak_beyond_what_adamw_lr_belongs_to_is_said_once() -> None:
+    def run(**rates: float) -> None:
+        model = nn.LayerNorm(4)
+        optimizer = nm.NorMuon(model, **rates)  # type: ignore[arg-type]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=9)
+        for _ in range(8):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            schedule.step()
+
+    text = "Make the optimizer with the peak's lr (of OneCycleLR and CyclicLR: max_lr)"
+    assert heard(lambda: run(adamw_lr=1e-3), text) == 1
+    for right in ({"lr": 0.01, "adamw_lr": 1e-3}, {"lr": 1e-3}):
+        assert heard(lambda right=right: run(**right), "peak's lr") == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        (nn.LayerNorm, "the class LayerNorm; write the names"),
+        ("0", "(did you mean '0.*'?)"),
+        ("0.wieght", "(did you mean '0.weight'?)"),
+        ("nothing", "['nothing'] match no parameter; the"),
+    ],
+)
+def test_a_key_of_routes_that_matches_nothing_says_what_may_be_meant(key: Any, line: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    with pytest.raises((TypeError, ValueError), match=re.escape(line)):
+        nm.NorMuon(model, routes={key: nm.Route("adamw")})
+
+
+def test_a_rate_of_yaml_that_is_text_is_refused_with_the_line() -> None:
+    with pytest.raises(TypeError, match=re.escape("write lr=float('3e-4')")):
+        nm.NorMuon(nn.Linear(4, 4), lr="3e-4")  # type: ignore[arg-type]
+
+
 def test_a_first_step_where_warnings_are_errors(tmp_path: Path) -> None:
     code = (
         "import torch, normuon_fn as nm\n"
