@@ -67,7 +67,8 @@ class ModelWatch:
                 f"{_some(map(repr, new))}: added to the model, or put in the place of another "
                 "parameter, after the optimizer was made, so that no step of this optimizer moves "
                 "it, although it has a gradient. Make the optimizer when the model is complete: "
-                "optimizer = nm.NorMuon(model, ...). This is said once"
+                "optimizer = nm.NorMuon(model, ...); or add what is new: optimizer.add_param_group("
+                "{'params': module.named_parameters(prefix='...')}). This is said once"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -268,6 +268,7 @@ class NorMuon(Offloading, SavedOptimizer):
 
     @outside_inference_mode
     def _settle(self) -> Planner:
+        before = [] if self._planner is None else self._planner.fingerprint
         self._forget()
         named = groups_of.named_again(self.param_groups, self._added)
         self._added = decide_new(named, self._routes)
@@ -279,7 +280,7 @@ class NorMuon(Offloading, SavedOptimizer):
         present = set(map(id, planner.named.values()))
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in present]:
             del self.state[p]
-        planner.prepare(self.state, self._begun, self._offloaded)
+        planner.prepare(self.state, self._begun, self._offloaded, before)
         self._planner = planner
         return planner
 

@@ -29,7 +29,7 @@ from .hyper import GroupHyper, Groups
 from .missed_steps import MissedSteps
 from .new_parameters import notes_of
 from .planned_step import PlannedStep
-from .rate_watch import RateWatch
+from .rate_watch import RateWatch, to_watch
 from .saved import Saved
 from .shared_state import gathered, taking
 from .state import COUNTERS, States, collect, load
@@ -71,12 +71,16 @@ class Planner:
         self.missed = MissedSteps()  # of the optimizer, which other planners go on with
 
     @without_collection
-    def prepare(self, states: States, begun: set[str], offloaded: bool) -> None:
-        """Plans for all parameters that require a gradient, which makes their state."""
+    def prepare(
+        self, states: States, begun: set[str], offloaded: bool, before: Sequence[Any]
+    ) -> None:
+        """Plans for all parameters that require a gradient, which makes their state.
+
+        ``before``: the fingerprint of the planner in whose place it is.
+        """
         self.offloaded = offloaded
         if self.config.master == "none":
-            narrow = {name for name, p in self.named.items() if p.dtype.itemsize < 4} - begun
-            self._watch = RateWatch(narrow) if narrow else None
+            self._watch = to_watch(self.named, begun, before)
         chosen = tuple(p.requires_grad for p in self.named.values())
         if any(chosen):
             self.steps[chosen] = self.plan(chosen, states, begun)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -15,6 +15,19 @@ from .hyper import Groups, adamw_lr_of
 from .written_rates import BASE
 
 _PEAKS = ("initial_lr", "max_lr")  # what torch's schedulers write into a group
+
+
+def to_watch(
+    named: Mapping[str, Tensor], begun: Collection[str], before: Sequence[Any]
+) -> RateWatch | None:
+    """The watch of the parameters in 16 bits that no step has moved in this dtype.
+
+    ``before``: ``groups.fingerprint_of`` the parameters that were there before, or nothing.
+    """
+    had = {key: dtype for _, params in before for key, _, dtype in params}
+    narrow = {name: p for name, p in named.items() if p.dtype.itemsize < 4}
+    new = {n for n, p in narrow.items() if n not in begun or had.get(id(p), p.dtype) != p.dtype}
+    return RateWatch(new) if new else None
 
 
 class RateWatch:

@@ -85,6 +85,8 @@ def decide_new(added: Sequence[AddedGroup], routes: Routes | None) -> list[Added
     Raises:
         TypeError, ValueError: as `decide_routes`, `refuse_flattened` and `check_kind`.
     """
+    if isinstance(routes, RouteTable):
+        routes = routes.grown({name: p for group in added for name, p in group.params})
     added = with_names_of_table(added, routes)
     named, _ = names_of(added)
     if all(group.decisions is not None for group in added):

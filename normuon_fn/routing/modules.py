@@ -8,7 +8,7 @@ Modules are told by type, class name and attributes.
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import nn
 
@@ -81,6 +81,8 @@ def table_of(
     per_head: bool = False,
     decay_vectors: bool = True,
     called: str = "routes",  # what the caller has written ``overrides`` as
+    *,
+    say: bool = True,
 ) -> RouteTable:
     """`routes_for`, whose errors call the overrides by the name that the caller knows."""
     if not isinstance(model, nn.Module):
@@ -110,10 +112,17 @@ def table_of(
                 found = Decision(later, NO_GRADIENT, found.certainty)
         entries += [Routed(use.name, use.shape, kind_of(use.module), *found) for use in same]
     asked.check_used()
-    asked.warn_of_no_effect()
+    if say:
+        asked.warn_of_no_effect()
     asked.check_options({entry.name: entry.route for entry in entries})
     order = {name: k for k, name in enumerate(name for name, _ in model.named_parameters())}
-    return RouteTable(sorted(entries, key=lambda entry: order.get(entry.name, len(order))), model)
+    entries.sort(key=lambda entry: order.get(entry.name, len(order)))
+    table = RouteTable(entries, model)
+    table.read_again = partial(
+        table_of, overrides=overrides, per_head=per_head, decay_vectors=decay_vectors,
+        called=called, say=False,
+    )  # fmt: skip
+    return table
 
 
 def _joint(found: list[Use], decisions: list[Decision]) -> Decision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class RouteTable(dict[str, Route]):
         self.entries = {entry.name: entry for entry in entries}
         # The model and not its tensors: torch does not swap tensors that have weak references.
         self._model = None if model is None else weakref.ref(model)
+        # the table of a model as it is now, by the same overrides
+        self.read_again: Callable[[nn.Module], RouteTable] | None = None
         super().__init__({name: entry.route for name, entry in self.entries.items()})
 
     @property
@@ -48,7 +50,19 @@ class RouteTable(dict[str, Route]):
         return None if self._model is None else self._model()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "read_again": None}
+
+    def grown(self, params: Mapping[str, Tensor]) -> RouteTable:
+        """The same table, with entries for what the model has got since, if ``params`` have any."""
+        model = self.model
+        known = self.names_of(params).values()
+        if model is None or self.read_again is None or all(name in self for name in known):
+            return self
+        new = {k: e for k, e in self.read_again(model).entries.items() if k not in self}
+        table = copy.copy(self)
+        table.entries = self.entries | new
+        table.update({name: entry.route for name, entry in new.items()})
+        return table
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "module", "route", "why")]
@@ -128,9 +142,7 @@ class RouteTable(dict[str, Route]):
             raise ValueError(
                 f"params[{name!r}]: routes_for() was given a model without it, neither as a tensor "
                 f"nor by name; it has {list(self)[:8]!r} ... Give it the module that params come "
-                "from, or make a plain dict of it: {**routes_for(model)}. A module that the model "
-                "got later: make the optimizer again, nm.NorMuon(model, ...), and load the old "
-                "state_dict(), which goes by names, with zeros for what is new"
+                "from, or make a plain dict of it: {**routes_for(model)}"
             )
         found, entry = self._decision(name), self.entries.get(name)
         stacked = entry is not None and shape is not None and shape[1:] == entry.shape

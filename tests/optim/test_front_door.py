@@ -247,3 +247,22 @@ def test_a_frozen_parameter_may_be_of_any_kind() -> None:
     model.base.weight.requires_grad_(True)
     with pytest.raises(TypeError, match=r"base\.weight.*expected a plain tensor or a DTensor"):
         nm.NorMuon(model)
+
+
+def test_a_module_that_the_model_gets_later_is_added_with_its_routes() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 40)})
+    optimizer = nm.NorMuon(model, lr=0.1, routes={"*": nm.Route(lr_mul=0.5)})
+    model["aux"] = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Embedding(50, 8))
+    optimizer.add_param_group({"params": model["aux"].named_parameters(prefix="aux")})
+    stranger = [("stranger.weight", nn.Parameter(torch.ones(4, 4)))]
+    with pytest.raises(ValueError, match="was given a model without it"):
+        optimizer.add_param_group({"params": stranger})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.plan is not None
+    found = {p.name: str(p.route) for p in optimizer.plan.parameters}
+    assert found["aux.0.weight"] == "normuon lr*=0.5" and found["body.weight"] == "normuon lr*=0.5"
+    assert found["aux.2.weight"] == found["aux.1.bias"] == "adamw lr*=0.5"
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert len(again.param_groups) == 2

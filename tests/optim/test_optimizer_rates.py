@@ -525,3 +525,22 @@ def test_a_warning_that_is_an_error_comes_before_anything_is_written() -> None:
     assert same(weights(model), before) and int(optimizer.state[model.a.weight]["step"]) == 0
     stepped(optimizer)
     assert int(optimizer.state[model.a.weight]["step"]) == 1
+
+
+@pytest.mark.usefixtures("eager")
+def test_parameters_that_become_bfloat16_in_a_run_are_looked_at_again() -> None:
+    model = nn.Linear(16, 16, bias=False)
+    optimizer = nm.NorMuon(model, lr=1e-6)
+
+    def step() -> None:
+        model(torch.ones(2, 16, dtype=model.weight.dtype)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    model.bfloat16()
+    with pytest.warns(UserWarning, match="mantissa"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
