@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..compat.graphs import outside_graphs
+from ..routing.doubts import is_called_by, warn_at_caller
 from ..types import Config
 from . import hyper as hyper_of
 from . import saved as saved_of
@@ -27,6 +28,7 @@ class SavedOptimizer(torch.optim.Optimizer):
     _begun: set[str]
     _added: list[AddedGroup]
     _missed: MissedSteps
+    _told_part = False
     config: Config
 
     def _settled(self) -> Planner:
@@ -42,7 +44,19 @@ class SavedOptimizer(torch.optim.Optimizer):
             before(self)
         planner = self._settled()
         wait_for_copies_sync(planner)
+        self._say_if_a_part(planner)
         return self._packed(planner, self.state)
+
+    def _say_if_a_part(self, planner: Planner) -> None:
+        """Says once that other ranks own state which is not in a `state_dict`."""
+        away = any(step.plan.owned.elsewhere for step in planner.steps.values())
+        if away and not self._told_part and not is_called_by("torch/distributed/checkpoint"):
+            self._told_part = True
+            warn_at_caller(
+                "state_dict: with Config(replicas='share') it has what this rank owns, no more. "
+                "For a file of one rank write optimizer.gathered_state_dict(), which all ranks "
+                "call; or save with torch.distributed.checkpoint. This is said once"
+            )
 
     @outside_graphs()
     def gathered_state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,13 @@ def owned(last: bool) -> dict[str, Any]:
         for name, kinds in dcp.get_optimizer_state_dict(model, optimizer)["state"].items()
     }
     gathered = copy.deepcopy(optimizer.gathered_state_dict())
-    part = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dcp.get_optimizer_state_dict(model, optimizer)
+        quiet = len(caught)
+        part = copy.deepcopy(optimizer.state_dict())
+        optimizer.state_dict()
+    said = [str(w.message) for w in caught[quiet:]]
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, part)
     folder = [tempfile.mkdtemp()]
@@ -237,6 +244,7 @@ def owned(last: bool) -> dict[str, Any]:
         "keys": keys,
         "resumed": {how: off(whole(other), whole(model)) for how, other in others.items()},
         "error": error,
+        "said": [quiet, *said],
     }
 
 

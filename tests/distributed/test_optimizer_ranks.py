@@ -46,6 +46,8 @@ def test_a_state_on_its_owners_alone_goes_on_from_every_kind_of_checkpoint(
             # Of one device as in the test of its steps above; 3e-8 seen.
             assert error <= (1e-6 if "one" in how else 0.0), (how, error)
         assert "gathered_state_dict()" in seen["owned"]["error"]
+        quiet, text = seen["owned"]["said"]
+        assert quiet == 0 and "write optimizer.gathered_state_dict(), which all ranks" in text
     kinds = [seen["owned"]["keys"] for seen in ranks]
     for name in ("0.weight", "2.weight"):
         assert sorted("momentum" in keys[name] for keys in kinds) == [False, True]
