@@ -174,10 +174,7 @@ def launch_lists(
 
 
 def _run_flags(
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grads: list[Tensor],
-    *rates: Tensor,
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], *rates: Tensor
 ) -> Tensor:
     if not has_kernel(exp_avgs, grads):
         return reference.adamw_flags(exp_avgs, exp_avg_sqs, grads, *rates)

@@ -42,9 +42,7 @@ class MissedSteps:
         self._since: Tensor | None = None
         # Moments that no step has seen; of those that were copied or pickled no tensor is known.
         self._new: dict[str, _Made | None] = {}
-        self.planned: Any = (
-            None  # the planned step that the counts were last brought up to date for
-        )
+        self.planned: Any = None  # the planned step that the counts are up to date for
 
     # --- moments that begin
 

