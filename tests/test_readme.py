@@ -301,10 +301,10 @@ def test_the_speeds_are_those_of_the_results() -> None:
     assert f"[{min(times):.1f} to {max(times):.1f} times](examples/guides/speed.md)" in README
     assert f"takes {min(by_setting):.0f} to {max(by_setting):.0f} ms for the 1.3B" in speed
     others = table(MEASURED, after="## Other H200s", first="|")
-    for label in ("GPT-2", "1.3B"):
+    for label, matrices in (("GPT-2", "GPT-2 124M"), ("1.3B", "the 1.3B")):
         (row,) = (row for row in others if row[0] == f"{label}, captured, ms")
         fast, slow = min(row[2:-1]), max(row[2:-1])  # the products of today, other machines
-        assert f"{fast} to {slow} ms for {'GPT-2 124M' if label == 'GPT-2' else 'the 1.3B'}" in speed
+        assert f"{fast} to {slow} ms for {matrices}" in speed
     host = re.search(r"warm `step_` \| 144 / 1000 \| ([\d.]+) / ([\d.]+) ms", MEASURED)
     assert host
     few, many = (f"{float(x):.0f}" for x in host.groups())
