@@ -62,7 +62,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {  # of any type, as somebo
     "a plan in a file": (lambda nm: pickle.dumps(PLAN), r"make it again with .*nm\.make_plan"),
     "NorMuon of a rate": (
         lambda nm: nm.NorMuon(lr=1e-3),
-        r"NorMuon: lacks params; write nm\.NorMuon\(model, lr=0\.02\)",
+        r"NorMuon: lacks params; write nm\.NorMuon\(model, lr=0\.01\)",
     ),
     "init of a model": (
         lambda nm: nm.init(MODEL, PLAN),
@@ -221,6 +221,26 @@ def test_the_lines_of_the_error_bring_adamws_state_into_the_optimizer(master: An
     assert torch.equal(kinds["exp_avg"].bfloat16(), state_dict["state"][3]["exp_avg"])
     assert int(kinds["step"]) == 1
     optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:names_in. the state_dict has no names")
+def test_the_error_says_that_routes_go_into_the_plan_and_that_the_scheduler_is_made_anew() -> None:
+    model, routes = GPT(), {"layer.weight": nm.Route("adamw")}
+    optimizer = nm.NorMuon(model, routes=routes)
+    state_dict = adamw_of(model).state_dict()
+    with pytest.raises(
+        ValueError, match=r"(?s)another optimizer.*Make the scheduler anew"
+    ) as raised:
+        optimizer.load_state_dict(state_dict)
+    lines = lines_of(str(raised.value))
+    with pytest.raises(ValueError, match=r"other options or routes: write nm\.make_plan") as short:
+        exec(lines, {"nm": nm} | locals())
+    assert "param_names" not in str(short.value)
+    told = "  # and routes=, where the optimizer has it"
+    assert told in lines
+    lines = lines.replace(f"optimizer.config){told}", "optimizer.config, routes=routes)")
+    exec(lines, {"nm": nm} | locals())
+    assert optimizer.state[model.layer.weight]["exp_avg"].any()
 
 
 def test_the_lines_of_the_error_bring_in_two_groups_of_the_usual_split() -> None:

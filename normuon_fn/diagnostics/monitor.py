@@ -29,6 +29,7 @@ from .skips import (
     check_skips,
     message_of,
     offenders,
+    outcomes_of,
     packed,
     raise_if_too_many,
     tell,
@@ -57,7 +58,7 @@ class _Sent(NamedTuple):
 
     plan: Plan
     flags: Tensor  # on the device; who has told about the step is kept by them
-    arriving: Tensor  # [3 + 2 * n_params] int32 on the host
+    arriving: Tensor  # [1 or members, 3 + 2 * n_params] int32 on the host
     arrived: torch.cuda.Event | None
     again: bool  # the same flags as before: a captured step's, or the same step a second time
 
@@ -88,11 +89,11 @@ class SkipReports:
             return  # a fake tensor, or one without values
         again, self._flags = once and result.flags is self._flags, result.flags
         if consecutive.device.type != "cuda":
-            if int(consecutive) or bool(result.flags.any()):
+            if bool(consecutive.any()) or bool(result.flags.any()):
                 self._way.append(_Sent(plan, result.flags, packed(result), None, again))
         elif not torch.cuda.is_current_stream_capturing():
             values = packed(result)
-            host, event = self._buffer(values.numel())
+            host, event = self._buffer(tuple(values.shape))
             host.copy_(values, non_blocking=True)
             event.record()
             self._way.append(_Sent(plan, result.flags, host, event, again))
@@ -112,13 +113,15 @@ class SkipReports:
                 elif not sent.arrived.query():
                     break
             self._way.popleft()
-            outcome = _read(sent)
+            outcomes = _read(sent)
             if sent.arrived is not None:
                 self._free.append((sent.arriving, sent.arrived))
-            if outcome is not None and not (sent.again and outcome.step == self._step):
-                skips += outcome.skipped
-                self._step = outcome.step
-                self._report(outcome, sent)
+            known = self._step if sent.again else None
+            for outcome in outcomes:
+                if outcome.step != known:
+                    skips += outcome.skipped
+                    self._step = outcome.step
+                    self._report(outcome, sent)
         return skips
 
     def _report(self, outcome: Outcome, sent: _Sent) -> None:
@@ -136,14 +139,14 @@ class SkipReports:
             self.on_skip(Skip(*counts, names, message_of(outcome, sent.plan)))
         raise_if_too_many(outcome, sent.plan, self.max_consecutive)
 
-    def _buffer(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
-        """Pinned memory and an event, used again where their size fits."""
+    def _buffer(self, shape: tuple[int, ...]) -> tuple[Tensor, torch.cuda.Event]:
+        """Pinned memory and an event, used again where their shape fits."""
         while self._free:
             host, event = self._free.pop()
-            if host.numel() == size:
+            if host.shape == shape:
                 return host, event
         # On the host whatever the default device is.
-        host = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=True)
+        host = torch.empty(shape, dtype=torch.int32, device="cpu", pin_memory=True)
         return host, torch.cuda.Event()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,11 +156,11 @@ class SkipReports:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def _read(sent: _Sent) -> Outcome | None:
-    """What has arrived, if it is a fault."""
-    if not bool(sent.arriving[1:2].any()) and not bool(sent.arriving[3:].any()):
-        return None
-    return Outcome.of(sent.plan, sent.arriving.tolist())
+def _read(sent: _Sent) -> list[Outcome]:
+    """The faults among what has arrived: at most one, or one for each member of an ensemble."""
+    if not bool(sent.arriving[:, 1].any()) and not bool(sent.arriving[:, 3:].any()):
+        return []
+    return [o for o in outcomes_of(sent.plan, sent.arriving.tolist()) if o.failed]
 
 
 def _with_hints(function: F) -> F:

@@ -28,6 +28,7 @@ _NOT_COUNTED = (
     "; it is in the weights now, and max_consecutive counts skipped steps alone: write "
     "Config(guard='full') into make_plan"
 )
+_EVERY_GRADIENT = "the loss is not finite, or a clip by norm has spread one of them over all"
 _SHOWN = 12  # parameters in a message; the table of an error has all of them
 # By the flags of a step: its number, and who has told about it. Weakly, because who tells keeps the
 # flags, and both would stay for good.
@@ -48,6 +49,9 @@ def check(
 ) -> bool:
     """Whether the step was skipped. Waits for the device (one copy of the flags).
 
+    Of an ensemble's step (`torch.func.vmap` over `update`): whether that of any member was. Each of
+    them is told of, with its number.
+
     Of ranks that have the same flags the first one warns with the names of the parameters at fault,
     and the others write to the log. A rank that decides alone warns for itself, and so does one
     whose parameters the others do not have (the stages of a pipeline).
@@ -66,15 +70,17 @@ def check(
     """
     check_max_consecutive(max_consecutive)
     check_result(result, plan)
-    outcome = Outcome.of(plan, packed(result).tolist())
+    outcomes = outcomes_of(plan, packed(result).tolist())
+    failed = [outcome for outcome in outcomes if outcome.failed]
     folder = os.environ.get("NORMUON_CAPTURE_DIR")
-    if outcome.failed and folder:
+    if failed and folder:
         _capture_into(folder, result, grads, plan, hyper)
-    if outcome.failed:
+    for outcome in failed:
         note = "" if max_consecutive is None or outcome.skipped else _NOT_COUNTED
         tell(outcome, plan, result.flags, by=check, note=note)
-    raise_if_too_many(outcome, plan, max_consecutive)
-    return outcome.skipped
+    for outcome in outcomes:
+        raise_if_too_many(outcome, plan, max_consecutive)
+    return any(outcome.skipped for outcome in outcomes)
 
 
 def _capture_into(
@@ -84,6 +90,8 @@ def _capture_into(
         logger.warning(
             "NORMUON_CAPTURE_DIR is set, but check() captures nothing without grads= and hyper="
         )
+    elif result.flags.ndim > 2:
+        logger.warning("NORMUON_CAPTURE_DIR is set, but check() captures no step of an ensemble")
     elif plan.sharded and not can_gather(plan):
         logger.warning(
             "NORMUON_CAPTURE_DIR is set, but a step of DTensors is captured only with a guard over "
@@ -94,12 +102,13 @@ def _capture_into(
 
 
 class Outcome(NamedTuple):
-    """One step as the host sees it."""
+    """One step as the host sees it: of a model, or of one member of an ensemble."""
 
     step: int
     consecutive: int
     total: int  # skipped steps so far
     bad: tuple[tuple[str, str], ...]  # (parameter, "gradient", "update" or both)
+    member: str = ""  # what a message of an ensemble's member begins with
 
     @property
     def skipped(self) -> bool:
@@ -110,7 +119,7 @@ class Outcome(NamedTuple):
         return bool(self.skipped or self.bad)
 
     @staticmethod
-    def of(plan: Plan, packed: list[int]) -> Outcome:
+    def of(plan: Plan, packed: list[int], member: str = "") -> Outcome:
         step, consecutive, total, *flags = packed
         updates, grads = flags[: len(plan.names)], flags[len(plan.names) :]
         bad = []
@@ -120,15 +129,22 @@ class Outcome(NamedTuple):
             )
             if what:
                 bad.append((name, what))
-        return Outcome(step, consecutive, total, tuple(bad))
+        return Outcome(step, consecutive, total, tuple(bad), member)
 
 
 def packed(result: StepResult) -> Tensor:
-    """[3 + 2 * n_params] int32: counters and flags, so that one copy brings them to the host."""
+    """[1 or members, 3 + 2 * n_params] int32: counters and flags, for one copy to the host."""
     counters = [
-        result.state[f"guard.{kind}"].view(1) for kind in ("step", "consecutive", "skipped")
+        result.state[f"guard.{kind}"].view(-1, 1) for kind in ("step", "consecutive", "skipped")
     ]
-    return torch.cat([*counters, result.flags.flatten()])
+    return torch.cat([*counters, result.flags.reshape(len(counters[0]), -1)], dim=1)
+
+
+def outcomes_of(plan: Plan, packed: list[list[int]]) -> list[Outcome]:
+    """That of a model, or those of an ensemble's members."""
+    if len(packed) == 1:
+        return [Outcome.of(plan, packed[0])]
+    return [Outcome.of(plan, row, f"member {k} of {len(packed)}: ") for k, row in enumerate(packed)]
 
 
 def check_max_consecutive(max_consecutive: int | None) -> None:
@@ -182,13 +198,15 @@ def message_of(outcome: Outcome, plan: Plan) -> str:
     named = "; ".join(f"{name} (non-finite {kind})" for name, kind in outcome.bad[:_SHOWN])
     if len(outcome.bad) > _SHOWN:
         named += f"; and {len(outcome.bad) - _SHOWN} more parameters"
+    if len(outcome.bad) == len(plan.names) > 1 and all("grad" in kind for _, kind in outcome.bad):
+        named += f". All gradients: {_EVERY_GRADIENT}"
     what = named or _without_names(plan)
     fate = (
         f"skipped, {outcome.consecutive} in a row"
         if outcome.skipped
         else f"not skipped (guard={plan.config.guard!r})"
     )
-    return f"step {outcome.step} {fate}: {what}"
+    return f"{outcome.member}step {outcome.step} {fate}: {what}"
 
 
 def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object, note: str = "") -> None:
@@ -212,7 +230,7 @@ def raise_if_too_many(outcome: Outcome, plan: Plan, max_consecutive: int | None)
     """Raises NonFiniteStepError from ``max_consecutive`` skipped steps in a row on."""
     if max_consecutive is not None and outcome.consecutive >= max_consecutive:
         raise NonFiniteStepError(
-            f"{outcome.consecutive} steps in a row were skipped (max_consecutive="
+            f"{outcome.member}{outcome.consecutive} steps in a row were skipped (max_consecutive="
             f"{max_consecutive}), the last at step {outcome.step}:\n{offenders(outcome, plan)}"
         )
 

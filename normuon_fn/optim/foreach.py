@@ -6,6 +6,7 @@ lists -> the plan for their shapes (list_plans.py) -> step_
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -20,6 +21,11 @@ from .groups import with_config_hints
 from .list_plans import Looks, plan_for
 
 Masters = Sequence[Tensor | None]
+
+_EXAMPLE = (
+    "nm.foreach_step_(params, grads, momentums, variances, lr=0.01, momentum=0.95, beta2=0.95, "
+    "weight_decay=0.0)"
+)
 
 
 class ForeachResult(NamedTuple):
@@ -42,7 +48,7 @@ class MeasuredForeachResult(NamedTuple):
     metrics: Tensor  # [6, n_params] float32: see `report_metrics`
 
 
-@with_config_hints
+@partial(with_config_hints, example=_EXAMPLE)
 def foreach_step_(
     params: Sequence[Tensor],  # [rows, cols] or [..., rows, cols]
     grads: Sequence[Tensor],
@@ -93,6 +99,8 @@ def foreach_step_(
     config = config_given(config)
     _check_config(config)
     lists = {"params": params, "grads": grads, "momentums": momentums, "variances": variances}
+    if not isinstance(params, (list, tuple)):
+        raise TypeError(f"params: expected a list of tensors, got {type(params).__name__}")
     for what, tensors in lists.items():
         optional = what == "variances" and not config.normalize
         _check_list(what, tensors, len(params), optional=optional)

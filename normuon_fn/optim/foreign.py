@@ -14,7 +14,7 @@ _PUT = """
     nm.put_state_(optimizer, state, model)"""
 _CONVERT = """
     named = dict(model.named_parameters())
-    plan = nm.make_plan(model, optimizer.config)
+    plan = nm.make_plan(model, optimizer.config)  # and routes=, where the optimizer has it
     names = nm.names_in(state_dict, named)
     state = nm.convert_state(state_dict, plan, names, missing="zeros", params=named)"""
 _OWN = {"algorithm", "adamw_betas"}  # keys of every group of NorMuon, and of nobody else
@@ -33,8 +33,10 @@ def refuse_foreign(given: Mapping[str, Any], named: Mapping[str, Tensor], states
         raise ValueError(
             "state_dict: was saved by another optimizer. What fits of its state is converted, and "
             f"put into this one:{_CONVERT}{_PUT}\n"
-            "missing='zeros' starts anew what the other optimizer did not have. If this one was "
-            "made with routes=, write them into make_plan too. Of two optimizers side by side "
+            "missing='zeros' starts anew what the other optimizer did not have. Make the scheduler "
+            "anew too, without the old one's state, which holds the old groups' rates, and let it "
+            "make the steps of the old run: for _ in range(int(state['guard.step'])): "
+            "scheduler.step(). Of two optimizers side by side "
             "(Muon and AdamW) give lists of both: [muon_state, adamw_state], [its_names, its_names]"
         )
 

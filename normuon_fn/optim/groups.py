@@ -54,9 +54,9 @@ class AddedGroup(NamedTuple):
 # --- what is asked for at construction
 
 
-def with_config_hints(function: F) -> F:
+def with_config_hints(function: F, *, example: str = "nm.NorMuon(model, lr=0.01)") -> F:
     """``function``, which has a ``config``, with hints for arguments that it does not have."""
-    return with_hints(function, options=CONFIG_FIELDS, example="nm.NorMuon(model, lr=0.02)")
+    return with_hints(function, options=CONFIG_FIELDS, example=example)
 
 
 def check_arguments(function: Callable[..., Any], kwargs: Iterable[str]) -> None:

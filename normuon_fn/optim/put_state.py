@@ -13,7 +13,7 @@ from .matching import some, unwrapped
 from .missed_steps import MissedSteps
 from .offloading import wait_for_copies_sync
 from .saved import Saved
-from .state import COUNTERS
+from .state import COUNTERS, SAVED_WITH
 
 Params = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -86,8 +86,9 @@ def put_state_(
     except ValueError as error:
         text = str(error).replace("state_dict: ", "state: ", 1)
         raise ValueError(
-            f"{text}. Was it made for other options or routes? Write "
-            "nm.make_plan(model, optimizer.config), and the optimizer's routes="
+            f"{text.partition(SAVED_WITH)[0]}; it was made for other options or routes: write "
+            "nm.make_plan(model, optimizer.config), and into it the optimizer's routes= if it has "
+            "any, and convert or make the state anew for that plan"
         ) from error
 
 

@@ -208,7 +208,9 @@ def _group_values(
                 raise ValueError(
                     f"state_dict: the parameters of group {k} were in several groups, of which "
                     f"{key} was {new.get(key)!r} for {firsts[first]!r} and {other.get(key)!r} for "
-                    f"{firsts[j]!r}; make the groups as they were when the state was saved"
+                    f"{firsts[j]!r}; make the groups as they were when the state was saved, or "
+                    f"give the saved ones one value: state_dict['param_groups'][{j}][{key!r}] = "
+                    f"state_dict['param_groups'][{first}][{key!r}]"
                 )
     if new["algorithm"] != own["algorithm"]:
         raise ValueError(

@@ -26,6 +26,7 @@ from ..planning.streaming import in_place_of_host
 from .missed_steps import MissedSteps
 
 States = MutableMapping[Any, dict[str, Any]]  # optimizer.state; others may add keys of their own
+SAVED_WITH = "; was it saved with another config?"
 COUNTERS = ("step", "skipped", "consecutive")  # of the guard, shared by all parameters
 _MASTERS = ("mantissa", "master")
 _OWN = {  # kinds that nobody else adds
@@ -205,7 +206,7 @@ def _copies(
     """
     if not kinds <= saved.keys() or _OWN & saved.keys() - kinds:
         raise ValueError(
-            f"state_dict: expected {sorted(kinds)} for {name!r}, got {sorted(map(str, saved))}; "
+            f"state_dict: expected {sorted(kinds)} for {name!r}, got {sorted(map(str, saved))}"
             f"{_hint(kinds, saved)}"
         )
     for kind in sorted(kinds):
@@ -227,18 +228,18 @@ def _hint_of_shape(kind: str, value: Any, own: Mapping[str, Tensor]) -> str:
     if kind != "variance" or not isinstance(value, Tensor):
         return ""
     write = field_of_variance(value.shape, own["momentum"].shape)
-    return f"; was it saved with another config? Then {write}"
+    return f"{SAVED_WITH} Then {write}"
 
 
 def _hint(kinds: set[str], saved: Mapping[str, Any]) -> str:
     if kinds - saved.keys() and not _OWN & saved.keys():
         return (
-            "was it saved by one rank of Config(replicas='share')? Save gathered_state_dict(), or "
-            "with torch.distributed.checkpoint"
+            "; was it saved by one rank of Config(replicas='share')? Save gathered_state_dict(), "
+            "or with torch.distributed.checkpoint"
         )
     write = fields_of(kinds - {*COUNTERS}, saved)
     then = f" Then {write}." if write else ""
-    return f"was it saved with another config?{then} {BEGIN_ANEW}"
+    return f"{SAVED_WITH}{then} {BEGIN_ANEW}"
 
 
 def _added(saved: Mapping[str, Any], kinds: set[str], device: torch.device) -> dict[str, Any]:

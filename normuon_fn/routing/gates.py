@@ -106,7 +106,8 @@ def _counted(own: str, few: int, *, sure: bool) -> Decision:
 
 def members(holder: nn.Module) -> set[int]:
     """How many members the lists, stacks and numbered attributes have that a module holds, or that
-    its children and theirs do."""
+    its children and theirs do. The places of a Sequential are no members, unless it is of experts.
+    """
     found = {0, 1}
     for module in (holder, *inside(holder)):
         if is_a(module, *LISTS):
@@ -115,8 +116,13 @@ def members(holder: nn.Module) -> set[int]:
             continue
         if not is_a(module, nn.modules.conv._ConvNd):
             found |= {p.shape[0] for p in _parameters(module) if p.ndim == 3}
-        stems = [stem_of(name) for name, _ in module.named_children() if name[-1:].isdigit()]
-        found |= {n for stem, n in Counter(stems).items() if is_a_list(stem, n)}
+        children = dict(module.named_children())
+        for name, child in children.items():
+            if is_a(child, nn.Sequential) and words.of_experts(name):
+                found.add(len(child._modules))
+        if not is_a(module, nn.Sequential):
+            stems = [stem_of(name) for name in children if name[-1:].isdigit()]
+            found |= {n for stem, n in Counter(stems).items() if is_a_list(stem, n)}
     return found - {0, 1}
 
 

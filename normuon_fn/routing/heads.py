@@ -19,7 +19,7 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim")
 # Attributes under which a module has a whole model, beside a copy of it or beside a loss.
 _MODELS = re.compile(
     r"(^|_)(model|net|network|module|ema|teacher|student|target|online|shadow|averaged|policy|actor"
-    r"|critic|generator|discriminator|backbone|momentum|swa|learner)(_|\d|$)"
+    r"|critic|generator|discriminator|gen|disc|backbone|momentum|swa|learner)(_|\d|$)|^net_?[A-Z]$|^[GD]$"
 )
 _INNER = (
     "_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module",
@@ -171,7 +171,7 @@ class Heads:
     @cached_property
     def _tops(self) -> set[str]:
         """The paths of the models proper: the model inside a wrapper, the attribute of a
-        LightningModule, and a copy (EMA, teacher) beside it."""
+        LightningModule, those of a list of networks, and a copy (EMA, teacher) beside it."""
         tops, queue = set(), [""]
         while queue:
             path = queue.pop()
@@ -184,9 +184,12 @@ class Heads:
             ]
             own = any(p is not None for p in module._parameters.values())
             lightning = any(cls.__name__ == "LightningModule" for cls in type(module).__mro__)
+            networks = is_a(module, *positions.CONTAINERS) and all(
+                sum(map(is_layer, child.modules())) > 1 for _, child in kids
+            )
             for name, _ in kids:
                 single = len(kids) == 1 and not own
-                if single or lightning or _MODELS.search(name):
+                if single or lightning or networks or _MODELS.search(name):
                     queue.append(f"{path}.{name}" if path else name)
         return tops
 
@@ -236,6 +239,8 @@ class Heads:
         for k in range(1, len(parts)):
             owner = self.modules[".".join(parts[:k])]
             if not is_a(owner, nn.ModuleList, nn.ModuleDict, nn.Sequential):
+                continue
+            if ".".join(parts[: k + 1]) in self._tops:
                 continue
             if words.head(parts[k - 1]) == "strong":
                 continue

@@ -37,13 +37,26 @@ def by_names(params: Mapping[str, Tensor]) -> dict[str, Decision]:
 
 def _is_ensemble(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether every tensor is a stack over the same members, as torch.func.stack_module_state makes
-    them: one leading size in all, no vectors, and biases of two dimensions."""
-    biases = [shape for name, shape in shapes.items() if words.is_biases(leaf_of(name))]
+    them: one leading size in all, and biases and norms of two dimensions.
+
+    A single dimension has what is a scalar in every member.
+    """
+    vectors = [shape for name, shape in shapes.items() if _is_vector(name)]
+    stacked = [len(shape) == 2 for shape in vectors if len(shape) > 1]
     return (
-        bool(biases)
-        and all(len(shape) == 2 for shape in biases)
-        and all(len(shape) > 1 for shape in shapes.values())
+        bool(stacked)
+        and all(stacked)
+        and all(shapes.values())
         and len({shape[0] for shape in shapes.values()}) == 1
+        and any(len(shape) > 2 for shape in shapes.values())
+    )
+
+
+def _is_vector(name: str) -> bool:
+    """Whether a name says that a parameter of one model is a vector: a bias, or a norm's scale."""
+    own = unwrapped(name)[-1:]
+    return words.is_biases(leaf_of(name)) or (
+        leaf_of(name) in LEAVES and any(map(words.is_norm, own))
     )
 
 
@@ -105,6 +118,10 @@ class _Context:
         leaf = leaf_of(name)
         if words.is_biases(leaf) or self._is_affine(name, shape):
             return Decision(Route("adamw"), "biases or scales, one vector per row")
+        if len(shape) == 2 and _is_vector(name):
+            return Decision(
+                Route("adamw"), "scales of norms, by name, one vector per row", "likely"
+            )
         adapter = adapters.by_name(name, shape)
         if adapter is not None:
             return adapter

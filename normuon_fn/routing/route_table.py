@@ -150,8 +150,9 @@ class RouteTable(dict[str, Route]):
         if entry is not None and stacked and parts:
             raise ValueError(
                 f"params[{name!r}]: expected the shape {entry.shape}, got {shape}, one "
-                f"per member of an ensemble, for which there is no {found.route}; write "
-                f"routes={{**routes_for(model), {name!r}: nm.Route('adamw')}}"
+                f"per member of an ensemble, for which there is no {found.route}; make the plan of "
+                "one member, and step all with torch.func.vmap over nm.update (or give it AdamW: "
+                f"routes={{**routes_for(model), {name!r}: nm.Route('adamw')}})"
             )
         return found
 

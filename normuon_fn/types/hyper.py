@@ -22,7 +22,7 @@ BETA2 = 0.95  # of the variance, if nothing is written
 
 
 def _with_hints(function: F) -> F:
-    return with_hints(function, example="nm.Hyper.of(params, lr=0.02)")
+    return with_hints(function, example="nm.Hyper.of(params, lr=0.01)")
 
 
 class Hyper(NamedTuple):

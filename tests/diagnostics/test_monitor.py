@@ -101,7 +101,64 @@ def test_many_names_are_cut_short() -> None:
     for p in model.parameters():
         p.grad = torch.full_like(p, NAN)
     optimizer.step()
-    assert len(got[0].names) == 40 and got[0].message.endswith("; and 28 more parameters")
+    assert len(got[0].names) == 40 and "; and 28 more parameters. All gr" in got[0].message
+
+
+@pytest.mark.parametrize("bad", [["0.weight"], ["0.weight", "0.bias", "1.weight", "1.bias"]])
+def test_a_fault_of_all_gradients_is_said_to_come_from_the_loss_or_a_clip(bad: list[str]) -> None:
+    model, optimizer = made(on_skip=(got := []).append)
+    for name, p in model.named_parameters():
+        p.grad = torch.full_like(p, NAN if name in bad else 1.0)
+    optimizer.step()
+    assert ("a clip by norm" in got[0].message) == (len(bad) == 4)
+
+
+def ensemble(bad: dict[int, str]) -> tuple[Any, Any]:
+    """The plan of one of three members, and a step of all in which some have a NaN."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)) for _ in range(3)]
+    params = {n: p.detach() for n, p in torch.func.stack_module_state(models)[0].items()}
+    one = dict(models[0].named_parameters())
+    plan = nm.make_plan(one, nm.Config(guard="full"), routes={"1.weight": nm.Route()})
+    hyper = nm.Hyper.of(one, lr=0.01)
+    grads = {name: torch.randn_like(p) for name, p in params.items()}
+    for member, name in bad.items():
+        grads[name][member].view(-1)[0] = NAN
+    state = torch.func.vmap(lambda p: nm.init(p, plan))(params)
+    stepped = torch.func.vmap(lambda p, g, s: nm.update(p, g, s, hyper, plan))(params, grads, state)
+    return plan, stepped
+
+
+def test_check_tells_of_each_member_of_an_ensemble_by_its_number() -> None:
+    plan, result = ensemble({0: "1.bias", 2: "0.weight"})
+    skipped: list[bool] = []
+    with pytest.warns(RuntimeWarning) as said:
+        skipped.append(nm.check(result, plan))
+    assert skipped == [True]
+    assert [str(each.message).partition(" (")[0] for each in said] == [
+        "member 0 of 3: step 1 skipped, 1 in a row: 1.bias",
+        "member 2 of 3: step 1 skipped, 1 in a row: 0.weight",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(nm.NonFiniteStepError, match="member 0 of 3: 1 steps in a row"):
+            nm.check(result, plan, max_consecutive=1)
+    plan, result = ensemble({})
+    assert heard(lambda: skipped.append(nm.check(result, plan))) == [] and skipped[-1] is False
+
+
+def test_a_monitor_counts_and_tells_of_the_members_of_an_ensemble() -> None:
+    plan, result = ensemble({1: "0.bias", 2: "0.weight"})
+    got: list[nm.Skip] = []
+    assert nm.SkipMonitor(plan, on_skip=got.append)(result) == 2
+    assert [(skip.names, skip.message[:13]) for skip in got] == [
+        (("0.bias",), "member 1 of 3"),
+        (("0.weight",), "member 2 of 3"),
+    ]
+    monitor = nm.SkipMonitor(plan)
+    assert len(heard(lambda: monitor(result))) == 2
+    assert heard(lambda: nm.check(result, plan)) == []  # the monitor has told
+    assert nm.SkipMonitor(plan)(ensemble({})[1]) == 0
 
 
 def test_nobody_is_told_on_demand_and_the_counters_count() -> None:

@@ -282,6 +282,7 @@ ERRORS = {
         "grads": lambda x: [x[0].double(), *x[1:]]
     },
     "momentums.3.: expected shape": {"momentums": lambda x: [*x[:3], x[0]]},
+    "params: expected a list of tensors, got generator": {"params": lambda x: (p for p in x)},
     "momentums: expected a list of tensors, got dict": {"momentums": lambda x: dict(enumerate(x))},
     "variances: expected as many": {"variances": lambda x: []},
     "variances.1.: expected shape .6, 1.": {"variances": lambda x: [x[0], x[0], *x[2:]]},

@@ -138,6 +138,62 @@ def test_a_layer_whose_place_speaks_against_its_name_is_doubted(case: str) -> No
     assert weights(nm.routes_for(make())) == expected
 
 
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "a list of two": (
+        lambda: nn.ModuleList([mlp(8, 16, 4), mlp(4, 16, 3)]),
+        ["0.2.weight", "1.2.weight"],
+    ),
+    "the second ends in a vector": (
+        lambda: nn.ModuleList([mlp(8, 16, 4), mlp(4, 16, 1)]),
+        ["0.2.weight"],
+    ),
+    "three that are alike": (
+        lambda: nn.ModuleList(mlp(8, 16, 4) for _ in range(3)),
+        ["0.2.weight", "1.2.weight", "2.2.weight"],
+    ),
+    "a dict": (
+        lambda: nn.ModuleDict({"maker": mlp(8, 16, 4), "judge": mlp(4, 16, 3)}),
+        ["maker.2.weight", "judge.2.weight"],
+    ),
+    "G and D": (lambda: Of(G=mlp(8, 16, 4), D=mlp(4, 16, 3)), ["G.2.weight", "D.2.weight"]),
+    "netG and netD": (
+        lambda: Of(netG=mlp(8, 16, 4), netD=mlp(4, 16, 3)),
+        ["netG.2.weight", "netD.2.weight"],
+    ),
+    "blocks": (
+        lambda: nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32) for _ in range(3)),
+        [],
+    ),
+    "stages and a layer": (
+        lambda: nn.ModuleList([mlp(8, 16, 32), mlp(32, 64, 16), nn.Linear(16, 5)]),
+        ["2.weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_of_several_networks_side_by_side_the_last_layer_of_each_is_doubted(case: str) -> None:
+    make, expected = NETWORKS[case]
+    assert [*nm.routes_for(make()).unsure()] == expected
+
+
+@pytest.mark.parametrize("actions", [3, 4, 5, 6])
+def test_the_places_of_a_sequential_are_no_experts(actions: int) -> None:
+    trunk = nn.Sequential(*mlp(8, 64, 64), nn.ReLU())
+    made = nm.routes_for(Of(trunk=trunk, choice=nn.Linear(64, actions), vf=nn.Linear(64, 1)))
+    assert weights(made) == {"choice.weight": "normuon"}
+    gated = nm.routes_for(Of(enc=trunk, gate=nn.Linear(64, actions), up=nn.Linear(64, 32)))
+    assert gated.unsure()["gate.weight"].reason.startswith("router or matrix")
+    named = nm.routes_for(Of(trunk=trunk, pi=nn.Linear(64, actions), vf=nn.Linear(64, 1)))
+    assert not named.unsure() and named["pi.weight"] == nm.Route("adamw")
+
+
+def test_experts_in_a_sequential_are_counted() -> None:
+    experts = nn.Sequential(*(mlp(8, 32, 8) for _ in range(4)))
+    found = nm.routes_for(Of(gate=nn.Linear(8, 4), experts=experts)).entries["gate.weight"]
+    assert found.route == nm.Route("adamw") and found.certainty == "certain"
+
+
 @pytest.mark.parametrize("case", ["the last of a Sequential", "a square final", "LeNet"])
 def test_the_one_warning_has_the_line_to_write_and_that_line_ends_it(case: str) -> None:
     make, expected = DOUBTFUL[case]
@@ -208,7 +264,7 @@ def test_the_first_guide_names_the_heads_that_are_known_by_their_names() -> None
     strong = named_by_the_page("by their names:", "; and, where")
     weak = named_by_the_page("; and, where", "A last layer of any")
     other = [*named_by_the_page("A last layer of any", "The warning prints"), "3"]
-    assert len(strong) == 6 and len(weak) == 6 and {"fc3", "l3", "advantage"} <= {*other}
+    assert len(strong) == 6 and len(weak) == 7 and {"fc3", "l3", "advantage"} <= {*other}
     for name in (*strong, *weak):
         last = Of(body=mlp(8, D), **{name: nn.Linear(D, 10)})
         table = nm.routes_for(last)

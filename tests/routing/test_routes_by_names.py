@@ -224,6 +224,33 @@ def test_the_members_of_an_ensemble_keep_their_vectors() -> None:
     assert {name: d.route for name, d in decide_routes(params, table).items()} == dict(table)
 
 
+class Gated(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(D)
+        self.up = nn.Linear(D, F, bias=bias)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_scalar_of_every_member_and_norms_without_biases_are_those_of_an_ensemble(
+    bias: bool,
+) -> None:
+    params, _ = torch.func.stack_module_state([Gated(bias) for _ in range(4)])
+    found = decide_routes(params, {})
+    assert {name for name, d in found.items() if d.route.algorithm == "normuon"} == {"up.weight"}
+    assert all("one per member of an ensemble" in d.reason for d in found.values())
+
+
+@pytest.mark.parametrize("name", ["layers.norm1.weight", "ln_f.weight", "layers.q_norm.weight"])
+def test_norms_that_are_stacked_over_layers_are_no_matrix(name: str) -> None:
+    found = decided({**EMBED, name: (12, D), "layers.up.weight": (12, F, D)}, HEAD)
+    assert found[name].route == nm.Route("adamw") and found[name].certainty == "likely"
+    assert found["layers.up.weight"].route == nm.Route()
+    linear = decided({**EMBED, "layers.0.norm_proj.weight": (F, D)}, HEAD)
+    assert linear["layers.0.norm_proj.weight"].route == nm.Route()
+
+
 def test_a_convolution_of_an_ensemble_is_not_flattened_over_its_members() -> None:
     models = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)) for _ in range(2)]
     params, _ = torch.func.stack_module_state(models)
