@@ -50,6 +50,12 @@ def report_metrics(result: StepResult, plan: Plan) -> dict[str, float]:
         raise ValueError(
             "result: it has no metrics, because they are off; write Config(metrics=True)"
         )
+    if result.metrics.ndim > 2:
+        raise ValueError(
+            f"result: expected that of one model, got those of {result.metrics.shape[0]} members "
+            "of an ensemble; give one of them: "
+            "torch.utils._pytree.tree_map(lambda each: each[0], result)"
+        )
     together = torch.cat([result.metrics.double(), result.flags.double()])
     rows = together.T.tolist()
     neurons = any(state.name == "variance" for state in plan.stages.line_states)

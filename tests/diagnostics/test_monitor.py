@@ -113,13 +113,14 @@ def test_a_fault_of_all_gradients_is_said_to_come_from_the_loss_or_a_clip(bad: l
     assert ("a clip by norm" in got[0].message) == (len(bad) == 4)
 
 
-def ensemble(bad: dict[int, str]) -> tuple[Any, Any]:
+def ensemble(bad: dict[int, str], **options: Any) -> tuple[Any, Any]:
     """The plan of one of three members, and a step of all in which some have a NaN."""
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)) for _ in range(3)]
     params = {n: p.detach() for n, p in torch.func.stack_module_state(models)[0].items()}
     one = dict(models[0].named_parameters())
-    plan = nm.make_plan(one, nm.Config(guard="full"), routes={"1.weight": nm.Route()})
+    config = nm.Config(guard="full", **options)
+    plan = nm.make_plan(one, config, routes={"1.weight": nm.Route()})
     hyper = nm.Hyper.of(one, lr=0.01)
     grads = {name: torch.randn_like(p) for name, p in params.items()}
     for member, name in bad.items():
@@ -159,6 +160,15 @@ def test_a_monitor_counts_and_tells_of_the_members_of_an_ensemble() -> None:
     assert len(heard(lambda: monitor(result))) == 2
     assert heard(lambda: nm.check(result, plan)) == []  # the monitor has told
     assert nm.SkipMonitor(plan)(ensemble({})[1]) == 0
+
+
+def test_metrics_of_an_ensemble_are_refused_with_the_line_that_takes_one_member() -> None:
+    plan, result = ensemble({1: "0.bias"}, metrics=True)
+    with pytest.raises(ValueError, match="those of 3 members of an ensemble") as said:
+        nm.report_metrics(result, plan)
+    line = str(said.value).partition("one of them: ")[2].replace("each[0]", "each[1]")
+    one = eval(line, {"torch": torch, "result": result})
+    assert nm.report_metrics(one, plan)["nonfinite_gradient/0.bias"] == 1.0
 
 
 def test_nobody_is_told_on_demand_and_the_counters_count() -> None:
