@@ -44,6 +44,7 @@ class Skip(NamedTuple):
     skipped: int  # skipped steps so far, this one included
     names: tuple[str, ...]  # parameters at fault; empty if found_inf or another rank was the cause
     message: str  # what the warning says
+    member: int | None = None  # of an ensemble
 
 
 OnSkip = Literal["warn", "raise"] | Callable[[Skip], Any] | None
@@ -117,11 +118,17 @@ class SkipReports:
             if sent.arrived is not None:
                 self._free.append((sent.arriving, sent.arrived))
             known = self._step if sent.again else None
+            errors = []
             for outcome in outcomes:
                 if outcome.step != known:
                     skips += outcome.skipped
                     self._step = outcome.step
-                    self._report(outcome, sent)
+                    try:
+                        self._report(outcome, sent)
+                    except Exception as error:  # the other members of an ensemble are told of too
+                        errors.append(error)
+            if errors:
+                raise errors[0]
         return skips
 
     def _report(self, outcome: Outcome, sent: _Sent) -> None:
@@ -136,7 +143,7 @@ class SkipReports:
         elif self.on_skip is not None and outcome.skipped:
             names = tuple(name for name, _ in outcome.bad)
             counts = outcome.step, outcome.consecutive, outcome.total
-            self.on_skip(Skip(*counts, names, message_of(outcome, sent.plan)))
+            self.on_skip(Skip(*counts, names, message_of(outcome, sent.plan), outcome.member))
         raise_if_too_many(outcome, sent.plan, self.max_consecutive)
 
     def _buffer(self, shape: tuple[int, ...]) -> tuple[Tensor, torch.cuda.Event]:

@@ -28,7 +28,10 @@ _NOT_COUNTED = (
     "; it is in the weights now, and max_consecutive counts skipped steps alone: write "
     "Config(guard='full') into make_plan"
 )
-_EVERY_GRADIENT = "the loss is not finite, or a clip by norm has spread one of them over all"
+_EVERY_GRADIENT = (
+    "the loss or the backward pass behind it is not finite, or a clip by norm has spread one of "
+    "them over all"
+)
 _SHOWN = 12  # parameters in a message; the table of an error has all of them
 # By the flags of a step: its number, and who has told about it. Weakly, because who tells keeps the
 # flags, and both would stay for good.
@@ -108,7 +111,12 @@ class Outcome(NamedTuple):
     consecutive: int
     total: int  # skipped steps so far
     bad: tuple[tuple[str, str], ...]  # (parameter, "gradient", "update" or both)
-    member: str = ""  # what a message of an ensemble's member begins with
+    member: int | None = None  # of an ensemble
+
+    @property
+    def whose(self) -> str:
+        """What a message about it begins with."""
+        return "" if self.member is None else f"member {self.member}: "
 
     @property
     def skipped(self) -> bool:
@@ -119,7 +127,7 @@ class Outcome(NamedTuple):
         return bool(self.skipped or self.bad)
 
     @staticmethod
-    def of(plan: Plan, packed: list[int], member: str = "") -> Outcome:
+    def of(plan: Plan, packed: list[int], member: int | None = None) -> Outcome:
         step, consecutive, total, *flags = packed
         updates, grads = flags[: len(plan.names)], flags[len(plan.names) :]
         bad = []
@@ -144,7 +152,7 @@ def outcomes_of(plan: Plan, packed: list[list[int]]) -> list[Outcome]:
     """That of a model, or those of an ensemble's members."""
     if len(packed) == 1:
         return [Outcome.of(plan, packed[0])]
-    return [Outcome.of(plan, row, f"member {k} of {len(packed)}: ") for k, row in enumerate(packed)]
+    return [Outcome.of(plan, row, k) for k, row in enumerate(packed)]
 
 
 def check_max_consecutive(max_consecutive: int | None) -> None:
@@ -206,7 +214,7 @@ def message_of(outcome: Outcome, plan: Plan) -> str:
         if outcome.skipped
         else f"not skipped (guard={plan.config.guard!r})"
     )
-    return f"{outcome.member}step {outcome.step} {fate}: {what}"
+    return f"{outcome.whose}step {outcome.step} {fate}: {what}"
 
 
 def tell(outcome: Outcome, plan: Plan, flags: Tensor, *, by: object, note: str = "") -> None:
@@ -230,7 +238,7 @@ def raise_if_too_many(outcome: Outcome, plan: Plan, max_consecutive: int | None)
     """Raises NonFiniteStepError from ``max_consecutive`` skipped steps in a row on."""
     if max_consecutive is not None and outcome.consecutive >= max_consecutive:
         raise NonFiniteStepError(
-            f"{outcome.member}{outcome.consecutive} steps in a row were skipped (max_consecutive="
+            f"{outcome.whose}{outcome.consecutive} steps in a row were skipped (max_consecutive="
             f"{max_consecutive}), the last at step {outcome.step}:\n{offenders(outcome, plan)}"
         )
 

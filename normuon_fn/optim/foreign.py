@@ -34,10 +34,10 @@ def refuse_foreign(given: Mapping[str, Any], named: Mapping[str, Tensor], states
             "state_dict: was saved by another optimizer. What fits of its state is converted, and "
             f"put into this one:{_CONVERT}{_PUT}\n"
             "missing='zeros' starts anew what the other optimizer did not have. Make the scheduler "
-            "anew too, without the old one's state, which holds the old groups' rates, and let it "
-            "make the steps of the old run: for _ in range(int(state['guard.step'])): "
-            "scheduler.step(). Of two optimizers side by side "
-            "(Muon and AdamW) give lists of both: [muon_state, adamw_state], [its_names, its_names]"
+            "anew too, without the old one's state, which holds the old groups' rates, and call "
+            "its step() as often as the old one's was: its state has that as 'last_epoch'. Of two "
+            "optimizers side by side (Muon and AdamW) give lists of both: "
+            "[muon_state, adamw_state], [its_names, its_names]"
         )
 
 

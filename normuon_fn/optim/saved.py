@@ -7,7 +7,7 @@ have none. Everything here reads; `state.load` and what `hyper.loading` returns 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -203,15 +203,17 @@ def _group_values(
         )
     (first, new), *rest = sources.items()
     for j, other in rest:
-        for key in [*new, *other]:
-            if not _alike(new.get(key), other.get(key)):
-                raise ValueError(
-                    f"state_dict: the parameters of group {k} were in several groups, of which "
-                    f"{key} was {new.get(key)!r} for {firsts[first]!r} and {other.get(key)!r} for "
-                    f"{firsts[j]!r}; make the groups as they were when the state was saved, or "
-                    f"give the saved ones one value: state_dict['param_groups'][{j}][{key!r}] = "
-                    f"state_dict['param_groups'][{first}][{key!r}]"
-                )
+        differing = [
+            k for k in dict.fromkeys((*new, *other)) if not _alike(new.get(k), other.get(k))
+        ]
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"state_dict: the parameters of group {k} were in several groups, of which {key} "
+                f"was {new.get(key)!r} for {firsts[first]!r} and {other.get(key)!r} for "
+                f"{firsts[j]!r}; make the groups as they were when the state was saved"
+                f"{_one_value(saved, first, j, differing)}"
+            )
     if new["algorithm"] != own["algorithm"]:
         raise ValueError(
             f"state_dict: group {k} has algorithm {new['algorithm']!r}, expected "
@@ -223,6 +225,18 @@ def _group_values(
     both = {**own, **new}
     check_hyperparameters(both, f"state_dict: group {k}: ")
     return {key: both[key] for key in new}
+
+
+def _one_value(saved: Groups, first: int, other: int, differing: Sequence[str]) -> str:
+    """The lines that give a saved group the values of another, where that is possible."""
+    if "algorithm" in differing:
+        return ""
+    kept = tuple(key for key in _NOT_VALUES if key in saved[other])
+    return (
+        f", or load {', '.join(differing)} of group {first} for both:\n"
+        f"    groups = state_dict['param_groups']\n"
+        f"    groups[{other}] = groups[{first}] | {{key: groups[{other}][key] for key in {kept}}}"
+    )
 
 
 def values_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 def get(source: Any, name: str) -> Any:
@@ -64,6 +65,11 @@ def kind_of(module: nn.Module) -> str:
 @lru_cache(maxsize=4096)
 def _kind_named(name: str) -> str:
     return name.removeprefix("Parametrized").removeprefix("FSDP")
+
+
+def signature(module: nn.Module) -> tuple[object, ...]:
+    """The class of a module and the shapes of its parameters: equal for copies."""
+    return kind_of(module), *(tuple(p.shape) for p in module.parameters() if not is_lazy(p))
 
 
 def is_a(module: nn.Module, *types: type[nn.Module]) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 
 from . import adapters, words
-from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs
+from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs, signature
 from .routes import Decision, Route
 
 EXPERTS = (
@@ -106,8 +106,7 @@ def _counted(own: str, few: int, *, sure: bool) -> Decision:
 
 def members(holder: nn.Module) -> set[int]:
     """How many members the lists, stacks and numbered attributes have that a module holds, or that
-    its children and theirs do. The places of a Sequential are no members, unless it is of experts.
-    """
+    its children and theirs do. The places of a Sequential are members if they are alike."""
     found = {0, 1}
     for module in (holder, *inside(holder)):
         if is_a(module, *LISTS):
@@ -117,12 +116,12 @@ def members(holder: nn.Module) -> set[int]:
         if not is_a(module, nn.modules.conv._ConvNd):
             found |= {p.shape[0] for p in _parameters(module) if p.ndim == 3}
         children = dict(module.named_children())
-        for name, child in children.items():
-            if is_a(child, nn.Sequential) and words.of_experts(name):
-                found.add(len(child._modules))
-        if not is_a(module, nn.Sequential):
-            stems = [stem_of(name) for name in children if name[-1:].isdigit()]
-            found |= {n for stem, n in Counter(stems).items() if is_a_list(stem, n)}
+        if is_a(module, nn.Sequential):
+            kinds = {signature(child) for child in children.values()}
+            if len(kinds) > 1 or not any(True for _ in module.parameters()):
+                continue  # layers, one after another
+        stems = [stem_of(name) for name in children if name[-1:].isdigit()]
+        found |= {n for stem, n in Counter(stems).items() if is_a_list(stem, n)}
     return found - {0, 1}
 
 

@@ -8,10 +8,18 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from . import positions, words
-from .attributes import first, get, is_a, is_layer, kind_of, outputs_and_inputs, sources_of
+from .attributes import (
+    first,
+    get,
+    is_a,
+    is_layer,
+    kind_of,
+    outputs_and_inputs,
+    signature,
+    sources_of,
+)
 from .routes import Certainty, Decision, Route
 from .uses import unwrapped
 
@@ -19,7 +27,7 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim")
 # Attributes under which a module has a whole model, beside a copy of it or beside a loss.
 _MODELS = re.compile(
     r"(^|_)(model|net|network|module|ema|teacher|student|target|online|shadow|averaged|policy|actor"
-    r"|critic|generator|discriminator|gen|disc|backbone|momentum|swa|learner)(_|\d|$)|^net_?[A-Z]$|^[GD]$"
+    r"|critic|generator|discriminator|gen|disc|backbone|momentum|swa|learner)(_|\d|$)|^net_?[A-Z](_|$)|^[GD](_|\d|$)"
 )
 _INNER = (
     "_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module",
@@ -171,7 +179,7 @@ class Heads:
     @cached_property
     def _tops(self) -> set[str]:
         """The paths of the models proper: the model inside a wrapper, the attribute of a
-        LightningModule, those of a list of networks, and a copy (EMA, teacher) beside it."""
+        LightningModule, and a copy (EMA, teacher) beside it."""
         tops, queue = set(), [""]
         while queue:
             path = queue.pop()
@@ -184,12 +192,9 @@ class Heads:
             ]
             own = any(p is not None for p in module._parameters.values())
             lightning = any(cls.__name__ == "LightningModule" for cls in type(module).__mro__)
-            networks = is_a(module, *positions.CONTAINERS) and all(
-                sum(map(is_layer, child.modules())) > 1 for _, child in kids
-            )
             for name, _ in kids:
                 single = len(kids) == 1 and not own
-                if single or lightning or networks or _MODELS.search(name):
+                if single or lightning or _MODELS.search(name):
                     queue.append(f"{path}.{name}" if path else name)
         return tops
 
@@ -212,19 +217,32 @@ class Heads:
                 self._mark(module, f"output head: as many outputs as {path} has rows")
 
     def _by_position(self) -> None:
-        """The last layers of the models proper that no name calls heads.
+        """The last layers of the models proper that no name calls heads, and of the networks in a
+        list that is the model.
 
         What a model has inside that has a head itself is none.
         """
         ends = positions.Ends(self.modules.values())
         with_heads = {self._top_of(self.names[key]) for key in self._found}
-        for top in sorted(self._tops):
+        networks = self._networks()
+        for top in sorted(self._tops | networks):
             around = {path for path in with_heads if not path or top.startswith(f"{path}.")}
             for layer in ends.of(self.modules[top]) if not around - {top} else ():
                 path = self.names[id(layer)]
-                listed = is_a(self.modules[path.rpartition(".")[0]], *positions.CONTAINERS)
+                owner = self.modules[path.rpartition(".")[0]]
+                listed = top in networks or is_a(owner, *positions.CONTAINERS)
                 if id(layer) not in self._found and (listed or not self._repeated(path)):
                     self._doubted.setdefault(id(layer), positions.LAST)
+
+    def _networks(self) -> set[str]:
+        """The paths of several networks that were put into a list or a dict to be one model."""
+        model = self.modules[""]
+        children = {
+            name: m for name, m in model.named_children() if next(m.parameters(), None) is not None
+        }
+        layers = [sum(map(is_layer, child.modules())) for child in children.values()]
+        is_list = is_a(model, *positions.CONTAINERS) and min(layers, default=0) > 1
+        return {*children} if is_list else set()
 
     def _top_of(self, path: str) -> str:
         """The path of the nearest model proper around a module."""
@@ -240,8 +258,6 @@ class Heads:
             owner = self.modules[".".join(parts[:k])]
             if not is_a(owner, nn.ModuleList, nn.ModuleDict, nn.Sequential):
                 continue
-            if ".".join(parts[: k + 1]) in self._tops:
-                continue
             if words.head(parts[k - 1]) == "strong":
                 continue
             if is_a(owner, nn.ModuleList) and parts[k].isdigit():
@@ -254,14 +270,10 @@ class Heads:
     def _alike(self, owner: nn.Module, name: str) -> int:
         """How many children of a container have the class and the parameters' shapes of one."""
         if id(owner) not in self._counts:
-            kinds = {key: _signature(child) for key, child in owner.named_children()}
+            kinds = {key: signature(child) for key, child in owner.named_children()}
             self._counts[id(owner)] = kinds, Counter(kinds.values())
         kinds, counts = self._counts[id(owner)]
         return counts[kinds[name]] if name in kinds else 1
-
-
-def _signature(module: nn.Module) -> tuple[object, ...]:
-    return kind_of(module), *(tuple(p.shape) for p in module.parameters() if not is_lazy(p))
 
 
 def _layers_behind(module: nn.Module) -> Iterator[nn.Module]:

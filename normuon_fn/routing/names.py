@@ -42,10 +42,9 @@ def _is_ensemble(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     A single dimension has what is a scalar in every member.
     """
     vectors = [shape for name, shape in shapes.items() if _is_vector(name)]
-    stacked = [len(shape) == 2 for shape in vectors if len(shape) > 1]
     return (
-        bool(stacked)
-        and all(stacked)
+        bool(vectors)
+        and all(len(shape) == 2 for shape in vectors)
         and all(shapes.values())
         and len({shape[0] for shape in shapes.values()}) == 1
         and any(len(shape) > 2 for shape in shapes.values())
@@ -118,10 +117,9 @@ class _Context:
         leaf = leaf_of(name)
         if words.is_biases(leaf) or self._is_affine(name, shape):
             return Decision(Route("adamw"), "biases or scales, one vector per row")
-        if len(shape) == 2 and _is_vector(name):
-            return Decision(
-                Route("adamw"), "scales of norms, by name, one vector per row", "likely"
-            )
+        if len(shape) == 2 and _is_vector(name) and not self._has_bias(name, shape[0]):
+            text = "scales of norms, by name, one vector per row"
+            return Decision(Route("adamw"), text, "untold")
         adapter = adapters.by_name(name, shape)
         if adapter is not None:
             return adapter
@@ -133,6 +131,10 @@ class _Context:
         """A weight whose bias has its shape is a norm's."""
         stem, _, leaf = name.rpartition(".")
         return leaf == "weight" and self.shapes.get(f"{stem}.bias") == shape
+
+    def _has_bias(self, name: str, rows: int) -> bool:
+        """Whether it is a linear layer's weight, whose bias has as many entries as it has rows."""
+        return self.shapes.get(f"{name.rpartition('.')[0]}.bias") == (rows,)
 
     def _stack(self, name: str, leaf: str, shape: tuple[int, ...]) -> Decision:
         own = unwrapped(name)[-1] if unwrapped(name) else leaf

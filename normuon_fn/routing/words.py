@@ -48,14 +48,18 @@ _OF_MATRICES = _OF_LAYERS | _set(
     "weight weights kernel kernels matrix matrices mat fn lora wq wk wv wo"
 )
 _VECTOR = _set("bias biases norm ln layernorm rmsnorm gamma beta gain scale scales ls alpha")
-_NORMS = _set("norm norms ln layernorm rmsnorm groupnorm batchnorm bn")
+_NORMS = _set("norm norms ln layernorm rmsnorm groupnorm batchnorm")
+# What may stand beside such a word; norm_gate, norm_to_q and ln_cond are layers.
+_OF_NORMS = _NORMS | _set(
+    "f out in final first last pre post attn attention mlp ffn ff self cross input output layer"
+    " q k v kv query key value block embed emb head x h pos context encoder decoder"
+)
 _HEAD = _set("head heads classifier unembed unembedding logits classifiers unembeddings")
 _WEAK_HEADS = _set(
     "output outputs out decoder score fc generator proj_out output_proj output_projection"
     " output_layer final final_layer final_proj final_linear readout prediction predictions pred"
     " predictor shared project_out out_proj vocab_proj vocab_projection fc_out out_layer cls"
-    " classification regressor last_layer last lin_out linear_out pi action actions action_net"
-    " action_out"
+    " classification regressor last_layer last lin_out linear_out pi action_net action_out"
 )
 _STRONG_HEADS = _set(
     "class_embed bbox_embed embed_out to_logits qa_outputs w_u score classifier lm_head"
@@ -204,8 +208,8 @@ def is_matrix(leaf: str) -> bool:
 @_cached
 def is_norm(segment: str) -> bool:
     """Whether a layer is called a norm, as ``norm1``, ``ln_f`` and ``q_norm`` are."""
-    words = words_of(segment)
-    return bool({*words[:1], *words[-1:]} & _NORMS) and not _PROJECTIONS & {*words}
+    words = {*words_of(segment)}
+    return bool(words & _NORMS) and words <= _OF_NORMS
 
 
 @_cached

@@ -137,12 +137,12 @@ def test_check_tells_of_each_member_of_an_ensemble_by_its_number() -> None:
         skipped.append(nm.check(result, plan))
     assert skipped == [True]
     assert [str(each.message).partition(" (")[0] for each in said] == [
-        "member 0 of 3: step 1 skipped, 1 in a row: 1.bias",
-        "member 2 of 3: step 1 skipped, 1 in a row: 0.weight",
+        "member 0: step 1 skipped, 1 in a row: 1.bias",
+        "member 2: step 1 skipped, 1 in a row: 0.weight",
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(nm.NonFiniteStepError, match="member 0 of 3: 1 steps in a row"):
+        with pytest.raises(nm.NonFiniteStepError, match="member 0: 1 steps in a row"):
             nm.check(result, plan, max_consecutive=1)
     plan, result = ensemble({})
     assert heard(lambda: skipped.append(nm.check(result, plan))) == [] and skipped[-1] is False
@@ -152,10 +152,18 @@ def test_a_monitor_counts_and_tells_of_the_members_of_an_ensemble() -> None:
     plan, result = ensemble({1: "0.bias", 2: "0.weight"})
     got: list[nm.Skip] = []
     assert nm.SkipMonitor(plan, on_skip=got.append)(result) == 2
-    assert [(skip.names, skip.message[:13]) for skip in got] == [
-        (("0.bias",), "member 1 of 3"),
-        (("0.weight",), "member 2 of 3"),
+    assert [(skip.names, skip.member, skip.message[:9]) for skip in got] == [
+        (("0.bias",), 1, "member 1:"),
+        (("0.weight",), 2, "member 2:"),
     ]
+    with (
+        warnings.catch_warnings(record=True) as seen,
+        pytest.raises(nm.NonFiniteStepError, match="member 1: 1 steps in a row"),
+    ):
+        warnings.simplefilter("always")
+        nm.SkipMonitor(plan, max_consecutive=1)(result)
+    assert len(seen) == 2  # both are told of, and then it raises
+    plan, result = ensemble({1: "0.bias", 2: "0.weight"})
     monitor = nm.SkipMonitor(plan)
     assert len(heard(lambda: monitor(result))) == 2
     assert heard(lambda: nm.check(result, plan)) == []  # the monitor has told

@@ -302,7 +302,8 @@ def test_groups_that_became_one_are_taken_if_their_values_are_equal() -> None:
         ValueError, match=r"lr was 0.25 for '0.weight' and 0.5 for '2.weight'"
     ) as said:
         into.load_state_dict(state_dict)
-    exec(str(said.value).partition("one value: ")[2])
+    lines = str(said.value).partition(":\n")[2]
+    exec("\n".join(line.strip() for line in lines.splitlines()), {"state_dict": state_dict})
     into.load_state_dict(state_dict)
     assert into.param_groups[0]["lr"] == 0.25
 

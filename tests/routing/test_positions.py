@@ -164,6 +164,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32) for _ in range(3)),
         [],
     ),
+    "netG_A and D_B": (
+        lambda: Of(netG_A=mlp(8, 16, 4), D_B=mlp(4, 16, 3)),
+        ["netG_A.2.weight", "D_B.2.weight"],
+    ),
+    "blocks whose layers have names of heads": (
+        lambda: nn.ModuleList(Of(fc=nn.Linear(64, 256), out=nn.Linear(256, 64)) for _ in range(3)),
+        [],
+    ),
     "stages and a layer": (
         lambda: nn.ModuleList([mlp(8, 16, 32), mlp(32, 64, 16), nn.Linear(16, 5)]),
         ["2.weight"],
@@ -188,10 +196,38 @@ def test_the_places_of_a_sequential_are_no_experts(actions: int) -> None:
     assert not named.unsure() and named["pi.weight"] == nm.Route("adamw")
 
 
-def test_experts_in_a_sequential_are_counted() -> None:
+@pytest.mark.parametrize("name", ["experts", "mlps"])
+def test_experts_in_a_sequential_are_counted(name: str) -> None:
     experts = nn.Sequential(*(mlp(8, 32, 8) for _ in range(4)))
-    found = nm.routes_for(Of(gate=nn.Linear(8, 4), experts=experts)).entries["gate.weight"]
+    found = nm.routes_for(Of(gate=nn.Linear(8, 4), **{name: experts})).entries["gate.weight"]
     assert found.route == nm.Route("adamw") and found.certainty == "certain"
+
+
+def listed_blocks() -> nn.ModuleList:
+    return nn.ModuleList(Of(fc=nn.Linear(64, 256), out=nn.Linear(256, 64)) for _ in range(3))
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "the only child": lambda: Of(layers=listed_blocks()),
+    "called backbone": lambda: Of(
+        embed=nn.Embedding(256, 64), backbone=listed_blocks(), head=nn.Linear(64, 256)
+    ),
+    "of torch": lambda: Of(
+        embed=nn.Embedding(256, 64),
+        backbone=nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(64, 4, 256), 2, enable_nested_tensor=False
+        ),
+        head=nn.Linear(64, 256),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_no_layer_of_a_block_in_a_list_is_a_head(case: str) -> None:
+    table = nm.routes_for(BLOCKS[case]())
+    inside = [n for n, e in table.entries.items() if len(e.shape) == 2 and n.count(".") > 1]
+    assert inside and {table[name].algorithm for name in inside} == {"normuon"}
+    assert not set(inside) & {*table.unsure()}
 
 
 @pytest.mark.parametrize("case", ["the last of a Sequential", "a square final", "LeNet"])

@@ -245,10 +245,29 @@ def test_a_scalar_of_every_member_and_norms_without_biases_are_those_of_an_ensem
 @pytest.mark.parametrize("name", ["layers.norm1.weight", "ln_f.weight", "layers.q_norm.weight"])
 def test_norms_that_are_stacked_over_layers_are_no_matrix(name: str) -> None:
     found = decided({**EMBED, name: (12, D), "layers.up.weight": (12, F, D)}, HEAD)
-    assert found[name].route == nm.Route("adamw") and found[name].certainty == "likely"
+    assert found[name].route == nm.Route("adamw") and found[name].certainty == "untold"
     assert found["layers.up.weight"].route == nm.Route()
-    linear = decided({**EMBED, "layers.0.norm_proj.weight": (F, D)}, HEAD)
-    assert linear["layers.0.norm_proj.weight"].route == nm.Route()
+
+
+@pytest.mark.parametrize(
+    "name", ["norm_proj", "norm_gate", "ln_cond", "norm_modulation", "norm_to_q", "bn", "bn_down"]
+)
+def test_layers_with_a_norm_in_their_name_are_matrices(name: str) -> None:
+    found = decided({**EMBED, f"layers.0.{name}.weight": (F, D)}, HEAD)
+    assert found[f"layers.0.{name}.weight"].route == nm.Route()
+    biased = {"layers.0.norm1.weight": (F, D), "layers.0.norm1.bias": (F,)}
+    assert decided({**EMBED, **biased}, HEAD)["layers.0.norm1.weight"].route == nm.Route()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"c1.weight": (32, 16, 3), "c1.bias": (32,), "n1.gamma": (32, 1), "c2.weight": (32, 32, 3)},
+        {"q.weight": (D, D), "q.bias": (D,), "rel_pos_bias": (D, 15), "conv.weight": (D, 1, 3)},
+    ],
+)
+def test_a_bias_of_one_dimension_tells_that_there_is_no_ensemble(shapes: dict) -> None:
+    assert not any("ensemble" in found.reason for found in decided(shapes, {}).values())
 
 
 def test_a_convolution_of_an_ensemble_is_not_flattened_over_its_members() -> None:
