@@ -36,7 +36,7 @@ from tests.distributed.processes import GLOO_TIMEOUT
 STAGES = ("before the guard", "before the gather", "between", "after", "while it is written")
 REPLICATED = "before the relay of replicated parameters"
 WORLDS = {"kill": (2, 4), "freeze": (2,)}
-TIMEOUT = 15.0  # seconds, of the group of the step's collectives; with 24 ranks on 2 cores 6 were few
+TIMEOUT = 15.0  # seconds, of the group of the steps; 6 were few for 24 ranks on 2 busy cores
 SAVED, FAULTY, STEPS = 2, 3, 4
 SHAPES = {"first.weight": (8, 12), "second.weight": (9, 12), "bias": (8,)}
 
