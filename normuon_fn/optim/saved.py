@@ -168,8 +168,9 @@ def _in_order(groups: Groups, saved: Groups, places: list[Place]) -> list[Place]
         raise ValueError(
             f"state_dict: expected groups of {own_sizes} parameters, got {saved_sizes}, and not "
             "both sides have names by which to find them; make the groups as they were when the "
-            "state was saved. Optimizers of a model or of named_parameters() need not have the "
-            "same groups"
+            "state was saved. Or make this optimizer of a model or of named_parameters(), and "
+            "write the names into each saved group k, in the order of its parameters: "
+            "state_dict['param_groups'][k]['param_names'] = [...]; groups may differ then"
         )
     return places
 

@@ -64,7 +64,8 @@ def routes_for(
             ``{f"blocks.{k}.*": nm.Route(lr_mul=0.9 ** (12 - k)) for k in range(12)}``.
         per_head: every attention head of q, k and v is a matrix of its own, also where they are
             separate parameters.
-        decay_vectors: ``False``: no weight decay for what has fewer than two dimensions.
+        decay_vectors: ``False``: no weight decay for what has fewer than two dimensions
+            (sizes of 1 do not count).
 
     Raises:
         TypeError: not a module, or an override that is not a Route.

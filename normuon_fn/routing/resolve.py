@@ -16,7 +16,7 @@ from .keys import Key, Keys, is_glob
 from .names import by_names
 from .route_table import RouteTable
 from .routes import Algorithm, Decision, Route
-from .uses import is_window
+from .uses import is_window, unwrapped
 
 # The keys are `Key`s. A Mapping does not vary with its keys, so a dict of names and predicates, or
 # of predicates alone, would be no Mapping[Key, Route] to a type checker.
@@ -204,6 +204,9 @@ class Entries:
             return ""
         if any(name.startswith(f"{key}.") for name in self._names):
             return f" (did you mean {key + '.*'!r}?)"
+        wrapped = [name for name in self._names if unwrapped(name) == unwrapped(key) != []]
+        if wrapped:
+            return f" (did you mean {wrapped[0]!r}? The model is wrapped; the one inside works too)"
         close = get_close_matches(key, self._names, n=1, cutoff=0.8)
         return f" (did you mean {close[0]!r}?)" if close else ""
 

@@ -308,6 +308,24 @@ def test_groups_that_became_one_are_taken_if_their_values_are_equal() -> None:
     assert into.param_groups[0]["lr"] == 0.25
 
 
+def test_names_that_are_written_into_a_saved_state_let_groups_differ() -> None:
+    model = net()
+    parts = [{"params": [p for p in model.parameters() if (p.ndim > 1) == on]} for on in (1, 0)]
+    optimizer = nm.NorMuon(parts, routes=nm.routes_for(model))
+    train(model, optimizer)
+    other = net(1)
+    into, state_dict = one_group(other), optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"write the names into each saved group k"):
+        into.load_state_dict(state_dict)
+    for k, on in enumerate((1, 0)):
+        names = [name for name, p in model.named_parameters() if (p.ndim > 1) == on]
+        state_dict["param_groups"][k]["param_names"] = names
+    into.load_state_dict(state_dict)
+    for one, p in zip(model.parameters(), other.parameters(), strict=True):
+        saved, loaded = optimizer.state[one], into.state[p]
+        assert all(torch.equal(saved[kind], loaded[kind]) for kind in saved)
+
+
 def test_a_group_that_is_added_and_then_loaded_is_found_by_name() -> None:
     model, optimizer = trained()
     other = net(1)

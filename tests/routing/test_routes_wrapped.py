@@ -358,3 +358,14 @@ def test_members_of_an_ensemble_held_by_a_module_keep_their_biases_as_vectors() 
         route in table.items() if route.algorithm == "normuon"} == {
             "0.weight", "2.weight",
         }  # fmt: skip
+
+
+def test_a_name_of_the_model_inside_is_refused_with_the_name_that_its_wrapper_gives() -> None:
+    compiled = torch.compile(Named())
+    with pytest.raises(
+        ValueError, match=r"did you mean '_orig_mod.fc.weight'\? The model is wrapped"
+    ):
+        nm.NorMuon(compiled, routes={"fc.weight": nm.Route()})
+    routes = {"_orig_mod.fc.weight": nm.Route()}
+    assert nm.NorMuon(compiled, routes=routes).param_groups
+    assert nm.NorMuon(compiled._orig_mod, routes={"fc.weight": nm.Route()}).param_groups
