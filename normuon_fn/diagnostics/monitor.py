@@ -11,6 +11,7 @@ import atexit
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..planning.plan import Plan
 from ..types import StepResult
-from ..types.other_names import F, with_hints
+from ..types.other_names import with_hints
 from .skips import (
     NonFiniteStepError,
     Outcome,
@@ -170,10 +171,6 @@ def _read(sent: _Sent) -> list[Outcome]:
     return [o for o in outcomes_of(sent.plan, sent.arriving.tolist()) if o.failed]
 
 
-def _with_hints(function: F) -> F:
-    return with_hints(function, example="nm.SkipMonitor(optimizer), or nm.SkipMonitor(plan)")
-
-
 class SkipMonitor:
     """`check` without the wait for the device.
 
@@ -206,7 +203,7 @@ class SkipMonitor:
             (``"raise"``, a function, ``max_consecutive``) where no guard skips any.
     """
 
-    @_with_hints
+    @partial(with_hints, example="nm.SkipMonitor(optimizer), or nm.SkipMonitor(plan)")
     def __init__(
         self, of: Any, *, on_skip: OnSkip = "warn", max_consecutive: int | None = None
     ) -> None:

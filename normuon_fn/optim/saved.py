@@ -204,9 +204,8 @@ def _group_values(
         )
     (first, new), *rest = sources.items()
     for j, other in rest:
-        differing = [
-            k for k in dict.fromkeys((*new, *other)) if not _alike(new.get(k), other.get(k))
-        ]
+        keys = dict.fromkeys((*new, *other))
+        differing = [key for key in keys if not _alike(new.get(key), other.get(key))]
         if differing:
             key = differing[0]
             raise ValueError(

@@ -118,7 +118,7 @@ def members(holder: nn.Module) -> set[int]:
         children = dict(module.named_children())
         if is_a(module, nn.Sequential):
             kinds = {signature(child) for child in children.values()}
-            if len(kinds) > 1 or not any(True for _ in module.parameters()):
+            if len(kinds) > 1 or next(module.parameters(), None) is None:
                 continue  # layers, one after another
         stems = [stem_of(name) for name in children if name[-1:].isdigit()]
         found |= {n for stem, n in Counter(stems).items() if is_a_list(stem, n)}

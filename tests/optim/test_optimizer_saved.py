@@ -308,6 +308,36 @@ def test_groups_that_became_one_are_taken_if_their_values_are_equal() -> None:
     assert into.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")
+@pytest.mark.parametrize("kind", ["CosineAnnealingLR", "LambdaLR", "StepLR"])
+def test_a_scheduler_made_anew_for_other_groups_goes_on_as_the_guide_says(kind: str) -> None:
+    def schedule(optimizer: Any) -> Any:
+        if kind == "LambdaLR":
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (k + 1))
+        numbers = {"CosineAnnealingLR": {"T_max": 20}, "StepLR": {"step_size": 2}}[kind]
+        return getattr(torch.optim.lr_scheduler, kind)(optimizer, **numbers)
+
+    model, other = net(), net(1)
+    optimizer = nm.NorMuon(regrouped(model, other=False, lr=(0.25, 0.25)))
+    old = schedule(optimizer)
+    for _ in range(5):
+        train(model, optimizer, range(1))
+        old.step()
+    into = one_group(other)
+    into.param_groups[0]["lr"] = 0.25  # the old peak
+    new = schedule(into)
+    for _ in range(5):
+        new.step()
+    into.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        assert into.param_groups[0]["lr"] == pytest.approx(
+            old.get_last_lr()[0], rel=1e-12
+        )  # 0 seen
+        train(model, optimizer, range(1))
+        old.step()
+        new.step()
+
+
 def test_names_that_are_written_into_a_saved_state_let_groups_differ() -> None:
     model = net()
     parts = [{"params": [p for p in model.parameters() if (p.ndim > 1) == on]} for on in (1, 0)]
